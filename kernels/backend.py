@@ -1,0 +1,210 @@
+"""What a backend is: it packs weights, holds the KV cache, lowers Programs and runs them.
+
+The engine's runner speaks to this interface alone. `choose()` picks a backend and says why.
+All arrays that cross the seam are numpy; what a backend holds inside is its own affair.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from .program import Program
+from .weights import RawWeight, WeightGroup
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """The paged KV cache: its logical shape [num_blocks, layer, 2, kv head, slot in block, dim].
+
+    The backend owns the physical order inside one block of one head. `dtype` is a key of
+    DTYPE_BYTES.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.block_size * self.bytes_per_token
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """One packed step: T tokens of S sequences. All int32 unless said.
+
+    Sequence s owns tokens query_start[s] .. query_start[s+1]; after the step it has seq_len[s]
+    tokens in the cache; block_table[s, i] is the block of its positions i*block_size onward.
+    `slot[t]` = block * block_size + offset, or -1 for a padding row.
+    """
+
+    token_ids: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    query_start: np.ndarray  # [S + 1]
+    seq_len: np.ndarray  # [S]
+    block_table: np.ndarray  # [S, max_blocks]
+    slot: np.ndarray  # [T]
+    logit_rows: np.ndarray  # [R]  indices into T
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingInputs:
+    """Per-row parameters of the sampling program over [R, V] logits; meanings in kernels/sampling.py.
+
+    A row with target >= 0 samples nothing: its token is `target` and its logprob is reported
+    (prompt logprobs and scoring). "CSR" triples give, for row r, entries start[r] .. start[r+1].
+    """
+
+    temperature: np.ndarray  # [R] f32   0 = greedy
+    top_k: np.ndarray  # [R] i32   0 = off
+    top_p: np.ndarray  # [R] f32   1 = off
+    min_p: np.ndarray  # [R] f32   0 = off
+    typical_p: np.ndarray  # [R] f32   1 = off
+    top_n_sigma: np.ndarray  # [R] f32   0 = off
+    xtc_probability: np.ndarray  # [R] f32   0 = off
+    xtc_threshold: np.ndarray  # [R] f32
+    repetition_penalty: np.ndarray  # [R] f32   1 = off
+    presence_penalty: np.ndarray  # [R] f32   0 = off
+    frequency_penalty: np.ndarray  # [R] f32   0 = off
+    seed: np.ndarray  # [R] u64
+    sample_index: np.ndarray  # [R] u32   which of the n samples
+    position: np.ndarray  # [R] u32   position of the token being sampled
+    target: np.ndarray  # [R] i32   -1 = sample
+    num_logprobs: np.ndarray  # [R] i32   -1 = none wanted, 0 = chosen only, k = top k as well
+    history_start: np.ndarray  # [R + 1] i32   CSR: distinct tokens seen so far, for penalties
+    history_ids: np.ndarray  # i32   ascending within a row
+    history_count: np.ndarray  # i32   occurrences in the OUTPUT (0: prompt only)
+    bias_start: np.ndarray  # [R + 1] i32   CSR: added to logits (logit_bias, DRY)
+    bias_ids: np.ndarray  # i32   ascending within a row
+    bias_values: np.ndarray  # f32
+    ban_start: np.ndarray  # [R + 1] i32   CSR: forbidden tokens (bad_words, n-grams, min_tokens)
+    ban_ids: np.ndarray  # i32
+    mask_row: np.ndarray  # [R] i32   row of mask_table; row 0 = everything allowed
+    mask_table: np.ndarray  # [M, ceil(V/32)] u32   bit set = allowed
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleResult:
+    """What the sampling program returns for R rows. Logprobs are of the RAW logits (before bias,
+    penalties, temperature), natural log. K = max(num_logprobs); unused places hold id -1."""
+
+    tokens: np.ndarray  # [R] i32
+    logprobs: np.ndarray  # [R] f32   NaN where num_logprobs is -1
+    ranks: np.ndarray  # [R] i32   1 + number of tokens with a higher raw logit
+    top_ids: np.ndarray  # [R, K] i32   descending logprob, ties by ascending id
+    top_logprobs: np.ndarray  # [R, K] f32
+
+
+class Logits(Protocol):
+    """[R, V] fp32 logits, wherever the backend keeps them."""
+
+    def numpy(self) -> np.ndarray: ...  # [R, V] f32 copy on the host
+
+
+class Executable(Protocol):
+    """A lowered model Program."""
+
+    def run(self, step: StepInputs) -> Logits: ...
+
+
+class Sampler(Protocol):
+    """The lowered sampling program."""
+
+    def run(self, logits: Logits, rows: SamplingInputs) -> SampleResult: ...
+
+    def from_numpy(self, logits: np.ndarray) -> Logits: ...  # after a host-side logits processor
+
+    def log_softmax(self, logits: Logits) -> np.ndarray: ...  # [R, V] f32, same numerics as run()
+
+
+class Backend(Protocol):
+    """One way of computing. Constructed by `choose(...).create(...)`."""
+
+    name: str
+
+    def pack(self, weight: RawWeight | WeightGroup) -> Any:
+        """Take one weight in; the only way in. The result is opaque and goes to `lower`."""
+        ...
+
+    def packed_bytes(self, weight: RawWeight | WeightGroup) -> int:
+        """Bytes that `pack` will keep resident beyond the mapped file (0 where it keeps the map)."""
+        ...
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> Any:
+        """A zeroed cache of num_blocks; opaque."""
+        ...
+
+    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
+        """Upper bound of scratch that a step of max_tokens tokens and max_rows logit rows takes."""
+        ...
+
+    def lower(self, program: Program, weights: Mapping[str, Any], kv: Any) -> Executable: ...
+
+    def sampler(self, vocab_size: int) -> Sampler: ...
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `doctor` and the step log: numerics class, threads, versions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend runs, and why."""
+
+    name: str
+    reason: str
+    available: Mapping[str, str]  # every backend's name -> "usable" or why it is not
+
+
+class BackendUnavailable(RuntimeError):
+    """No backend can serve the asked device; the message says what was tried and how to mend it."""
+
+
+def choose(device: str = "auto") -> Choice:
+    """Pick a backend for `device` ("auto", "cpu" or "reference") without importing torch.
+
+    Errors: BackendUnavailable naming what is missing and the command that brings it.
+    """
+    have_torch = importlib.util.find_spec("torch") is not None
+    available = {
+        "reference": "usable" if have_torch else "needs torch, which is not installed",
+    }
+    if device not in ("auto", "cpu", "reference"):
+        raise BackendUnavailable(
+            f"device {device!r} has no backend in this version; supported: auto, cpu, reference"
+        )
+    if not have_torch:
+        raise BackendUnavailable(
+            "the reference backend needs torch, which is not installed. "
+            "Install it: pip install 'engineroom[torch]' (a CPU build of torch is enough; "
+            "see https://pytorch.org/get-started/locally/)"
+        )
+    return Choice(
+        "reference",
+        "the only backend of this version; it computes with torch on the CPU",
+        available,
+    )
+
+
+def create(choice: Choice, *, activation_dtype: str, threads: int | None = None) -> Backend:
+    """Construct the chosen backend. activation_dtype is a key of DTYPE_BYTES."""
+    from .reference import ReferenceBackend  # optional third party: torch
+
+    return ReferenceBackend(activation_dtype=activation_dtype, threads=threads)

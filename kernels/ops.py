@@ -1,0 +1,248 @@
+"""The public operations: signature, shapes, formula, and the numerics that every backend shares.
+
+A model file calls these on handles. Each checks its shapes once and appends to the Program.
+Written here, once, is what an operation means; `kernels/reference/` says it in readable torch, and
+every other backend is held to that.
+
+Numerics shared by all backends
+-------------------------------
+* Inside an operation everything is fp32; its result is rounded once to the activation dtype
+  (float32, bfloat16 or float16). Logits stay fp32.
+* Law 2: a row of a result depends on that row's operands alone, bit for bit: never on T, on the
+  row's place among the T rows, on its neighbours, on threads, or on how a prompt was chunked. So
+  every reduction has an order fixed by shapes that do not contain T.
+* `linear` multiplies the weight's own values (a quantised weight means its dequantised values).
+* `attention` reads keys in tiles aligned to absolute positions, in ascending order; a tile that a
+  row's mask hides entirely leaves the row's running maximum, sum and accumulator untouched.
+The sampling program's numerics are in `kernels/sampling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .program import Handle, Program, R, T
+
+__all__ = [
+    "STEP_INPUTS",
+    "Handle",
+    "Program",
+    "StepHandles",
+    "add",
+    "attention",
+    "embedding",
+    "gelu_tanh_mul",
+    "kv_write",
+    "linear",
+    "rms_norm",
+    "rope",
+    "scale",
+    "select_rows",
+    "silu_mul",
+    "softcap",
+]
+
+# Name and shape of every step input a Program may read. Attention and kv_write also read the
+# packed step's sequence metadata (see backend.StepInputs), which is not an operand of the model.
+STEP_INPUTS: dict[str, tuple[str, ...]] = {
+    "token_ids": (T,),
+    "positions": (T,),
+    "logit_rows": (R,),
+}
+
+
+class ShapeError(ValueError):
+    """An operation was given operands whose shapes do not fit; the message names both."""
+
+
+@dataclass(frozen=True)
+class StepHandles:
+    """What a model's forward() gets as `step`."""
+
+    token_ids: Handle  # [T]
+    positions: Handle  # [T]
+    logit_rows: Handle  # [R]
+
+    @classmethod
+    def of(cls, program: Program) -> StepHandles:
+        return cls(**{name: program.input(name, shape) for name, shape in STEP_INPUTS.items()})
+
+
+def embedding(table: Handle, token_ids: Handle) -> Handle:
+    """out[t] = table[token_ids[t]].  table [V, H], token_ids [T] -> [T, H]."""
+    _rank("embedding", "table", table, 2)
+    _rank("embedding", "token_ids", token_ids, 1)
+    return _append("embedding", (table, token_ids), {}, (token_ids.shape[0], table.shape[1]))
+
+
+def linear(x: Handle, weight: Handle, bias: Handle | None = None) -> Handle:
+    """out = x @ weight.T + bias.  x [*, K], weight [N, K], bias [N] or None -> [*, N].
+
+    fp32 accumulation in an order fixed by K; the bias is added to the finished sum.
+    """
+    _rank("linear", "x", x, 2)
+    _rank("linear", "weight", weight, 2)
+    if x.shape[1] != weight.shape[1]:
+        raise ShapeError(f"linear: x is {_show(x)}, weight is {_show(weight)}: K differs")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ShapeError(f"linear: weight is {_show(weight)}, bias is {_show(bias)}")
+    return _append("linear", (x, weight, bias), {}, (x.shape[0], weight.shape[0]))
+
+
+def rms_norm(x: Handle, weight: Handle, *, eps: float, offset: float = 0.0) -> Handle:
+    """out = x / sqrt(mean(x^2) + eps) * (weight + offset), over groups of len(weight).
+
+    x [T, G*D], weight [D] -> [T, G*D]: with D = hidden size it is the usual norm, with D = head
+    size the per-head query/key norm. `offset` is 1 where the checkpoint stores weight - 1 (Gemma).
+    Root mean square layer normalisation, Zhang and Sennrich 2019 (arXiv:1910.07467).
+    """
+    _rank("rms_norm", "x", x, 2)
+    _rank("rms_norm", "weight", weight, 1)
+    if _int(x, 1) % _int(weight, 0):
+        raise ShapeError(
+            f"rms_norm: rows of {x.shape[1]} are not whole groups of {weight.shape[0]}"
+        )
+    return _append("rms_norm", (x, weight), {"eps": eps, "offset": offset}, x.shape)
+
+
+def add(a: Handle, b: Handle) -> Handle:
+    """out = a + b, elementwise over equal shapes."""
+    _same("add", a, b)
+    return _append("add", (a, b), {}, a.shape)
+
+
+def scale(x: Handle, factor: float) -> Handle:
+    """out = x * factor (factor rounded to fp32)."""
+    return _append("scale", (x,), {"factor": factor}, x.shape)
+
+
+def softcap(x: Handle, cap: float) -> Handle:
+    """out = cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118)."""
+    if not cap > 0:
+        raise ValueError(f"softcap: the cap must be above 0, not {cap}")
+    return _append("softcap", (x,), {"cap": cap}, x.shape)
+
+
+def silu_mul(gate: Handle, up: Handle) -> Handle:
+    """out = gate / (1 + exp(-gate)) * up, elementwise over equal shapes (SwiGLU)."""
+    _same("silu_mul", gate, up)
+    return _append("silu_mul", (gate, up), {}, gate.shape)
+
+
+def gelu_tanh_mul(gate: Handle, up: Handle) -> Handle:
+    """out = gelu(gate) * up, with gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (GeGLU)."""
+    _same("gelu_tanh_mul", gate, up)
+    return _append("gelu_tanh_mul", (gate, up), {}, gate.shape)
+
+
+def rope(
+    x: Handle,
+    positions: Handle,
+    *,
+    head_dim: int,
+    inv_freq: Sequence[float],
+    attention_factor: float = 1.0,
+    interleaved: bool = False,
+) -> Handle:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).  x [T, G*head_dim] -> same.
+
+    The first 2*len(inv_freq) dims of each head are rotated, the rest pass. Pair j is dims
+    (j, j + len(inv_freq)), or (2j, 2j+1) where `interleaved`. The angle is
+    float32(position) * float32(inv_freq[j]); cos and sin are multiplied by attention_factor (YaRN).
+    """
+    _rank("rope", "x", x, 2)
+    if _int(x, 1) % head_dim:
+        raise ShapeError(f"rope: rows of {x.shape[1]} are not whole heads of {head_dim}")
+    if 2 * len(inv_freq) > head_dim:
+        raise ShapeError(f"rope: {len(inv_freq)} frequencies rotate more than a head of {head_dim}")
+    attrs = {
+        "head_dim": head_dim,
+        "inv_freq": tuple(float(f) for f in inv_freq),
+        "attention_factor": float(attention_factor),
+        "interleaved": interleaved,
+    }
+    return _append("rope", (x, positions), attrs, x.shape)
+
+
+def kv_write(k: Handle, v: Handle, *, layer: int, num_kv_heads: int, head_dim: int) -> Handle:
+    """Store K and V of every token at its slot of layer `layer`; slot -1 stores nothing.
+
+    k, v [T, num_kv_heads*head_dim]. Returns a handle (shape [0]) that stands for the written
+    cache, so that `attention` is ordered after it. Values are rounded to the cache's dtype.
+    """
+    _same("kv_write", k, v)
+    if k.shape[1] != num_kv_heads * head_dim:
+        raise ShapeError(f"kv_write: k is {_show(k)}, expected {num_kv_heads} heads of {head_dim}")
+    attrs = {"layer": layer, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    return _append("kv_write", (k, v), attrs, (0,))
+
+
+def attention(
+    q: Handle,
+    cache: Handle,
+    *,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Handle:
+    """Causal attention of each token over its own sequence's paged KV.  q [T, num_heads*head_dim] -> same.
+
+    The token at position p attends keys at positions max(0, p - window + 1) .. p (window 0: from 0).
+    score = q.k * scale; where softcap > 0, score = softcap * tanh(score / softcap). Query head h
+    reads kv head h // (num_heads / num_kv_heads). Rows of slot -1 give zeros.
+    """
+    _rank("attention", "q", q, 2)
+    if num_heads % num_kv_heads:
+        raise ShapeError(
+            f"attention: {num_heads} query heads do not share {num_kv_heads} kv heads evenly"
+        )
+    if q.shape[1] != num_heads * head_dim:
+        raise ShapeError(f"attention: q is {_show(q)}, expected {num_heads} heads of {head_dim}")
+    attrs = {
+        "layer": layer,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "scale": float(scale),
+        "window": window,
+        "softcap": float(softcap),
+    }
+    return _append("attention", (q, cache), attrs, q.shape)
+
+
+def select_rows(x: Handle, rows: Handle) -> Handle:
+    """out[r] = x[rows[r]].  x [T, H], rows [R] -> [R, H]."""
+    _rank("select_rows", "x", x, 2)
+    return _append("select_rows", (x, rows), {}, (rows.shape[0], x.shape[1]))
+
+
+def _append(name, inputs, attrs, shape) -> Handle:  # type: ignore[no-untyped-def]
+    program = next(h.program for h in inputs if h is not None)
+    return program.append(name, inputs, attrs, shape)
+
+
+def _show(h: Handle) -> str:
+    label = f"{h.name} " if h.name else ""
+    return f"{label}[{', '.join(map(str, h.shape))}]"
+
+
+def _int(h: Handle, axis: int) -> int:
+    n = h.shape[axis]
+    if not isinstance(n, int):
+        raise ShapeError(f"{_show(h)}: axis {axis} must be a number here")
+    return n
+
+
+def _rank(op: str, operand: str, h: Handle, rank: int) -> None:
+    if len(h.shape) != rank:
+        raise ShapeError(f"{op}: {operand} is {_show(h)}, expected {rank} dimensions")
+
+
+def _same(op: str, a: Handle, b: Handle) -> None:
+    if a.shape != b.shape:
+        raise ShapeError(f"{op}: shapes differ, {_show(a)} and {_show(b)}")

@@ -1,0 +1,174 @@
+"""What a weight is before any backend has packed it: a format, a shape, and the bytes it came in.
+
+Weights travel as `RawWeight` (views of the mapped file) from `engine.load` through `quant` to
+`backend.pack`, the only way in. A fused weight is a `WeightGroup`: a list of row ranges, each with
+its own format, because GGUF mixes types within a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the elements of one row lie in bytes.
+
+    A row of `K` elements is `K / block_elements` blocks of `block_bytes` bytes; rows follow each
+    other without padding. `layout` says what a block holds, as data: (field, dtype, count).
+    """
+
+    name: str
+    block_elements: int
+    block_bytes: int
+    layout: tuple[tuple[str, str, int], ...]
+
+    def row_bytes(self, num_elements: int) -> int:
+        """Bytes of one row of `num_elements`; ValueError where a row is not whole blocks."""
+        blocks, rest = divmod(num_elements, self.block_elements)
+        if rest:
+            raise ValueError(
+                f"{self.name} stores blocks of {self.block_elements} elements; "
+                f"a row of {num_elements} is not a whole number of them"
+            )
+        return blocks * self.block_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.block_bytes / self.block_elements
+
+    @property
+    def is_float(self) -> bool:
+        """True for plain floats, False for block-quantised formats."""
+        return self.block_elements == 1
+
+
+# Block layouts of the GGUF formats: the ggml block structs, in file order (llama.cpp,
+# ggml/src/ggml-common.h, MIT: facts of the file format). "nibbles" counts bytes.
+F32 = Format("F32", 1, 4, (("value", "f4", 1),))
+F16 = Format("F16", 1, 2, (("value", "f2", 1),))
+BF16 = Format("BF16", 1, 2, (("value", "bf16", 1),))
+Q4_0 = Format("Q4_0", 32, 18, (("d", "f2", 1), ("nibbles", "u1", 16)))
+Q4_1 = Format("Q4_1", 32, 20, (("d", "f2", 1), ("m", "f2", 1), ("nibbles", "u1", 16)))
+Q5_0 = Format("Q5_0", 32, 22, (("d", "f2", 1), ("high_bits", "u4", 1), ("nibbles", "u1", 16)))
+Q5_1 = Format(
+    "Q5_1", 32, 24, (("d", "f2", 1), ("m", "f2", 1), ("high_bits", "u4", 1), ("nibbles", "u1", 16))
+)
+Q8_0 = Format("Q8_0", 32, 34, (("d", "f2", 1), ("quants", "i1", 32)))
+Q4_K = Format(
+    "Q4_K",
+    256,
+    144,
+    (("d", "f2", 1), ("dmin", "f2", 1), ("scales", "u1", 12), ("nibbles", "u1", 128)),
+)
+Q5_K = Format(
+    "Q5_K",
+    256,
+    176,
+    (
+        ("d", "f2", 1),
+        ("dmin", "f2", 1),
+        ("scales", "u1", 12),
+        ("high_bits", "u1", 32),
+        ("nibbles", "u1", 128),
+    ),
+)
+Q6_K = Format(
+    "Q6_K",
+    256,
+    210,
+    (("low_nibbles", "u1", 128), ("high_bits", "u1", 64), ("scales", "i1", 16), ("d", "f2", 1)),
+)
+
+FORMATS: Mapping[str, Format] = {
+    f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RawWeight:
+    """One tensor as its checkpoint holds it.
+
+    `shape` is row-major, rows first: a linear layer is [out_features, in_features], a norm [n].
+    `buffers` maps a part's name to its bytes (uint8, 1-D, C-contiguous, usually a view of the
+    mapped file; never copied before `pack`). The GGUF and plain float formats have one part,
+    "data". `name` is the checkpoint's own name, for messages.
+    """
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    buffers: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        have = int(self.data.nbytes)
+        if have != self.nbytes:
+            raise ValueError(
+                f"tensor {self.name!r}: {self.format.name} of shape {list(self.shape)} takes "
+                f"{self.nbytes} bytes, its data has {have}"
+            )
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.buffers["data"]
+
+    @property
+    def num_rows(self) -> int:
+        rows = 1
+        for n in self.shape[:-1]:
+            rows *= n
+        return rows
+
+    @property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes(self.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_rows * self.row_bytes
+
+    def rows(self, start: int, stop: int) -> RawWeight:
+        """Rows [start, stop) of a 2-D weight (or elements of a 1-D float one), sharing its bytes.
+
+        Errors: ValueError where the range does not lie within the weight.
+        """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(
+                f"tensor {self.name!r} has {self.shape[0]} rows; [{start}, {stop}) does not lie in it"
+            )
+        step = self.nbytes // self.shape[0]
+        return RawWeight(
+            name=f"{self.name}[{start}:{stop}]",
+            format=self.format,
+            shape=(stop - start, *self.shape[1:]),
+            buffers={"data": self.data[start * step : stop * step]},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGroup:
+    """Row ranges that one operation multiplies together, each with its own format (fused q/k/v)."""
+
+    parts: tuple[RawWeight, ...]
+
+    def __post_init__(self) -> None:
+        if len({p.shape[1:] for p in self.parts}) != 1:
+            raise ValueError(
+                "a weight group needs one row length: "
+                + ", ".join(f"{p.name} {list(p.shape)}" for p in self.parts)
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def row_starts(self) -> tuple[int, ...]:
+        starts, at = [], 0
+        for part in self.parts:
+            starts.append(at)
+            at += part.shape[0]
+        return tuple(starts)

@@ -5,8 +5,9 @@ Frozen and complete at construction; plain ints and floats, so that the brain ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .request import Request
@@ -15,21 +16,22 @@ SAMPLE = -1  # a logit row's target: sample a token there
 PENDING = -1  # a token id still being computed by the step in flight
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step: tokens [start, start + len(token_ids)) of its sequence.
 
-    `block_ids` covers every position below start + len(token_ids). `logit_offsets` are indices
-    into token_ids whose logits are wanted, ascending; `targets` says for each what to do there:
-    SAMPLE, or the id of the prompt token that follows, whose logprob is wanted.
+    `block_ids` covers every position below start + len(token_ids); it is the request's own table,
+    not a copy, and may grow while the plan is in flight: entries never change, later ones are
+    not this step's. `logit_offsets` are indices into token_ids whose logits are wanted,
+    ascending; `targets` says for each what to do there: SAMPLE, or the id of the prompt token
+    that follows, whose logprob is wanted.
     """
 
     request: Request
     start: int
-    token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
-    logit_offsets: tuple[int, ...]
-    targets: tuple[int, ...]
+    token_ids: Sequence[int]
+    block_ids: Sequence[int]
+    logit_offsets: Sequence[int]
+    targets: Sequence[int]
 
     @property
     def num_tokens(self) -> int:
@@ -39,6 +41,15 @@ class ScheduledRequest:
     def samples(self) -> bool:
         """True where this step brings the request a new token."""
         return bool(self.targets) and self.targets[-1] == SAMPLE
+
+    @property
+    def decodes(self) -> bool:
+        """True where all that is computed is the last token generated."""
+        return (
+            self.samples
+            and len(self.token_ids) == 1
+            and self.start >= self.request.num_prompt_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)

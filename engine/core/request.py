@@ -1,0 +1,443 @@
+"""Request: one sequence's state machine; what a request is refused with and answered with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
+
+from .sampling_params import ParameterError, SamplingParams, needs_history
+from .steplog import Timeline
+
+if TYPE_CHECKING:
+    from .blocks import KeyChain
+    from .detokenize import TextStream
+    from .plan import TokenLogprob
+
+__all__ = [
+    "AdmissionError",
+    "CompletionOutput",
+    "FinishReason",
+    "Logprob",
+    "ParameterError",
+    "Request",
+    "RequestOutput",
+    "RequestState",
+    "SamplingParams",
+    "Timings",
+    "Usage",
+    "check_token_ids",
+    "needs_history",
+]
+
+_MAX_ID_LENGTH = 256
+_MAX_SALT = 256
+_MAX_PRIORITY = (1 << 31) - 1
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in the words of the OpenAI interface."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RequestState(Enum):
+    """WAITING -> RUNNING -> FINISHED; preemption leads from RUNNING back to WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class AdmissionError(ValueError):
+    """A request refused at the door. `.code` is one of CODES."""
+
+    CODES = (
+        "context_length",
+        "never_fits",
+        "queue_full",
+        "prompt_empty",
+        "token_id",
+        "duplicate_id",
+    )
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in self.CODES:
+            raise ValueError(f"unknown admission code {code!r} (known: {', '.join(self.CODES)})")
+        super().__init__(message)
+        self.code = code
+
+
+class Request:
+    """One sequence on its way: prompt, output so far, and how much of it is computed.
+
+    0 <= num_computed <= num_scheduled <= num_tokens, where num_scheduled - num_computed tokens
+    are in flight, and block_ids covers every position below num_scheduled. A sequence whose
+    next token is still being sampled holds PENDING in its place, counted by num_tokens.
+    The scheduler owns every mutable field; others read.
+    """
+
+    __slots__ = (
+        "adapter",
+        "arrival",
+        "bad_word_ids",
+        "block_ids",
+        "cache_salt",
+        "decodes",
+        "dry_breaker_ids",
+        "eos_token_ids",
+        "error",
+        "finish_reason",
+        "first_token_ns",
+        "in_flight",
+        "keys",
+        "leader",
+        "logprobs",
+        "max_prompt_rows",
+        "max_tokens",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_published",
+        "num_scheduled",
+        "order",
+        "params",
+        "priority",
+        "prompt_logprobs",
+        "prompt_rows",
+        "request_id",
+        "sample_index",
+        "seed",
+        "state",
+        "stop_ids",
+        "stop_reason",
+        "text",
+        "timeline",
+        "token_ids",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        seed: int,
+        sample_index: int = 0,
+        priority: int = 0,
+        arrival: float = 0.0,
+        cache_salt: bytes = b"",
+        adapter: int = 0,
+        eos_token_ids: frozenset[int] = frozenset(),
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
+        dry_breaker_ids: frozenset[int] = frozenset(),
+        text: TextStream | None = None,
+        leader: Request | None = None,
+    ) -> None:
+        """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
+
+        Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
+        """
+        _check_identity(request_id, priority, arrival, cache_salt)
+        if params.min_tokens > max_tokens:
+            raise ParameterError(
+                "min_tokens",
+                f"min_tokens={params.min_tokens} exceeds the {max_tokens} tokens this request may "
+                "generate",
+            )
+        self.request_id = request_id
+        self.sample_index = sample_index
+        self.params = params
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.priority = priority
+        self.arrival = arrival
+        self.cache_salt = cache_salt
+        self.adapter = adapter
+        self.eos_token_ids = eos_token_ids
+        self.bad_word_ids = bad_word_ids
+        self.dry_breaker_ids = dry_breaker_ids
+        self.text = text
+        self.leader = leader
+
+        self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_pending = 0  # sampled in a step still in flight
+        self.num_computed = 0  # their K and V are in the cache
+        self.num_scheduled = 0  # computed, or being computed by a step in flight
+        self.in_flight = 0  # uncommitted plans that name this request
+        self.block_ids: list[int] = []  # replaced, never shrunk: a plan in flight may share it
+        self.num_published = 0  # leading blocks of block_ids whose keys the cache knows
+        self.decodes = False  # a token was sampled since it last started
+        self.keys: KeyChain | None = None  # prefix keys of the full blocks, made on first use
+        self.num_cached_tokens = 0  # prefix hit of the first admission
+        self.num_preemptions = 0
+        self.prompt_rows = 0  # prompt positions whose logprob is emitted or in flight
+        self.prompt_logprobs: list[TokenLogprob] = []  # [i] is of prompt position i + 1
+        self.logprobs: list[TokenLogprob] = []  # one per output token, where asked for
+
+        self.state = RequestState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+        self.error: str | None = None
+        self.timeline = Timeline(arrival)  # the scheduler restarts it when it accepts the request
+        self.first_token_ns: int | None = None  # on the timeline's clock
+
+        # Fixed for life and read every step, so worked out once.
+        stop_ids = frozenset(params.stop_token_ids)
+        self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
+        self.waits = needs_history(params)
+        # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
+        wants_rows = params.prompt_logprobs is not None and leader is None
+        self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0
+        self.order = (priority, arrival, 0)  # the scheduler's total order; it sets the last part
+
+    # The transitions. Only the scheduler calls them; it moves blocks and queues accordingly.
+
+    def accept(self, sequence: int, now: float) -> None:
+        """-> WAITING in a scheduler, `sequence` breaking ties of priority and arrival."""
+        self.order = (self.priority, self.arrival, sequence)
+        self.timeline = Timeline(now)
+
+    def start(self, table: list[int], num_hits: int, num_computed: int, now: float) -> None:
+        """WAITING -> RUNNING with this table, whose first num_hits blocks are a prefix hit."""
+        self.state = RequestState.RUNNING
+        self.block_ids = table
+        self.num_published = num_hits
+        self.num_computed = self.num_scheduled = num_computed
+        self.decodes = False
+        self.timeline.mark("prefill", now)
+
+    def fall_back(self, now: float) -> None:
+        """RUNNING -> WAITING: preempted. Keeps its tokens, computes them anew."""
+        self.state = RequestState.WAITING
+        self.block_ids = []
+        self.num_published = self.num_computed = self.num_scheduled = 0
+        self.num_preemptions += 1
+        self.timeline.mark("preempted", now)
+
+    def finish(
+        self,
+        reason: FinishReason,
+        now: float,
+        *,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """-> FINISHED; tokens still being sampled are no part of the output."""
+        self.state = RequestState.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.error = error
+        if self.num_pending:
+            del self.token_ids[-self.num_pending :]
+            self.num_pending = 0
+        self.timeline.close(now)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(request_id, sample_index): unique among the scheduler's live requests."""
+        return (self.request_id, self.sample_index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt, output, and tokens still being sampled."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled and known."""
+        return len(self.token_ids) - self.num_prompt_tokens - self.num_pending
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """A copy of the prompt."""
+        return tuple(self.token_ids[: self.num_prompt_tokens])
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        """A copy of the known output; tokens still being sampled are not in it."""
+        return tuple(
+            self.token_ids[self.num_prompt_tokens : len(self.token_ids) - self.num_pending]
+        )
+
+    @property
+    def known_token_ids(self) -> list[int]:
+        """A copy of prompt and known output, in order."""
+        return self.token_ids[: len(self.token_ids) - self.num_pending]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """True while some prompt position's logprob is neither emitted nor in flight."""
+        return self.prompt_rows < self.max_prompt_rows
+
+    def timings(self) -> Timings:
+        """Where the time went so far, in seconds on the scheduler's clock."""
+        line = self.timeline
+        first = self.first_token_ns
+        return Timings(
+            queued_s=line.seconds("queued", "preempted"),
+            prefill_s=line.seconds("prefill"),
+            decode_s=line.seconds("decode"),
+            total_s=line.total_ns / 1e9,
+            time_to_first_token_s=None if first is None else (first - line.start_ns) / 1e9,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}/{self.sample_index}, {self.state.value}, "
+            f"prompt={self.num_prompt_tokens}, output={self.num_output_tokens}, "
+            f"pending={self.num_pending}, computed={self.num_computed}, "
+            f"scheduled={self.num_scheduled}, blocks={len(self.block_ids)})"
+        )
+
+
+def check_token_ids(
+    params: SamplingParams,
+    prompt_token_ids: Sequence[int],
+    vocab_size: int,
+    *,
+    bad_word_ids: Sequence[Sequence[int]] = (),
+) -> None:
+    """The one place where token ids meet the vocabulary: every id must be in 0..vocab_size - 1.
+
+    Errors: AdmissionError("token_id") for the prompt, ParameterError for a parameter's ids.
+    """
+    bad = _first_bad(prompt_token_ids, vocab_size)
+    if bad is not None:
+        raise AdmissionError(
+            "token_id",
+            f"prompt token {bad} is {_cut(prompt_token_ids[bad])}; token ids of this model are "
+            f"integers in 0..{vocab_size - 1}",
+        )
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("logit_bias", tuple(params.logit_bias or ())),
+        ("bad_words", tuple(token for word in bad_word_ids for token in word)),
+    ):
+        bad = _first_bad(ids, vocab_size)
+        if bad is not None:
+            raise ParameterError(
+                name,
+                f"{name} names token {_cut(ids[bad])}; token ids of this model are 0.."
+                f"{vocab_size - 1}",
+            )
+
+
+def _first_bad(ids: Sequence[int], vocab_size: int) -> int | None:
+    """Index of the first entry that is no token id; None where all are."""
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return None
+    return next(
+        (i for i, t in enumerate(ids) if type(t) is not int or not 0 <= t < vocab_size), None
+    )
+
+
+def _cut(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:80]
+
+
+def _check_identity(request_id: str, priority: int, arrival: float, salt: bytes) -> None:
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH:
+        raise ParameterError(
+            "request_id",
+            f"request_id must be a string of 1..{_MAX_ID_LENGTH} characters, not "
+            f"{_cut(request_id)}",
+        )
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+        raise ParameterError(
+            "priority",
+            f"priority must be an integer in {-_MAX_PRIORITY}..{_MAX_PRIORITY}, not "
+            f"{_cut(priority)}",
+        )
+    if (
+        isinstance(arrival, bool)
+        or not isinstance(arrival, (int, float))
+        or not math.isfinite(arrival)
+    ):
+        raise ParameterError("arrival", f"arrival must be finite seconds, not {_cut(arrival)}")
+    if not isinstance(salt, bytes) or len(salt) > _MAX_SALT:
+        raise ParameterError(
+            "cache_salt", f"cache_salt must be at most {_MAX_SALT} bytes, not {_cut(salt)}"
+        )
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of one token from the raw logits; rank 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request: prompt_tokens counts cached_tokens too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. queued_s (which counts time preempted) + prefill_s + decode_s = total_s."""
+
+    queued_s: float
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    time_to_first_token_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample's output so far. logprobs: per output token, token id -> Logprob."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    seed: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
+
+    prompt_logprobs: per prompt token, None for the first.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    usage: Usage
+    timings: Timings
+    deltas: tuple[str, ...]

@@ -6,8 +6,10 @@ All arrays that cross the seam are numpy; what a backend holds inside is its own
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,7 +64,7 @@ class StepInputs:
 
 @dataclass(frozen=True, eq=False)
 class SamplingInputs:
-    """Per-row parameters of the sampling program over [R, V] logits; meanings in kernels/sampling.py.
+    """Per-row parameters of the sampling program over [R, V] logits; see kernels/sampling.py.
 
     A row with target >= 0 samples nothing: its token is `target` and its logprob is reported
     (prompt logprobs and scoring). "CSR" triples give, for row r, entries start[r] .. start[r+1].
@@ -103,13 +105,18 @@ class SamplingInputs:
 @dataclass(frozen=True, eq=False)
 class SampleResult:
     """What the sampling program returns for R rows. Logprobs are of the RAW logits (before bias,
-    penalties, temperature), natural log. K = max(num_logprobs); unused places hold id -1."""
+    penalties, temperature), natural log. K = max(num_logprobs, 0); unused places hold id -1.
 
-    tokens: np.ndarray  # [R] i32
-    logprobs: np.ndarray  # [R] f32   NaN where num_logprobs is -1
-    ranks: np.ndarray  # [R] i32   1 + number of tokens with a higher raw logit
-    top_ids: np.ndarray  # [R, K] i32   descending logprob, ties by ascending id
-    top_logprobs: np.ndarray  # [R, K] f32
+    A row that cannot be answered has token -1, and its caller ends that request with an error;
+    other rows are not affected. Two causes: the raw logits hold NaN or +inf, or nothing finite
+    (then a row with a target fails too, and every number of the row is unset); or bias, bans, mask
+    and penalties left nothing finite (then top_ids and top_logprobs are still the raw logits')."""
+
+    tokens: np.ndarray  # [R] i32   -1: the row failed
+    logprobs: np.ndarray  # [R] f32   NaN where num_logprobs is -1 or the row failed
+    ranks: np.ndarray  # [R] i32   1 + number of tokens with a higher raw logit; 0 where no logprob
+    top_ids: np.ndarray  # [R, K] i32   descending raw logit, ties by ascending id
+    top_logprobs: np.ndarray  # [R, K] f32   NaN in unused places
 
 
 class Logits(Protocol):
@@ -144,7 +151,7 @@ class Backend(Protocol):
         ...
 
     def packed_bytes(self, weight: RawWeight | WeightGroup) -> int:
-        """Bytes that `pack` will keep resident beyond the mapped file (0 where it keeps the map)."""
+        """Bytes that `pack` will keep resident beyond the mapped file (0: it keeps the map)."""
         ...
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> Any:
@@ -201,6 +208,14 @@ def choose(device: str = "auto") -> Choice:
         "the only backend of this version; it computes with torch on the CPU",
         available,
     )
+
+
+def preload(choice: Choice) -> Callable[[], None]:
+    """Begin importing what `create` needs in a thread; the returned call waits for it."""
+    module = f"{__package__}.{choice.name}"
+    thread = threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
+    thread.start()
+    return thread.join
 
 
 def create(choice: Choice, *, activation_dtype: str, threads: int | None = None) -> Backend:

@@ -7,13 +7,17 @@ every other backend is held to that.
 Numerics shared by all backends
 -------------------------------
 * Inside an operation everything is fp32; its result is rounded once to the activation dtype
-  (float32, bfloat16 or float16). Logits stay fp32.
+  (float32, bfloat16 or float16). Logits stay fp32: the Program's result, and back from it through
+  `scale` and `softcap` to the operation they follow (the head's `linear`), which is not rounded
+  either. Weights of one dimension (norms, biases) take part as fp32.
 * Law 2: a row of a result depends on that row's operands alone, bit for bit: never on T, on the
   row's place among the T rows, on its neighbours, on threads, or on how a prompt was chunked. So
   every reduction has an order fixed by shapes that do not contain T.
 * `linear` multiplies the weight's own values (a quantised weight means its dequantised values).
 * `attention` reads keys in tiles aligned to absolute positions, in ascending order; a tile that a
-  row's mask hides entirely leaves the row's running maximum, sum and accumulator untouched.
+  row's mask hides entirely leaves the row's running maximum, sum and accumulator untouched. The
+  size of a tile is the backend's own, the same for every step. Slots at or past a sequence's
+  length hold anything, NaN too, and are not read.
 The sampling program's numerics are in `kernels/sampling.py`.
 """
 
@@ -118,7 +122,7 @@ def scale(x: Handle, factor: float) -> Handle:
 
 
 def softcap(x: Handle, cap: float) -> Handle:
-    """out = cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118)."""
+    """out = cap * tanh(x / cap), a division (Gemma 2, arXiv:2408.00118)."""
     if not cap > 0:
         raise ValueError(f"softcap: the cap must be above 0, not {cap}")
     return _append("softcap", (x,), {"cap": cap}, x.shape)
@@ -131,7 +135,10 @@ def silu_mul(gate: Handle, up: Handle) -> Handle:
 
 
 def gelu_tanh_mul(gate: Handle, up: Handle) -> Handle:
-    """out = gelu(gate) * up, with gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (GeGLU)."""
+    """out = gelu(gate) * up, elementwise over equal shapes (GeGLU).
+
+    gelu(x) = x/2 (1 + tanh(u)) = x / (1 + exp(-2u)), with u = sqrt(2/pi) (x + 0.044715 x^3).
+    """
     _same("gelu_tanh_mul", gate, up)
     return _append("gelu_tanh_mul", (gate, up), {}, gate.shape)
 
@@ -149,7 +156,8 @@ def rope(
 
     The first 2*len(inv_freq) dims of each head are rotated, the rest pass. Pair j is dims
     (j, j + len(inv_freq)), or (2j, 2j+1) where `interleaved`. The angle is
-    float32(position) * float32(inv_freq[j]); cos and sin are multiplied by attention_factor (YaRN).
+    float32(position) * float32(inv_freq[j]), a float32 product; its exact cos and sin are rounded
+    to float32 and multiplied by float32(attention_factor) (YaRN).
     """
     _rank("rope", "x", x, 2)
     if _int(x, 1) % head_dim:
@@ -190,9 +198,10 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Handle:
-    """Causal attention of each token over its own sequence's paged KV.  q [T, num_heads*head_dim] -> same.
+    """Causal attention of each token over its own sequence's paged KV.
 
-    The token at position p attends keys at positions max(0, p - window + 1) .. p (window 0: from 0).
+    q [T, num_heads*head_dim] -> same. The token at position p attends keys at positions
+    max(0, p - window + 1) .. p (window 0: from 0).
     score = q.k * scale; where softcap > 0, score = softcap * tanh(score / softcap). Query head h
     reads kv head h // (num_heads / num_kv_heads). Rows of slot -1 give zeros.
     """

@@ -56,7 +56,7 @@ class Program:
         self.result: Handle | None = None
 
     def input(self, name: str, shape: tuple[Dim, ...]) -> Handle:
-        """The step input of that name (see `ops.STEP_INPUTS`); asked twice, it is the same handle."""
+        """The step input of that name (see `ops.STEP_INPUTS`); asked twice, the same handle."""
         if name not in self.inputs:
             self.inputs[name] = self._new(shape, "input", name)
         return self.inputs[name]
@@ -78,7 +78,7 @@ class Program:
         attrs: Mapping[str, Attr],
         shape: tuple[Dim, ...],
     ) -> Handle:
-        """Record one operation and return the handle of its result. Only `kernels.ops` calls this."""
+        """Record one operation; returns the handle of its result. Only `kernels.ops` calls this."""
         if self.result is not None:
             raise ValueError(f"the program is finished; {name} cannot be added")
         for operand in inputs:

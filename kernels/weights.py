@@ -137,7 +137,8 @@ class RawWeight:
         """
         if not 0 <= start < stop <= self.shape[0]:
             raise ValueError(
-                f"tensor {self.name!r} has {self.shape[0]} rows; [{start}, {stop}) does not lie in it"
+                f"tensor {self.name!r} has {self.shape[0]} rows; "
+                f"[{start}, {stop}) does not lie in it"
             )
         step = self.nbytes // self.shape[0]
         return RawWeight(

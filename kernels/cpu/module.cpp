@@ -1,3 +1,69 @@
-// The native module's entry points.
+// The native module's entry points: what Python calls, its argument checks and its errors.
 #include <nanobind/nanobind.h>
-NB_MODULE(_native, m) { m.def("answer", []() { return 42; }); }
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "counter.hpp"
+#include "dequant.hpp"
+#include "features.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::string supported_formats() {
+    std::string names;
+    for (std::size_t i = 0; engineroom::dequant_format_name(i) != nullptr; ++i) {
+        if (i) names += ", ";
+        names += engineroom::dequant_format_name(i);
+    }
+    return names;
+}
+
+void dequantise(const char *format_name, Bytes data, Floats out) {
+    const engineroom::DequantFormat *format = engineroom::find_dequant_format(format_name);
+    if (format == nullptr) {
+        throw nb::value_error(("unknown format '" + std::string(format_name) +
+                               "'; supported: " + supported_formats())
+                                  .c_str());
+    }
+    const std::size_t have = data.shape(0), want = out.shape(0);
+    const std::size_t blocks = have / format->block_bytes;
+    if (have % format->block_bytes != 0 || want % format->block_elements != 0 ||
+        want / format->block_elements != blocks) {
+        throw nb::value_error(
+            (std::string(format->name) + " stores " + std::to_string(format->block_elements) +
+             " elements in " + std::to_string(format->block_bytes) + " bytes; data has " +
+             std::to_string(have) + " bytes, out has " + std::to_string(want) + " elements")
+                .c_str());
+    }
+    const std::uint8_t *from = data.data();
+    float *to = out.data();
+    nb::gil_scoped_release unlocked;
+    format->run(from, to, blocks);
+}
+
+nb::dict cpu_features() {
+    nb::dict features;
+    for (const engineroom::CpuFeature &feature : engineroom::cpu_features()) {
+        features[feature.name] = feature.usable;
+    }
+    return features;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Native parts of engineroom's kernels.";
+    m.def("dequantise", &dequantise, nb::arg("format_name"), nb::arg("data").noconvert(),
+          nb::arg("out").noconvert(),
+          "Write the float32 values of the blocks in `data` to `out`; see kernels/weights.py.");
+    m.def("cpu_features", &cpu_features,
+          "Instruction set extensions that this processor and operating system can run.");
+    engineroom::register_counter(m);
+}

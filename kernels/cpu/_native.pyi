@@ -1,0 +1,25 @@
+"""Types of the native module; kernels/cpu/module.cpp and counter.cpp define it."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def dequantise(format_name: str, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Write the float32 values of the blocks in `data` (1-D) to `out` (1-D), without the GIL.
+
+    `format_name` is a key of `kernels.weights.FORMATS`; the values are those of `quant/gguf.py`,
+    bit for bit. Errors: ValueError for an unknown format or sizes that do not match; TypeError
+    for arrays of another dtype, rank or layout.
+    """
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction set extensions by name, true where processor and operating system can run it."""
+
+def philox_uniform(
+    seed: int, sample_index: int, position: int, stream: int, out: NDArray[np.float32]
+) -> None:
+    """Write to out[i] the uniform in (0, 1) of token id i, without the GIL.
+
+    Counter layout and arithmetic: `kernels.sampling.uniforms`, bit for bit. Errors: TypeError for
+    a seed outside 0 .. 2^64 - 1, other numbers outside 0 .. 2^32 - 1, or an array that is not 1-D
+    contiguous float32.
+    """

@@ -1,0 +1,196 @@
+"""The reference of kv_write and attention: a paged cache, read in key tiles of a fixed size.
+
+Law 2: every product has QUERY_TILE query rows (the last ones zero-padded) and KEY_TILE keys that
+start at an absolute position divisible by KEY_TILE (zero-padded past the sequence's end), in a
+batch over all kv heads; its shape depends on the model alone. Tiles are combined in ascending order
+by online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). A tile that a row cannot see
+leaves its maximum as it was and multiplies sum and accumulator by exp(0) = 1 before adding zeros:
+an exact no-op, so that skipping it for some rows and not for their neighbours changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..backend import KVSpec, StepInputs
+from .elementwise import in_whole_vectors, row_sum, softcap
+
+QUERY_TILE = 16  # (token, query head) rows in one product
+KEY_TILE = 128  # keys in one product
+GROUP_TILES = 64  # query tiles scored at once: bounds the scratch, changes no result
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim]."""
+
+    spec: KVSpec
+    data: torch.Tensor
+
+    @classmethod
+    def zeros(cls, spec: KVSpec, num_blocks: int) -> KVCache:
+        shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        return cls(spec, torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype]))
+
+    def tokens(self, layer: int) -> torch.Tensor:
+        """A view [num_blocks, slot, 2, kv head, dim]: index it by (block, slot) to get tokens."""
+        return self.data[:, layer].permute(0, 3, 1, 2, 4)
+
+
+class Sequences:
+    """A step's sequence metadata, prepared once and read by every layer."""
+
+    def __init__(self, step: StepInputs, block_size: int) -> None:
+        self.num_tokens = len(step.token_ids)
+        self.query_start = step.query_start.tolist()
+        self.seq_len = step.seq_len.tolist()
+        self.block_size = block_size
+        self.block_table = torch.from_numpy(step.block_table.astype(np.int64))
+        written = np.flatnonzero(step.slot >= 0)
+        slots = step.slot[written].astype(np.int64)
+        self.written = None if len(written) == self.num_tokens else torch.from_numpy(written)
+        self.write_block = torch.from_numpy(slots // block_size)
+        self.write_slot = torch.from_numpy(slots % block_size)
+        # A padding row sees no key: no position is at or below -1.
+        self.positions = np.where(step.slot >= 0, step.positions, -1).astype(np.int64)
+
+
+def kv_write(k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int, at: Sequences) -> None:
+    """See ops.kv_write.  k, v [T, num_kv_heads * head_dim]."""
+    spec = cache.spec
+    both = torch.stack([k, v], dim=1).view(-1, 2, spec.num_kv_heads, spec.head_dim)
+    if at.written is not None:
+        both = both[at.written]
+    cache.tokens(layer)[at.write_block, at.write_slot] = both.to(cache.data.dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    cache: KVCache,
+    at: Sequences,
+    *,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """See ops.attention.  q fp32 [T, num_heads * head_dim] -> same."""
+    shared = num_heads // num_kv_heads  # query heads of one kv head
+    out = torch.zeros_like(q)
+    heads = q.view(-1, num_kv_heads, shared, head_dim)
+    tokens_at_once = max(1, GROUP_TILES * QUERY_TILE // shared)
+    for s, seq_len in enumerate(at.seq_len):
+        for start in range(at.query_start[s], at.query_start[s + 1], tokens_at_once):
+            stop = min(start + tokens_at_once, at.query_start[s + 1])
+            keys = _Keys(cache, layer, at.block_table[s], seq_len)
+            rows = heads[start:stop].transpose(1, 2).reshape(-1, num_kv_heads, head_dim)
+            positions = np.repeat(at.positions[start:stop], shared)
+            result = _attend(rows, positions, keys, scale, window, softcap)
+            result = result.view(stop - start, shared, num_kv_heads, head_dim)
+            out[start:stop] = result.transpose(1, 2).reshape(stop - start, -1)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """One sequence's cached keys and values of one layer."""
+
+    cache: KVCache
+    layer: int
+    blocks: torch.Tensor  # [max_blocks]
+    seq_len: int
+
+    def tile(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values from position index*KEY_TILE: each fp32 [kv head, KEY_TILE, dim]."""
+        spec = self.cache.spec
+        position = torch.arange(index * KEY_TILE, min((index + 1) * KEY_TILE, self.seq_len))
+        block = self.blocks[position // spec.block_size]
+        both = torch.zeros(KEY_TILE, 2, spec.num_kv_heads, spec.head_dim)
+        both[: len(position)] = self.cache.tokens(self.layer)[block, position % spec.block_size]
+        both = both.permute(1, 2, 0, 3).contiguous()
+        return both[0], both[1]
+
+
+def _attend(
+    rows: torch.Tensor,
+    positions: np.ndarray,
+    keys: _Keys,
+    scale: float,
+    window: int,
+    cap: float,
+) -> torch.Tensor:
+    """rows [M, kv head, dim] of one sequence, positions [M] (-1: sees nothing) -> same as rows."""
+    count, num_kv_heads, head_dim = rows.shape
+    tiles = -(-count // QUERY_TILE)
+    padded = torch.zeros(tiles * QUERY_TILE, num_kv_heads, head_dim)
+    padded[:count] = rows
+    q = padded.view(tiles, QUERY_TILE, num_kv_heads, head_dim).transpose(1, 2).contiguous()
+    last = np.full(tiles * QUERY_TILE, -1, dtype=np.int64)  # the last key that each row sees
+    last[:count] = positions
+    first = np.maximum(0, last - window + 1) if window else np.zeros_like(last)
+    first = np.where(last < 0, 0, first)
+    first_key = torch.from_numpy(first).view(tiles, 1, QUERY_TILE, 1)
+    last_key = torch.from_numpy(last).view(tiles, 1, QUERY_TILE, 1)
+    # Key tiles that each query tile reaches: [lowest, highest], empty for a tile of padding.
+    seen = (last >= 0).reshape(tiles, QUERY_TILE)
+    never = np.iinfo(np.int64).max
+    lowest = np.where(seen, first.reshape(seen.shape), never).min(axis=1) // KEY_TILE
+    highest = last.reshape(seen.shape).max(axis=1) // KEY_TILE
+
+    maximum = torch.full((tiles, num_kv_heads, QUERY_TILE, 1), -torch.inf)
+    total = torch.zeros(tiles, num_kv_heads, QUERY_TILE, 1)
+    acc = torch.zeros(tiles, num_kv_heads, QUERY_TILE, head_dim)
+    for j in range(int(lowest.min()) if seen.any() else 0, int(highest.max()) + 1):
+        reach = np.flatnonzero((lowest <= j) & (highest >= j))
+        if not reach.size:
+            continue
+        some = slice(int(reach[0]), int(reach[-1]) + 1)
+        k, v = keys.tile(j)
+        score = _products(q[some], k.transpose(1, 2)).mul_(scale)
+        if cap:
+            score = softcap(score, cap)
+        position = torch.arange(j * KEY_TILE, (j + 1) * KEY_TILE)
+        hidden = (position > last_key[some]) | (position < first_key[some])
+        score.masked_fill_(hidden, -torch.inf)
+        new_maximum = torch.maximum(maximum[some], score.amax(-1, keepdim=True))
+        # Where a row has seen nothing yet both are -inf, and -inf - -inf must not make a NaN.
+        base = new_maximum.masked_fill(new_maximum == -torch.inf, 0)
+        weight = in_whole_vectors(torch.exp, score.sub_(base))
+        keep = in_whole_vectors(torch.exp, maximum[some] - base)
+        acc[some] = acc[some] * keep + _products(weight, v)
+        total[some] = total[some] * keep + row_sum(weight)
+        maximum[some] = new_maximum
+    out = acc / total.masked_fill(total == 0, 1)  # a row that sees nothing gives zeros
+    return out.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[:count]
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [tile, kv head, QUERY_TILE, X] @ b [kv head, X, Y], one batch over kv heads per tile."""
+    out = torch.empty(*a.shape[:3], b.shape[2])
+    for rows, result in zip(a, out, strict=True):
+        torch.bmm(rows, b, out=result)
+    return out
+
+
+def scratch_bytes(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Upper bound of what `attention` allocates for num_tokens tokens, its result included."""
+    shared = num_heads // num_kv_heads
+    rows = num_tokens * shared + QUERY_TILE
+    at_once = min(rows, GROUP_TILES * QUERY_TILE + QUERY_TILE)
+    scores = 4 * at_once * num_kv_heads * KEY_TILE
+    states = 4 * at_once * num_kv_heads * (head_dim + 8)
+    keys = 4 * 2 * KEY_TILE * num_kv_heads * head_dim
+    result = 4 * num_tokens * num_heads * head_dim
+    return result + 5 * scores + 8 * states + 4 * keys + 64 * num_tokens

@@ -1,0 +1,89 @@
+"""The reference backend: readable torch on the CPU, specification and oracle of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..backend import DTYPE_BYTES, KVSpec
+from ..program import Program
+from ..weights import RawWeight, WeightGroup
+from . import linear as lin
+from .attention import TORCH_DTYPES, KVCache
+from .executor import ReferenceExecutable
+from .sampling import ReferenceSampler
+from .workspace import workspace_bytes
+
+
+class ReferenceBackend:
+    """Implements kernels.backend.Backend.
+
+    activation_dtype: a key of DTYPE_BYTES; each operation computes in fp32 and rounds its result
+    once to it. threads: how many share the matrix products; None takes torch's own number. No
+    result depends on it. While a step runs, torch itself is held to one thread, process-wide,
+    and set back afterwards.
+
+    Errors: ValueError for a dtype or a number of threads that does not exist.
+    """
+
+    name = "reference"
+
+    def __init__(self, *, activation_dtype: str = "float32", threads: int | None = None) -> None:
+        if activation_dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"activation dtype {activation_dtype!r} is unknown; "
+                f"supported: {', '.join(DTYPE_BYTES)}"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        self._dtype_name = activation_dtype
+        self._workers = lin.Workers(torch.get_num_threads() if threads is None else threads)
+
+    def pack(self, weight: RawWeight | WeightGroup) -> lin.PackedWeight | torch.Tensor:
+        """Matrices keep the checkpoint's bytes, vectors become fp32. Errors: ValueError: others."""
+        return lin.pack(weight)
+
+    def packed_bytes(self, weight: RawWeight | WeightGroup) -> int:
+        """Matrices stay in the mapped file; vectors take 4 bytes an element."""
+        return 4 * weight.shape[0] if len(weight.shape) == 1 else 0
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
+        """A zeroed cache of num_blocks."""
+        return KVCache.zeros(spec, num_blocks)
+
+    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
+        """Upper bound of the tensors that a step allocates."""
+        itemsize = DTYPE_BYTES[self._dtype_name]
+        return workspace_bytes(program, max_tokens, max_rows, itemsize, self._workers.count)
+
+    def lower(
+        self,
+        program: Program,
+        weights: Mapping[str, lin.PackedWeight | torch.Tensor],
+        kv: KVCache | None,
+    ) -> ReferenceExecutable:
+        """Bind a finished Program to its weights (by canonical name) and its cache.
+
+        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
+        """
+        dtype = TORCH_DTYPES[self._dtype_name]
+        return ReferenceExecutable(program, weights, kv, dtype, self._workers)
+
+    def sampler(self, vocab_size: int) -> ReferenceSampler:
+        """The sampling program over logits of vocab_size."""
+        return ReferenceSampler(vocab_size)
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `doctor` and the step log."""
+        return {
+            "backend": self.name,
+            "numerics": (
+                f"fp32 inside each operation, results rounded to {self._dtype_name}, "
+                "weights multiplied by their own (dequantised) values"
+            ),
+            "activations": self._dtype_name,
+            "threads": str(self._workers.count),
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }

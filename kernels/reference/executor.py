@@ -1,0 +1,210 @@
+"""Interprets a Program: a torch function per op, values rounded once and freed at last use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backend import StepInputs
+from ..program import Op, Program
+from . import attention as att
+from . import elementwise as ew
+from . import linear as lin
+from .sampling import ReferenceLogits
+
+
+def fp32_values(program: Program) -> frozenset[int]:
+    """The values that stay fp32: the result, back through scale and softcap to the op before them.
+
+    These are the logits, which ops.py keeps in fp32 whatever the activation dtype is.
+    """
+    made_by = {op.output: op for op in program}
+    kept = set()
+    at = program.result.id if program.result is not None else None
+    while at is not None:
+        kept.add(at)
+        op = made_by.get(at)
+        at = op.inputs[0] if op is not None and op.name in ("scale", "softcap") else None
+    return frozenset(kept)
+
+
+class ReferenceExecutable:
+    """A Program bound to its packed weights and its KV cache."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Any],
+        kv: att.KVCache | None,
+        activation_dtype: torch.dtype,
+        workers: lin.Workers,
+    ) -> None:
+        _check(program, weights, kv)
+        assert program.result is not None
+        self._program = program
+        self._result = program.result.id
+        self._weights = {h.id: weights[name] for name, h in program.weights.items()}
+        self._kv = kv
+        self._dtype = activation_dtype
+        self._workers = workers
+        self._fp32 = fp32_values(program)
+        last_use = program.last_use()
+        self._dead_after: list[list[int]] = [[] for _ in program.ops]
+        for index, op in enumerate(program.ops):
+            at = last_use.get(op.output, index)  # a value that nothing reads dies at once
+            if at < len(program.ops):
+                self._dead_after[at].append(op.output)
+
+    def run(self, step: StepInputs) -> ReferenceLogits:
+        """Compute one step. Errors: ValueError for token ids outside the vocabulary."""
+        with torch.no_grad(), _one_torch_thread():
+            run = _Run(step, self._kv, self._workers)
+            values: dict[int, Any] = dict(self._weights)
+            for name, handle in self._program.inputs.items():
+                values[handle.id] = getattr(step, name)
+            for op, dead in zip(self._program.ops, self._dead_after, strict=True):
+                operands = [None if i is None else _wide(values[i]) for i in op.inputs]
+                out = _OPERATIONS[op.name](run, op, *operands)
+                del operands
+                if out is not None and op.output not in self._fp32:
+                    out = out.to(self._dtype)
+                values[op.output] = out
+                for i in dead:
+                    del values[i]
+            return ReferenceLogits(values[self._result])
+
+
+class _Run:
+    """What the operations of one step share."""
+
+    def __init__(self, step: StepInputs, kv: att.KVCache | None, workers: lin.Workers) -> None:
+        self.kv = kv
+        self.workers = workers
+        self.sequences = att.Sequences(step, kv.spec.block_size) if kv is not None else None
+        self._rotations: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rotations(self, positions: np.ndarray, op: Op) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (op.attrs["inv_freq"], op.attrs["attention_factor"])
+        if key not in self._rotations:
+            self._rotations[key] = ew.rotations(positions, *key)  # type: ignore[arg-type]
+        return self._rotations[key]
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """torch's own threads would place loop tails and split reductions by their number."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _embedding(run, op, table, ids):  # type: ignore[no-untyped-def]
+    return lin.embedding(table, ids)
+
+
+def _linear(run, op, x, weight, bias):  # type: ignore[no-untyped-def]
+    return lin.linear(x, weight, bias, run.workers)
+
+
+def _rms_norm(run, op, x, weight):  # type: ignore[no-untyped-def]
+    return ew.rms_norm(x, weight, op.attrs["eps"], op.attrs["offset"])
+
+
+def _add(run, op, a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+def _scale(run, op, x):  # type: ignore[no-untyped-def]
+    return x * op.attrs["factor"]
+
+
+def _softcap(run, op, x):  # type: ignore[no-untyped-def]
+    return ew.softcap(x, op.attrs["cap"])
+
+
+def _silu_mul(run, op, gate, up):  # type: ignore[no-untyped-def]
+    return ew.silu_mul(gate, up)
+
+
+def _gelu_tanh_mul(run, op, gate, up):  # type: ignore[no-untyped-def]
+    return ew.gelu_tanh_mul(gate, up)
+
+
+def _rope(run, op, x, positions):  # type: ignore[no-untyped-def]
+    cos, sin = run.rotations(positions, op)
+    return ew.rope(x, cos, sin, op.attrs["head_dim"], op.attrs["interleaved"])
+
+
+def _kv_write(run, op, k, v):  # type: ignore[no-untyped-def]
+    att.kv_write(k, v, run.kv, op.attrs["layer"], run.sequences)
+
+
+def _attention(run, op, q, written):  # type: ignore[no-untyped-def]
+    return att.attention(q, run.kv, run.sequences, **op.attrs)
+
+
+def _select_rows(run, op, x, rows):  # type: ignore[no-untyped-def]
+    return x[torch.from_numpy(rows.astype(np.int64))]
+
+
+_OPERATIONS = {
+    "add": _add,
+    "attention": _attention,
+    "embedding": _embedding,
+    "gelu_tanh_mul": _gelu_tanh_mul,
+    "kv_write": _kv_write,
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "scale": _scale,
+    "select_rows": _select_rows,
+    "silu_mul": _silu_mul,
+    "softcap": _softcap,
+}
+
+
+def _check(program: Program, weights: Mapping[str, Any], kv: att.KVCache | None) -> None:
+    """Errors: ValueError that names what does not fit together."""
+    if program.result is None:
+        raise ValueError("the program is not finished: call program.finish(result) first")
+    missing = sorted(set(program.weights) - set(weights))
+    if missing:
+        raise ValueError(f"the program reads weights that were not given: {', '.join(missing)}")
+    for name, handle in program.weights.items():
+        if tuple(weights[name].shape) != handle.shape:
+            raise ValueError(
+                f"weight {name!r} is {list(weights[name].shape)}, "
+                f"the program reads it as {list(handle.shape)}"
+            )
+    for op in program:
+        if op.name not in _OPERATIONS:
+            raise ValueError(
+                f"the reference backend has no operation {op.name!r}; "
+                f"it has {', '.join(sorted(_OPERATIONS))}"
+            )
+        if op.name not in ("kv_write", "attention"):
+            continue
+        if kv is None:
+            raise ValueError(f"the program has {op.name} but no KV cache was given")
+        want = (op.attrs["num_kv_heads"], op.attrs["head_dim"])
+        have = (kv.spec.num_kv_heads, kv.spec.head_dim)
+        layer = op.attrs["layer"]
+        if want != have or not 0 <= layer < kv.spec.num_layers:  # type: ignore[operator]
+            raise ValueError(
+                f"{op.name} of layer {layer} has {want[0]} kv heads of {want[1]}; the KV cache "
+                f"has {kv.spec.num_layers} layers of {have[0]} kv heads of {have[1]}"
+            )

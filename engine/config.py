@@ -160,7 +160,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     norm_eps: float
-    max_position: int  # the context that the checkpoint was made for, tokens
+    max_position: int  # longest context, tokens: the checkpoint's, or at load what will be served
     rope: RopeConfig
     rope_local: RopeConfig | None = None  # of sliding-window layers, where it differs (Gemma 3)
     windows: tuple[int, ...] = ()  # per layer: sliding window in tokens, 0 = full
@@ -195,6 +195,7 @@ class ModelConfig:
 
     @property
     def score_scale(self) -> float:
+        """What query-key products are multiplied by."""
         return self.attention_scale or self.head_dim**-0.5
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -204,6 +205,7 @@ class ModelConfig:
 # -------------------------------------------------------------------------------------- engine
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "reference")
 
 
@@ -291,6 +293,11 @@ class EngineConfig:
             if name not in known:
                 raise ConfigError(name, unknown_name("option", name, known))
         return cls(model=model, **options)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """Most rows of logits in one step: one per sequence, and one request's prompt logprobs."""
+        return self.max_num_seqs + MAX_PROMPT_LOGPROB_ROWS
 
     def replace(self, **changes: Any) -> EngineConfig:
         return dataclasses.replace(self, **changes)

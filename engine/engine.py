@@ -1,0 +1,327 @@
+"""The engine: one model, its scheduler and its runner, turned one step at a time.
+
+`Engine.step()` is schedule -> build -> execute -> commit. It is not thread-safe: whoever turns it
+(LLM, or a client's engine thread) is its only caller.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .config import EngineConfig
+from .core.detokenize import TextStream
+from .core.outputs import OutputGroup
+from .core.plan import StepOutcome, StepPlan
+from .core.request import (
+    ParameterError,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    check_token_ids,
+)
+from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
+from .core.steplog import StepLog, StepRecord
+from .runtime.assemble import LoadedModel, Progress, load_model
+from .runtime.runner import Execution, LogprobObserver
+
+
+@dataclass(frozen=True)
+class AddedRequest:
+    """What admission settled: the seed that replays the request, and its prompt's length."""
+
+    request_id: str
+    seed: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine at one moment; tokens and steps since it started."""
+
+    scheduler: SchedulerStats
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+
+
+class Engine:
+    """Serves requests over one loaded model."""
+
+    def __init__(self, loaded: LoadedModel, *, clock: Callable[[], float] = time.monotonic) -> None:
+        config = loaded.config
+        self.loaded = loaded
+        self.config = config
+        self.model_config = loaded.model
+        self.memory = loaded.memory
+        self.tokenizer = loaded.tokenizer
+        self.chat_template = loaded.chat_template
+        self.log = StepLog(path=config.step_log)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=loaded.memory.max_model_len,
+                num_blocks=loaded.memory.num_blocks,
+                block_size=config.block_size,
+                max_waiting=config.max_waiting,
+                enable_prefix_caching=config.enable_prefix_caching,
+            ),
+            clock=clock,
+        )
+        self._clock = clock
+        self._runner = loaded.runner
+        self._groups: dict[str, OutputGroup] = {}
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @classmethod
+    def from_model(
+        cls, model: str, config: EngineConfig | None = None, progress: Progress | None = None
+    ) -> Engine:
+        """Load `model` and make its engine. Errors: those of runtime.assemble.load_model."""
+        return cls(load_model(config or EngineConfig(model=model), progress))
+
+    # ------------------------------------------------------------------------------- requests
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        observer: LogprobObserver | None = None,
+    ) -> AddedRequest:
+        """Admit a request, or refuse it with the reason; nothing changes where it is refused.
+
+        `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
+        in chunks (see `LLM.score`); it needs params.prompt_logprobs.
+
+        Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
+        """
+        text = prompt if isinstance(prompt, str) else None
+        ids = self._prompt_ids(prompt, params)
+        bad_words = self._bad_word_ids(params)
+        check_token_ids(params, ids, self.model_config.vocab_size, bad_word_ids=bad_words)
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        samples = self._samples(
+            request_id, ids, params, seed, bad_words, priority=priority, cache_salt=cache_salt
+        )
+        echo = (text if text is not None else self.tokenizer.decode(ids)) if params.echo else ""
+        group = OutputGroup(
+            request_id,
+            prompt=text,
+            echo_text=echo,
+            params=params,
+            samples=samples,
+            decode_token=self.tokenizer.token_text,
+        )
+        self.scheduler.add(*samples)
+        self._groups[request_id] = group
+        if observer is not None:
+            self._runner.observers[samples[0].key] = observer
+        self._num_prompt_tokens += len(ids)
+        return AddedRequest(request_id, seed, len(ids))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now; its last RequestOutput comes with the next step. Unknown id: False."""
+        return self.scheduler.abort(request_id) > 0
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation through the model's chat template.
+
+        Errors: TemplateError where there is no template or it refuses the messages.
+        """
+        return self.tokenizer.encode(
+            self.render_chat_text(messages, **options), add_special_tokens=False
+        )
+
+    def render_chat_text(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text that `render_chat` encodes."""
+        return self.loaded.require_chat_template().render(messages, **options)
+
+    # ----------------------------------------------------------------------------------- steps
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._groups)
+
+    def step(self) -> list[RequestOutput]:
+        """Turn the engine once: schedule, build, execute, commit. Returns what changed."""
+        started = self._clock()
+        plan = self.scheduler.schedule()
+        scheduled = self._clock()
+        if plan is None:
+            return self._outputs(self.scheduler.drain_finished())
+        execution = self._execute(plan)
+        executed = self._clock()
+        updates = [
+            *self.scheduler.commit(plan, execution.outcome),
+            *self.scheduler.drain_finished(),
+        ]
+        outputs = self._outputs(updates)
+        self._record(plan, execution, started, scheduled - started, self._clock() - executed)
+        return outputs
+
+    def _execute(self, plan: StepPlan) -> Execution:
+        """Run the plan; a step that fails ends its own requests, and the engine goes on."""
+        started = self._clock()
+        try:
+            return self._runner.execute(plan)
+        except Exception as error:
+            message = f"the step failed: {type(error).__name__}: {error}"
+            failed = StepOutcome(
+                rows=tuple(() for _ in plan.requests),
+                errors=dict.fromkeys(range(len(plan.requests)), message),
+            )
+            return Execution(failed, 0.0, self._clock() - started)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            self.scheduler.stats(),
+            self._num_steps,
+            self._num_prompt_tokens,
+            self._num_generated_tokens,
+        )
+
+    def close(self) -> None:
+        """Release the log, the template's helper process and the mapped file."""
+        self.log.close()
+        self.loaded.close()
+
+    # --------------------------------------------------------------------------------- private
+
+    def _prompt_ids(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ParameterError(
+                    "prompt", f"the prompt is not valid Unicode text: {error}"
+                ) from None
+            ids = self.tokenizer.encode(prompt)
+        else:
+            to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
+            ids = to_list() if to_list is not None else list(prompt)
+        keep = params.truncate_prompt_tokens
+        return ids if keep is None else ids[-keep:]
+
+    def _samples(
+        self,
+        request_id: str,
+        ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        bad_words: tuple[tuple[int, ...], ...],
+        **queueing: Any,
+    ) -> list[Request]:
+        tokenizer = self.tokenizer
+        room = self.memory.max_model_len - len(ids)
+        max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
+        skip = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        starts_text = all(token in tokenizer.special_ids for token in ids)
+        arrival = self._clock()
+        samples: list[Request] = []
+        for index in range(params.num_samples):
+            samples.append(
+                Request(
+                    request_id=request_id,
+                    prompt_token_ids=ids,
+                    params=params,
+                    max_tokens=max_tokens,
+                    seed=seed,
+                    sample_index=index,
+                    arrival=arrival,
+                    eos_token_ids=tokenizer.eos_token_ids,
+                    bad_word_ids=bad_words,
+                    dry_breaker_ids=self._dry_breaker_ids(params),
+                    text=TextStream(
+                        tokenizer.token_bytes,
+                        stop=params.stop,
+                        include_stop=params.include_stop_str_in_output,
+                        skip_ids=skip,
+                        strip_leading_space=tokenizer.strip_leading_space and starts_text,
+                        min_tokens=params.min_tokens,
+                    ),
+                    leader=samples[0] if samples else None,
+                    **queueing,
+                )
+            )
+        return samples
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each bad word as token ids, at the start of a text and after a space (vLLM's rule)."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word, " " + word.lstrip()):
+                ids = tuple(
+                    self.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+                )
+                if ids:
+                    found[ids] = None
+        return tuple(found)
+
+    def _dry_breaker_ids(self, params: SamplingParams) -> frozenset[int]:
+        if not params.dry_multiplier:
+            return frozenset()
+        encode = self.tokenizer.encode
+        ids = (
+            encode(text, add_special_tokens=False, parse_special=False)
+            for text in params.dry_sequence_breakers
+        )
+        return frozenset(tokens[-1] for tokens in ids if tokens)
+
+    def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
+        touched: dict[str, OutputGroup] = {}
+        for update in updates:
+            self._num_generated_tokens += len(update.new_token_ids)
+            group = self._groups.get(update.request.request_id)
+            if group is not None:
+                group.take(update)
+                touched[group.request_id] = group
+        outputs = []
+        for group in touched.values():
+            outputs.append(group.output())
+            if group.finished:
+                del self._groups[group.request_id]
+                self._runner.observers.pop(group.samples[0].key, None)
+        return outputs
+
+    def _record(
+        self,
+        plan: StepPlan,
+        execution: Execution,
+        started: float,
+        schedule_s: float,
+        commit_s: float,
+    ) -> None:
+        stats = self.scheduler.stats()
+        self._num_steps += 1
+        self.log.append(
+            StepRecord(
+                step_id=plan.step_id,
+                t_start=started,
+                t_schedule_s=schedule_s,
+                t_build_s=execution.build_s,
+                t_execute_s=execution.execute_s,
+                t_commit_s=commit_s,
+                num_tokens=plan.num_tokens,
+                num_logit_rows=plan.num_logit_rows,
+                num_running=stats.num_running,
+                num_waiting=stats.num_waiting,
+                num_preempted=len(plan.preempted),
+                free_blocks=stats.free_blocks,
+                cached_blocks=stats.cached_blocks,
+                requests=tuple(
+                    (*s.request.key, s.num_tokens, "decode" if s.decodes else "prefill")
+                    for s in plan.requests
+                ),
+                backend=self._runner.backend.name,
+            )
+        )

@@ -1,0 +1,112 @@
+"""From a model's name to a runner that can answer: resolve, read, plan, load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...kernels.backend import Backend, Choice, choose, create, preload
+from ...kernels.program import Program
+from .. import models
+from ..config import EngineConfig, ModelConfig
+from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
+from ..load.checkpoint import Checkpoint, open_checkpoint
+from ..load.source import ModelSource, resolve
+from ..load.tokenizer import Tokenizer, load_tokenizer
+from .load import open_model, raw_weights
+from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory
+from .runner import Runner
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything that one engine owns of its model."""
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    config: EngineConfig  # resolved: no field is None or "auto" that decides a computation
+    model: ModelConfig
+    backend_choice: Choice
+    backend: Backend
+    program: Program
+    memory: MemoryPlan
+    runner: Runner
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    load_s: float
+
+    def require_chat_template(self) -> ChatTemplate:
+        """The chat template. Errors: TemplateError where the checkpoint has none."""
+        if self.chat_template is None:
+            raise TemplateError(
+                f"{self.source.name} has no chat template (looked in {self.source.path}). It may be "
+                "a base model: use generate() or `engineroom complete`; or give a template with "
+                "chat_template=PATH"
+            )
+        return self.chat_template
+
+    def close(self) -> None:
+        """End the template's helper process and unmap the checkpoint."""
+        if self.chat_template is not None:
+            self.chat_template.close()
+        self.checkpoint.close()
+
+
+def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+    """Load what `config` names.
+
+    Errors: SourceError, CheckpointError, ConfigError, BackendUnavailable, and DoesNotFit before
+    any weight is read.
+    """
+    say = progress or (lambda text: None)
+    t0 = time.perf_counter()
+    choice = choose(config.device)
+    importing = preload(choice)  # in a thread: most of a cold start is this import
+    source = resolve(config.model)
+    say(f"opening {source.path}")
+    checkpoint = open_checkpoint(source.path)
+    module, model = open_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    template = load_chat_template(checkpoint, tokenizer, config.chat_template)
+    if template is not None:
+        template.start()
+    config = config.replace(dtype=activation_dtype(config, model))
+    kv = kv_spec(config, model)
+    config = config.replace(kv_cache_dtype=kv.dtype)
+    importing()
+    backend = create(choice, activation_dtype=config.dtype, threads=config.threads)
+    context = min(config.max_model_len or model.max_position, model.max_position)
+    program = models.record(module, model.replace(max_position=context))
+    weights = raw_weights(checkpoint, module, model)
+    memory = plan_memory(
+        config,
+        model,
+        weight_bytes=sum(w.nbytes + backend.packed_bytes(w) for w in weights.values()),
+        workspace_bytes=backend.workspace_bytes(
+            program, config.max_num_batched_tokens, config.max_logit_rows
+        ),
+        kv=kv,
+    )
+    if not memory.fits:
+        raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
+    for note in (*checkpoint.notes, *model.notes, *memory.notes):
+        say(note)
+    config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
+    runner = Runner(backend, program, weights, config=model, kv=kv, num_blocks=memory.num_blocks)
+    return LoadedModel(
+        source=source,
+        checkpoint=checkpoint,
+        config=config,
+        model=model,
+        backend_choice=choice,
+        backend=backend,
+        program=program,
+        memory=memory,
+        runner=runner,
+        tokenizer=tokenizer,
+        chat_template=template,
+        load_s=time.perf_counter() - t0,
+    )

@@ -1,0 +1,48 @@
+"""A trained model's exact text: stories260K in every form that the test data converts to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from engineroom import LLM, SamplingParams
+from tests.data import data_path
+from tests.engine.twins import write_twin
+from tests.load.stories260k import convert
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    pytest.importorskip("torch", reason="the reference backend needs torch")
+    folder = data_path("stories260K/stories260K.bin").parent
+    return convert(folder, tmp_path_factory.mktemp("stories260K"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """The greedy story as stories260K.md shows it."""
+    page = data_path("stories260K/stories260K.md").read_text()
+    return re.search(r"-t 0\.0\n(.*?)\n```", page, re.S)[1]
+
+
+def greedy(path: Path, **options) -> tuple[str, tuple[int, ...]]:
+    with LLM(str(path), dtype="float32", max_num_seqs=4, **options) as llm:
+        out = llm.generate("", SamplingParams(temperature=0, max_tokens=256), use_tqdm=False)[0]
+        return out.outputs[0].text, out.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("form", ["hf", "F32", "F16"])
+def test_the_exact_story(form, forms, expected):
+    text, _ = greedy(forms[form])
+    assert text.strip() == expected.strip()
+
+
+def test_q8_0_equals_its_own_dequantised_twin(forms, tmp_path):
+    _, quantised = greedy(forms["Q8_0"])
+    _, twin = greedy(write_twin(forms["Q8_0"], tmp_path / "twin.gguf"))
+    assert quantised == twin
+    assert len(quantised) > 100

@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md: cold start, tokens per second, scheduler time, lines per room.
+"""Figures for docs/performance.md: cold start, tokens per second, scheduler time, lines per room.
 
     python benchmarks/baseline.py [--model smollm2] [--rounds 5]
 

@@ -9,9 +9,9 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ConfigError(ValueError):
@@ -54,7 +54,7 @@ class RopeConfig:
     KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
     def table(self, max_model_len: int) -> tuple[tuple[float, ...], float]:
-        """(inverse frequencies [rotary_dim / 2], attention factor) for contexts up to max_model_len.
+        """(inverse frequencies [rotary_dim / 2], attention factor) for contexts to max_model_len.
 
         dynamic and longrope depend on the length in use; here that is max_model_len, fixed at load,
         so that a token's output never depends on how long its sequence becomes later (law 2).
@@ -62,7 +62,7 @@ class RopeConfig:
         transformers library; llama3, Meta's Llama 3.1 reference; yarn, Peng et al. 2023
         (arXiv:2309.00071); longrope, Ding et al. 2024 (arXiv:2402.13753).
         """
-        compute = {
+        compute: dict[str, Callable[[], tuple[Sequence[float], float]]] = {
             "default": lambda: (self._base(self.theta), 1.0),
             "linear": lambda: ([f / self.factor for f in self._base(self.theta)], 1.0),
             "dynamic": lambda: (self._dynamic(max_model_len), 1.0),
@@ -198,6 +198,12 @@ class ModelConfig:
         """What query-key products are multiplied by."""
         return self.attention_scale or self.head_dim**-0.5
 
+    @property
+    def longest_context(self) -> int:
+        """The most tokens that may be asked for: dynamic rope stretches beyond max_position."""
+        stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
+        return int(self.max_position * stretch)
+
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 
@@ -235,7 +241,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     trust_remote_code: bool = False
 
-    BOUNDS = {
+    BOUNDS: ClassVar[Mapping[str, tuple[int, int]]] = {
         "max_model_len": (1, 1 << 24),
         "max_num_seqs": (1, 4096),
         "max_num_batched_tokens": (1, 1 << 20),

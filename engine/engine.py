@@ -120,7 +120,7 @@ class Engine:
             echo_text=echo,
             params=params,
             samples=samples,
-            decode_token=self.tokenizer.token_text,
+            decode_token=self._token_text,
         )
         self.scheduler.add(*samples)
         self._groups[request_id] = group
@@ -242,7 +242,7 @@ class Engine:
                     bad_word_ids=bad_words,
                     dry_breaker_ids=self._dry_breaker_ids(params),
                     text=TextStream(
-                        tokenizer.token_bytes,
+                        self._token_bytes,
                         stop=params.stop,
                         include_stop=params.include_stop_str_in_output,
                         skip_ids=skip,
@@ -254,6 +254,16 @@ class Engine:
                 )
             )
         return samples
+
+    # A model's head may have more rows than its tokenizer has tokens (padding): they spell nothing.
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        known = token_id < self.tokenizer.vocab_size
+        return self.tokenizer.token_bytes(token_id) if known else b""
+
+    def _token_text(self, token_id: int) -> str:
+        known = token_id < self.tokenizer.vocab_size
+        return self.tokenizer.token_text(token_id) if known else ""
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each bad word as token ids, at the start of a text and after a space (vLLM's rule)."""

@@ -25,7 +25,7 @@ _Inbox = list[RequestOutput]
 
 @dataclass(frozen=True)
 class ScoreOutput:
-    """Logprobs (natural log) of a text's own tokens: entry i is of token i + 1 given those before."""
+    """Logprobs (natural log) of a text's own tokens: entry i is of token i + 1 given its past."""
 
     prompt_token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -264,7 +264,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One text or one list of ids is one prompt; anything else is a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    many = list(prompts)
+    many: list[Any] = list(prompts)
     if many and all(isinstance(p, int) and not isinstance(p, bool) for p in many):
         return [many]
     for index, prompt in enumerate(many):

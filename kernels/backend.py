@@ -6,6 +6,7 @@ All arrays that cross the seam are numpy; what a backend holds inside is its own
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import threading
@@ -212,8 +213,12 @@ def choose(device: str = "auto") -> Choice:
 
 def preload(choice: Choice) -> Callable[[], None]:
     """Begin importing what `create` needs in a thread; the returned call waits for it."""
-    module = f"{__package__}.{choice.name}"
-    thread = threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
+
+    def importer() -> None:
+        with contextlib.suppress(Exception):  # create() meets it again, in the caller's thread
+            importlib.import_module(f"{__package__}.{choice.name}")
+
+    thread = threading.Thread(target=importer, daemon=True)
     thread.start()
     return thread.join
 

@@ -23,10 +23,10 @@ The sampling program's numerics are in `kernels/sampling.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .program import Handle, Program, R, T
+from .program import Attr, Dim, Handle, Program, R, T
 
 __all__ = [
     "STEP_INPUTS",
@@ -164,7 +164,7 @@ def rope(
         raise ShapeError(f"rope: rows of {x.shape[1]} are not whole heads of {head_dim}")
     if 2 * len(inv_freq) > head_dim:
         raise ShapeError(f"rope: {len(inv_freq)} frequencies rotate more than a head of {head_dim}")
-    attrs = {
+    attrs: dict[str, Attr] = {
         "head_dim": head_dim,
         "inv_freq": tuple(float(f) for f in inv_freq),
         "attention_factor": float(attention_factor),
@@ -230,7 +230,12 @@ def select_rows(x: Handle, rows: Handle) -> Handle:
     return _append("select_rows", (x, rows), {}, (rows.shape[0], x.shape[1]))
 
 
-def _append(name, inputs, attrs, shape) -> Handle:  # type: ignore[no-untyped-def]
+def _append(
+    name: str,
+    inputs: tuple[Handle | None, ...],
+    attrs: Mapping[str, Attr],
+    shape: tuple[Dim, ...],
+) -> Handle:
     program = next(h.program for h in inputs if h is not None)
     return program.append(name, inputs, attrs, shape)
 

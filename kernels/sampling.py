@@ -148,7 +148,8 @@ def uniforms(seed: int, sample_index: int, position: int, stream: int, count: in
 
 def uniform_of_word(words: np.ndarray) -> np.ndarray:
     """u32 -> fp32 strictly inside (0, 1); smallest 2^-33, largest 1 - 2^-24."""
-    return np.minimum((words.astype(np.float32) + _HALF) * np.float32(2.0**-32), _BELOW_ONE)
+    u = (words.astype(np.float32) + _HALF) * np.float32(2.0**-32)
+    return np.asarray(np.minimum(u, _BELOW_ONE))
 
 
 # ---- elementary functions
@@ -196,7 +197,8 @@ def _log_reduced(k: np.ndarray, f: np.ndarray) -> np.ndarray:
     y = (f * square) * _horner(LOG_POLY, f)
     y = y + k * LN2_LO
     y = y - _HALF * square
-    return (f + y) + k * LN2_HI
+    result: np.ndarray = (f + y) + k * LN2_HI
+    return result
 
 
 def _horner(poly: tuple[float, ...], x: np.ndarray) -> np.ndarray:
@@ -211,7 +213,8 @@ def _horner(poly: tuple[float, ...], x: np.ndarray) -> np.ndarray:
 
 def weights(z: np.ndarray) -> np.ndarray:
     """fp32 z <= 0 -> int64 rint(exp(z) * 2^40). Scaling by a power of two is exact."""
-    return np.rint(exp_f32(z) * np.float32(WEIGHT_ONE)).astype(np.int64)
+    scaled: np.ndarray = np.rint(exp_f32(z) * np.float32(WEIGHT_ONE))
+    return scaled.astype(np.int64)
 
 
 def share(total: int, p: np.float32) -> int:
@@ -243,7 +246,7 @@ def keep_first(score: np.ndarray, n: int) -> np.ndarray:
     if n >= len(score):
         return np.ones(len(score), dtype=bool)
     border = np.partition(score, n - 1)[n - 1]
-    keep = score < border
+    keep: np.ndarray = score < border
     ties = np.flatnonzero(score == border)
     keep[ties[: n - int(np.count_nonzero(keep))]] = True
     return keep
@@ -272,11 +275,16 @@ def _in_order(score: np.ndarray) -> np.ndarray:
 
 
 def keep_top_n_sigma(d: np.ndarray, n: np.float32) -> np.ndarray:
-    """d >= -n * sigma, sigma the population standard deviation of d (relative to its maximum).
+    """d >= -n * sigma(d)."""
+    return d >= -np.float32(np.float64(n) * sigma(d))
+
+
+def sigma(d: np.ndarray) -> np.float64:
+    """Population standard deviation of d <= 0, finite.
 
     d is taken in fixed point, scaled by a power of two so that its largest distance has SIGMA_BITS
     bits: sums of up to 2^22 squares are exact in int64. The last steps are one row's scalars in
-    float64.
+    float64, each rounded once.
     """
     _, exponent = np.frexp(-d.min())  # |d| < 2^exponent
     exponent = max(int(exponent), -100)  # keeps both scales normal fp32 numbers
@@ -284,8 +292,8 @@ def keep_top_n_sigma(d: np.ndarray, n: np.float32) -> np.ndarray:
     count = np.float64(len(d))
     mean = np.float64(q.sum()) / count
     variance = np.float64((q * q).sum()) / count - mean * mean
-    sigma = np.sqrt(np.maximum(variance, 0.0)) * np.float64(2.0 ** (exponent - SIGMA_BITS))
-    return d >= -np.float32(np.float64(n) * sigma)
+    root = np.sqrt(np.maximum(variance, 0.0))
+    return np.float64(root * np.float64(2.0 ** (exponent - SIGMA_BITS)))
 
 
 def keep_typical(z: np.ndarray, p: np.float32) -> np.ndarray:

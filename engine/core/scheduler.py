@@ -74,7 +74,7 @@ class _Draft:
         self.rows = rows  # prompt-logprob rows still to give
         self.taken: list[ScheduledRequest] = []
         self.preempted: list[Request] = []
-        self.admits = True  # False once a request was short of a block
+        self.admits = True  # False once a request was short of a block, or preempted
         self.stopped = False  # True once a request must wait for those behind it to leave flight
 
 
@@ -247,8 +247,7 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, index: int) -> bool:
         """Start the first waiting request, if it can run; it may preempt running[index:], which are
-        unplanned and of strictly lower priority. A victim never fits again in the same step: of
-        what the victims gave up, less than the last one's share is left.
+        unplanned and of strictly lower priority.
 
         Blocks for all its known tokens are taken at once, so that a prompt once begun is not
         preempted for its own rest.
@@ -343,6 +342,7 @@ class Scheduler:
         """Send running[cut:] back to the queue, the last first."""
         if cut == len(self._running):
             return
+        draft.admits = False  # a victim may fit again at once, on blocks that it now shares
         now = self._clock()
         for victim in reversed(self._running[cut:]):
             self.blocks.release(victim.block_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from ...kernels.backend import Backend, Choice, choose, create, preload
 from ...kernels.program import Program
 from .. import models
-from ..config import EngineConfig, ModelConfig
+from ..config import ConfigError, EngineConfig, ModelConfig
 from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.source import ModelSource, resolve
@@ -19,6 +20,7 @@ from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memo
 from .runner import Runner
 
 Progress = Callable[[str], None]
+_log = logging.getLogger("engineroom")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class LoadedModel:
         """The chat template. Errors: TemplateError where the checkpoint has none."""
         if self.chat_template is None:
             raise TemplateError(
-                f"{self.source.name} has no chat template (looked in {self.source.path}). It may be "
-                "a base model: use generate() or `engineroom complete`; or give a template with "
+                f"{self.source.name} has no chat template (looked in {self.source.path}). It may "
+                "be a base model: use generate() or `engineroom complete`; or give a template with "
                 "chat_template=PATH"
             )
         return self.chat_template
@@ -61,41 +63,56 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     Errors: SourceError, CheckpointError, ConfigError, BackendUnavailable, and DoesNotFit before
     any weight is read.
     """
-    say = progress or (lambda text: None)
+    say = progress or _log.info
     t0 = time.perf_counter()
     choice = choose(config.device)
-    importing = preload(choice)  # in a thread: most of a cold start is this import
+    imported = preload(choice)  # in a thread: most of a cold start is this import
     source = resolve(config.model)
     say(f"opening {source.path}")
     checkpoint = open_checkpoint(source.path)
-    module, model = open_model(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    template = load_chat_template(checkpoint, tokenizer, config.chat_template)
-    if template is not None:
-        template.start()
-    config = config.replace(dtype=activation_dtype(config, model))
-    kv = kv_spec(config, model)
-    config = config.replace(kv_cache_dtype=kv.dtype)
-    importing()
-    backend = create(choice, activation_dtype=config.dtype, threads=config.threads)
-    context = min(config.max_model_len or model.max_position, model.max_position)
-    program = models.record(module, model.replace(max_position=context))
-    weights = raw_weights(checkpoint, module, model)
-    memory = plan_memory(
-        config,
-        model,
-        weight_bytes=sum(w.nbytes + backend.packed_bytes(w) for w in weights.values()),
-        workspace_bytes=backend.workspace_bytes(
-            program, config.max_num_batched_tokens, config.max_logit_rows
-        ),
-        kv=kv,
-    )
-    if not memory.fits:
-        raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
-    for note in (*checkpoint.notes, *model.notes, *memory.notes):
-        say(note)
-    config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
-    runner = Runner(backend, program, weights, config=model, kv=kv, num_blocks=memory.num_blocks)
+    template: ChatTemplate | None = None
+    try:
+        module, model = open_model(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                "vocab_size",
+                f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{model.vocab_size}; they do not belong together",
+            )
+        template = load_chat_template(checkpoint, tokenizer, config.chat_template)
+        if template is not None:
+            template.start()
+        kv = kv_spec(config, model)
+        config = config.replace(dtype=activation_dtype(config, model), kv_cache_dtype=kv.dtype)
+        imported()
+        backend = create(choice, activation_dtype=config.dtype, threads=config.threads)
+        # What is recorded may depend on the context served and on the dtype results are rounded to.
+        context = min(config.max_model_len or model.max_position, model.longest_context)
+        program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
+        weights = raw_weights(checkpoint, module, model)
+        memory = plan_memory(
+            config,
+            model,
+            weight_bytes=sum(w.nbytes + backend.packed_bytes(w) for w in weights.values()),
+            workspace_bytes=backend.workspace_bytes(
+                program, config.max_num_batched_tokens, config.max_logit_rows
+            ),
+            kv=kv,
+        )
+        if not memory.fits:
+            raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
+        for note in (*checkpoint.notes, *model.notes, *memory.notes):
+            say(note)
+        config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
+        runner = Runner(
+            backend, program, weights, config=model, kv=kv, num_blocks=memory.num_blocks
+        )
+    except BaseException:  # Ctrl-C while loading too: no helper process stays behind
+        if template is not None:
+            template.close()
+        checkpoint.close()
+        raise
     return LoadedModel(
         source=source,
         checkpoint=checkpoint,

@@ -104,11 +104,11 @@ def plan_memory(
         f"weights {show_bytes(weight_bytes)} + KV {show_bytes(num_blocks * kv.bytes_per_block)} "
         f"({num_blocks} blocks of {kv.block_size} tokens) + workspace {show_bytes(workspace_bytes)}"
     )
-    if asked is not None and asked > model.max_position:
+    if asked is not None and asked > model.longest_context:
         fits, because = (
             False,
-            f"max_model_len={asked} is more than the {model.max_position} tokens that the model "
-            f"was made for; use at most {model.max_position}",
+            f"max_model_len={asked} is more than the {model.longest_context} tokens that the model "
+            f"was made for; use at most {model.longest_context}",
         )
     elif num_blocks > affordable:
         fits, because = (

@@ -19,7 +19,7 @@ from ..backend import KVSpec, StepInputs
 from .elementwise import in_whole_vectors, row_sum, softcap
 
 QUERY_TILE = 16  # (token, query head) rows in one product
-KEY_TILE = 128  # keys in one product
+KEY_TILE = 256  # keys in one product
 GROUP_TILES = 64  # query tiles scored at once: bounds the scratch, changes no result
 
 TORCH_DTYPES = {

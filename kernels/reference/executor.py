@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import torch
 
 from ..backend import StepInputs
-from ..program import Op, Program
+from ..program import Program
 from . import attention as att
 from . import elementwise as ew
 from . import linear as lin
 from .sampling import ReferenceLogits
+
+_one_step = threading.Lock()
+_Attrs = Mapping[str, Any]  # of one Op
 
 
 def fp32_values(program: Program) -> frozenset[int]:
@@ -68,7 +72,7 @@ class ReferenceExecutable:
                 values[handle.id] = getattr(step, name)
             for op, dead in zip(self._program.ops, self._dead_after, strict=True):
                 operands = [None if i is None else _wide(values[i]) for i in op.inputs]
-                out = _OPERATIONS[op.name](run, op, *operands)
+                out = _OPERATIONS[op.name](run, op.attrs, *operands)
                 del operands
                 if out is not None and op.output not in self._fp32:
                     out = out.to(self._dtype)
@@ -82,15 +86,16 @@ class _Run:
     """What the operations of one step share."""
 
     def __init__(self, step: StepInputs, kv: att.KVCache | None, workers: lin.Workers) -> None:
-        self.kv = kv
         self.workers = workers
-        self.sequences = att.Sequences(step, kv.spec.block_size) if kv is not None else None
+        # None only where no operation reads them: _check has seen to it.
+        self.kv: Any = kv
+        self.sequences: Any = att.Sequences(step, kv.spec.block_size) if kv is not None else None
         self._rotations: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def rotations(self, positions: np.ndarray, op: Op) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (op.attrs["inv_freq"], op.attrs["attention_factor"])
+    def rotations(self, positions: np.ndarray, attrs: _Attrs) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (attrs["inv_freq"], attrs["attention_factor"])
         if key not in self._rotations:
-            self._rotations[key] = ew.rotations(positions, *key)  # type: ignore[arg-type]
+            self._rotations[key] = ew.rotations(positions, *key)
         return self._rotations[key]
 
 
@@ -100,68 +105,69 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """torch's own threads would place loop tails and split reductions by their number."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    """torch's own threads would place loop tails and split products by their number.
+
+    The setting is in part the process's, in part the calling thread's, so one step runs at a time.
+    """
+    with _one_step:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
-def _embedding(run, op, table, ids):  # type: ignore[no-untyped-def]
+def _embedding(run: _Run, attrs: _Attrs, table: Any, ids: Any) -> torch.Tensor:
     return lin.embedding(table, ids)
 
 
-def _linear(run, op, x, weight, bias):  # type: ignore[no-untyped-def]
+def _linear(run: _Run, attrs: _Attrs, x: Any, weight: Any, bias: Any) -> torch.Tensor:
     return lin.linear(x, weight, bias, run.workers)
 
 
-def _rms_norm(run, op, x, weight):  # type: ignore[no-untyped-def]
-    return ew.rms_norm(x, weight, op.attrs["eps"], op.attrs["offset"])
+def _rms_norm(run: _Run, attrs: _Attrs, x: Any, weight: Any) -> torch.Tensor:
+    return ew.rms_norm(x, weight, attrs["eps"], attrs["offset"])
 
 
-def _add(run, op, a, b):  # type: ignore[no-untyped-def]
+def _add(run: _Run, attrs: _Attrs, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a + b
 
 
-def _scale(run, op, x):  # type: ignore[no-untyped-def]
-    return x * op.attrs["factor"]
+def _scale(run: _Run, attrs: _Attrs, x: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x, attrs["factor"])
 
 
-def _softcap(run, op, x):  # type: ignore[no-untyped-def]
-    return ew.softcap(x, op.attrs["cap"])
+def _softcap(run: _Run, attrs: _Attrs, x: Any) -> torch.Tensor:
+    return ew.softcap(x, attrs["cap"])
 
 
-def _silu_mul(run, op, gate, up):  # type: ignore[no-untyped-def]
+def _silu_mul(run: _Run, attrs: _Attrs, gate: Any, up: Any) -> torch.Tensor:
     return ew.silu_mul(gate, up)
 
 
-def _gelu_tanh_mul(run, op, gate, up):  # type: ignore[no-untyped-def]
+def _gelu_tanh_mul(run: _Run, attrs: _Attrs, gate: Any, up: Any) -> torch.Tensor:
     return ew.gelu_tanh_mul(gate, up)
 
 
-def _rope(run, op, x, positions):  # type: ignore[no-untyped-def]
-    cos, sin = run.rotations(positions, op)
-    return ew.rope(x, cos, sin, op.attrs["head_dim"], op.attrs["interleaved"])
+def _rope(run: _Run, attrs: _Attrs, x: Any, positions: Any) -> torch.Tensor:
+    cos, sin = run.rotations(positions, attrs)
+    return ew.rope(x, cos, sin, attrs["head_dim"], attrs["interleaved"])
 
 
-def _kv_write(run, op, k, v):  # type: ignore[no-untyped-def]
-    att.kv_write(k, v, run.kv, op.attrs["layer"], run.sequences)
+def _kv_write(run: _Run, attrs: _Attrs, k: Any, v: Any) -> None:
+    att.kv_write(k, v, run.kv, attrs["layer"], run.sequences)
 
 
-def _attention(run, op, q, written):  # type: ignore[no-untyped-def]
-    return att.attention(q, run.kv, run.sequences, **op.attrs)
+def _attention(run: _Run, attrs: _Attrs, q: Any, written: Any) -> torch.Tensor:
+    return att.attention(q, run.kv, run.sequences, **attrs)
 
 
-def _select_rows(run, op, x, rows):  # type: ignore[no-untyped-def]
+def _select_rows(run: _Run, attrs: _Attrs, x: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     return x[torch.from_numpy(rows.astype(np.int64))]
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., torch.Tensor | None]] = {
     "add": _add,
     "attention": _attention,
     "embedding": _embedding,

@@ -134,7 +134,12 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._scratch = [_Scratch() for _ in range(count)]
-        self._pool = ThreadPoolExecutor(count - 1, "engineroom-reference") if count > 1 else None
+        self._pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            # Each sets torch's threads for itself, when it starts: inside a step.
+            self._pool = ThreadPoolExecutor(
+                count - 1, "engineroom-reference", torch.set_num_threads, (1,)
+            )
 
     def run(self, job: Callable[[_Scratch, int, int], None], num_tiles: int) -> None:
         """Call job(scratch, first, step) once per worker; worker i takes tiles i, i + step, ..."""
@@ -166,14 +171,14 @@ def linear(
     def multiply(scratch: _Scratch, first: int, step: int) -> None:
         for tile in weight.tiles[first::step]:
             count = tile.stop - tile.start
-            height = -(-count // ROW_TILE) * ROW_TILE  # a product of odd height is zero-padded too
+            # A tile of odd height multiplies whatever lies beyond its rows, and that is cut off.
+            height = -(-count // ROW_TILE) * ROW_TILE
             flat, matrix, product = scratch.tile(height, num_columns)
             _native.dequantise(tile.format, tile.raw, flat[: count * num_columns])
             if count == height:
                 for rows, result in pairs:
                     torch.mm(matrix, rows, out=result[tile.start : tile.stop])
                 continue
-            flat[count * num_columns :] = 0
             for rows, result in pairs:
                 torch.mm(matrix, rows, out=product)
                 result[tile.start : tile.stop] = product[:count]

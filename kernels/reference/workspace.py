@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from ..program import Op, Program, R, T
 from . import attention as att
 from . import linear as lin
@@ -41,7 +43,9 @@ def workspace_bytes(
     return peak + num_workers * scratch + _step_metadata(program, max_tokens)
 
 
-def _temporaries(op: Op, elements, dims, program: Program) -> int:  # type: ignore[no-untyped-def]
+def _temporaries(
+    op: Op, elements: Callable[[int], int], dims: Mapping[str, int], program: Program
+) -> int:
     """Bytes that one operation allocates beside the values that live on."""
     operands = [i for i in op.inputs if i is not None and program.handles[i].kind == "value"]
     widened = 4 * sum(elements(i) for i in operands)

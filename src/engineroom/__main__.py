@@ -1,1 +1,8 @@
-print("hi")
+"""`python -m engineroom`: the same command as the console script."""
+
+import sys
+
+from engineroom.engine.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -283,7 +283,7 @@ class World:
         assert 0 < plan.num_tokens <= config.max_num_batched_tokens, "over the token budget"
         assert len(plan.requests) <= config.max_num_seqs
         assert len({s.request for s in plan.requests}) == len(plan.requests)
-        assert not {s.request for s in plan.requests} & set(plan.preempted), "preempted for nothing"
+        assert not {s.request for s in plan.requests} & set(plan.preempted), "preempted and planned"
         scored = plan.num_logit_rows - sum(s.samples for s in plan.requests)
         assert scored <= config.max_prompt_logprob_rows, "too many prompt-logprob rows"
         for s in plan.requests:

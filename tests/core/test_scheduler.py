@@ -305,6 +305,18 @@ class TestPreemption:
             order += [r.request_id for r in requests if r.is_finished and r.request_id not in order]
         assert order == [f"r{i}" for i in range(6)]
 
+    def test_a_victim_is_not_in_the_step_it_gave_way_to(self):
+        """It could be: of its blocks, copies of the winner's, it would need fewer now."""
+        bench = Bench(num_blocks=7, max_model_len=14)
+        bench.add("a", 5, max_tokens=9)
+        b = bench.add("b", 5, max_tokens=9)
+        plan = bench.step()
+        while not plan.preempted:
+            plan = bench.step()
+        assert plan.preempted == (b,) and [s[0] for s in shares(plan)] == ["a"]
+        assert [s[0] for s in shares(bench.step())] == ["a", "b"]
+        bench.run()
+
     def test_admission_leaves_room_to_grow(self):
         """Without a watermark `b` would be admitted into the last blocks and preempted at once."""
         bench = Bench(num_blocks=4, enable_prefix_caching=False)

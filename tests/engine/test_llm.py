@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -134,7 +136,7 @@ def test_allowed_banned_and_biased_tokens(llm):
     assert not banned.text.startswith(word)
     unrepeated = llm.generate([PROMPT], greedy(max_tokens=60, no_repeat_ngram_size=2))[0]
     ids = [*unrepeated.prompt_token_ids, *unrepeated.outputs[0].token_ids]
-    pairs = list(zip(ids, ids[1:], strict=False))[len(PROMPT) :]
+    pairs = list(itertools.pairwise(ids))[len(PROMPT) :]
     assert len(set(pairs)) == len(pairs)
 
 

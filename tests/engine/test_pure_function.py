@@ -16,12 +16,12 @@ from tests.engine import golden
 pytestmark = pytest.mark.torch
 
 EXAMPLES = count(reduced=8, full=100)
-RUN = dict(
-    deadline=None,
-    max_examples=EXAMPLES,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
+RUN = {
+    "deadline": None,
+    "max_examples": EXAMPLES,
+    "print_blob": True,
+    "suppress_health_check": list(HealthCheck),
+}
 
 PROMPTS = st.lists(st.integers(0, 255), min_size=1, max_size=70)
 SAMPLED = st.fixed_dictionaries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -140,9 +141,25 @@ def weights_of(program: Program) -> dict[str, np.ndarray]:
     }
 
 
+def many_at_once() -> Program:
+    """Twenty values that live until a last sum."""
+    p = Program()
+    step = ops.StepHandles.of(p)
+    values = [ops.embedding(p.weight("e", (50, 64)), step.token_ids) for _ in range(20)]
+    total = values[0]
+    for value in values[1:]:
+        total = ops.add(total, value)
+    return p.finish(total)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: two_layers(hidden=64), many_at_once], ids=["model", "many"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 300])
-def test_workspace_is_an_upper_bound_and_not_a_wild_one(num_tokens: int, dtype: str) -> None:
+def test_workspace_is_an_upper_bound_and_not_a_wild_one(
+    num_tokens: int, dtype: str, build: Callable[[], Program]
+) -> None:
     torch = pytest.importorskip("torch", reason="the reference backend needs torch")
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,7 +191,7 @@ def test_workspace_is_an_upper_bound_and_not_a_wild_one(num_tokens: int, dtype: 
             self.known.discard(key)
             self.live -= size
 
-    program = two_layers(hidden=64)
+    program = build()
     backend = ReferenceBackend(activation_dtype=dtype, threads=1)
     packed = {name: backend.pack(raw(w)) for name, w in weights_of(program).items()}
     cache = backend.allocate_kv(KVSpec(2, 2, 16, 16, dtype), 64)

@@ -24,7 +24,7 @@ from tests.kernels.packed_steps import (  # noqa: E402
     rounded,
 )
 
-VOCAB = 512  # distinct rows of q, k and v
+VOCAB = 640  # distinct rows of q, k and v
 
 
 @dataclass(frozen=True)

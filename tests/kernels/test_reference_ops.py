@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,6 +153,14 @@ def test_op_rows_do_not_depend_on_their_neighbours(name: str) -> None:
         step.token_ids[:] = picked
         some = run(program, weights, step, threads=int(RNG.integers(1, 3)))
         assert some.tobytes() == whole[picked].tobytes()
+
+
+def test_rope_far_from_the_start() -> None:
+    """There the fp32 product of position and frequency is what decides the angle."""
+    x, positions = table(30), [131071, 99991, 65537, 1_000_003]
+    build = CASES["rope"][1]
+    got = run(one_op(build, a=30), {"a": x}, plain_step(4, positions))
+    assert_close(got, rotate(x[:4], positions, 10, INV_FREQ, 1.0, False), "float32")
 
 
 @pytest.mark.parametrize("function", [torch.exp, torch.tanh], ids=["exp", "tanh"])
@@ -340,6 +349,19 @@ def test_running_leaves_torch_threads_as_they_were() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_engines_of_one_process_do_not_disturb_each_other() -> None:
+    program, weights = linear_program(300, 172), {"a": table(172), "w": table(172)[:75]}
+    weights["w"] = np.concatenate([weights["w"]] * 4)
+    want = run(program, weights, plain_step(40)).tobytes()
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(run, program, weights, plain_step(40), threads=1 + i % 3) for i in range(24)
+        ]
+        assert {job.result().tobytes() for job in jobs} == {want}
+    assert torch.get_num_threads() == before
 
 
 def test_packed_bytes_counts_copies_only() -> None:

@@ -247,6 +247,14 @@ def test_row_vectors_hold_against_the_oracle() -> None:
     assert sure >= 15
 
 
+def test_filters_after_typical_p_measure_from_what_it_kept() -> None:
+    # The top token (0.43) is too predictable to be typical; five of the others (0.07 each) stay.
+    x = np.array([[0.0] + [-1.8] * 8], np.float32)
+    row = {"typical_p": 0.3, "min_p": 1.0}
+    rows = [{**row, "seed": s} for s in range(60)]
+    assert set(run(np.repeat(x, 60, axis=0), rows).tokens.tolist()) == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize(
     "off",
     [
@@ -418,7 +426,7 @@ def test_logprobs_only_where_wanted() -> None:
 
 def test_log_softmax_of_rows_that_fail_is_nan() -> None:
     sampler = ReferenceSampler(3)
-    x = np.array([[0, 0, -np.inf], [np.nan, 0, 0], [-np.inf] * 3], np.float32)
+    x = np.array([[0, 0, -np.inf], [np.nan, 0, 0], [-np.inf] * 3, [np.inf, 0, 0]], np.float32)
     got = sampler.log_softmax(sampler.from_numpy(x))
     np.testing.assert_allclose(got[0], [-math.log(2), -math.log(2), -np.inf], 1e-6)
     assert np.isnan(got[1:]).all()

@@ -117,11 +117,19 @@ def test_sums_do_not_depend_on_order(seed: int, size: int) -> None:
     z = (rng.normal(size=size) * rng.choice([0.1, 3, 30])).astype(np.float32)
     z -= z.max()
     order = rng.permutation(size)
-    for p in (np.float32(0.3), np.float32(1.5)):
-        kept = sampling.keep_top_n_sigma(z, p)
-        assert np.array_equal(sampling.keep_top_n_sigma(z[order], p), kept[order])
-    here = sampling.log_sum(sampling.weights(z))
-    assert bits(here[None]) == bits(sampling.log_sum(sampling.weights(z[order]))[None])
+    assert sampling.sigma(z[order]).tobytes() == sampling.sigma(z).tobytes()
+    here, there = (sampling.log_sum(sampling.weights(v)) for v in (z, z[order]))
+    assert here.tobytes() == there.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, 262144])
+@pytest.mark.parametrize("spread", [1e-35, 1e-3, 3.0, 1e6, 1e37])
+def test_sigma_against_float64(size: int, spread: float) -> None:
+    rng = np.random.default_rng(size)
+    d = (rng.normal(size=size) * spread).astype(np.float32)
+    d -= d.max()
+    assert float(sampling.sigma(d)) == pytest.approx(d.astype(np.float64).std(), rel=1e-5)
+    assert sampling.sigma(np.zeros(size, np.float32)) == 0
 
 
 def test_log_sum_exp_against_float64() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from engineroom.engine import models
 from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.runtime.load import open_model, raw_weights

@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import pytest
-from engineroom.engine import models
-from engineroom.engine.config import ConfigError, ModelConfig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from engineroom.engine import models
+from engineroom.engine.config import ConfigError, ModelConfig
 from tests.counts import count
 from tests.models.published import CONFIGS
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engineroom.engine import models
 from engineroom.engine.config import ConfigError
 from engineroom.engine.load.checkpoint import open_checkpoint
@@ -14,7 +15,6 @@ from engineroom.engine.load.mapped import CheckpointError
 from engineroom.engine.runtime.load import open_model, raw_weights
 from engineroom.kernels.weights import RawWeight
 from engineroom.quant.gguf import dequantise
-
 from tests.data import model_path
 from tests.load.writers import write_gguf, write_safetensors
 from tests.models.published import CONFIGS

@@ -5,10 +5,10 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from engineroom.engine import models
 from engineroom.engine.models.gemma2 import embedding_scale
 from engineroom.kernels.program import R, T
-
 from tests.models.published import CONFIGS
 
 FAMILIES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")

@@ -1,0 +1,314 @@
+"""The asyncio face: streams of RequestOutputs over an EngineClient, aborted when nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from .client import (
+    CLOSE_SECONDS,
+    EngineClient,
+    EngineError,
+    EngineInfo,
+    Messages,
+    RequestRefused,
+    merge,
+)
+from .client_process import ProcessClient
+from .client_thread import ThreadClient
+from .config import ConfigError, EngineConfig
+from .core.request import RequestOutput, SamplingParams
+from .engine import Engine
+
+Prompt = str | Sequence[int]
+
+
+class AsyncLLM:
+    """A model for programs that run on asyncio.
+
+        async with AsyncLLM("smollm2") as llm:
+            async for out in llm.generate("Once upon a time", SamplingParams(max_tokens=32)):
+                print(out.deltas[0], end="", flush=True)
+
+    `client` says where the engine runs: "thread" of this process, or a child "process". Options are
+    EngineConfig's fields; an unknown one is an error. Nothing is loaded until `async with`,
+    `await AsyncLLM.start(...)` or the first request, and then off the event loop. Streams of many
+    tasks run together in one batch.
+    """
+
+    def __init__(
+        self, model: str, *, client: Literal["thread", "process"] = "thread", **options: Any
+    ) -> None:
+        config = EngineConfig.from_options(model, options)
+        if client == "thread":
+            self._client: EngineClient = ThreadClient(lambda: Engine.from_model(model, config))
+        elif client == "process":
+            self._client = ProcessClient(config)
+        else:
+            raise ConfigError("client", f"client must be 'thread' or 'process', not {client!r}")
+        self._ids = itertools.count()
+
+    @classmethod
+    async def start(
+        cls, model: str, *, client: Literal["thread", "process"] = "thread", **options: Any
+    ) -> AsyncLLM:
+        """Make one and load it. Errors: ConfigError, EngineStartError."""
+        return await cls(model, client=client, **options).__aenter__()
+
+    @classmethod
+    def from_client(cls, client: EngineClient) -> AsyncLLM:
+        """Over a client made elsewhere, which close() closes."""
+        llm = cls.__new__(cls)
+        llm._client = client
+        llm._ids = itertools.count()
+        return llm
+
+    async def __aenter__(self) -> AsyncLLM:
+        try:
+            await self.load()
+        except BaseException:
+            await self.close()  # also when cancelled: loading is given up
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # ------------------------------------------------------------------------------- requests
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: bytes | str | None = None,
+    ) -> OutputStream:
+        """Complete text or token ids: growing RequestOutputs, `.deltas` is what is new.
+
+        The request starts with the first output asked for. Leaving the loop, cancelling its task or
+        aclose() aborts the request at once. A slow reader skips outputs, never text: deltas add up.
+        Errors, from the loop: ParameterError, AdmissionError, EngineDeadError, RequestFailed.
+        """
+
+        async def ready() -> Prompt:
+            await self._loaded()
+            return prompt
+
+        return self._stream(ready, params, request_id, priority, cache_salt)
+
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: bytes | str | None = None,
+        **template_options: Any,
+    ) -> OutputStream:
+        """Answer a conversation through the model's chat template; as generate() otherwise.
+
+        `template_options` (tools, documents, add_generation_prompt, the template's own variables)
+        go to the template. Errors besides generate()'s: RequestRefused with kind "TemplateError".
+        """
+
+        async def ready() -> Prompt:
+            await self._loaded()
+            return await asyncio.to_thread(
+                self._client.render_chat, list(messages), **template_options
+            )
+
+        return self._stream(ready, params, request_id, priority, cache_salt)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request with what it has; its stream ends with finish_reason "abort".
+
+        At any moment, also twice; an id that is not known is nothing to do.
+        """
+        self._client.abort(request_id)
+
+    # --------------------------------------------------------------------------------- engine
+
+    async def load(self) -> EngineInfo:
+        """Load the model if that has not happened. Errors: EngineStartError, EngineDeadError."""
+        return await asyncio.to_thread(self._client.start)
+
+    async def _loaded(self) -> None:
+        if not self._client.is_alive:  # else a thread hop for every request
+            await self.load()
+
+    async def stats(self) -> dict[str, Any]:
+        """EngineStats as plain data. Errors: EngineDeadError."""
+        return await asyncio.to_thread(self._client.stats)
+
+    async def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
+        """End the engine: abort what runs, or with `drain` let it finish first. Again: nothing."""
+        closing = asyncio.ensure_future(
+            asyncio.to_thread(self._client.close, drain=drain, timeout=timeout)
+        )
+        await asyncio.shield(closing)  # a cancelled caller leaves the closing to finish
+
+    @property
+    def client(self) -> EngineClient:
+        return self._client
+
+    @property
+    def is_alive(self) -> bool:
+        """True while requests are accepted."""
+        return self._client.is_alive
+
+    def _stream(
+        self,
+        ready: Callable[[], Awaitable[Prompt]],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        cache_salt: bytes | str | None,
+    ) -> OutputStream:
+        salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt or b""
+        return OutputStream(
+            self._client,
+            ready,
+            params if params is not None else SamplingParams(),
+            request_id=f"async-{next(self._ids)}" if request_id is None else request_id,
+            priority=priority,
+            cache_salt=salt,
+        )
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """One request's outputs, newest only: what was not read in time is merged into one.
+
+    Closes like an async generator, and surer: dropping it aborts without the event loop's help.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        ready: Callable[[], Awaitable[Prompt]],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int,
+        cache_salt: bytes,
+    ) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._ready = ready
+        self._params = params
+        self._priority = priority
+        self._cache_salt = cache_salt
+        # The client knows the mailbox and not the stream, so that a dropped stream is collected.
+        self._mailbox: _Mailbox | None = None
+        self._over = False
+
+    async def __anext__(self) -> RequestOutput:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            if self._mailbox is None:
+                await self._submit()
+            assert self._mailbox is not None  # ours: _submit() made it
+            item = await self._mailbox.take()
+        except BaseException:
+            self._abandon()
+            raise
+        if isinstance(item, EngineError):
+            self._over = True
+            raise item.unwrap() if isinstance(item, RequestRefused) else item
+        self._over = item.finished
+        return item
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs. Again: nothing."""
+        self._abandon()
+        if self._mailbox is not None:
+            self._mailbox.wake()  # a reader in another task need not wait
+
+    def __del__(self) -> None:
+        if not getattr(self, "_over", True):
+            self._abandon()
+
+    async def _submit(self) -> None:
+        prompt = await self._ready()
+        if self._over:  # closed meanwhile
+            raise StopAsyncIteration
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        self._client.submit(
+            self.request_id,
+            prompt,
+            self._params,
+            priority=self._priority,
+            cache_salt=self._cache_salt,
+            sink=mailbox.put,
+        )
+        self._mailbox = mailbox
+
+    def _abandon(self) -> None:
+        if not self._over:
+            self._over = True
+            if self._mailbox is not None:
+                self._mailbox.close()
+                self._client.abort(self.request_id)
+
+
+class _Mailbox:
+    """Between the client's thread and the loop: at most one output, merged, and one error."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._output: RequestOutput | None = None
+        self._error: EngineError | None = None
+        self._arrived = asyncio.Event()
+        self._waking = False
+        self._closed = False
+
+    def put(self, item: RequestOutput | EngineError) -> None:
+        """From any thread."""
+        with self._lock:
+            if self._closed:
+                return
+            if isinstance(item, RequestOutput):
+                self._output = merge(self._output, item)
+            else:
+                self._error = item
+            if self._waking:
+                return
+            self._waking = True
+        self._loop.call_soon_threadsafe(self._wake)
+
+    async def take(self) -> RequestOutput | EngineError:
+        """On the loop."""
+        while True:
+            self._arrived.clear()
+            with self._lock:
+                if self._closed:
+                    raise StopAsyncIteration
+                if (output := self._output) is not None:
+                    self._output = None
+                    return output
+                if self._error is not None:
+                    return self._error
+            await self._arrived.wait()
+
+    def close(self) -> None:
+        """From any thread, and without the lock: a collector may run in its holder."""
+        self._closed = True
+
+    def wake(self) -> None:
+        """On the loop."""
+        self._arrived.set()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._waking = False
+        self._arrived.set()
+
+
+__all__ = ["AsyncLLM", "OutputStream"]

@@ -1,0 +1,327 @@
+"""The `engineroom` command: arguments in, a tool called, an exit status out. Imports late."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+_DEFAULT_MODEL = "smollm2"
+
+
+class _Command(NamedTuple):
+    summary: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is one of docs/errors.md. Never raises."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Text in this terminal's encoding; what it cannot show becomes "?", not a traceback.
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    verbose = bool(os.environ.get("ENGINEROOM_DEBUG"))
+    try:
+        args, unknown = _parser(arguments).parse_known_args(arguments)
+        if unknown:
+            return _usage(_unknown_argument(args, unknown[0]))
+        verbose = verbose or args.verbose
+        if args.command is None:
+            _parser([]).print_help()
+            return 0
+        status = _COMMANDS[args.command].run(args)
+        sys.stdout.flush()  # so that a reader who went away is noticed here
+        return status
+    except SystemExit as leaving:  # argparse: --help, --version, or a usage error that it printed
+        return leaving.code if isinstance(leaving.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report(error, verbose)
+
+
+def _report(error: Exception, verbose: bool) -> int:
+    from .tools.errors import find
+
+    row = find(error)
+    text = str(error) or type(error).__name__
+    if row.code == "E-INTERNAL-01":
+        text = f"{type(error).__name__}: {text}\nThis is a bug of engineroom. {row.mend[0].upper()}"
+        text += f"{row.mend[1:]}."
+    if verbose:
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    lines = text.splitlines()
+    if len(lines) > 20 and not verbose:
+        lines = [*lines[:20], f"({len(lines) - 20} more lines with -v)"]
+    note = "" if verbose else ", traceback: -v"
+    print(f"engineroom: {row.code}  " + "\n".join(lines), file=sys.stderr)
+    print(f"(docs/errors.md#{row.code.lower()}{note})", file=sys.stderr)
+    return row.exit_status
+
+
+# -------------------------------------------------------------------------------------- arguments
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser. Only a command that is named gets its flags: they cost imports."""
+    parser = _Parser(
+        prog="engineroom",
+        description="Run a language model on this machine.",
+        epilog="Each command has its own --help. Exit statuses: docs/errors.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.summary, description=command.summary + ".", allow_abbrev=False
+        )
+        sub.add_argument(
+            "-v",
+            "--verbose",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show tracebacks and what loading does",
+        )
+        if name in arguments:
+            command.configure(sub)
+            sub.set_defaults(flags=[flag for flag in sub._option_string_actions if len(flag) > 2])
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_usage(f"{message} (`{self.prog} --help` lists what there is)"))
+
+
+def _unknown_argument(args: argparse.Namespace, argument: str) -> str:
+    import difflib
+
+    flag = argument.partition("=")[0]
+    near = difflib.get_close_matches(flag, getattr(args, "flags", ()), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    command = f" {args.command}" if args.command else ""
+    return f"unknown argument {flag!r}{hint} (`engineroom{command} --help` lists them)"
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from engineroom import __version__
+
+        print(f"engineroom {__version__}")
+        parser.exit(0)
+
+
+def _model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=_DEFAULT_MODEL,
+        help="a folder, a .gguf file, a short name or a Hugging Face id (default: %(default)s)",
+    )
+
+
+def _colour() -> bool:
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+
+
+# ------------------------------------------------------------------------------------------- chat
+
+
+def _configure_chat(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import CHAT_DEFAULTS, add_engine_flags, add_sampling_flags
+
+    _model_flag(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_sampling_flags(parser, CHAT_DEFAULTS)
+    add_engine_flags(parser)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from .tools.chat import Conversation, statistics
+    from .tools.options import CHAT_DEFAULTS, engine_config, sampling_params
+    from .tools.session import Session, open_engine
+
+    params = sampling_params(args, CHAT_DEFAULTS)
+    if params.num_samples > 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+        return _usage("chat shows one answer; for --n, --best-of and logprobs use `complete`")
+    engine = open_engine(engine_config(args, args.model, max_num_seqs=1))
+    try:
+        engine.loaded.require_chat_template()
+        interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+        conversation = Conversation(
+            Session(engine),
+            params,
+            system=args.system,
+            interactive=interactive,
+            colour=_colour(),
+        )
+        if args.prompt is not None:
+            output = conversation.ask(args.prompt)
+            if sys.stderr.isatty():
+                print(statistics(output), file=sys.stderr)
+            return 130 if output.outputs[0].finish_reason == "abort" else 0
+        if interactive:
+            conversation.say(f"{args.model} · /help lists the commands, Ctrl-D leaves")
+        conversation.loop(sys.stdin)
+        return 0
+    finally:
+        engine.close()
+
+
+# --------------------------------------------------------------------------------------- complete
+
+
+def _configure_complete(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import COMPLETE_DEFAULTS, add_engine_flags, add_sampling_flags
+
+    _model_flag(parser)
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        help="the text to go on from; without it, or as -, it is read from standard input "
+        "(one final newline is dropped)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object when it is done")
+    add_sampling_flags(parser, COMPLETE_DEFAULTS)
+    add_engine_flags(parser)
+
+
+def _complete(args: argparse.Namespace) -> int:
+    from .tools.chat import statistics
+    from .tools.complete import stream_text
+    from .tools.options import COMPLETE_DEFAULTS, engine_config, sampling_params
+    from .tools.plain import dump, output_as_plain
+    from .tools.session import Session, ctrl_c, open_engine
+
+    params = sampling_params(args, COMPLETE_DEFAULTS)
+    if not args.json and (params.logprobs is not None or params.prompt_logprobs is not None):
+        return _usage("--logprobs and --prompt-logprobs are shown with --json")
+    prompt = args.prompt
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            return _usage('no prompt: give one, as in `engineroom complete "Once upon a time"`')
+        prompt = sys.stdin.read().removesuffix("\n")
+    # One request at a time: a cache for more would take memory for nothing.
+    engine = open_engine(engine_config(args, args.model, max_num_seqs=params.num_samples))
+    try:
+        session = Session(engine)
+        with ctrl_c(session.interrupt):
+            if args.json:
+                outputs = list(session.run(prompt, params))
+                dump(output_as_plain(outputs[-1], args.model), sys.stdout)
+            else:
+                outputs = [stream_text(session, prompt, params, sys.stdout)]
+                if sys.stdout.isatty() and sys.stderr.isatty():
+                    print(statistics(outputs[-1]), file=sys.stderr)
+        stopped = any(c.finish_reason == "abort" for c in outputs[-1].outputs)
+        return 130 if stopped else 0
+    finally:
+        engine.close()
+
+
+# ------------------------------------------------------------------------- inspect, doctor, models
+
+
+def _configure_inspect(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import add_engine_flags
+
+    parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    add_engine_flags(parser)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .tools.inspect import inspect_model, render
+    from .tools.options import engine_config
+    from .tools.plain import dump
+
+    report = inspect_model(engine_config(args, args.model))
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return 0 if report["fits"] else 5
+
+
+def _configure_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .tools.doctor import examine, exit_status, render
+    from .tools.plain import dump
+
+    report = examine()
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return exit_status(report)
+
+
+def _configure_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fetch", metavar="NAME", help="bring a model of the catalogue here")
+    parser.add_argument(
+        "--accept-terms", action="store_true", help="with --fetch: accept the model's own terms"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the fetched files and compare their sums"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def _models(args: argparse.Namespace) -> int:
+    from .tools.models import fetch_model, list_models, render
+    from .tools.plain import dump
+
+    if args.fetch is not None:
+        path = fetch_model(args.fetch, accept_terms=args.accept_terms, progress=sys.stderr)
+        if args.json:
+            dump({"name": args.fetch, "path": str(path)}, sys.stdout)
+        elif sys.stdout.isatty():
+            print(path)
+        return 0
+    if args.accept_terms:
+        return _usage("--accept-terms goes with --fetch NAME")
+    report = list_models(verify=args.verify)
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return 0 if all(m["verified"] is not False for m in report["models"]) else 3
+
+
+def _usage(message: str) -> int:
+    print(f"engineroom: E-USAGE-01  {message}", file=sys.stderr)
+    return 2
+
+
+_COMMANDS = {
+    "chat": _Command("A conversation in the terminal", _configure_chat, _chat),
+    "complete": _Command("Continue a text; pipes in and out", _configure_complete, _complete),
+    "inspect": _Command(
+        "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect
+    ),
+    "doctor": _Command("This machine, the backends, and a self-check", _configure_doctor, _doctor),
+    "models": _Command("Short names and supported architectures", _configure_models, _models),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

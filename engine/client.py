@@ -1,0 +1,334 @@
+"""EngineClient: what any form of client promises, its errors, and the sinks of live requests.
+
+A client owns one engine that runs elsewhere: on a thread (client_thread.py) or in a child process
+(client_process.py). Each request has a sink, called from the client's thread with every
+RequestOutput and, exactly once, with an ending: an output with finished=True, or an EngineError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .config import EngineConfig, ModelConfig
+from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0  # what close() waits for a step to end
+CLOSED = "the engine was closed"
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+class EngineError(RuntimeError):
+    """Something that an engine could not do for a request or a caller."""
+
+
+class EngineStartError(EngineError):
+    """The engine could not be loaded. `kind` is the class of the reason, `field` what it names."""
+
+    def __init__(self, message: str, *, kind: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.field = field
+
+
+class EngineDeadError(EngineError):
+    """The engine has ended, by close() or by failing; the message says which and why."""
+
+
+class RequestRefused(EngineError):
+    """The caller's request cannot be honoured. `error` is the ParameterError or the like.
+
+    `kind` is that error's class, `field` its field or code.
+    """
+
+    def __init__(self, error: Exception | None, message: str, *, kind: str, field: str) -> None:
+        super().__init__(message)
+        self.error = error
+        self.kind = kind
+        self.field = field
+
+    @classmethod
+    def of(cls, error: ValueError) -> RequestRefused:
+        return cls(error, str(error), kind=type(error).__name__, field=named_by(error))
+
+    @classmethod
+    def from_text(cls, kind: str, field: str, text: str) -> RequestRefused:
+        """From another process. ParameterError and AdmissionError come back as themselves."""
+        error: Exception | None = None
+        if kind == ParameterError.__name__:
+            error = ParameterError(field, text)
+        elif kind == AdmissionError.__name__ and field in AdmissionError.CODES:
+            error = AdmissionError(field, text)
+        return cls(error, text, kind=kind, field=field)
+
+    def unwrap(self) -> Exception:
+        """What to raise to the caller: the error itself where it is known here."""
+        return self if self.error is None else self.error
+
+
+class RequestFailed(EngineError):
+    """One request failed through no fault of its caller's; the engine lives on."""
+
+
+def named_by(error: BaseException) -> str:
+    """What a typed error says it is about: its field or code."""
+    name = getattr(error, "field", None) or getattr(error, "code", None) or ""
+    return name if isinstance(name, str) else ""
+
+
+def describe(error: BaseException) -> str:
+    """ "RuntimeError: out of cheese"."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------- interface
+
+Sink = Callable[[RequestOutput | EngineError], None]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class EngineLike(Protocol):
+    """The part of Engine that a client uses. All of it runs on one thread but render_chat()."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def model_config(self) -> ModelConfig: ...
+    @property
+    def chat_template(self) -> object | None: ...
+    @property
+    def has_work(self) -> bool: ...
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+    ) -> object: ...
+    def step(self) -> Sequence[RequestOutput]: ...
+    def abort(self, request_id: str) -> object: ...
+    def render_chat(self, messages: Messages, **options: Any) -> list[int]: ...
+    def stats(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+EngineFactory = Callable[[], EngineLike]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What runs: its configuration as resolved at load, and in which process."""
+
+    config: EngineConfig
+    model: ModelConfig
+    has_chat_template: bool
+    pid: int
+
+
+class EngineClient(ABC):
+    """One engine, used from any thread. Use as a context manager, or call start() and close()."""
+
+    @abstractmethod
+    def start(self) -> EngineInfo:
+        """Load, and return when ready; again: the same answer. Errors: EngineStartError."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> None:
+        """End a request with what it has; returns at once, at any moment, also twice.
+
+        Its sink still gets its ending. An id that is not known is nothing to do.
+        """
+
+    @abstractmethod
+    def render_chat(self, messages: Messages, **options: Any) -> list[int]:
+        """Prompt token ids of a chat; blocks, not for an event loop.
+
+        Errors: RequestRefused (a template's refusal, no template), RequestFailed, EngineDeadError.
+        """
+
+    @abstractmethod
+    def stats(self, timeout: float = 30.0) -> dict[str, Any]:
+        """EngineStats as plain data; blocks until the step in flight ends.
+
+        Errors: EngineDeadError; TimeoutError.
+        """
+
+    @abstractmethod
+    def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
+        """End the engine; again: nothing. What runs is aborted, or with `drain` may finish first.
+
+        Returns within about `timeout` seconds; every live request has then had its ending.
+        """
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """True from start() until the engine is closed or has failed."""
+
+    @abstractmethod
+    def _submit(
+        self,
+        request_id: str,
+        prompt: str | tuple[int, ...],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: bytes,
+        sink: Sink,
+    ) -> None: ...
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        sink: Sink,
+    ) -> None:
+        """Hand over a request; returns at once. `sink` must not block, and is not called in here.
+
+        What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
+        AdmissionError("duplicate_id") while a request of this id lives; ParameterError.
+        """
+        if not isinstance(request_id, str):
+            raise ParameterError("request_id", f"request_id must be a string, not {request_id!r}")
+        if not isinstance(params, SamplingParams):
+            raise ParameterError(
+                "params", f"params must be SamplingParams, not {type(params).__name__}"
+            )
+        to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
+        prompt = prompt if to_list is None else to_list()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            raise ParameterError(
+                "prompt", f"a prompt is text or token ids, not {type(prompt).__name__}"
+            )
+        # Ids are checked where the vocabulary is known.
+        prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+        if not isinstance(cache_salt, bytes):
+            raise ParameterError(
+                "cache_salt", f"cache_salt must be bytes, not {type(cache_salt).__name__}"
+            )
+        self._submit(request_id, prompt, params, priority, cache_salt, sink)
+
+    def __enter__(self) -> EngineClient:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def merge(waiting: RequestOutput | None, new: RequestOutput) -> RequestOutput:
+    """`new` for a reader who has not seen `waiting`: the deltas of both, in order."""
+    if waiting is None:
+        return new
+    pairs = itertools.zip_longest(waiting.deltas, new.deltas, fillvalue="")
+    deltas = tuple(a + b for a, b in pairs)
+    return dataclasses.replace(new, deltas=deltas[: len(new.outputs)])
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as dicts, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {f.name: plain(getattr(value, f.name)) for f in fields}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _ignore(_: RequestOutput | EngineError) -> None:
+    """The sink of a request that nobody reads."""
+
+
+class Sinks:
+    """The live requests of a client: each sink is taken out exactly once, for its ending."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a finalizer may run in any line of its holder
+        self.over: str | None = None  # why nothing more is accepted
+        self._live: dict[str, Sink] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._live
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def check(self) -> None:
+        """Errors: EngineDeadError, saying why. Call with the lock held."""
+        if self.over is not None:
+            raise EngineDeadError(self.over)
+
+    def add(self, request_id: str, sink: Sink) -> None:
+        """Errors: EngineDeadError; AdmissionError("duplicate_id"). Call with the lock held."""
+        self.check()
+        if request_id in self._live:
+            raise AdmissionError(
+                "duplicate_id",
+                f"a request with the id {request_id!r} is running; ids are free again when a "
+                "request has ended",
+            )
+        self._live[request_id] = sink
+
+    def output(self, output: RequestOutput) -> bool:
+        """Pass an output on. False where its sink failed: nobody reads, so it may be aborted."""
+        with self.lock:
+            take = self._live.pop if output.finished else self._live.get
+            sink = take(output.request_id, None)
+        return sink is None or self._call(sink, output)
+
+    def end(self, request_id: str, error: EngineError) -> None:
+        """End a request with an error."""
+        with self.lock:
+            sink = self._live.pop(request_id, None)
+        if sink is not None:
+            self._call(sink, error)
+
+    def mute(self, request_id: str) -> None:
+        """Call this request's sink no more; its id stays taken until its ending."""
+        with self.lock:
+            if request_id in self._live:
+                self._live[request_id] = _ignore
+
+    def end_all(self, reason: str) -> None:
+        """Accept nothing more, and end every live request with EngineDeadError."""
+        with self.lock:
+            self.over = self.over or reason
+            live, self._live = self._live, {}
+        for sink in live.values():
+            self._call(sink, EngineDeadError(reason))
+
+    def _call(self, sink: Sink, item: RequestOutput | EngineError) -> bool:
+        try:
+            sink(item)
+        except Exception:  # a reader's failure is its own: neighbours and engine go on
+            log.exception("a request's sink failed; the request is aborted")
+            return False
+        return True
+
+
+__all__ = [
+    "EngineClient",
+    "EngineDeadError",
+    "EngineError",
+    "EngineInfo",
+    "EngineStartError",
+    "RequestFailed",
+    "RequestRefused",
+    "Sink",
+]

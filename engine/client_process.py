@@ -1,0 +1,534 @@
+"""ProcessClient: the engine in a supervised child process, over a socketpair.
+
+Three things can end the child: close(), its own failure, and ours. Its death closes the socket and
+is noticed at once; a child that hangs misses its heartbeats for `watchdog` seconds and is killed.
+Should this process die, the child sees the socket close and ends by itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import itertools
+import logging
+import os
+import queue
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from . import wire
+from .client import (
+    CLOSE_SECONDS,
+    CLOSED,
+    EngineClient,
+    EngineDeadError,
+    EngineError,
+    EngineInfo,
+    EngineStartError,
+    Messages,
+    RequestFailed,
+    RequestRefused,
+    Sink,
+    Sinks,
+)
+from .config import EngineConfig
+from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+
+log = logging.getLogger(__name__)
+
+CHILD = (sys.executable, "-m", "engineroom.engine.child")
+WATCHDOG_SECONDS = 30.0  # without a heartbeat: the child hangs
+STEP_SECONDS = 600.0  # in one step: the child's engine hangs, though its heart beats
+FIRST_WORD_SECONDS = 60.0  # for the child's interpreter to start
+MAX_QUEUED = 256 << 20  # bytes on their way to a child that does not read
+_EXIT_SECONDS = 3.0
+_REAP_SECONDS = 5.0  # for the kernel to take a killed process down
+_CHUNK = 1 << 18
+_QUOTED_LINES = 20  # of the child's stderr in the message that tells its death
+
+
+class ProcessClient(EngineClient):
+    """The engine in a child process. `config` has the model and the options.
+
+    watchdog: seconds without a heartbeat after which the child counts as hung. step_timeout:
+    seconds that one step may take; more than `watchdog` is warned of, since a large model on a slow
+    machine takes its time, and more than this ends the child. on_progress: called with words while
+    the model loads. command: what to run as the child, `--fd N` is added.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        watchdog: float = WATCHDOG_SECONDS,
+        step_timeout: float = STEP_SECONDS,
+        on_progress: Callable[[str], None] | None = None,
+        command: Sequence[str] = CHILD,
+    ) -> None:
+        for name, value in (("watchdog", watchdog), ("step_timeout", step_timeout)):
+            if not 0.05 <= value <= 86400.0:
+                raise ValueError(f"{name} must be 0.05..86400 seconds, not {value!r}")
+        self._link = _Link(config, watchdog, step_timeout, on_progress, tuple(command))
+        self._finalizer = weakref.finalize(self, self._link.ask_to_end, False)
+        self._finalizer.atexit = False  # the link has its own, which waits
+
+    def start(self) -> EngineInfo:
+        self._link.begin()
+        return self._link.ready.result()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._link.is_ready and self._link.sinks.over is None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, from start() on."""
+        process = self._link.process
+        return None if process is None else process.pid
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._link.sinks:
+            self._link.send(wire.Abort(request_id=request_id))
+
+    def render_chat(self, messages: Messages, **options: Any) -> list[int]:
+        try:
+            plain_messages = [dict(m) for m in messages]
+        except (TypeError, ValueError) as exc:
+            raise ParameterError(
+                "messages", f'messages are mappings such as {{"role": ..., "content": ...}}: {exc}'
+            ) from exc
+        answer = self._link.call(
+            lambda ticket: wire.RenderChat(ticket=ticket, messages=plain_messages, options=options)
+        )
+        return list(answer.result())
+
+    def stats(self, timeout: float = 30.0) -> dict[str, Any]:
+        answer = self._link.call(lambda ticket: wire.Stats(ticket=ticket))
+        stats: dict[str, Any] = answer.result(timeout)
+        return stats
+
+    def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
+        self._link.close(drain, timeout)
+        self._finalizer.detach()
+
+    def _submit(
+        self,
+        request_id: str,
+        prompt: str | tuple[int, ...],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: bytes,
+        sink: Sink,
+    ) -> None:
+        if params.logits_processor is not None:
+            raise ParameterError(
+                "logits_processor",
+                "logits_processor is a Python callable and does not cross to the engine's process: "
+                "library face only (LLM, or AsyncLLM with client='thread')",
+            )
+        try:
+            frame = wire.encode(
+                wire.Submit(
+                    request_id=request_id,
+                    prompt=prompt,
+                    params=wire.pack_params(params),
+                    priority=priority,
+                    cache_salt=cache_salt,
+                )
+            )
+        except wire.WireError as exc:
+            raise ParameterError("request", str(exc)) from exc
+        self._link.submit(request_id, frame, sink)
+
+
+class _Link:
+    """The child, its socket and the two threads that serve it; holds no reference to its client."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        watchdog: float,
+        step_timeout: float,
+        on_progress: Callable[[str], None] | None,
+        command: tuple[str, ...],
+    ) -> None:
+        self.sinks = Sinks()
+        self.ready: Future[EngineInfo] = Future()
+        self.is_ready = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._config = config
+        self._watchdog = watchdog
+        self._step_timeout = step_timeout
+        self._on_progress = on_progress
+        self._command = command
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queued = 0  # bytes in the outbox
+        self._calls: dict[int, Future[Any]] = {}
+        self._tickets = itertools.count(1)
+        self._sent: dict[str, RequestOutput] = {}  # reader's: what each live request has shown
+        self._stderr: collections.deque[str] = collections.deque(maxlen=_QUOTED_LINES)
+        self._fatal: wire.Fatal | None = None
+        self._abandoned = False  # close() would wait no longer
+        self._buried = False
+        self._reader: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
+        # The heart: monotonic seconds.
+        self._heard = self._ticked = 0.0
+        self._stall_told = False
+
+    # ----------------------------------------------------------------------- from any thread
+
+    def begin(self) -> None:
+        with self.sinks.lock:
+            if self._reader is not None:
+                return
+            self.sinks.check()
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs:
+                    self.process = subprocess.Popen(
+                        [*self._command, "--fd", str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,  # stdout is the parent's: a pipe may read it
+                        start_new_session=True,  # Ctrl-C is the parent's to act on
+                    )
+            except OSError as exc:
+                ours.close()
+                raise EngineStartError(
+                    f"the engine's process could not be started: {exc}", kind=type(exc).__name__
+                ) from exc
+            self._heard = self._ticked = time.monotonic()
+            options = {k: v for k, v in _options(self._config).items() if k != "model"}
+            self._put(
+                wire.Configure(
+                    model=self._config.model,
+                    options=options,
+                    log_level=logging.getLogger("engineroom").getEffectiveLevel(),
+                )
+            )
+            atexit.register(self.close, False, _EXIT_SECONDS)
+            self._writer = threading.Thread(
+                target=self._write, args=(ours,), name="engineroom-writer", daemon=True
+            )
+            self._writer.start()
+            self._reader = threading.Thread(
+                target=self._read, args=(ours,), name="engineroom-reader", daemon=True
+            )
+            self._reader.start()
+
+    def submit(self, request_id: str, frame: bytes, sink: Sink) -> None:
+        self._check_started()
+        with self.sinks.lock:
+            self.sinks.check()
+            if self._queued > MAX_QUEUED:
+                raise AdmissionError(
+                    "queue_full",
+                    f"{self._queued} bytes wait for the engine's process, more than {MAX_QUEUED}; "
+                    "it reads too slowly or hangs",
+                )
+            self.sinks.add(request_id, sink)
+            self._queue(frame)
+
+    def send(self, message: wire.ToChild) -> None:
+        with self.sinks.lock:
+            if not self._buried:
+                self._put(message)
+
+    def call(self, message: Callable[[int], wire.ToChild]) -> Future[Any]:
+        """Send a message that has an answer. Errors: EngineDeadError; ParameterError."""
+        self._check_started()
+        ticket = next(self._tickets)
+        try:
+            frame = wire.encode(message(ticket))
+        except wire.WireError as exc:
+            raise ParameterError("messages", str(exc)) from exc
+        answer: Future[Any] = Future()
+        with self.sinks.lock:
+            self.sinks.check()
+            self._calls[ticket] = answer
+            self._queue(frame)
+        return answer
+
+    def ask_to_end(self, drain: bool) -> None:
+        with self.sinks.lock:
+            self.sinks.over = self.sinks.over or CLOSED
+            if self._reader is not None:
+                self._put(wire.Shutdown(drain=drain))
+
+    def close(self, drain: bool, timeout: float) -> None:
+        self.ask_to_end(drain)
+        reader = self._reader
+        if reader is None or reader is threading.current_thread():
+            return
+        reader.join(timeout if drain else min(timeout, CLOSE_SECONDS))
+        if reader.is_alive():
+            log.warning("the engine's process has not ended within %.1f s; it is killed", timeout)
+            self._abandoned = True
+            self._kill()
+            reader.join(_REAP_SECONDS + 1.0)
+
+    def _check_started(self) -> None:
+        if self._reader is None and self.sinks.over is None:
+            raise EngineError("the engine is not loaded: call start() first")
+
+    def _put(self, message: wire.ToChild) -> None:
+        self._queue(wire.encode(message))
+
+    def _queue(self, frame: bytes) -> None:
+        with self.sinks.lock:
+            self._queued += len(frame)
+            self._outbox.put(frame)
+
+    def _kill(self) -> None:
+        """The child and what it has started: its session is its own. Harmless once it is reaped."""
+        process = self.process
+        if process is not None and process.returncode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                process.kill()
+
+    # -------------------------------------------------------------------------- the threads
+
+    def _write(self, sock: socket.socket) -> None:
+        while (frame := self._outbox.get()) is not None:
+            try:
+                sock.sendall(frame)
+            except OSError:
+                return  # the reader sees it too, and tells why
+            with self.sinks.lock:
+                self._queued -= len(frame)
+
+    def _read(self, sock: socket.socket) -> None:
+        process = self.process
+        assert process is not None and process.stdout is not None  # ours: begin() made both
+        try:
+            reason = self._listen(sock, process.stdout.fileno())
+        except wire.WireError as exc:
+            reason = f"sent what cannot be understood: {exc}"
+        except OSError as exc:
+            reason = f"cannot be read from: {exc}"
+        except BaseException as exc:  # ours; requests must not wait for ever
+            log.exception("reading from the engine's process failed")
+            reason = f"was given up: {type(exc).__name__}: {exc}"
+        self._bury(process, sock, reason)
+
+    def _listen(self, sock: socket.socket, stderr: int) -> str:
+        """Serve messages until the child is over; why it is."""
+        frames = wire.Frames()
+        text = b""
+        tick = min(1.0, self._watchdog / 4)
+        next_ping = 0.0
+        spoken = False
+        os.set_blocking(stderr, False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            selector.register(stderr, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select(tick):
+                    if key.fileobj is sock:
+                        try:
+                            data = sock.recv(_CHUNK)
+                        except ConnectionError:  # it left what we sent unread
+                            data = b""
+                        if not data:
+                            return "ended"
+                        spoken = True
+                        self._heard = time.monotonic()
+                        for payload in frames.feed(data):
+                            if (over := self._handle(wire.decode_to_parent(payload))) is not None:
+                                return over
+                    elif data := os.read(stderr, _CHUNK):
+                        *lines, text = (text + data).split(b"\n")
+                        text = text[-_CHUNK:]
+                        self._keep(lines)
+                    else:
+                        selector.unregister(stderr)
+                        self._keep([text] if text else [])
+                now = time.monotonic()
+                if now - self._ticked > 2 * tick + 1.0:
+                    self._heard = now  # it is we who slept: stopped by hand, or starved
+                self._ticked = now
+                limit = self._watchdog if spoken else max(self._watchdog, FIRST_WORD_SECONDS)
+                if now - self._heard > limit:
+                    return f"hangs: no heartbeat for {now - self._heard:.1f} s"
+                if now >= next_ping:
+                    next_ping = now + tick
+                    self._queue(wire.encode(wire.Ping(ticket=0)))
+
+    def _handle(self, message: wire.ToParent) -> str | None:
+        """One message; a text where it is the last."""
+        match message:
+            case wire.Output():
+                self._output(message)
+            case wire.Pong(stalled_s=stalled):
+                return self._stalled(stalled)
+            case wire.Refused():
+                self._refused(message)
+            case wire.Rendered(ticket, result) | wire.StatsReply(ticket, result):
+                self._answer(ticket, result)
+            case wire.Log(level, name, text):
+                logging.getLogger(name).log(level, "%s", text)
+            case wire.Progress(text):
+                self._progress(text)
+            case wire.Ready():
+                info = EngineInfo(
+                    config=message.config,
+                    model=message.model,
+                    has_chat_template=message.has_chat_template,
+                    pid=message.pid,
+                )
+                self.is_ready = True
+                self.ready.set_result(info)
+            case wire.Fatal():
+                self._fatal = message
+                return message.text
+        return None
+
+    def _progress(self, text: str) -> None:
+        if self._on_progress is not None:
+            try:
+                self._on_progress(text)
+            except Exception:  # the listener's failure is no reason to give the child up
+                log.exception("on_progress failed")
+
+    def _output(self, message: wire.Output) -> None:
+        rid = message.request_id
+        if rid not in self.sinks:
+            self._sent.pop(rid, None)
+            return
+        output = wire.apply(self._sent.get(rid), message)
+        if message.more:
+            self._sent[rid] = output
+            return
+        if output.finished:
+            self._sent.pop(rid, None)
+        else:
+            self._sent[rid] = output
+        if not self.sinks.output(output) and not output.finished:
+            self.sinks.mute(rid)
+            self.send(wire.Abort(request_id=rid))
+
+    def _refused(self, message: wire.Refused) -> None:
+        error: EngineError
+        if message.fault == "caller":
+            error = RequestRefused.from_text(message.kind, message.field, message.text)
+        else:
+            error = RequestFailed(message.text)
+        if message.ticket:
+            self._answer(message.ticket, error)
+        else:
+            self._sent.pop(message.request_id, None)
+            self.sinks.end(message.request_id, error)
+
+    def _answer(self, ticket: int, result: Any) -> None:
+        with self.sinks.lock:
+            future = self._calls.pop(ticket, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            if isinstance(result, EngineError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    def _stalled(self, seconds: float) -> str | None:
+        if seconds > self._step_timeout:
+            return f"hangs: one step has been running for {seconds:.1f} s"
+        if seconds <= self._watchdog:
+            self._stall_told = False
+        elif not self._stall_told:
+            self._stall_told = True
+            log.warning(
+                "the engine's step has been running for %.1f s (given up after %.0f s)",
+                seconds,
+                self._step_timeout,
+            )
+        return None
+
+    def _keep(self, lines: Sequence[bytes]) -> None:
+        for line in lines:
+            words = "".join(c if c.isprintable() else "?" for c in line.decode("utf-8", "replace"))
+            self._stderr.append(words)
+            log.warning("engine process: %s", words)
+
+    def _bury(self, process: subprocess.Popen[bytes], sock: socket.socket, reason: str) -> None:
+        """Nothing of the child is left, and everybody who waited for it is told why."""
+        if reason == "ended" or self._fatal is not None:
+            try:
+                process.wait(1.0)  # it closes the socket a moment before it ends
+            except subprocess.TimeoutExpired:
+                pass
+        self._kill()
+        try:
+            process.wait(_REAP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("process %d does not die", process.pid)
+        if process.stdout is not None:
+            try:
+                self._keep((process.stdout.read() or b"").splitlines())
+            except OSError:
+                pass
+            process.stdout.close()
+        asked = self.sinks.over is not None and self._fatal is None
+        asked = asked and (self._abandoned or process.returncode == 0)
+        text = CLOSED if asked else self._epitaph(process, reason)
+        if not self.is_ready and self._fatal is None:
+            text = f"the engine could not be loaded: {text}"
+        self.sinks.end_all(text)
+        with self.sinks.lock:
+            self._buried = True
+            calls, self._calls = self._calls, {}
+        self._outbox.put(None)
+        if self._writer is not None:
+            self._writer.join(1.0)  # what it was sending has no reader any more
+        sock.close()
+        for future in calls.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineDeadError(text))
+        if not self.is_ready:
+            fatal = self._fatal
+            self.ready.set_exception(
+                EngineStartError(
+                    text,
+                    kind=fatal.kind if fatal else "",
+                    field=fatal.field if fatal else "",
+                )
+            )
+        atexit.unregister(self.close)
+
+    def _epitaph(self, process: subprocess.Popen[bytes], reason: str) -> str:
+        if self._fatal is not None:
+            return reason
+        code = process.returncode
+        if reason == "ended" and code is not None:
+            how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
+        else:
+            how = reason
+        text = f"the engine's process {process.pid} {how}"
+        if self._stderr:
+            text += "; it said last:\n  " + "\n  ".join(self._stderr)
+        return text
+
+
+def _options(config: EngineConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+__all__ = ["ProcessClient"]

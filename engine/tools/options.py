@@ -1,0 +1,207 @@
+"""Command-line flags made from the dataclasses they fill, so that no option can be forgotten."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ..config import EngineConfig
+from ..core.request import SamplingParams
+
+# One sentence per field; the documentation's tables are made from the same. A test holds the keys
+# equal to the fields.
+SAMPLING_HELP = {
+    "n": "samples returned per prompt; above 1 it needs a temperature above 0",
+    "best_of": "samples drawn, of which the n of highest mean logprob are returned",
+    "temperature": "divides the logits; 0 is greedy choice",
+    "top_p": "keep the most likely tokens that together reach this probability; 1 is off",
+    "top_k": "keep this many of the most likely tokens; 0 is off",
+    "min_p": "drop tokens less likely than this share of the most likely one; 0 is off",
+    "typical_p": "keep tokens of typical surprise up to this probability; 1 is off",
+    "top_n_sigma": "keep logits within this many standard deviations of the highest; 0 is off",
+    "xtc_probability": "chance of dropping all but the least likely of the tokens above "
+    "xtc_threshold; 0 is off",
+    "xtc_threshold": "probability from which XTC counts a token as a top choice",
+    "repetition_penalty": "divides (or multiplies, where negative) logits of tokens seen; 1 is off",
+    "presence_penalty": "subtracted from the logit of each token that the output already holds",
+    "frequency_penalty": "subtracted once per occurrence in the output",
+    "dry_multiplier": "strength of the penalty on continuing a repeated sequence; 0 is off",
+    "dry_base": "how fast the DRY penalty grows with the repeated length",
+    "dry_allowed_length": "repeats up to this many tokens go unpunished by DRY",
+    "dry_range": "tokens that DRY looks back at; 0 is the whole context",
+    "dry_sequence_breakers": "texts across which DRY matches no repeat",
+    "no_repeat_ngram_size": "never repeat a sequence of this many tokens; 0 is off",
+    "logit_bias": "token id and what is added to its logit",
+    "bad_words": "texts that must not be generated",
+    "allowed_token_ids": "only these token ids may be generated",
+    "seed": "makes the output reproducible; without one a random seed is drawn and reported",
+    "stop": "end the output before this text",
+    "stop_token_ids": "end the output at these token ids",
+    "include_stop_str_in_output": "keep the stop text in the output",
+    "ignore_eos": "go on past the model's end-of-text tokens",
+    "min_tokens": "no end before this many tokens",
+    "max_tokens": "end after this many tokens; None is up to the end of the context",
+    "truncate_prompt_tokens": "keep only this many of the prompt's last tokens",
+    "logprobs": "report the logprob of each token and of this many alternatives",
+    "prompt_logprobs": "the same for the prompt's tokens",
+    "echo": "the output begins with the prompt",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "logits_processor": "a Python callable (token ids, logits) -> logits; library only, and the "
+    "request is then not replayable from its seed",
+}
+
+ENGINE_HELP = {
+    "device": "auto, cpu or reference",
+    "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
+    "quantization": "quantising on load is not supported yet: None",
+    "kv_cache_dtype": "of the KV cache: auto (as the computation), float32, bfloat16 or float16",
+    "max_model_len": "context length in tokens; None is the model's own, or what fits",
+    "max_num_seqs": "requests that run at once",
+    "max_num_batched_tokens": "tokens of one step, over all its requests",
+    "block_size": "tokens per block of the KV cache",
+    "num_blocks": "blocks of the KV cache; None is what the memory budget allows",
+    "memory_budget": 'memory for weights, cache and workspace, such as "4GiB"; None is 80% of what '
+    "is available",
+    "enable_prefix_caching": "share the KV cache of equal prompt beginnings",
+    "max_waiting": "requests that may wait; one more is refused",
+    "threads": "CPU threads; None is the number of cores this process may use",
+    "chat_template": "a file with a Jinja chat template in place of the checkpoint's own",
+    "step_log": "a file that gets one JSON line per engine step",
+    "tensor_parallel_size": "only 1: several devices are not supported yet",
+    "trust_remote_code": "only False: code from a checkpoint is never run",
+}
+
+# The commands answer the same way each time they are asked, unless told otherwise.
+CHAT_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=512)
+COMPLETE_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
+
+_LIBRARY_ONLY = ("logits_processor",)
+# Fields whose only legal value is their default: flags for them would promise what is not there.
+_NO_FLAG = ("model", "quantization", "tensor_parallel_size", "trust_remote_code")
+
+
+def count(text: str) -> int:
+    """An integer, also as 8k (8000), 8K or 8Ki (8192), 1m, 1M.  For argparse."""
+    scales = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20, "Ki": 2**10, "Mi": 2**20}
+    digits = text.rstrip("kmKMi")
+    unit = text[len(digits) :]
+    try:
+        if not unit:
+            return int(text)
+        value = float(digits) * scales[unit]
+        if value == int(value):
+            return int(value)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (such as 4096, 4k or 4K)")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not token ids such as 13,198") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), _number(value)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=NUMBER such as 198=-5") from None
+
+
+def _flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], text: str, default: Any
+) -> None:
+    """One argument for one field. An argument that is not given leaves no attribute behind."""
+    kind = str(field.type).removesuffix(" | None")
+    name = "--" + field.name.replace("_", "-")
+    note = "" if default is None else f" (default: {_plain(default)})"
+    options: dict[str, Any] = {
+        "dest": field.name,
+        "default": argparse.SUPPRESS,
+        "help": (text + note).replace("%", "%%"),
+    }
+    if kind == "bool":
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+    elif kind == "int":
+        group.add_argument(name, type=count, metavar="N", **options)
+    elif kind == "float":
+        group.add_argument(name, type=_number, metavar="X", **options)
+    elif kind == "tuple[str, ...]":
+        group.add_argument(name, action="append", metavar="TEXT", **options)
+    elif kind == "tuple[int, ...]":
+        group.add_argument(name, type=_ids, action="extend", metavar="ID,ID", **options)
+    elif kind == "Mapping[int, float]":
+        group.add_argument(name, type=_bias, action="append", metavar="ID=X", **options)
+    else:
+        group.add_argument(name, metavar="VALUE", **options)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(repr(v) for v in value) or "none"
+    return str(value)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, defaults: SamplingParams) -> None:
+    """A flag for every field of SamplingParams but the Python callable."""
+    group = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(SamplingParams):
+        if field.name not in _LIBRARY_ONLY:
+            _flag(group, field, SAMPLING_HELP[field.name], getattr(defaults, field.name))
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of EngineConfig that has more than one legal value."""
+    group = parser.add_argument_group("engine")
+    for field in dataclasses.fields(EngineConfig):
+        if field.name not in _NO_FLAG:
+            _flag(group, field, ENGINE_HELP[field.name], field.default)
+
+
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The parsed flags over `defaults`. Errors: ParameterError."""
+    given = _given(args, (f.name for f in dataclasses.fields(SamplingParams)))
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    if given.get("n", 1) > 1 or given.get("best_of", 1) > 1:
+        given.setdefault("temperature", SamplingParams().temperature)  # greedy samples are one
+    return defaults.replace(**given)
+
+
+def engine_config(args: argparse.Namespace, model: str, **defaults: Any) -> EngineConfig:
+    """The parsed flags over `defaults` as an EngineConfig. Errors: ConfigError."""
+    names = (f.name for f in dataclasses.fields(EngineConfig) if f.name != "model")
+    return EngineConfig.from_options(model, {**defaults, **_given(args, names)})
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+__all__ = [
+    "CHAT_DEFAULTS",
+    "COMPLETE_DEFAULTS",
+    "ENGINE_HELP",
+    "SAMPLING_HELP",
+    "add_engine_flags",
+    "add_sampling_flags",
+    "count",
+    "engine_config",
+    "sampling_params",
+]

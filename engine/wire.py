@@ -1,0 +1,445 @@
+"""What crosses between a ProcessClient and its engine child: typed messages, and their framing.
+
+A frame is 4 bytes, little endian, of payload length and then one MessagePack message. Every message
+is a closed, tagged type: an unknown field, tag or type is a WireError, and nothing that arrives can
+name code to run. Outputs cross as the difference to the one sent before, O(new tokens) a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from .config import EngineConfig, ModelConfig
+from .core.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Timings, Usage
+
+MAX_FRAME = 64 << 20  # bytes of payload: a million token ids fit ten times over
+PROMPT_ROWS = 4096  # prompt-logprob positions in one frame: 20 alternatives each stay below 5 MB
+_LENGTH = struct.Struct("<I")
+
+
+class WireError(ValueError):
+    """Bytes that are no message of ours, or a message that no frame can hold."""
+
+
+class _Message(msgspec.Struct, tag=True, array_like=True, forbid_unknown_fields=True):
+    """One message: an array of its tag and its fields."""
+
+
+# ------------------------------------------------------------------------------ sampling parameters
+
+# Derived from SamplingParams, so that a new parameter needs no second edit; what equals the default
+# is not sent. A callable cannot cross: logits_processor stays in the library face.
+_LOCAL_ONLY = "logits_processor"
+_PARAMS = [f for f in dataclasses.fields(SamplingParams) if f.init and f.name != _LOCAL_ONLY]
+_HINTS = typing.get_type_hints(SamplingParams)
+_DEFAULT = SamplingParams()
+Params = msgspec.defstruct(
+    "Params",
+    [(f.name, typing.Union[_HINTS[f.name], UnsetType], UNSET) for f in _PARAMS],  # noqa: UP007
+    frozen=True,
+    forbid_unknown_fields=True,
+)
+
+
+def pack_params(params: SamplingParams) -> msgspec.Struct:
+    """SamplingParams as a wire struct. Errors: WireError where a callable would have to cross."""
+    if getattr(params, _LOCAL_ONLY) is not None:
+        raise WireError(f"{_LOCAL_ONLY} is a Python callable and cannot cross to another process")
+    changed = {}
+    for f in _PARAMS:
+        value = getattr(params, f.name)
+        if value != getattr(_DEFAULT, f.name):
+            changed[f.name] = dict(value) if isinstance(value, Mapping) else value
+    return Params(**changed)
+
+
+def unpack_params(params: msgspec.Struct) -> SamplingParams:
+    """SamplingParams, validated anew. Errors: ParameterError."""
+    values = {f.name: getattr(params, f.name) for f in _PARAMS}
+    return SamplingParams(**{k: v for k, v in values.items() if v is not UNSET})
+
+
+# ----------------------------------------------------------------------------------------- messages
+
+Option = bool | int | float | str | None
+
+
+class Configure(_Message):
+    """The first frame: which model, with which EngineConfig options; the parent's log level."""
+
+    model: str
+    options: dict[str, Option]
+    log_level: int
+
+
+class Submit(_Message):
+    """A request. The answer is Outputs with this id, or one Refused."""
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    params: Params  # type: ignore[valid-type]
+    priority: int
+    cache_salt: bytes
+
+
+class Abort(_Message):
+    """End a request, at whatever stage it is; an id that is not known is nothing to do."""
+
+    request_id: str
+
+
+class RenderChat(_Message):
+    """Messages to prompt token ids, by the model's chat template; answered by Rendered."""
+
+    ticket: int
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+class Stats(_Message):
+    """Answered by StatsReply."""
+
+    ticket: int
+
+
+class Ping(_Message):
+    """Answered by Pong from the child's IO threads, also while a step runs."""
+
+    ticket: int
+
+
+class Shutdown(_Message):
+    """End: abort what runs, or with `drain` let it finish; then the child exits."""
+
+    drain: bool
+
+
+class Progress(_Message):
+    """What loading is doing, in words."""
+
+    text: str
+
+
+class Ready(_Message):
+    """The engine is loaded, under this configuration as resolved."""
+
+    config: EngineConfig
+    model: ModelConfig
+    has_chat_template: bool
+    pid: int
+
+
+class Choice(_Message):
+    """One completion's growth. `reset`: text, token_ids and logprobs replace what was sent."""
+
+    position: int  # in RequestOutput.outputs
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    cumulative_logprob: float | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+    seed: int
+    error: str | None
+    reset: bool = False
+    delta: str | None = None  # RequestOutput.deltas[position] where it is not `text`
+
+
+class Prompt(_Message):
+    """The prompt as the engine understood it: sent once."""
+
+    text: str | None
+    token_ids: tuple[int, ...]
+
+
+class Output(_Message):
+    """A RequestOutput as the difference to the one sent before. `more`: the rest follows."""
+
+    request_id: str
+    num_choices: int
+    choices: tuple[Choice, ...]  # those that changed
+    finished: bool
+    usage: Usage
+    timings: Timings
+    prompt: Prompt | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None  # new positions
+    more: bool = False
+
+
+class Refused(_Message):
+    """A request or call that failed alone: the exception's class, field or code, and text.
+
+    `fault` is "caller" where another request would have been accepted, else "engine".
+    """
+
+    request_id: str
+    fault: typing.Literal["caller", "engine"]
+    kind: str
+    field: str
+    text: str
+    ticket: int = 0  # of the call, where it was one and not a request
+
+
+class Rendered(_Message):
+    """A chat's prompt token ids."""
+
+    ticket: int
+    token_ids: tuple[int, ...]
+
+
+class StatsReply(_Message):
+    """EngineStats, as plain data."""
+
+    ticket: int
+    stats: dict[str, Any]
+
+
+class Pong(_Message):
+    """The child's IO threads live; the running step has taken `stalled_s` seconds so far."""
+
+    ticket: int
+    stalled_s: float
+
+
+class Log(_Message):
+    """A log record of the child, for the parent's logger of the same name."""
+
+    level: int
+    logger: str
+    text: str
+
+
+class Fatal(_Message):
+    """The engine is over: the exception's class, field or code, and text."""
+
+    kind: str
+    field: str
+    text: str
+
+
+ToChild = Configure | Submit | Abort | RenderChat | Stats | Ping | Shutdown
+ToParent = Progress | Ready | Output | Refused | Rendered | StatsReply | Pong | Log | Fatal
+
+# ------------------------------------------------------------------------------------------ framing
+
+_encoder = msgspec.msgpack.Encoder()
+_to_child = msgspec.msgpack.Decoder(ToChild)
+_to_parent = msgspec.msgpack.Decoder(ToParent)
+
+
+def encode(message: ToChild | ToParent) -> bytes:
+    """One frame. Errors: WireError for a value with no wire form, or beyond MAX_FRAME."""
+    try:
+        payload = _encoder.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise WireError(f"{type(message).__name__} cannot be sent: {exc}") from exc
+    if len(payload) > MAX_FRAME:
+        raise WireError(
+            f"{type(message).__name__} of {len(payload)} bytes exceeds a frame's {MAX_FRAME}"
+        )
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def decode_to_child(payload: bytes) -> ToChild:
+    """A message that only a parent sends. Errors: WireError."""
+    return typing.cast(ToChild, _decode(_to_child, payload))
+
+
+def decode_to_parent(payload: bytes) -> ToParent:
+    """A message that only a child sends. Errors: WireError."""
+    return typing.cast(ToParent, _decode(_to_parent, payload))
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes) -> Any:
+    try:
+        return decoder.decode(payload)
+    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+        raise WireError(f"{len(payload)} bytes are no message of ours: {exc}") from exc
+
+
+class Frames:
+    """Bytes as they arrive -> whole payloads. No I/O; memory is bounded by MAX_FRAME."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The payloads that `data` completes. Errors: WireError for a length above MAX_FRAME."""
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._buffer, start)
+                if length > MAX_FRAME:
+                    raise WireError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME}")
+                end = start + _LENGTH.size + length
+                if len(self._buffer) < end:
+                    break
+                yield bytes(memoryview(self._buffer)[start + _LENGTH.size : end])
+                start = end
+        finally:
+            del self._buffer[:start]
+
+
+# ------------------------------------------------------------------------------------------ outputs
+
+
+def difference(sent: RequestOutput | None, new: RequestOutput) -> Iterator[Output]:
+    """The messages that turn `sent` (None: nothing yet) into `new`; the last has more=False.
+
+    Text and tokens only grow, so that a step costs its new tokens; this is checked by lengths and
+    the last known token, and once over the whole when a request finishes. What did not grow is
+    sent whole.
+    """
+    rows = new.prompt_logprobs
+    known = len(sent.prompt_logprobs or ()) if sent else 0
+    while rows is not None and len(rows) - known > PROMPT_ROWS:
+        known += PROMPT_ROWS
+        outputs = sent.outputs if sent else ()
+        partial = dataclasses.replace(
+            new, outputs=outputs, deltas=(), finished=False, prompt_logprobs=rows[:known]
+        )
+        message = _difference(sent, partial, more=True)
+        sent = apply(sent, message)
+        yield message
+    yield _difference(sent, new, more=False)
+
+
+def _difference(sent: RequestOutput | None, new: RequestOutput, *, more: bool) -> Output:
+    choices = []
+    for position, completion in enumerate(new.outputs):
+        old = sent.outputs[position] if sent and position < len(sent.outputs) else None
+        delta = new.deltas[position] if position < len(new.deltas) else ""
+        if old is None or delta or completion != old:
+            choices.append(_choice(position, old, completion, delta, final=new.finished))
+    rows = new.prompt_logprobs
+    if rows is not None and sent is not None:
+        rows = rows[len(sent.prompt_logprobs or ()) :]
+    same_prompt = sent is not None and (
+        (sent.prompt_token_ids is new.prompt_token_ids)  # else compared, O(prompt) but in C
+        or (sent.prompt == new.prompt and sent.prompt_token_ids == new.prompt_token_ids)
+    )
+    return Output(
+        request_id=new.request_id,
+        num_choices=len(new.outputs),
+        choices=tuple(choices),
+        finished=new.finished,
+        usage=new.usage,
+        timings=new.timings,
+        prompt=None if same_prompt else Prompt(text=new.prompt, token_ids=new.prompt_token_ids),
+        prompt_logprobs=rows,
+        more=more,
+    )
+
+
+def _choice(
+    position: int,
+    old: CompletionOutput | None,
+    new: CompletionOutput,
+    delta: str,
+    *,
+    final: bool,
+) -> Choice:
+    grown = old is None or _extends(old, new, wholly=final)
+    base = old if grown and old is not None else _NOTHING
+    text = new.text[len(base.text) :]
+    return Choice(
+        position=position,
+        index=new.index,
+        text=text,
+        token_ids=new.token_ids[len(base.token_ids) :],
+        logprobs=None if new.logprobs is None else new.logprobs[len(base.logprobs or ()) :],
+        cumulative_logprob=new.cumulative_logprob,
+        finish_reason=new.finish_reason,
+        stop_reason=new.stop_reason,
+        seed=new.seed,
+        error=new.error,
+        reset=not grown,
+        delta=None if delta == text else delta,
+    )
+
+
+def _extends(old: CompletionOutput, new: CompletionOutput, *, wholly: bool) -> bool:
+    """True where `new` is `old` and more; without `wholly`, by evidence of constant cost."""
+    text, tokens, rows = len(old.text), len(old.token_ids), len(old.logprobs or ())
+    if len(new.text) < text or len(new.token_ids) < tokens or len(new.logprobs or ()) < rows:
+        return False
+    if tokens and new.token_ids[tokens - 1] != old.token_ids[-1]:
+        return False
+    return not wholly or (
+        new.text.startswith(old.text)
+        and new.token_ids[:tokens] == old.token_ids
+        and (new.logprobs or ())[:rows] == (old.logprobs or ())
+    )
+
+
+_NOTHING = CompletionOutput(
+    index=0,
+    text="",
+    token_ids=(),
+    cumulative_logprob=None,
+    logprobs=None,
+    finish_reason=None,
+    stop_reason=None,
+    seed=0,
+)
+
+
+def apply(sent: RequestOutput | None, message: Output) -> RequestOutput:
+    """What `difference` started from, a message later. Errors: WireError if it cannot follow."""
+    outputs = list(sent.outputs) if sent else []
+    del outputs[message.num_choices :]
+    deltas = [""] * message.num_choices
+    for choice in message.choices:
+        if not 0 <= choice.position <= len(outputs) or choice.position >= message.num_choices:
+            raise WireError(
+                f"{message.request_id!r}: choice {choice.position} of {message.num_choices}, "
+                f"where {len(outputs)} are known"
+            )
+        if choice.position == len(outputs):
+            outputs.append(_NOTHING)
+        base = _NOTHING if choice.reset else outputs[choice.position]
+        outputs[choice.position] = CompletionOutput(
+            index=choice.index,
+            text=base.text + choice.text,
+            token_ids=base.token_ids + choice.token_ids,
+            cumulative_logprob=choice.cumulative_logprob,
+            logprobs=None if choice.logprobs is None else (base.logprobs or ()) + choice.logprobs,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            seed=choice.seed,
+            error=choice.error,
+        )
+        deltas[choice.position] = choice.text if choice.delta is None else choice.delta
+    if len(outputs) != message.num_choices:
+        raise WireError(
+            f"{message.request_id!r}: {len(outputs)} choices of {message.num_choices} are known"
+        )
+    rows = message.prompt_logprobs
+    if rows is not None and sent is not None:
+        rows = (sent.prompt_logprobs or ()) + rows
+    if message.prompt is not None:
+        prompt, prompt_token_ids = message.prompt.text, message.prompt.token_ids
+    elif sent is not None:
+        prompt, prompt_token_ids = sent.prompt, sent.prompt_token_ids
+    else:
+        raise WireError(f"{message.request_id!r}: the first output has no prompt")
+    return RequestOutput(
+        request_id=message.request_id,
+        prompt=prompt,
+        prompt_token_ids=prompt_token_ids,
+        prompt_logprobs=rows,
+        outputs=tuple(outputs),
+        finished=message.finished,
+        usage=message.usage,
+        timings=message.timings,
+        deltas=tuple(deltas),
+    )

@@ -1,0 +1,252 @@
+"""An engine without a model: deterministic outputs, and every misfortune, by prompt.
+
+A text prompt may begin with a word and a colon: refuse, bug, panic (at the door); raise, kill,
+exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print, slow (1 ms
+a step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engineroom.engine.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
+from engineroom.engine.core.request import (
+    AdmissionError,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
+
+VOCAB = 1000
+MODEL = ModelConfig(
+    family="fake",
+    vocab_size=VOCAB,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    norm_eps=1e-5,
+    max_position=4096,
+    rope=RopeConfig(theta=1e4, rotary_dim=8),
+)
+
+
+class Panic(BaseException):
+    """What a Rust library raises: no Exception."""
+
+
+class TemplateError(ValueError):
+    """As the chat template's."""
+
+
+@dataclass(frozen=True)
+class FakeStats:
+    live: int
+    steps: int
+
+
+@dataclass
+class _Live:
+    prompt: str | Sequence[int]
+    params: SamplingParams
+    output: RequestOutput
+    aborted: bool = False
+
+
+class FakeEngine:
+    """EngineLike. `pace` is slept in each step, seconds."""
+
+    def __init__(self, config: EngineConfig, *, pace: float = 0.0) -> None:
+        self.config = config
+        self.model_config = MODEL
+        self.chat_template = object()
+        self.closed = False
+        self.steps = 0
+        self._pace = pace
+        self._live: dict[str, _Live] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return any(not r.aborted for r in self._live.values())  # endings come out of step() alone
+
+    @property
+    def num_live(self) -> int:
+        return sum(not r.aborted for r in self._live.values())
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+    ) -> None:
+        match _word(prompt):
+            case "refuse":
+                raise AdmissionError("context_length", "9000 tokens exceed the 4096 of this model")
+            case "bug":
+                raise KeyError("a bug of ours")
+            case "panic":
+                raise Panic("a Rust library's")
+        if request_id in self._live:
+            raise AdmissionError("duplicate_id", f"{request_id} runs")
+        ids = tuple(prompt.encode()) if isinstance(prompt, str) else tuple(prompt)
+        rows = None
+        if params.prompt_logprobs is not None:
+            rows = (None, *(_row(t, i, params.prompt_logprobs) for i, t in enumerate(ids[1:])))
+        seed = params.seed if params.seed is not None else 42
+        samples = tuple(
+            CompletionOutput(
+                index=i,
+                text="",
+                token_ids=(),
+                cumulative_logprob=None,
+                logprobs=None if params.logprobs is None else (),
+                finish_reason=None,
+                stop_reason=None,
+                seed=seed,
+            )
+            for i in range(params.n)
+        )
+        self._live[request_id] = _Live(
+            prompt,
+            params,
+            RequestOutput(
+                request_id=request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                prompt_logprobs=rows,
+                outputs=samples,
+                finished=False,
+                usage=Usage(len(ids), 0, 0),
+                timings=Timings(0.0, 0.0, 0.0, 0.0, None),
+                deltas=("",) * params.n,
+            ),
+        )
+
+    def step(self) -> list[RequestOutput]:
+        self.steps += 1
+        if self._pace:
+            time.sleep(self._pace)
+        outputs = []
+        for rid, request in list(self._live.items()):
+            if not request.aborted:
+                self._misfortune(rid, request)
+            if rid in self._live:
+                request.output = self._advance(request)
+                outputs.append(request.output)
+                if request.output.finished:
+                    del self._live[rid]
+        return outputs
+
+    def abort(self, request_id: str) -> bool:
+        request = self._live.get(request_id)
+        if request is None or request.aborted:
+            return False
+        request.aborted = True
+        return True
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        text = "".join(f"{m['role']}:{m['content']};" for m in messages)
+        if "hostile" in text:
+            raise TemplateError("the template refuses hostile messages")
+        return list((text + repr(sorted(options.items()))).encode())
+
+    def stats(self) -> FakeStats:
+        return FakeStats(self.num_live, self.steps)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _misfortune(self, rid: str, request: _Live) -> None:
+        match _word(request.prompt):
+            case "raise":
+                raise RuntimeError("out of cheese")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                print("last words", file=sys.stderr, flush=True)
+                os._exit(7)
+            case "hang":
+                time.sleep(float(str(request.prompt).split(":")[1]))
+            case "vanish":
+                del self._live[rid]
+            case "slow":
+                time.sleep(0.001)
+            case "log" if not request.output.outputs[0].token_ids:
+                logging.getLogger("engineroom.fake").warning("a word %s", "of warning")
+            case "print" if not request.output.outputs[0].token_ids:
+                print("printed by the child", flush=True)
+
+    def _advance(self, request: _Live) -> RequestOutput:
+        old, params = request.output, request.params
+        if request.aborted:
+            ended = tuple(replace(c, finish_reason="abort") for c in old.outputs)
+            return replace(old, outputs=ended, finished=True, deltas=("",) * len(ended))
+        outputs, deltas = [], []
+        limit = params.max_tokens if params.max_tokens is not None else 1 << 30
+        for c in old.outputs:
+            position = len(c.token_ids)
+            token = _token(old.prompt_token_ids, c.seed, c.index, position)
+            last = position + 1 >= limit
+            # Like a real stream's, text lags behind: it comes in pieces of three tokens.
+            tokens = (*c.token_ids, token)
+            held = len(tokens) % 3 if not last else 0
+            delta = "".join(f"{t}é " for t in tokens[c.text.count(" ") : len(tokens) - held])
+            row = None if params.logprobs is None else _row(token, position, params.logprobs)
+            outputs.append(
+                replace(
+                    c,
+                    text=c.text + delta,
+                    token_ids=tokens,
+                    cumulative_logprob=(c.cumulative_logprob or 0.0) - 0.5,
+                    logprobs=None if row is None else (*(c.logprobs or ()), row),
+                    finish_reason="length" if last else None,
+                )
+            )
+            deltas.append(delta)
+        done = sum(len(c.token_ids) for c in outputs)
+        return replace(
+            old,
+            outputs=tuple(outputs),
+            finished=all(c.finish_reason for c in outputs),
+            usage=replace(old.usage, completion_tokens=done),
+            timings=Timings(0.0, 0.25, 0.5 * done, 0.25 + 0.5 * done, 0.25),
+            deltas=tuple(deltas),
+        )
+
+
+def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
+    """The factory of fake_child.py. The model "paced" takes 1 ms a step; "missing" is an error."""
+    progress(f"making a fake of {config.model}")
+    if config.model == "missing":
+        raise ConfigError("model", "missing: no such model; did you mean 'fake'?")
+    return FakeEngine(config, pace=0.001 if config.model == "paced" else 0.0)
+
+
+def _word(prompt: str | Sequence[int]) -> str:
+    return prompt.split(":")[0] if isinstance(prompt, str) and ":" in prompt else ""
+
+
+def _token(prompt: Sequence[int], seed: int, index: int, position: int) -> int:
+    digest = hashlib.sha256(repr((tuple(prompt), seed, index, position)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % VOCAB
+
+
+def _row(token: int, position: int, count: int) -> dict[int, Logprob]:
+    rows = {(token + k) % VOCAB: Logprob(-0.5 - k, k + 1, f"t{token + k}") for k in range(count)}
+    return {**rows, token: Logprob(-0.5 - position / 7, 1, f"t{token}")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import dataclasses
 import itertools
 import logging
 import os
@@ -521,7 +522,7 @@ class _Link:
 
 
 def _options(config: EngineConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
 def _signal_name(number: int) -> str:

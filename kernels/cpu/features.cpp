@@ -56,6 +56,7 @@ std::vector<CpuFeature> cpu_features() {
         {"avx_vnni", ymm && bit(seven_one.eax, 4)},
         {"avx512f", avx512f},
         {"avx512bw", avx512f && bit(seven.ebx, 30)},
+        {"avx512dq", avx512f && bit(seven.ebx, 17)},
         {"avx512vl", avx512f && bit(seven.ebx, 31)},
         {"avx512_vnni", avx512f && bit(seven.ecx, 11)},
         {"avx512_bf16", avx512f && bit(seven_one.eax, 5)},

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "counter.hpp"
+#include "bindings.hpp"
 #include "dequant.hpp"
 #include "features.hpp"
 
@@ -66,4 +66,9 @@ NB_MODULE(_native, m) {
     m.def("cpu_features", &cpu_features,
           "Instruction set extensions that this processor and operating system can run.");
     engineroom::register_counter(m);
+    engineroom::register_pack(m);
+    engineroom::register_linear(m);
+    engineroom::register_attention(m);
+    engineroom::register_sample(m);
+    engineroom::register_step(m);
 }

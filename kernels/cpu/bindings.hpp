@@ -1,0 +1,15 @@
+// What each file adds to the native module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace engineroom {
+
+void register_counter(nanobind::module_ &m);
+void register_pack(nanobind::module_ &m);
+void register_linear(nanobind::module_ &m);
+void register_attention(nanobind::module_ &m);
+void register_sample(nanobind::module_ &m);
+void register_step(nanobind::module_ &m);
+
+}  // namespace engineroom

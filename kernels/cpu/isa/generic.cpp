@@ -1,0 +1,15 @@
+// The kernels on any processor that the compiler builds for.
+#define ER_ISA generic
+#define ER_NAME "generic"
+#include "vec_generic.hpp"
+
+#include "../kernels.hpp"
+#include "rows.inl"
+#include "tile.inl"
+#include "attend.inl"
+#include "table.inl"
+
+namespace engineroom {
+extern const Kernels kernels_generic;
+const Kernels kernels_generic = generic::table;
+}  // namespace engineroom

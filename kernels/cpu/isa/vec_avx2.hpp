@@ -1,0 +1,228 @@
+// Sixteen lanes in C++ that any GCC or Clang vectorises: the fallback, and the oracle of the others.
+//
+// This is the interface that isa/*.inl are written over. F: 16 fp32. I: 64 bytes, 16 int32 or 16
+// groups of 4 bytes. P: 16 pairs of bf16. A multiply-add here rounds twice; where a unit has a fused
+// one it rounds once, so units differ in last bits and each is deterministic.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define ER_INLINE static inline __attribute__((always_inline))
+
+namespace engineroom {
+namespace avx2 {
+
+typedef float F __attribute__((vector_size(64)));
+typedef std::int32_t I __attribute__((vector_size(64)));
+typedef std::int8_t Bytes __attribute__((vector_size(64)));
+typedef std::int32_t P __attribute__((vector_size(64)));
+
+constexpr int kBias8 = 0;       // what dot8 subtracts from the unsigned bytes by itself: 0 or 128
+constexpr int kInt8Rows = 1;    // rows of a register tile, by form
+constexpr int kBF16Rows = 2;
+constexpr int kF32Rows = 2;
+
+// ------------------------------------------------------------------------------------- fp32
+
+ER_INLINE F f_zero() { return F{}; }
+ER_INLINE F f_set(float x) { return F{} + x; }
+ER_INLINE F f_load(const float *p) {
+    F x;
+    std::memcpy(&x, p, 64);
+    return x;
+}
+ER_INLINE void f_store(float *p, F x) { std::memcpy(p, &x, 64); }
+// The first n lanes, 0 <= n <= 16; zeros behind them.
+ER_INLINE F f_load_n(const float *p, int n) {
+    F x = {};
+    for (int i = 0; i < n; ++i) x[i] = p[i];
+    return x;
+}
+ER_INLINE void f_store_n(float *p, F x, int n) {
+    for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+ER_INLINE F f_add(F a, F b) { return a + b; }
+ER_INLINE F f_sub(F a, F b) { return a - b; }
+ER_INLINE F f_mul(F a, F b) { return a * b; }
+ER_INLINE F f_div(F a, F b) { return a / b; }
+ER_INLINE F f_max(F a, F b) { return a > b ? a : b; }  // b where one is NaN
+ER_INLINE F f_min(F a, F b) { return a < b ? a : b; }
+ER_INLINE F f_abs(F a) { return reinterpret_cast<F>(reinterpret_cast<I>(a) & 0x7fffffff); }
+ER_INLINE F f_fma(F a, F b, F c) { return a * b + c; }   // a b + c
+ER_INLINE F f_fnma(F a, F b, F c) { return c - a * b; }  // c - a b
+// To nearest even, |a| < 2^22: what is added pushes the fraction out.
+ER_INLINE F f_round(F a) { return (a + 12582912.0f) - 12582912.0f; }
+// x 2^n for whole n; results below the normal range become 0.
+ER_INLINE F f_scale2(F x, F n) {
+    const F m = f_max(f_min(n, f_set(127.0f)), f_set(-127.0f));
+    const I power = (__builtin_convertvector(m, I) + 127) << 23;  // 2^n; 0 at n = -127
+    return x * reinterpret_cast<F>(power);
+}
+// Over all lanes, halving: lane i with i + 8, then i + 4, i + 2, i + 1.
+ER_INLINE float f_sum(F a) {
+    float x[16];
+    f_store(x, a);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+ER_INLINE float f_max_all(F a) {
+    float most = a[0];
+    for (int i = 1; i < 16; ++i) most = a[i] > most ? a[i] : most;
+    return most;
+}
+// Lanes from..to-1 of x, the others `fill`; any int for from and to.
+ER_INLINE F f_keep(F x, int from, int to, F fill) {
+    const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (lane >= from) & (lane < to) ? x : fill;
+}
+
+// --------------------------------------------------------------------------- 16-bit floats
+
+ER_INLINE float float_of_bits(std::uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+ER_INLINE std::uint32_t bits_of_float(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+ER_INLINE float float_of_half(std::uint16_t half) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+    const std::uint32_t magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00) return float_of_bits(sign | 0x7f800000u | (magnitude << 13));
+    const float value = magnitude < 0x400
+                            ? static_cast<float>(magnitude) * 0x1p-24f
+                            : float_of_bits((magnitude << 13) + (112u << 23));
+    return float_of_bits(bits_of_float(value) | sign);
+}
+// To nearest even; beyond the range infinity; NaN stays NaN.
+ER_INLINE std::uint16_t half_of_float(float x) {
+    const std::uint32_t bits = bits_of_float(x);
+    const std::uint32_t sign = (bits >> 16) & 0x8000u;
+    const std::uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 rounds at 2^-24
+        const float shifted = float_of_bits(magnitude) + 0.5f;
+        return static_cast<std::uint16_t>(sign | (bits_of_float(shifted) - 0x3f000000u));
+    }
+    const std::uint32_t odd = (magnitude >> 13) & 1u;
+    return static_cast<std::uint16_t>(
+        sign | ((magnitude - (112u << 23) + 0xfffu + odd) >> 13));
+}
+ER_INLINE std::uint16_t bf16_of_float(float x) {
+    const std::uint32_t bits = bits_of_float(x);
+    if (x != x) return static_cast<std::uint16_t>((bits | 0x400000u) >> 16);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+ER_INLINE F f_load_f16_n(const std::uint16_t *p, int n) {
+    F x = {};
+    for (int i = 0; i < n; ++i) x[i] = float_of_half(p[i]);
+    return x;
+}
+ER_INLINE F f_load_f16(const std::uint16_t *p) { return f_load_f16_n(p, 16); }
+ER_INLINE void f_store_f16_n(std::uint16_t *p, F x, int n) {
+    for (int i = 0; i < n; ++i) p[i] = half_of_float(x[i]);
+}
+ER_INLINE void f_store_f16(std::uint16_t *p, F x) { f_store_f16_n(p, x, 16); }
+ER_INLINE F f_load_bf16_n(const std::uint16_t *p, int n) {
+    F x = {};
+    for (int i = 0; i < n; ++i) x[i] = float_of_bits(static_cast<std::uint32_t>(p[i]) << 16);
+    return x;
+}
+ER_INLINE F f_load_bf16(const std::uint16_t *p) { return f_load_bf16_n(p, 16); }
+ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
+    for (int i = 0; i < n; ++i) p[i] = bf16_of_float(x[i]);
+}
+ER_INLINE void f_store_bf16(std::uint16_t *p, F x) { f_store_bf16_n(p, x, 16); }
+
+// Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, two products and two sums in
+// an order of the unit's own. p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.
+ER_INLINE P p_load(const std::uint16_t *p) {
+    P x;
+    std::memcpy(&x, p, 64);
+    return x;
+}
+ER_INLINE P p_load_n(const std::uint16_t *p, int pairs) {
+    P x = {};
+    std::memcpy(&x, p, static_cast<std::size_t>(pairs) * 4);
+    return x;
+}
+ER_INLINE P p_bcast(const std::uint16_t *p) {
+    std::int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return P{} + pair;
+}
+ER_INLINE F p_dot(F acc, P a, P b) {
+    const P high = P{} + static_cast<std::int32_t>(0xffff0000u);
+    acc = reinterpret_cast<F>(a << 16) * reinterpret_cast<F>(b << 16) + acc;
+    return reinterpret_cast<F>(a & high) * reinterpret_cast<F>(b & high) + acc;
+}
+
+// --------------------------------------------------------------------------------- integers
+
+ER_INLINE I i_zero() { return I{}; }
+ER_INLINE I i_set(std::int32_t x) { return I{} + x; }
+ER_INLINE I i_set_bytes(std::uint8_t x) {
+    return reinterpret_cast<I>(Bytes{} + static_cast<std::int8_t>(x));
+}
+ER_INLINE I i_load(const void *p) {
+    I x;
+    std::memcpy(&x, p, 64);
+    return x;
+}
+ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }
+ER_INLINE I i_add(I a, I b) { return a + b; }
+ER_INLINE I i_and(I a, I b) { return a & b; }
+ER_INLINE I i_or(I a, I b) { return a | b; }
+ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
+// Bytes: `value` where the bit of the 64 at p is set, else 0.
+ER_INLINE I i_bits(const std::uint8_t *p, std::uint8_t value) {
+    std::uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = (p[i / 8] >> (i % 8)) & 1 ? value : 0;
+    return i_load(bytes);
+}
+// Four activation bytes in every lane.
+ER_INLINE I i_bcast4(const std::int8_t *p) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return I{} + four;
+}
+// acc + sum over 4 of (unsigned w)(signed a). dot_small needs w < 128, dot8 takes any w, and where
+// kBias8 is 128 it multiplies w - 128.
+ER_INLINE I i_dot8(I acc, I w, I a) {
+    for (int byte = 0; byte < 4; ++byte)
+        acc += ((w >> (8 * byte)) & 0xff) * ((a << (24 - 8 * byte)) >> 24);
+    return acc;
+}
+ER_INLINE I i_dot_small(I acc, I w, I a) { return i_dot8(acc, w, a); }
+ER_INLINE F f_of_i(I a) { return __builtin_convertvector(a, F); }
+ER_INLINE F f_load_u8(const std::uint8_t *p) {
+    F x;
+    for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+ER_INLINE F f_load_s8(const std::int8_t *p) {
+    F x;
+    for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+// Round 16 floats in [-127, 127] to nearest even int8.
+ER_INLINE void i_store_int8(std::int8_t *p, F x) {
+    const F whole = f_round(x);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(whole[i]);
+}
+ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
+    std::int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += p[i];
+    return sum;
+}
+ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+
+}  // namespace avx2
+}  // namespace engineroom

@@ -1,0 +1,159 @@
+// Sixteen lanes on AVX-512 (F, BW, VL, DQ, VNNI, BF16). The interface is that of vec_generic.hpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define ER_INLINE static inline __attribute__((always_inline))
+
+namespace engineroom {
+namespace avx512 {
+
+using F = __m512;   // 16 fp32
+using I = __m512i;  // 64 bytes: 16 int32, or 16 groups of 4 bytes
+using P = __m512i;  // 16 pairs of bf16
+
+constexpr int kBias8 = 0;       // dot8 multiplies the unsigned bytes as they are
+constexpr int kInt8Rows = 4;    // rows of a register tile, by form
+constexpr int kBF16Rows = 8;
+constexpr int kF32Rows = 8;
+
+// ------------------------------------------------------------------------------------- fp32
+
+ER_INLINE F f_zero() { return _mm512_setzero_ps(); }
+ER_INLINE F f_set(float x) { return _mm512_set1_ps(x); }
+ER_INLINE F f_load(const float *p) { return _mm512_loadu_ps(p); }
+ER_INLINE void f_store(float *p, F x) { _mm512_storeu_ps(p, x); }
+ER_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+ER_INLINE F f_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+ER_INLINE void f_store_n(float *p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+ER_INLINE F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+ER_INLINE F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+ER_INLINE F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+ER_INLINE F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+ER_INLINE F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+ER_INLINE F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+ER_INLINE F f_abs(F a) { return _mm512_abs_ps(a); }
+ER_INLINE F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+ER_INLINE F f_fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+ER_INLINE F f_round(F a) { return _mm512_roundscale_ps(a, 8); }          // to nearest even
+ER_INLINE F f_scale2(F x, F n) { return _mm512_scalef_ps(x, n); }        // x 2^n, n whole
+ER_INLINE float f_sum(F a) { return _mm512_reduce_add_ps(a); }
+ER_INLINE float f_max_all(F a) { return _mm512_reduce_max_ps(a); }
+// Lanes from..to-1 of x, the others `fill`.
+ER_INLINE F f_keep(F x, int from, int to, F fill) {
+    const unsigned upper = to >= 16 ? 0xffffu : to <= 0 ? 0u : (1u << to) - 1u;
+    const unsigned lower = from <= 0 ? 0u : from >= 16 ? 0xffffu : (1u << from) - 1u;
+    return _mm512_mask_mov_ps(fill, static_cast<__mmask16>(upper & ~lower), x);
+}
+
+// --------------------------------------------------------------------------- 16-bit floats
+
+ER_INLINE F f_load_f16(const std::uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+ER_INLINE F f_load_f16_n(const std::uint16_t *p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+ER_INLINE void f_store_f16(std::uint16_t *p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(x, 0));
+}
+ER_INLINE void f_store_f16_n(std::uint16_t *p, F x, int n) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, 0));
+}
+ER_INLINE F f_of_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+// vcvtneps2bf16 flushes subnormals; this rounds every number to nearest even and keeps NaN.
+ER_INLINE __m256i bf16_of_f(F x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    r = _mm512_mask_mov_epi32(r, nan, _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+ER_INLINE F f_load_bf16(const std::uint16_t *p) {
+    return f_of_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+ER_INLINE F f_load_bf16_n(const std::uint16_t *p, int n) {
+    return f_of_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+ER_INLINE void f_store_bf16(std::uint16_t *p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), bf16_of_f(x));
+}
+ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), bf16_of_f(x));
+}
+
+// Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, two products and two sums in
+// an order of the unit's own. p_bcast: one pair in every lane.
+ER_INLINE P p_load(const std::uint16_t *p) { return _mm512_loadu_si512(p); }
+ER_INLINE P p_load_n(const std::uint16_t *p, int pairs) {
+    return _mm512_maskz_loadu_epi32(first_lanes(pairs), p);
+}
+ER_INLINE P p_bcast(const std::uint16_t *p) {
+    std::int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+}
+ER_INLINE F p_dot(F acc, P a, P b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// --------------------------------------------------------------------------------- integers
+
+ER_INLINE I i_zero() { return _mm512_setzero_si512(); }
+ER_INLINE I i_set(std::int32_t x) { return _mm512_set1_epi32(x); }
+ER_INLINE I i_set_bytes(std::uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+ER_INLINE I i_load(const void *p) { return _mm512_loadu_si512(p); }
+ER_INLINE void i_store(void *p, I x) { _mm512_storeu_si512(p, x); }
+ER_INLINE I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+ER_INLINE I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+ER_INLINE I i_or(I a, I b) { return _mm512_or_si512(a, b); }
+ER_INLINE I i_high_nibbles(I a) {
+    return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
+}
+// Bytes: `value` where the bit of the 64 at p is set, else 0.
+ER_INLINE I i_bits(const std::uint8_t *p, std::uint8_t value) {
+    std::uint64_t bits;
+    std::memcpy(&bits, p, 8);
+    return _mm512_maskz_set1_epi8(bits, static_cast<char>(value));
+}
+// Four activation bytes in every lane.
+ER_INLINE I i_bcast4(const std::int8_t *p) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+// acc + sum over 4 of (unsigned w)(signed a). Inline assembly: from intrinsics GCC 12 merges equal
+// accumulators and then spills the register tile. dot_small needs w < 128, dot8 takes any w.
+ER_INLINE I i_dot_small(I acc, I w, I a) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+    return acc;
+}
+ER_INLINE I i_dot8(I acc, I w, I a) { return i_dot_small(acc, w, a); }
+ER_INLINE F f_of_i(I a) { return _mm512_cvtepi32_ps(a); }
+ER_INLINE F f_load_u8(const std::uint8_t *p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+ER_INLINE F f_load_s8(const std::int8_t *p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+// Round 16 floats in [-127, 127] to int8.
+ER_INLINE void i_store_int8(std::int8_t *p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
+    const __m512i wide =
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return _mm512_reduce_add_epi32(wide);
+}
+ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+
+}  // namespace avx512
+}  // namespace engineroom

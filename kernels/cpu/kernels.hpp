@@ -1,0 +1,192 @@
+// What every instruction set provides, and the layouts that its functions share.
+//
+// One translation unit per instruction set (isa/avx512.cpp, isa/avx2.cpp, ...) compiles the same
+// sources (isa/*.inl) over its own vectors (isa/vec_*.hpp) and fills one `Kernels` table;
+// `best_kernels()` picks a table by CPUID. Nothing else of the module may use instructions beyond
+// the compiler's default, and a unit of an instruction set may define nothing that the linker could
+// share with another unit (no templates or inline functions outside its own namespace), or a machine
+// without those instructions would meet them.
+//
+// Law 2: a result row depends on its own operands alone. Each output element is one vector lane, and
+// its sum runs over K in ascending order, whatever the number of rows, tiles, threads or K-blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace engineroom {
+
+constexpr int kTileRows = 48;  // outputs (rows of the weight) of one weight tile: three vectors of 16
+constexpr int kGroup = 32;     // activations that share one int8 scale
+constexpr int kSuper = 256;    // elements of a k-quant's super-block; K-blocks are multiples of it
+
+// ---------------------------------------------------------------------------------- weights
+
+// How a tile's elements lie. uN: unsigned, the value's bias is subtracted by the kernel.
+enum class Elements : std::uint8_t {
+    kF32,   // [K][48] float
+    kF16,   // [K][48] half
+    kBF16,  // [K/2][48][2] bf16, K padded to even with a zero
+    kU4,    // [K/8][48][4] bytes: byte i of unit u holds element 8u + i low, 8u + 4 + i high
+    kU5,    // per group of 32: 768 bytes as kU4, then 8 x [48][4] bits of value 16, see below
+    kU6,    // per group of 32: 768 bytes as kU4, then bits of value 16, then bits of value 32
+    kU8,    // [K/4][48][4] bytes
+};
+// Bit planes of kU5 and kU6: 192 bytes a plane and group. Bit 4n + i of word k4 (48 * 4 = 192 bits,
+// little-endian, 24 bytes) belongs to element 4 k4 + i of output n: the order of kU8's bytes.
+
+// How elements become values: value = scale * (u - bias) + minimum.
+enum class Scaling : std::uint8_t {
+    kNone,
+    kHalf,         // [K/32][48] half d.                             Q4_0 Q5_0 Q8_0
+    kHalfMin,      // [K/32][2][48] half d, half m: d u + m.         Q4_1 Q5_1
+    kSuperMin,     // [K/256] { half d[48], half dmin[48], 8 x { u8 sc[48], u8 mn[48] } }:
+                   //   (d sc) u - (dmin mn) per 32.                 Q4_K Q5_K
+    kSuperSigned,  // [K/256] { half d[48], 16 x { s8 sc[48] } }: (d sc)(u - 32) per 16.   Q6_K
+};
+
+// A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
+// 64 bytes, then its elements, padded to 64 bytes; `data` is 64-byte aligned.
+struct PackedWeight {
+    Elements elements = Elements::kF32;
+    Scaling scaling = Scaling::kNone;
+    int bias = 0;  // 8, 16, 32, 128 where Scaling says "u - bias", else 0
+    int num_rows = 0;
+    int num_columns = 0;
+    std::size_t scales_bytes = 0;  // of a tile, padded
+    std::size_t tile_bytes = 0;
+    const std::uint8_t *data = nullptr;
+
+    int num_tiles() const { return (num_rows + kTileRows - 1) / kTileRows; }
+    const std::uint8_t *scales(int tile) const { return data + tile * tile_bytes; }
+    const std::uint8_t *quants(int tile) const { return scales(tile) + scales_bytes; }
+    bool is_quantised() const { return scaling != Scaling::kNone; }
+};
+
+// ------------------------------------------------------------------------------ activations
+
+enum class Form : std::uint8_t {
+    kF32,   // multiplies any weight, dequantised to fp32
+    kBF16,  // multiplies kBF16 weights: products of bf16 pairs, fp32 sums
+    kInt8,  // multiplies quantised weights: int8 dot products per group of 32 (16 for kSuperSigned)
+};
+
+// Rows ready to be multiplied. `stride` (elements, a multiple of 32, >= K) separates rows; elements
+// from K to stride are zeros. Only the members of the form in use are set.
+struct Activations {
+    Form form = Form::kF32;
+    std::ptrdiff_t stride = 0;
+    const float *f32 = nullptr;          // [rows][stride]
+    const std::uint16_t *bf16 = nullptr; // [rows][stride]
+    // x ~ scale * q, per group of 32: scale = max|x| / 127, q = round-to-even(x * (127 / max|x|)).
+    const std::int8_t *q = nullptr;           // [rows][stride]
+    const float *scale = nullptr;             // [rows][stride / 32]
+    const float *scaled_sum = nullptr;        // [rows][stride / 32]  scale * float(sum of q)
+    const std::int32_t *sum16 = nullptr;      // [rows][stride / 16]  sum of q over 16
+};
+
+// ------------------------------------------------------------------------------- activations' dtype
+
+enum class Dtype : std::uint8_t { kF32, kBF16, kF16 };
+
+// -------------------------------------------------------------------------------- attention
+
+// One layer's cache. A block of one kv head is contiguous: its keys, then its values, each
+// block_size * head_dim elements of `dtype`. Where block_size is a multiple of 16:
+//   keys    kBF16 [slots/16][dim/2][16][2], else [slots/16][dim][16]
+//   values  kBF16 [slots/2][dim][2],        else [slots][dim]
+// else both are [slots][dim].
+struct KVCacheView {
+    Dtype dtype = Dtype::kF32;
+    int num_kv_heads = 0;
+    int head_dim = 0;  // even
+    int block_size = 0;
+    std::uint8_t *layer = nullptr;      // block 0, kv head 0 of this layer
+    std::size_t block_stride = 0;       // bytes from a block to the next
+    std::size_t head_bytes = 0;         // bytes of one kv head of one block: keys and values
+    std::uint8_t *keys(std::int32_t block, int head) const {
+        return layer + static_cast<std::size_t>(block) * block_stride +
+               static_cast<std::size_t>(head) * head_bytes;
+    }
+    std::uint8_t *values(std::int32_t block, int head) const {
+        return keys(block, head) + head_bytes / 2;
+    }
+};
+
+constexpr int kSplit = 256;  // keys, aligned to absolute positions, that share one softmax pass
+
+// Rows of one sequence and one kv head: `num_tokens` tokens of `group` query heads each.
+struct AttentionRows {
+    const float *q = nullptr;      // first token's first query head of this kv head
+    std::ptrdiff_t q_stride = 0;   // floats from token to token
+    const std::int32_t *positions = nullptr;  // [num_tokens]
+    int num_tokens = 0;
+    int group = 0;                 // query heads of the kv head, head_dim floats apart
+    int kv_head = 0;
+    const std::int32_t *blocks = nullptr;  // the sequence's block table
+    int seq_len = 0;
+    float scale = 0;
+    int window = 0;   // 0: none
+    float softcap = 0;  // 0: none
+};
+
+// --------------------------------------------------------------------------------- the table
+
+struct Kernels {
+    const char *name;
+    int bias8;  // what the unit's dot product of kU8 elements subtracts by itself: 0 or 128
+
+    // -- rows; n elements, any n; out may be x unless said
+    void (*rms_norm)(const float *x, const float *w, float *out, int n, float eps, float offset);
+    void (*add)(const float *a, const float *b, float *out, int n);
+    void (*scale)(const float *x, float factor, float *out, int n);
+    void (*softcap)(const float *x, float cap, float *out, int n);
+    void (*silu_mul)(const float *gate, const float *up, float *out, int n);
+    void (*gelu_tanh_mul)(const float *gate, const float *up, float *out, int n);
+    // Rotates the first 2 * pairs dims of each of `heads` heads; cos, sin [pairs].
+    void (*rope)(const float *x, const float *cos, const float *sin, float *out, int heads,
+                 int head_dim, int pairs, bool interleaved);
+    void (*round)(float *x, int n, Dtype dtype);  // in place, to nearest even
+    // -- activations: n = K; writes `stride` elements, zeros from n on
+    void (*to_bf16)(const float *x, int n, int stride, std::uint16_t *out);
+    void (*to_int8)(const float *x, int n, int stride, std::int8_t *q, float *scale,
+                    float *scaled_sum, std::int32_t *sum16);
+    // -- one weight tile x rows, over columns [k0, k1); k0 and k1 are multiples of 256 or K's end.
+    // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
+    void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
+                 int rows, bool first, float *out, std::uint8_t *scratch);
+    // -- attention: one token's K and V of every kv head, rounded to the cache's dtype
+    void (*kv_write)(const KVCacheView &cache, std::int32_t slot, const float *k, const float *v);
+    // Splits [split0, split1) of the rows' keys, each split s covering positions s*256 .. s*256+255.
+    // max_ and sum [splits][rows], acc [splits][rows][head_dim], row = token * group + head: the
+    // split's own maximum score, sum of exp(score - maximum) and sum of exp(score - maximum) * v;
+    // a row that sees no key of a split has maximum -inf, and its sum and acc are zeros.
+    void (*attend)(const KVCacheView &cache, const AttentionRows &rows, int split0, int split1,
+                   float *max_, float *sum, float *acc, std::uint8_t *scratch);
+};
+
+constexpr std::size_t tile_scratch_bytes(int columns) {
+    return static_cast<std::size_t>(columns) * kTileRows * sizeof(float) + 4096;
+}
+
+// Scratch of `attend` for that many rows (num_tokens * group) and head_dim.
+constexpr std::size_t attend_scratch_bytes(int rows, int head_dim) {
+    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 4) +
+           static_cast<std::size_t>(2 * kSplit) * head_dim * sizeof(float) + 4096;
+}
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;    // AVX2, FMA, F16C
+extern const Kernels kernels_avx512;  // AVX-512 F BW VL DQ VNNI BF16
+#endif
+#if defined(__aarch64__)
+extern const Kernels kernels_neon;  // with the dot product instructions
+#endif
+
+// The table named, or nullptr where this machine cannot run it. nullptr names the fastest.
+const Kernels *find_kernels(const char *name);
+// The i-th table that this machine can run, fastest first, or nullptr past the last.
+const Kernels *usable_kernels(int i);
+
+}  // namespace engineroom

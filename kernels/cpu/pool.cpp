@@ -1,0 +1,149 @@
+#include "pool.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <set>
+#include <string>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace engineroom {
+namespace {
+
+// How long a worker spins for the next run() before it sleeps. A step follows the one before it
+// within a millisecond while requests run; waking a sleeper takes some 50 us.
+constexpr auto kSpin = std::chrono::microseconds(2000);
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Spins until done(); gives the core away now and then, in case a thread that it waits for has none.
+template <class Done>
+void spin_until(Done done) {
+    for (int i = 1; !done(); ++i) {
+        pause();
+        if (i % 4096 == 0) std::this_thread::yield();
+    }
+}
+
+}  // namespace
+
+Pool::Pool(int size) : size_(std::max(1, size)) {
+    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        ending_ = true;
+        generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (std::thread &thread : threads_) thread.join();
+}
+
+void Pool::start(Function function, void *context) {
+    if (size_ == 1) {
+        function(context, 0);
+        return;
+    }
+    function_ = function;
+    context_ = context;
+    running_.store(size_ - 1, std::memory_order_relaxed);
+    // Sequentially consistent with the sleeper's own pair: it counts itself asleep, then looks at
+    // the generation once more; here the generation moves, then the sleepers are counted.
+    generation_.fetch_add(1, std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst) > 0) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        wake_.notify_all();
+    }
+    function(context, 0);
+    spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+}
+
+void Pool::work(int thread) {
+    std::uint32_t seen = 0;
+    for (;;) {
+        const auto moved = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+        const auto deadline = std::chrono::steady_clock::now() + kSpin;
+        for (int i = 1; !moved(); ++i) {
+            pause();
+            if (i % 256 == 0 && std::chrono::steady_clock::now() > deadline) break;
+        }
+        if (!moved()) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            asleep_.fetch_add(1, std::memory_order_seq_cst);
+            wake_.wait(lock, [&] { return generation_.load(std::memory_order_seq_cst) != seen; });
+            asleep_.fetch_sub(1, std::memory_order_seq_cst);
+        }
+        ++seen;  // run() waits for every worker, so the generation is never two ahead
+        if (ending_) return;
+        function_(context_, thread);
+        running_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+}
+
+void Pool::barrier() {
+    if (size_ == 1) return;
+    const std::uint32_t epoch = epoch_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        epoch_.store(epoch + 1, std::memory_order_release);
+    } else {
+        spin_until([&] { return epoch_.load(std::memory_order_acquire) != epoch; });
+    }
+}
+
+#if defined(__linux__)
+namespace {
+
+std::string first_line(const std::string &path) {
+    std::string text;
+    if (std::FILE *file = std::fopen(path.c_str(), "r")) {
+        char line[256];
+        if (std::fgets(line, sizeof line, file)) text = line;
+        std::fclose(file);
+    }
+    return text;
+}
+
+// Cores' worth of time that the cgroup allows, or a large number.
+int quota() {
+    long long limit = 0, period = 0;
+    if (std::sscanf(first_line("/sys/fs/cgroup/cpu.max").c_str(), "%lld %lld", &limit, &period) != 2) {
+        std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str(), "%lld", &limit);
+        std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str(), "%lld", &period);
+    }
+    if (limit <= 0 || period <= 0) return 1 << 20;
+    return static_cast<int>(std::max(1LL, (limit + period - 1) / period));
+}
+
+}  // namespace
+
+int usable_cores() {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    if (sched_getaffinity(0, sizeof mask, &mask) != 0)
+        return std::max(1u, std::thread::hardware_concurrency());
+    std::set<std::string> cores;  // hardware threads of one core list the same siblings
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &mask)) continue;
+        const std::string siblings = first_line("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                                                "/topology/thread_siblings_list");
+        cores.insert(siblings.empty() ? std::to_string(cpu) : siblings);
+    }
+    return std::max(1, std::min(static_cast<int>(cores.size()), quota()));
+}
+#else
+int usable_cores() { return std::max(1u, std::thread::hardware_concurrency()); }
+#endif
+
+}  // namespace engineroom

@@ -213,6 +213,7 @@ class ModelConfig:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "reference")
+ACTIVATIONS = ("auto", "int8", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
+    activations: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -269,6 +271,7 @@ class EngineConfig:
                 )
         self._one_of("device", DEVICES)
         self._one_of("dtype", DTYPES)
+        self._one_of("activations", ACTIVATIONS)
         self._one_of("kv_cache_dtype", DTYPES)
         if self.quantization is not None:
             raise ConfigError(

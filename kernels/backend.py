@@ -151,8 +151,14 @@ class Backend(Protocol):
         """Take one weight in; the only way in. The result is opaque and goes to `lower`."""
         ...
 
-    def packed_bytes(self, weight: RawWeight | WeightGroup) -> int:
-        """Bytes that `pack` will keep resident beyond the mapped file (0: it keeps the map)."""
+    def weights_bytes(
+        self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
+    ) -> int:
+        """Memory that a Program's weights take once lowered, mapped pages of the file included."""
+        ...
+
+    def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
+        """The cache's dtype where none is asked for; `quantised` tells of the checkpoint."""
         ...
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> Any:
@@ -185,30 +191,50 @@ class BackendUnavailable(RuntimeError):
     """No backend can serve the asked device; the message says what was tried and how to mend it."""
 
 
+DEVICES = ("auto", "cpu", "reference")
+
+
 def choose(device: str = "auto") -> Choice:
-    """Pick a backend for `device` ("auto", "cpu" or "reference") without importing torch.
+    """Pick a backend for `device`, one of DEVICES, without importing torch.
 
     Errors: BackendUnavailable naming what is missing and the command that brings it.
     """
-    have_torch = importlib.util.find_spec("torch") is not None
-    available = {
-        "reference": "usable" if have_torch else "needs torch, which is not installed",
-    }
-    if device not in ("auto", "cpu", "reference"):
+    if device not in DEVICES:
         raise BackendUnavailable(
-            f"device {device!r} has no backend in this version; supported: auto, cpu, reference"
+            f"device {device!r} has no backend in this version; supported: {', '.join(DEVICES)}"
         )
-    if not have_torch:
+    available = {
+        "cpu": _missing_native() or "usable",
+        "reference": "usable" if _installed("torch") else "needs torch, which is not installed",
+    }
+    if device != "reference":
+        if available["cpu"] != "usable":
+            raise BackendUnavailable(
+                f"the CPU backend cannot run: {available['cpu']}. "
+                "Install again: pip install --force-reinstall engineroom"
+            )
+        asked = "asked for" if device == "cpu" else "no GPU backend in this version"
+        return Choice("cpu", f"{asked}; native kernels on the CPU", available)
+    if available["reference"] != "usable":
         raise BackendUnavailable(
             "the reference backend needs torch, which is not installed. "
             "Install it: pip install 'engineroom[torch]' (a CPU build of torch is enough; "
             "see https://pytorch.org/get-started/locally/)"
         )
-    return Choice(
-        "reference",
-        "the only backend of this version; it computes with torch on the CPU",
-        available,
-    )
+    return Choice("reference", "asked for; readable torch on the CPU, slow", available)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _missing_native() -> str:
+    """Why the compiled module cannot be imported, or nothing."""
+    try:
+        importlib.import_module(f"{__package__}.cpu._native")
+    except ImportError as error:
+        return str(error)
+    return ""
 
 
 def preload(choice: Choice) -> Callable[[], None]:
@@ -216,15 +242,41 @@ def preload(choice: Choice) -> Callable[[], None]:
 
     def importer() -> None:
         with contextlib.suppress(Exception):  # create() meets it again, in the caller's thread
-            importlib.import_module(f"{__package__}.{choice.name}")
+            importlib.import_module(_MODULES[choice.name])
 
     thread = threading.Thread(target=importer, daemon=True)
     thread.start()
     return thread.join
 
 
-def create(choice: Choice, *, activation_dtype: str, threads: int | None = None) -> Backend:
-    """Construct the chosen backend. activation_dtype is a key of DTYPE_BYTES."""
+_MODULES = {name: f"{__package__}.{name}" for name in ("reference",)} | {
+    "cpu": f"{__package__}.cpu.backend"
+}
+
+
+def create(
+    choice: Choice,
+    *,
+    activation_dtype: str,
+    threads: int | None = None,
+    activations: str = "auto",
+) -> Backend:
+    """Construct the chosen backend. activation_dtype is a key of DTYPE_BYTES.
+
+    activations: what multiplies quantised weights, "auto", "int8" or "float32". Errors:
+    BackendUnavailable where the backend has no such thing.
+    """
+    if choice.name == "cpu":
+        from .cpu.backend import CpuBackend  # late: the reference needs none of it
+
+        return CpuBackend(
+            activation_dtype=activation_dtype, threads=threads, activations=activations
+        )
+    if activations == "int8":
+        raise BackendUnavailable(
+            "activations='int8': the reference backend multiplies weights by the activations "
+            "themselves; use device='cpu', or activations='auto'"
+        )
     from .reference import ReferenceBackend  # optional third party: torch
 
     return ReferenceBackend(activation_dtype=activation_dtype, threads=threads)

@@ -105,6 +105,20 @@ class Program:
             last[self.result.id] = len(self.ops)
         return last
 
+    def fp32_values(self) -> frozenset[int]:
+        """The values that stay fp32: the result, back through scale and softcap to the op before.
+
+        These are the logits, which ops.py keeps in fp32 whatever the activation dtype is.
+        """
+        made_by = {op.output: op for op in self.ops}
+        kept = set()
+        at = self.result.id if self.result is not None else None
+        while at is not None:
+            kept.add(at)
+            op = made_by.get(at)
+            at = op.inputs[0] if op is not None and op.name in ("scale", "softcap") else None
+        return frozenset(kept)
+
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 

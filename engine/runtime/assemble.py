@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ...kernels.backend import Backend, Choice, choose, create, preload
+from ...kernels.backend import Backend, Choice, KVSpec, choose, create, preload
 from ...kernels.program import Program
+from ...kernels.weights import RawWeight
 from .. import models
 from ..config import ConfigError, EngineConfig, ModelConfig
 from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
+from ..models import Family
 from .load import open_model, raw_weights
 from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory
 from .runner import Runner
@@ -57,6 +59,54 @@ class LoadedModel:
         self.checkpoint.close()
 
 
+@dataclass(frozen=True)
+class LoadPlan:
+    """What loading will do, known from headers alone."""
+
+    config: EngineConfig  # dtypes resolved
+    backend: Backend
+    program: Program
+    weights: Mapping[str, RawWeight]
+    kv: KVSpec
+    memory: MemoryPlan
+
+
+def plan_load(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    module: Family,
+    model: ModelConfig,
+    choice: Choice,
+) -> LoadPlan:
+    """Record the program and plan the memory, on the backend that will run it; reads no weight.
+
+    Errors: CheckpointError, ConfigError, BackendUnavailable.
+    """
+    config = config.replace(dtype=activation_dtype(config, model))
+    backend = create(
+        choice,
+        activation_dtype=config.dtype,
+        threads=config.threads,
+        activations=config.activations,
+    )
+    kv = kv_spec(config, model, backend.kv_dtype(config.dtype, checkpoint.quantised))
+    config = config.replace(kv_cache_dtype=kv.dtype)
+    # What is recorded may depend on the context served and on the dtype results are rounded to.
+    context = min(config.max_model_len or model.max_position, model.longest_context)
+    program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
+    weights = raw_weights(checkpoint, module, model)
+    memory = plan_memory(
+        config,
+        model,
+        weight_bytes=backend.weights_bytes(program, weights),
+        workspace_bytes=backend.workspace_bytes(
+            program, config.max_num_batched_tokens, config.max_logit_rows
+        ),
+        kv=kv,
+    )
+    return LoadPlan(config, backend, program, weights, kv, memory)
+
+
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Load what `config` names.
 
@@ -83,30 +133,21 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         template = load_chat_template(checkpoint, tokenizer, config.chat_template)
         if template is not None:
             template.start()
-        kv = kv_spec(config, model)
-        config = config.replace(dtype=activation_dtype(config, model), kv_cache_dtype=kv.dtype)
         imported()
-        backend = create(choice, activation_dtype=config.dtype, threads=config.threads)
-        # What is recorded may depend on the context served and on the dtype results are rounded to.
-        context = min(config.max_model_len or model.max_position, model.longest_context)
-        program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
-        weights = raw_weights(checkpoint, module, model)
-        memory = plan_memory(
-            config,
-            model,
-            weight_bytes=sum(w.nbytes + backend.packed_bytes(w) for w in weights.values()),
-            workspace_bytes=backend.workspace_bytes(
-                program, config.max_num_batched_tokens, config.max_logit_rows
-            ),
-            kv=kv,
-        )
+        plan = plan_load(config, checkpoint, module, model, choice)
+        config, memory = plan.config, plan.memory
         if not memory.fits:
             raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
         for note in (*checkpoint.notes, *model.notes, *memory.notes):
             say(note)
         config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
         runner = Runner(
-            backend, program, weights, config=model, kv=kv, num_blocks=memory.num_blocks
+            plan.backend,
+            plan.program,
+            plan.weights,
+            config=model,
+            kv=plan.kv,
+            num_blocks=memory.num_blocks,
         )
     except BaseException:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:
@@ -119,8 +160,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         config=config,
         model=model,
         backend_choice=choice,
-        backend=backend,
-        program=program,
+        backend=plan.backend,
+        program=plan.program,
         memory=memory,
         runner=runner,
         tokenizer=tokenizer,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.backend import KVSpec
-from ...kernels.program import Program, T
 from ..config import EngineConfig, ModelConfig, parse_bytes, show_bytes
 
 DEFAULT_SHARE = 0.8  # of the memory available now: the rest is for the process and its neighbours
@@ -144,44 +143,21 @@ def plan_memory(
     )
 
 
-def kv_spec(config: EngineConfig, model: ModelConfig) -> KVSpec:
-    """The cache's shape and dtype for this model: kv_cache_dtype, or the activations' own."""
+def kv_spec(config: EngineConfig, model: ModelConfig, default_dtype: str) -> KVSpec:
+    """The cache's shape and dtype for this model: kv_cache_dtype, or the backend's default."""
     dtype = config.kv_cache_dtype
     return KVSpec(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=config.block_size,
-        dtype=activation_dtype(config, model) if dtype == "auto" else dtype,
+        dtype=default_dtype if dtype == "auto" else dtype,
     )
 
 
 def activation_dtype(config: EngineConfig, model: ModelConfig) -> str:
     """The dtype that results are rounded to: as asked, or the checkpoint's own (law 6)."""
     return model.dtype if config.dtype == "auto" else config.dtype
-
-
-def program_workspace(program: Program, max_tokens: int, max_rows: int) -> int:
-    """Bytes of the Program's values at their widest moment, in fp32, with the logits.
-
-    A value lives from the operation that makes it to the last that reads it.
-    """
-    sizes = {}
-    for handle in program.handles:
-        if handle.kind == "value":
-            n = 4
-            for dim in handle.shape:
-                n *= (max_tokens if dim == T else max_rows) if isinstance(dim, str) else dim
-            sizes[handle.id] = n
-    last = program.last_use()
-    live = peak = 0
-    expiring: dict[int, list[int]] = {}
-    for index, op in enumerate(program.ops):
-        live += sizes[op.output]
-        expiring.setdefault(last.get(op.output, index), []).append(op.output)
-        peak = max(peak, live)
-        live -= sum(sizes[i] for i in expiring.pop(index, ()))
-    return peak
 
 
 def available_memory() -> int:

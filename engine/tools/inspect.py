@@ -7,45 +7,28 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from .. import models
+from ...kernels.backend import choose
 from ..config import EngineConfig, ModelConfig, show_bytes
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.source import resolve
-from ..runtime.load import open_model, raw_weights
-from ..runtime.memory import (
-    MemoryPlan,
-    activation_dtype,
-    kv_spec,
-    plan_memory,
-    program_workspace,
-)
-
-_VECTOR_BYTES = 4  # a backend keeps norms and biases in fp32 beside the mapped file
+from ..runtime.assemble import plan_load
+from ..runtime.load import open_model
+from ..runtime.memory import MemoryPlan
 
 
 def inspect_model(config: EngineConfig) -> dict[str, Any]:
-    """Everything that the headers tell, as plain values. No weight is read, no torch loaded.
+    """Everything that the headers tell, as plain values. No weight is read.
 
-    Errors: SourceError, CheckpointError, ConfigError.
+    The plan is the one that loading would make. Errors: SourceError, CheckpointError, ConfigError,
+    BackendUnavailable.
     """
     source = resolve(config.model, progress=sys.stderr)
     checkpoint = open_checkpoint(source.path)
     try:
         module, model = open_model(checkpoint)
-        weights = raw_weights(checkpoint, module, model)
-        kv = kv_spec(config, model)
-        context = min(config.max_model_len or model.max_position, model.max_position)
-        program = models.record(module, model.replace(max_position=context))
-        vectors = sum(math.prod(w.shape) for w in weights.values() if len(w.shape) == 1)
-        plan = plan_memory(
-            config,
-            model,
-            weight_bytes=sum(w.nbytes for w in weights.values()) + _VECTOR_BYTES * vectors,
-            workspace_bytes=program_workspace(
-                program, config.max_num_batched_tokens, config.max_logit_rows
-            ),
-            kv=kv,
-        )
+        choice = choose(config.device)
+        load = plan_load(config, checkpoint, module, model, choice)
+        plan = load.memory
         return {
             "name": source.name,
             "path": str(source.path),
@@ -56,8 +39,9 @@ def inspect_model(config: EngineConfig) -> dict[str, Any]:
             "formats": _formats(checkpoint),
             "model": _model(model),
             "chat_template": _has_chat_template(checkpoint),
-            "compute_dtype": activation_dtype(config, model),
-            "kv_cache_dtype": kv.dtype,
+            "backend": choice.name,
+            "compute_dtype": load.config.dtype,
+            "kv_cache_dtype": load.kv.dtype,
             "memory": _memory(plan),
             "fits": plan.fits,
             "because": plan.because,

@@ -57,7 +57,9 @@ ENGINE_HELP = {
     "device": "auto, cpu or reference",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "quantising on load is not supported yet: None",
-    "kv_cache_dtype": "of the KV cache: auto (as the computation), float32, bfloat16 or float16",
+    "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "
+    "(groups of 32), or float32, the activations themselves",
+    "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16 or float16",
     "max_model_len": "context length in tokens; None is the model's own, or what fits",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens of one step, over all its requests",

@@ -44,9 +44,15 @@ class ReferenceBackend:
         """Matrices keep the checkpoint's bytes, vectors become fp32. Errors: ValueError: others."""
         return lin.pack(weight)
 
-    def packed_bytes(self, weight: RawWeight | WeightGroup) -> int:
-        """Matrices stay in the mapped file; vectors take 4 bytes an element."""
-        return 4 * weight.shape[0] if len(weight.shape) == 1 else 0
+    def weights_bytes(
+        self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
+    ) -> int:
+        """The mapped file's bytes, matrices being read in place, and fp32 copies of vectors."""
+        return sum(_file_bytes(w) + _vector_bytes(w) for w in weights.values())
+
+    def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
+        """The activations' own."""
+        return activation_dtype
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A zeroed cache of num_blocks."""
@@ -87,3 +93,12 @@ class ReferenceBackend:
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
+
+
+def _file_bytes(weight: RawWeight | WeightGroup) -> int:
+    parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+    return sum(part.nbytes for part in parts)
+
+
+def _vector_bytes(weight: RawWeight | WeightGroup) -> int:
+    return 4 * weight.shape[0] if len(weight.shape) == 1 else 0

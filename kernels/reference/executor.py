@@ -21,21 +21,6 @@ _one_step = threading.Lock()
 _Attrs = Mapping[str, Any]  # of one Op
 
 
-def fp32_values(program: Program) -> frozenset[int]:
-    """The values that stay fp32: the result, back through scale and softcap to the op before them.
-
-    These are the logits, which ops.py keeps in fp32 whatever the activation dtype is.
-    """
-    made_by = {op.output: op for op in program}
-    kept = set()
-    at = program.result.id if program.result is not None else None
-    while at is not None:
-        kept.add(at)
-        op = made_by.get(at)
-        at = op.inputs[0] if op is not None and op.name in ("scale", "softcap") else None
-    return frozenset(kept)
-
-
 class ReferenceExecutable:
     """A Program bound to its packed weights and its KV cache."""
 
@@ -55,7 +40,7 @@ class ReferenceExecutable:
         self._kv = kv
         self._dtype = activation_dtype
         self._workers = workers
-        self._fp32 = fp32_values(program)
+        self._fp32 = program.fp32_values()
         last_use = program.last_use()
         self._dead_after: list[list[int]] = [[] for _ in program.ops]
         for index, op in enumerate(program.ops):

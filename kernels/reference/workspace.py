@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from ..program import Op, Program, R, T
 from . import attention as att
 from . import linear as lin
-from .executor import fp32_values
 
 
 def workspace_bytes(
@@ -19,7 +18,7 @@ def workspace_bytes(
     activation dtype.
     """
     dims = {T: max_tokens, R: max_rows}
-    kept_fp32 = fp32_values(program)
+    kept_fp32 = program.fp32_values()
     last_use = program.last_use()
 
     def elements(value: int) -> int:

@@ -1,0 +1,480 @@
+"""The native CPU backend: packs weights into tiles, holds the cache, runs a step in one call."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backend import DTYPE_BYTES, KVSpec, StepInputs
+from ..program import Op, Program
+from ..weights import BF16, RawWeight, WeightGroup
+from . import _native
+from .lower import Lowered, Node, lower
+from .sampler import CpuLogits, CpuSampler
+
+ACTIVATIONS = ("auto", "int8", "float32")
+
+
+@dataclass(frozen=True, eq=False)
+class CpuWeight:
+    """A weight as it came; what a Program does with it decides how `lower` packs it."""
+
+    parts: tuple[RawWeight, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(part.name for part in self.parts)
+
+
+class CpuBackend:
+    """Implements kernels.backend.Backend.
+
+    activation_dtype: a key of DTYPE_BYTES; each operation computes in fp32 and rounds its result
+    once to it. activations: what multiplies a quantised weight: "int8" (groups of 32, also
+    "auto") or "float32", the activations themselves. threads: None takes the physical cores that
+    this process may use. isa: a table of kernels, None for the fastest that runs here. No result
+    depends on threads; results of different isa differ in last bits.
+
+    Errors: ValueError for a value that does not exist here.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        *,
+        activation_dtype: str = "float32",
+        threads: int | None = None,
+        activations: str = "auto",
+        isa: str | None = None,
+    ) -> None:
+        if activation_dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"activation dtype {activation_dtype!r} is unknown; "
+                f"supported: {', '.join(DTYPE_BYTES)}"
+            )
+        if activations not in ACTIVATIONS:
+            raise ValueError(
+                f"activations={activations!r} is unknown; supported: {', '.join(ACTIVATIONS)}"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        tables = _native.kernel_tables()
+        if isa is not None and isa not in tables:
+            raise ValueError(f"isa {isa!r} does not run here; what does: {', '.join(tables)}")
+        self.isa = isa or tables[0]
+        self._dtype = activation_dtype
+        self._int8 = activations != "float32"
+        self._pool = _native.Pool(threads or _native.usable_cores())
+
+    # --------------------------------------------------------------------------------- weights
+
+    def pack(self, weight: RawWeight | WeightGroup) -> CpuWeight:
+        """Take a weight in; tiles are made by `lower`, which knows how it is used."""
+        parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+        if len(weight.shape) not in (1, 2):
+            name = "+".join(p.name for p in parts)
+            raise ValueError(
+                f"weight {name!r} has shape {list(weight.shape)}; the CPU backend packs weights of "
+                "one dimension (norms, biases) or two (matrices)"
+            )
+        return CpuWeight(tuple(parts), tuple(weight.shape))
+
+    def weights_bytes(
+        self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
+    ) -> int:
+        """Memory that the weights take once lowered: tiles, and the tables that rows are read of."""
+        total = 0
+        uses = _uses(program)
+        for name, weight in weights.items():
+            parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+            if len(weight.shape) == 1:
+                total += 4 * weight.shape[0]
+                continue
+            if "linear" in uses.get(name, ()):
+                total += sum(_native.packed_bytes(p.format.name, *p.shape) for p in parts)
+            if "embedding" in uses.get(name, ()):
+                total += sum(p.nbytes for p in parts)
+        return total
+
+    def _form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
+        """How a linear layer's input is made ready for this weight."""
+        parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
+        if self._int8 and all(not p.format.is_float for p in parts):
+            return "int8"
+        if self._dtype == "bfloat16" and all(p.format is BF16 for p in parts):
+            return "bfloat16"
+        return "float32"
+
+    # ----------------------------------------------------------------------------------- cache
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> Any:
+        """A zeroed cache of num_blocks; pages are taken as they are written."""
+        return _native.KVCache(
+            spec.dtype,
+            spec.num_layers,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.block_size,
+            num_blocks,
+        )
+
+    def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
+        """bfloat16 beside weights of 16 bits or fewer, else the activations' own."""
+        return "bfloat16" if quantised else activation_dtype
+
+    # --------------------------------------------------------------------------------- programs
+
+    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
+        """Upper bound of the arenas, prepared activations and scratch of such a step."""
+        lowered = lower(program, lambda name: 0)
+        widest = max(
+            (h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0
+        )
+        heads = max(
+            (int(op.attrs["num_heads"]) for op in program if op.name == "attention"),  # type: ignore[arg-type]
+            default=0,
+        )
+        head_dim = max(
+            (int(op.attrs["head_dim"]) for op in program if op.name == "attention"),  # type: ignore[arg-type]
+            default=0,
+        )
+        return _native.workspace_bound(
+            lowered.token_columns,
+            lowered.row_columns,
+            int(widest),
+            heads,
+            head_dim,
+            max_tokens,
+            max_rows,
+            self._pool.size,
+        )
+
+    def lower(self, program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> CpuExecutable:
+        """Bind a finished Program to its weights (by canonical name) and its cache.
+
+        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
+        """
+        _check(program, weights, kv)
+        lowered = lower(program, lambda name: self._form(weights[name]))
+        vocab = next(
+            (program.handles[op.inputs[0]].shape[0] for op in program if op.name == "embedding"),  # type: ignore[index]
+            1,
+        )
+        native = _native.StepProgram(
+            self.isa,
+            self._pool,
+            kv,
+            vocab,
+            lowered.token_columns,
+            lowered.row_columns,
+            lowered.result.slot,
+        )
+        _Binder(self, lowered, weights, native).bind()
+        return CpuExecutable(native)
+
+    def sampler(self, vocab_size: int) -> CpuSampler:
+        """The sampling program over logits of vocab_size."""
+        return CpuSampler(vocab_size, self._pool)
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `doctor` and the step log."""
+        quantised = (
+            "int8 activations in groups of 32" if self._int8 else "activations as they are"
+        )
+        return {
+            "backend": self.name,
+            "kernels": f"{self.isa} (this machine runs {', '.join(_native.kernel_tables())})",
+            "numerics": (
+                f"fp32 inside each operation, results rounded to {self._dtype}; quantised weights "
+                f"multiply {quantised}"
+            ),
+            "activations": self._dtype,
+            "threads": str(self._pool.size),
+        }
+
+
+class CpuExecutable:
+    """A Program bound to its tiles and its cache."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+
+    def run(self, step: StepInputs) -> CpuLogits:
+        """Compute one step. Errors: ValueError for ids, slots or blocks outside of what there is."""
+        return CpuLogits(
+            self._native.run(
+                step.token_ids,
+                step.positions,
+                step.query_start,
+                step.seq_len,
+                step.block_table,
+                step.slot,
+                step.logit_rows,
+            )
+        )
+
+
+class _Binder:
+    """Turns the nodes of a Lowered into operations of a native StepProgram."""
+
+    def __init__(
+        self,
+        backend: CpuBackend,
+        lowered: Lowered,
+        weights: Mapping[str, CpuWeight],
+        native: Any,
+    ) -> None:
+        self._backend = backend
+        self._lowered = lowered
+        self._program = lowered.program
+        self._weights = weights
+        self._native = native
+        self._dtype = backend._dtype
+        self._fp32 = lowered.program.fp32_values()
+        self._tiles: dict[str, list[Any]] = {}  # one PackedMatrix for each part of a weight
+        self._tables = {n for n, uses in _uses(self._program).items() if "embedding" in uses}
+
+    def bind(self) -> None:
+        for node in self._lowered.nodes:
+            getattr(self, f"_{node.name}", self._map)(node)
+
+    def _weight(self, value: int | None) -> CpuWeight:
+        assert value is not None
+        return self._weights[self._program.handles[value].name]
+
+    def _vector(self, value: int | None) -> np.ndarray:
+        return np.concatenate([_values(part) for part in self._weight(value).parts])
+
+    def _rounding(self, value: int) -> str:
+        return "float32" if value in self._fp32 else self._dtype
+
+    def _rotations(self, node: Node) -> None:
+        assert node.rotations is not None and node.rope is not None
+        attrs = node.rope.attrs
+        self._native.rotations(
+            node.barrier,
+            node.rotations.slot,
+            list(attrs["inv_freq"]),  # type: ignore[arg-type]
+            attrs["attention_factor"],
+        )
+
+    def _embedding(self, node: Node) -> None:
+        op = _op(node)
+        parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in self._weight(op.inputs[0]).parts]
+        out = node.places[op.output].slot
+        self._native.embedding(node.barrier, out, parts, self._rounding(op.output))
+
+    def _rms_norm(self, node: Node) -> None:
+        op = _op(node)
+        x, weight = op.inputs
+        self._native.rms_norm(
+            node.barrier,
+            node.places[x].slot,  # type: ignore[index]
+            node.places[op.output].slot,
+            self._vector(weight),
+            op.attrs["eps"],
+            op.attrs["offset"],
+            self._rounding(op.output),
+        )
+
+    def _map(self, node: Node) -> None:
+        """add, scale, softcap, silu_mul, gelu_tanh_mul."""
+        op = _op(node)
+        a, b = op.inputs[0], op.inputs[-1]
+        parameter = op.attrs.get("factor", op.attrs.get("cap", 0.0))
+        self._native.map(
+            node.barrier,
+            op.name,
+            node.places[a].slot,  # type: ignore[index]
+            node.places[b].slot,  # type: ignore[index]
+            node.places[op.output].slot,
+            parameter,
+            self._rounding(op.output),
+        )
+
+    def _select_rows(self, node: Node) -> None:
+        op = _op(node)
+        x = node.places[op.inputs[0]].slot  # type: ignore[index]
+        self._native.select_rows(node.barrier, x, node.places[op.output].slot)
+
+    def _rope(self, node: Node) -> None:
+        op = _op(node)
+        assert node.rotations is not None
+        self._native.rope(
+            node.barrier,
+            node.places[op.inputs[0]].slot,  # type: ignore[index]
+            node.rotations.slot,
+            node.places[op.output].slot,
+            op.attrs["head_dim"],
+            op.attrs["interleaved"],
+            self._rounding(op.output),
+        )
+
+    def _kv_write(self, node: Node) -> None:
+        op = _op(node)
+        k, v = op.inputs
+        self._native.kv_write(
+            node.barrier,
+            node.places[k].slot,  # type: ignore[index]
+            node.places[v].slot,  # type: ignore[index]
+            op.attrs["layer"],
+        )
+
+    def _attention(self, node: Node) -> None:
+        op = _op(node)
+        self._native.attention(
+            node.barrier,
+            node.places[op.inputs[0]].slot,  # type: ignore[index]
+            node.places[op.output].slot,
+            op.attrs["layer"],
+            op.attrs["num_heads"],
+            op.attrs["scale"],
+            op.attrs["window"],
+            op.attrs["softcap"],
+            self._rounding(op.output),
+        )
+
+    def _linear(self, node: Node) -> None:
+        step = node.step
+        assert step is not None
+        norm = step.norm
+        x = norm.inputs[0] if norm is not None else step.main[0].inputs[0]
+        form = self._backend._form(self._weight(step.main[0].inputs[1]))
+        if step.after is None:
+            outs = [node.places[op.output] for op in step.main]
+            epilogue, residual = "store", None
+        else:
+            outs = [node.places[step.after.output]] * len(step.main)
+            epilogue = "add" if step.residual is not None else step.after.name
+            residual = None if step.residual is None else node.places[step.residual].slot
+        entries = []
+        for op, out in zip(step.main, outs, strict=True):
+            bias = None if op.inputs[2] is None else self._vector(op.inputs[2])
+            entries.append(self._entries(op, bias, out.slot))
+        if len(entries) == 2 and step.after is not None:  # gate and up: in pairs of equal rows
+            pairs = list(zip(*entries, strict=True))
+            flat = [entry for pair in pairs for entry in pair]
+        else:
+            flat = [entry for group in entries for entry in group]
+        self._native.linear(
+            node.barrier,
+            node.places[x].slot,  # type: ignore[index]
+            form,
+            None if norm is None else self._vector(norm.inputs[1]),
+            0.0 if norm is None else norm.attrs["eps"],
+            0.0 if norm is None else norm.attrs["offset"],
+            flat,
+            epilogue,
+            residual,
+            self._dtype,
+            self._rounding(step.outputs[0]),
+        )
+
+    def _entries(
+        self, op: Op, bias: np.ndarray | None, out: tuple[int, int, bool]
+    ) -> list[tuple[Any, np.ndarray | None, tuple[int, int, bool], int]]:
+        """(tiles, bias, result, first column) of each row range of one linear layer's weight."""
+        name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
+        weight = self._weights[name]
+        if name not in self._tiles:
+            self._tiles[name] = [self._packed(part, keep=name in self._tables) for part in weight.parts]
+        entries, at = [], 0
+        for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
+            stop = at + part.shape[0]
+            entries.append((tiles, None if bias is None else bias[at:stop].copy(), out, at))
+            at = stop
+        return entries
+
+    def _packed(self, part: RawWeight, keep: bool) -> Any:
+        data = part.data.view(np.ndarray)
+        tiles = _native.pack(part.format.name, data, *part.shape, self._backend._pool.size)
+        if not keep:
+            _release_pages(data)
+        return tiles
+
+
+def _op(node: Node) -> Op:
+    assert node.step is not None
+    return node.step.main[0]
+
+
+def _values(part: RawWeight) -> np.ndarray:
+    out = np.empty(part.shape, np.float32)
+    _native.dequantise(part.format.name, part.data.view(np.ndarray), out.reshape(-1))
+    return out.reshape(-1)
+
+
+def _uses(program: Program) -> dict[str, set[str]]:
+    """Weight name -> the operations that read it."""
+    uses: dict[str, set[str]] = {}
+    for op in program:
+        for i in op.inputs:
+            if i is not None and program.handles[i].kind == "weight":
+                uses.setdefault(program.handles[i].name, set()).add(op.name)
+    return uses
+
+
+def _release_pages(data: np.ndarray) -> None:
+    """Let go of the mapped pages that lie wholly within `data`; they are read again if need be."""
+    base: Any = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = data.__array_interface__["data"][0]
+    first = np.frombuffer(base, np.uint8, 1).__array_interface__["data"][0]
+    page = mmap.PAGESIZE
+    begin = -(-(start - first) // page) * page
+    end = (start - first + data.nbytes) // page * page
+    if end > begin:
+        base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def _check(program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> None:
+    """Errors: ValueError that names what does not fit together."""
+    missing = sorted(set(program.weights) - set(weights))
+    if missing:
+        raise ValueError(f"the program reads weights that were not given: {', '.join(missing)}")
+    for name, handle in program.weights.items():
+        if tuple(weights[name].shape) != handle.shape:
+            raise ValueError(
+                f"weight {name!r} is {list(weights[name].shape)}, "
+                f"the program reads it as {list(handle.shape)}"
+            )
+    known = ("linear", "select_rows", "attention", *_MAPS)
+    for op in program:
+        if op.name not in known:
+            raise ValueError(f"the CPU backend has no operation {op.name!r}; it has {', '.join(known)}")
+        if op.name not in ("kv_write", "attention"):
+            continue
+        if kv is None:
+            raise ValueError(f"the program has {op.name} but no KV cache was given")
+        want = (op.attrs["num_kv_heads"], op.attrs["head_dim"])
+        have = (kv.num_kv_heads, kv.head_dim)
+        layer = op.attrs["layer"]
+        if want != have or not 0 <= layer < kv.num_layers:  # type: ignore[operator]
+            raise ValueError(
+                f"{op.name} of layer {layer} has {want[0]} kv heads of {want[1]}; the KV cache "
+                f"has {kv.num_layers} layers of {have[0]} kv heads of {have[1]}"
+            )
+
+
+_MAPS: Sequence[str] = (
+    "add",
+    "embedding",
+    "gelu_tanh_mul",
+    "kv_write",
+    "rms_norm",
+    "rope",
+    "scale",
+    "silu_mul",
+    "softcap",
+)

@@ -97,11 +97,13 @@ class Engine:
         priority: int = 0,
         cache_salt: bytes = b"",
         observer: LogprobObserver | None = None,
+        final_only: bool = False,
     ) -> AddedRequest:
         """Admit a request, or refuse it with the reason; nothing changes where it is refused.
 
         `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
-        in chunks (see `LLM.score`); it needs params.prompt_logprobs.
+        in chunks (see `LLM.score`); it needs params.prompt_logprobs. With `final_only` the request
+        has one RequestOutput, at its end, and costs nothing to show before.
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
@@ -121,6 +123,7 @@ class Engine:
             params=params,
             samples=samples,
             decode_token=self._token_text,
+            final_only=final_only,
         )
         self.scheduler.add(*samples)
         self._groups[request_id] = group
@@ -297,8 +300,10 @@ class Engine:
                 touched[group.request_id] = group
         outputs = []
         for group in touched.values():
-            outputs.append(group.output())
-            if group.finished:
+            finished = group.finished
+            if finished or not group.final_only:
+                outputs.append(group.output())
+            if finished:
                 del self._groups[group.request_id]
                 self._runner.observers.pop(group.samples[0].key, None)
         return outputs

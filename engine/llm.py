@@ -237,7 +237,13 @@ class LLM:
                     index = len(ids)
                     try:
                         ids.append(
-                            self._add(inbox, prompts[index], params[index], priority=priority)
+                            self._add(
+                                inbox,
+                                prompts[index],
+                                params[index],
+                                priority=priority,
+                                final_only=True,
+                            )
                         )
                     except ValueError as error:
                         error.add_note(f"(prompt {index} of {len(prompts)})")

@@ -1,4 +1,4 @@
-"""Named rewrite patterns over a Program: what a backend may compute together without changing a bit.
+"""Named rewrite patterns over a Program: what may be computed together without changing a bit.
 
 A recorded Program is fine-grained. `fuse()` gives it back as a list of `Step`s, each one or several
 of its operations. Because every operation rounds its result as before and rows are independent
@@ -123,9 +123,7 @@ def early_rows(program: Program) -> Program:
             else:
                 operands.append(place[i])
         shape = program.handles[op.output].shape
-        made = new.append(
-            op.name, tuple(operands), op.attrs, (R, *shape[1:]) if moved else shape
-        )
+        made = new.append(op.name, tuple(operands), op.attrs, (R, *shape[1:]) if moved else shape)
         (on_rows if moved else place)[op.output] = made
     assert program.result is not None
     return new.finish(place[program.result.id])

@@ -30,12 +30,15 @@ class OutputGroup:
         params: SamplingParams,
         samples: Sequence[Request],
         decode_token: DecodeToken,
+        final_only: bool = False,
     ) -> None:
+        """final_only: nobody reads before the end, so nothing is made before it."""
         self.request_id = request_id
         self.samples = tuple(samples)
         self._prompt = prompt
         self._params = params
         self._decode_token = decode_token
+        self.final_only = final_only
         self._echo = echo_text
         self._deltas = [echo_text] * len(samples)
         self._sent = [0] * len(samples)

@@ -117,17 +117,20 @@ class Timeline:
     given in seconds; one before the latest counts as the latest.
     """
 
-    __slots__ = ("_closed", "_marks", "_now", "start_ns")
+    __slots__ = ("_closed", "_marks", "_now", "_spent", "start_ns")
 
     def __init__(self, now: float, state: str = "queued") -> None:
         self.start_ns = self._now = round(now * 1e9)
         self._marks: list[tuple[str, int]] = [(state, self.start_ns)]
         self._closed = False
+        self._spent: dict[str, int] = {}  # in segments that have ended: asked for after every step
 
     def mark(self, state: str, now: float) -> int:
         """Enter `state` at `now` (staying in it is no new segment). Returns now in ns."""
         instant = self._advance(now)
         if not self._closed and self._marks[-1][0] != state:
+            last, since = self._marks[-1]
+            self._spent[last] = self._spent.get(last, 0) + instant - since
             self._marks.append((state, instant))
         return instant
 
@@ -155,7 +158,9 @@ class Timeline:
 
     def seconds(self, *states: str) -> float:
         """Time spent in these states."""
-        return sum(s.length_ns for s in self.segments if s.state in states) / 1e9
+        spent = sum([self._spent.get(state, 0) for state in states])
+        state, since = self._marks[-1]
+        return (spent + self._now - since if state in states else spent) / 1e9
 
     def _advance(self, now: float) -> int:
         if not self._closed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
 from ..core.plan import SAMPLE, ScheduledRequest, StepPlan
-from ..core.request import Request
+from ..core.request import Request, SamplingParams
 
 
 def step_inputs(plan: StepPlan, block_size: int) -> StepInputs:
@@ -54,12 +54,24 @@ class _Row:
     target: int
 
 
+@dataclass(frozen=True)
+class _Constants:
+    """What does not change from step to step while the same requests sample the same rows."""
+
+    rows: tuple[tuple[Request, bool], ...]  # whose each row is, and whether it samples
+    fields: dict[str, np.ndarray]
+    history: bool  # whether any row may have entries of that kind
+    bias: bool
+    bans: bool
+
+
 class SamplingInputsBuilder:
-    """Builds the per-row sampling parameters; remembers the token masks of requests in flight."""
+    """Builds the per-row sampling parameters; remembers those of the step before, and masks."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._masks: dict[tuple[str, int], np.ndarray] = {}
+        self._masks: dict[Request, np.ndarray] = {}
+        self._constants: _Constants | None = None
 
     def build(self, plan: StepPlan) -> SamplingInputs:
         """Rows in packed order; see SamplingInputs."""
@@ -68,6 +80,24 @@ class SamplingInputsBuilder:
             for s in plan.requests
             for offset, target in zip(s.logit_offsets, s.targets, strict=True)
         ]
+        constants = self._constants_of(plan, rows)
+        none: Sequence[_Entries] = [()] * len(rows)
+        return SamplingInputs(
+            **constants.fields,
+            position=np.array([row.position for row in rows], dtype=np.uint32),
+            target=np.array([row.target for row in rows], dtype=np.int32),
+            **_csr("history", map(_history, rows) if constants.history else none, count=np.int32),
+            **_csr("bias", map(_bias, rows) if constants.bias else none, values=np.float32),
+            **_csr("ban", map(_bans, rows) if constants.bans else none),
+        )
+
+    def _constants_of(self, plan: StepPlan, rows: Sequence[_Row]) -> _Constants:
+        owners = tuple([(row.request, row.target == SAMPLE) for row in rows])
+        if self._constants is None or self._constants.rows != owners:
+            self._constants = _Constants(owners, self._columns(plan, rows), *_entries_wanted(rows))
+        return self._constants
+
+    def _columns(self, plan: StepPlan, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
         samples = [row.target == SAMPLE for row in rows]
 
         def column(name: str, off: float, dtype: Any) -> np.ndarray:
@@ -81,42 +111,51 @@ class SamplingInputsBuilder:
 
         mask_row, mask_table = self._mask(plan, rows)
         f32, i32 = np.float32, np.int32
-        return SamplingInputs(
-            temperature=column("temperature", 0.0, f32),
-            top_k=column("top_k", 0, i32),
-            top_p=column("top_p", 1.0, f32),
-            min_p=column("min_p", 0.0, f32),
-            typical_p=column("typical_p", 1.0, f32),
-            top_n_sigma=column("top_n_sigma", 0.0, f32),
-            xtc_probability=column("xtc_probability", 0.0, f32),
-            xtc_threshold=column("xtc_threshold", 0.1, f32),
-            repetition_penalty=column("repetition_penalty", 1.0, f32),
-            presence_penalty=column("presence_penalty", 0.0, f32),
-            frequency_penalty=column("frequency_penalty", 0.0, f32),
-            seed=np.array([row.request.seed for row in rows], dtype=np.uint64),
-            sample_index=np.array([row.request.sample_index for row in rows], dtype=np.uint32),
-            position=np.array([row.position for row in rows], dtype=np.uint32),
-            target=np.array([row.target for row in rows], dtype=i32),
-            num_logprobs=np.array([_num_logprobs(row) for row in rows], dtype=i32),
-            **_csr("history", [_history(row) for row in rows], count=i32),
-            **_csr("bias", [_bias(row) for row in rows], values=f32),
-            **_csr("ban", [_bans(row) for row in rows]),
-            mask_row=mask_row,
-            mask_table=mask_table,
-        )
+        return {
+            "temperature": column("temperature", 0.0, f32),
+            "top_k": column("top_k", 0, i32),
+            "top_p": column("top_p", 1.0, f32),
+            "min_p": column("min_p", 0.0, f32),
+            "typical_p": column("typical_p", 1.0, f32),
+            "top_n_sigma": column("top_n_sigma", 0.0, f32),
+            "xtc_probability": column("xtc_probability", 0.0, f32),
+            "xtc_threshold": column("xtc_threshold", 0.1, f32),
+            "repetition_penalty": column("repetition_penalty", 1.0, f32),
+            "presence_penalty": column("presence_penalty", 0.0, f32),
+            "frequency_penalty": column("frequency_penalty", 0.0, f32),
+            "seed": np.array([row.request.seed for row in rows], dtype=np.uint64),
+            "sample_index": np.array([row.request.sample_index for row in rows], dtype=np.uint32),
+            "num_logprobs": np.array([_num_logprobs(row) for row in rows], dtype=i32),
+            "mask_row": mask_row,
+            "mask_table": mask_table,
+        }
 
     def _mask(self, plan: StepPlan, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
         words = -(-self._vocab_size // 32)
-        live: dict[tuple[str, int], np.ndarray] = {}
+        live: dict[Request, np.ndarray] = {}
         for s in plan.requests:
             if s.samples and s.request.params.allowed_token_ids is not None:
-                key = s.request.key
-                live[key] = self._masks.get(key, _bitmask(s, words))
+                known = self._masks.get(s.request)
+                live[s.request] = _bitmask(s, words) if known is None else known
         self._masks = live
-        place = {key: i + 1 for i, key in enumerate(live)}
+        place = {request: i + 1 for i, request in enumerate(live)}
         everything = np.full(words, 0xFFFFFFFF, dtype=np.uint32)
-        mask_row = [place.get(row.request.key, 0) if row.target == SAMPLE else 0 for row in rows]
+        mask_row = [place.get(row.request, 0) if row.target == SAMPLE else 0 for row in rows]
         return np.array(mask_row, dtype=np.int32), np.stack([everything, *live.values()])
+
+
+def _entries_wanted(rows: Sequence[_Row]) -> tuple[bool, bool, bool]:
+    """Whether any row may have history, bias or ban entries."""
+    params = [row.request.params for row in rows if row.target == SAMPLE]
+    return (
+        any(_penalised(p) for p in params),
+        any(p.logit_bias or p.dry_multiplier for p in params),
+        any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
+    )
+
+
+def _penalised(p: SamplingParams) -> bool:
+    return bool(p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty)
 
 
 def _bitmask(scheduled: ScheduledRequest, words: int) -> np.ndarray:
@@ -140,9 +179,7 @@ _Entries = Sequence[tuple[int, float]]
 
 def _history(row: _Row) -> _Entries:
     p = row.request.params
-    if row.target != SAMPLE or not (
-        p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
-    ):
+    if row.target != SAMPLE or not _penalised(p):
         return ()
     counts = history.token_counts(row.request.prompt_token_ids, row.request.output_token_ids)
     return sorted(counts.items())
@@ -179,8 +216,9 @@ def _tokens(row: _Row) -> list[int]:
     return row.request.known_token_ids
 
 
-def _csr(prefix: str, rows: Sequence[_Entries], **values: Any) -> dict[str, np.ndarray]:
+def _csr(prefix: str, rows: Iterable[_Entries], **values: Any) -> dict[str, np.ndarray]:
     """Rows of (token id, value) as the arrays `prefix`_start, _ids and, where asked, the values."""
+    rows = list(rows)
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=starts[1:])
     flat = [entry for row in rows for entry in row]

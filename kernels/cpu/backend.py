@@ -88,7 +88,7 @@ class CpuBackend:
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """Memory that the weights take once lowered: tiles, and the tables that rows are read of."""
+        """Memory that the weights take once lowered: tiles, and tables that rows are read of."""
         total = 0
         uses = _uses(program)
         for name, weight in weights.items():
@@ -133,9 +133,7 @@ class CpuBackend:
     def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
         """Upper bound of the arenas, prepared activations and scratch of such a step."""
         lowered = lower(program, lambda name: 0)
-        widest = max(
-            (h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0
-        )
+        widest = max((h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0)
         heads = max(
             (int(op.attrs["num_heads"]) for op in program if op.name == "attention"),  # type: ignore[arg-type]
             default=0,
@@ -184,9 +182,7 @@ class CpuBackend:
 
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log."""
-        quantised = (
-            "int8 activations in groups of 32" if self._int8 else "activations as they are"
-        )
+        quantised = "int8 activations in groups of 32" if self._int8 else "activations as they are"
         return {
             "backend": self.name,
             "kernels": f"{self.isa} (this machine runs {', '.join(_native.kernel_tables())})",
@@ -266,7 +262,10 @@ class _Binder:
 
     def _embedding(self, node: Node) -> None:
         op = _op(node)
-        parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in self._weight(op.inputs[0]).parts]
+        parts = [
+            (p.format.name, p.data.view(np.ndarray), p.shape[0])
+            for p in self._weight(op.inputs[0]).parts
+        ]
         out = node.places[op.output].slot
         self._native.embedding(node.barrier, out, parts, self._rounding(op.output))
 
@@ -383,7 +382,9 @@ class _Binder:
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
         if name not in self._tiles:
-            self._tiles[name] = [self._packed(part, keep=name in self._tables) for part in weight.parts]
+            self._tiles[name] = [
+                self._packed(part, keep=name in self._tables) for part in weight.parts
+            ]
         entries, at = [], 0
         for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
             stop = at + part.shape[0]
@@ -452,7 +453,9 @@ def _check(program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> None:
     known = ("linear", "select_rows", "attention", *_MAPS)
     for op in program:
         if op.name not in known:
-            raise ValueError(f"the CPU backend has no operation {op.name!r}; it has {', '.join(known)}")
+            raise ValueError(
+                f"the CPU backend has no operation {op.name!r}; it has {', '.join(known)}"
+            )
         if op.name not in ("kv_write", "attention"):
             continue
         if kv is None:

@@ -20,11 +20,8 @@ from ..program import Op, Program, R
 
 __all__ = ["Lowered", "Node", "Place", "lower"]
 
-_BY_ROWS = frozenset(
-    ("embedding", "rms_norm", "add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope")
-    + ("kv_write", "rotations")
-)
 _IN_PLACE = frozenset(("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope"))
+_BY_ROWS = _IN_PLACE | {"embedding", "rms_norm", "kv_write", "rotations"}
 _ALIGN = 16  # columns: a value's rows may begin a cache line
 
 
@@ -149,7 +146,7 @@ def lower(program: Program, form_of: Callable[[str], Hashable]) -> Lowered:
 
 
 def _overwritten(program: Program, step: Step, value: int, ending: list[int]) -> int | None:
-    """The operand in whose memory the result may lie: read for the last time, element by element."""
+    """The operand in whose memory the result may lie: read for the last time, by elements."""
     if step.residual is not None:
         candidates: tuple[int | None, ...] = (step.residual,)
     elif step.main[0].name in _IN_PLACE:

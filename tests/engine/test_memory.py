@@ -34,7 +34,12 @@ def plan(available=100 * MiB, weights=10 * MiB, workspace=2 * MiB, **options):
 
 def test_kv_bytes_per_token_are_layers_times_two_times_heads_times_dim():
     assert KV.bytes_per_token == 4 * 2 * 2 * 16 * 4
-    assert kv_spec(EngineConfig(model="m", kv_cache_dtype="bfloat16"), MODEL, "float32").bytes_per_token == 512
+    assert (
+        kv_spec(
+            EngineConfig(model="m", kv_cache_dtype="bfloat16"), MODEL, "float32"
+        ).bytes_per_token
+        == 512
+    )
 
 
 def test_the_cache_takes_what_the_requests_can_use_and_no_more():

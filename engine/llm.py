@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from .config import EngineConfig
 from .core.request import RequestOutput, SamplingParams
@@ -224,12 +223,7 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         ids: list[str] = []
         limit = self._engine.config.max_num_seqs * 2
-        bar = tqdm(
-            total=len(prompts),
-            desc="generating",
-            unit="req",
-            disable=not (use_tqdm and sys.stderr.isatty()),
-        )
+        bar = _progress_bar(len(prompts)) if use_tqdm and sys.stderr.isatty() else None
         try:
             while len(done) < len(prompts):
                 # Feed the bounded queue as it empties, so that any number of prompts may come.
@@ -251,12 +245,14 @@ class LLM:
                 for out in self._turn(inbox):
                     if out.finished:
                         done[out.request_id] = out
-                        bar.update()
+                        if bar is not None:
+                            bar.update()
         except BaseException:  # Ctrl-C as well: leave nothing running
             self._abort([i for i in ids if i not in done])
             raise
         finally:
-            bar.close()
+            if bar is not None:
+                bar.close()
         return [done[request_id] for request_id in ids]
 
     def _abort(self, request_ids: Sequence[str]) -> None:
@@ -264,6 +260,12 @@ class LLM:
             for request_id in request_ids:
                 self._inboxes.pop(request_id, None)
                 self._engine.abort(request_id)
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm import tqdm  # late: it costs a tenth of a cold start
+
+    return tqdm(total=total, desc="generating", unit="req")
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

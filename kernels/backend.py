@@ -165,8 +165,11 @@ class Backend(Protocol):
         """A zeroed cache of num_blocks; opaque."""
         ...
 
-    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
-        """Upper bound of scratch that a step of max_tokens tokens and max_rows logit rows takes."""
+    def workspace_bytes(
+        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+    ) -> int:
+        """Upper bound of scratch that a step of max_tokens tokens and max_rows logit rows takes,
+        of sequences of at most max_context tokens."""
         ...
 
     def lower(self, program: Program, weights: Mapping[str, Any], kv: Any) -> Executable: ...

@@ -100,7 +100,7 @@ def plan_load(
         model,
         weight_bytes=backend.weights_bytes(program, weights),
         workspace_bytes=backend.workspace_bytes(
-            program, config.max_num_batched_tokens, config.max_logit_rows
+            program, config.max_num_batched_tokens, config.max_logit_rows, context
         ),
         kv=kv,
     )

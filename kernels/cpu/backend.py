@@ -130,27 +130,30 @@ class CpuBackend:
 
     # --------------------------------------------------------------------------------- programs
 
-    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
+    def workspace_bytes(
+        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+    ) -> int:
         """Upper bound of the arenas, prepared activations and scratch of such a step."""
         lowered = lower(program, lambda name: 0)
         widest = max((h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0)
-        heads = max(
-            (int(op.attrs["num_heads"]) for op in program if op.name == "attention"),  # type: ignore[arg-type]
-            default=0,
+        attention = [op.attrs for op in program if op.name == "attention"]
+        heads, kv_heads, head_dim = (
+            max((int(attrs[name]) for attrs in attention), default=0)  # type: ignore[arg-type]
+            for name in ("num_heads", "num_kv_heads", "head_dim")
         )
-        head_dim = max(
-            (int(op.attrs["head_dim"]) for op in program if op.name == "attention"),  # type: ignore[arg-type]
-            default=0,
-        )
-        return _native.workspace_bound(
-            lowered.token_columns,
-            lowered.row_columns,
-            int(widest),
-            heads,
-            head_dim,
-            max_tokens,
-            max_rows,
-            self._pool.size,
+        return int(
+            _native.workspace_bound(
+                lowered.token_columns,
+                lowered.row_columns,
+                int(widest),
+                heads,
+                kv_heads,
+                head_dim,
+                max_tokens,
+                max_rows,
+                max_context,
+                self._pool.size,
+            )
         )
 
     def lower(self, program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> CpuExecutable:
@@ -201,8 +204,13 @@ class CpuExecutable:
     def __init__(self, native: Any) -> None:
         self._native = native
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Arenas, prepared activations and scratch taken so far."""
+        return int(self._native.workspace_bytes)
+
     def run(self, step: StepInputs) -> CpuLogits:
-        """Compute one step. Errors: ValueError for ids, slots or blocks outside of what there is."""
+        """Compute one step. Errors: ValueError for ids, slots or blocks that do not exist."""
         return CpuLogits(
             self._native.run(
                 step.token_ids,

@@ -406,6 +406,13 @@ const float *StepProgram::run(const StepView &step) {
     return run.data(result_);
 }
 
+std::size_t StepProgram::workspace_bytes() const {
+    std::size_t bytes = 0;
+    for (const std::unique_ptr<Pages> *pages : {&token_arena_, &row_arena_, &prepared_, &shared_, &scratch_})
+        if (*pages) bytes += (*pages)->size();
+    return bytes;
+}
+
 void StepProgram::check(const StepView &step) const {
     const auto refuse = [](const std::string &what) { throw std::invalid_argument(what); };
     const auto outside = [&](const char *name, long long value, long long end) {
@@ -613,6 +620,8 @@ class BoundProgram {
                                                           nb::find(*this));
     }
 
+    std::size_t workspace_bytes() const { return program_.workspace_bytes(); }
+
   private:
     static const Kernels *kernels_named(const std::string &isa) {
         const Kernels *kernels = find_kernels(isa.empty() ? nullptr : isa.c_str());
@@ -634,6 +643,28 @@ class BoundProgram {
     nb::list kept_;
 };
 
+// Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most.
+std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, int widest,
+                            int num_heads, int num_kv_heads, int head_dim, int max_tokens,
+                            int max_rows, int max_context, int threads) {
+    const std::size_t arenas = sizeof(float) * (token_columns * static_cast<std::size_t>(max_tokens) +
+                                                row_columns * static_cast<std::size_t>(max_rows));
+    Attention attention;
+    attention.num_heads = num_heads;
+    attention.cache.num_kv_heads = num_kv_heads;
+    attention.cache.head_dim = head_dim;
+    const std::size_t shared =
+        num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0;
+    const std::size_t linear = padded(sizeof(float) * static_cast<std::size_t>(widest)) +
+                               padded(engineroom::prepared_bytes(Form::kF32, widest, kPreparedAlone)) +
+                               linear_scratch_bytes(widest);
+    const std::size_t scratch =
+        padded(std::max(linear, num_heads ? attention_scratch_bytes(attention) : 0)) + 4096;
+    const std::size_t slack = 5 * (std::size_t{2} << 20);  // five mappings end on whole huge pages
+    return arenas + engineroom::prepared_bytes(Form::kF32, widest, std::max(max_tokens, max_rows)) +
+           shared + scratch * static_cast<std::size_t>(threads) + slack;
+}
+
 }  // namespace
 
 void register_step(nb::module_ &m) {
@@ -641,6 +672,7 @@ void register_step(nb::module_ &m) {
         .def(nb::init<int>(), nb::arg("threads"))
         .def_prop_ro("size", &Pool::size);
     m.def("usable_cores", &usable_cores);
+    m.def("workspace_bound", &workspace_bound);
     nb::class_<KVCache>(m, "KVCache")
         .def("__init__",
              [](KVCache *self, const std::string &dtype, int num_layers, int num_kv_heads, int head_dim,
@@ -651,6 +683,9 @@ void register_step(nb::module_ &m) {
                  new (self) KVCache(dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
                                     num_blocks);
              })
+        .def_prop_ro("num_layers", &KVCache::num_layers)
+        .def_prop_ro("num_kv_heads", [](const KVCache &c) { return c.layer(0).num_kv_heads; })
+        .def_prop_ro("head_dim", [](const KVCache &c) { return c.layer(0).head_dim; })
         .def_prop_ro("nbytes", &KVCache::bytes);
     nb::class_<BoundProgram>(m, "StepProgram")
         .def(nb::init<const std::string &, std::shared_ptr<Pool>, std::shared_ptr<KVCache>, int,
@@ -665,6 +700,7 @@ void register_step(nb::module_ &m) {
         .def("rope", &BoundProgram::rope)
         .def("kv_write", &BoundProgram::kv_write)
         .def("attention", &BoundProgram::attention)
+        .def_prop_ro("workspace_bytes", &BoundProgram::workspace_bytes)
         .def("linear", &BoundProgram::linear, nb::arg("barrier"), nb::arg("x"), nb::arg("form"),
              nb::arg("norm").none(), nb::arg("eps"), nb::arg("offset"), nb::arg("weights"),
              nb::arg("epilogue"), nb::arg("residual").none(), nb::arg("norm_dtype"), nb::arg("dtype"))

@@ -84,7 +84,9 @@ class StepProgram {
     // Errors: std::invalid_argument for metadata that points outside of what there is.
     const float *run(const StepView &step);
 
-    const KVCache &cache() const { return *cache_; }
+    // Bytes of arenas, prepared activations and scratch taken so far.
+    std::size_t workspace_bytes() const;
+
     int result_width() const { return result_.width; }
 
   private:

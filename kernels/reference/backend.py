@@ -58,8 +58,10 @@ class ReferenceBackend:
         """A zeroed cache of num_blocks."""
         return KVCache.zeros(spec, num_blocks)
 
-    def workspace_bytes(self, program: Program, max_tokens: int, max_rows: int) -> int:
-        """Upper bound of the tensors that a step allocates."""
+    def workspace_bytes(
+        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+    ) -> int:
+        """Upper bound of the tensors that a step allocates; no tensor grows with the context."""
         itemsize = DTYPE_BYTES[self._dtype_name]
         return workspace_bytes(program, max_tokens, max_rows, itemsize, self._workers.count)
 

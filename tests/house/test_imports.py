@@ -80,11 +80,12 @@ NOT_HERE = {"numpy": ("kernels.ops", "engine.core", "engine.models")}
 # Imports inside functions: the command's late ones, optional packages, and the doors to torch.
 LOCAL_ANYTHING = ("", "engine.cli")
 LOCAL_OURS = {
-    "kernels.backend": ("engineroom.kernels.reference",),
+    "kernels.backend": ("engineroom.kernels.reference", "engineroom.kernels.cpu"),
     # The doctor must be able to say that the native module is missing.
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
+# tqdm: shown only at a terminal.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
     "huggingface_hub",
@@ -94,6 +95,7 @@ LOCAL_THIRD_PARTY = (
     "importlib",
     "tokenizers",
     "sentencepiece",
+    "tqdm",
 )
 
 

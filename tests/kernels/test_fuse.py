@@ -1,4 +1,4 @@
-"""Fusion: which patterns are found, that nothing is lost or reordered, that values never overlap."""
+"""Fusion: which patterns are found, that nothing is lost or reordered or lies over another."""
 
 from __future__ import annotations
 

@@ -173,6 +173,6 @@ def test_workspace_is_an_upper_bound_and_not_a_wild_one(
     peak.known |= {w.untyped_storage().data_ptr() for w in packed.values() if hasattr(w, "dtype")}
     with peak:
         executable.run(step)
-    bound = backend.workspace_bytes(program, num_tokens, num_tokens)
+    bound = backend.workspace_bytes(program, num_tokens, num_tokens, num_tokens)
     assert peak.peak <= bound
     assert bound <= 8 * peak.peak + 2**20

@@ -1,0 +1,334 @@
+"""The CPU backend as a whole: equal to the reference, pure bit for bit, fusion invisible.
+
+TOLERANCE in fp32: both backends round in fp32 and sum in different orders; two layers of sums of at
+most 256 terms around 1 differ by a few 1e-6 (measured up to 6e-6). With bf16 results the two may
+round a value to neighbouring numbers, 2^-8 apart relative to it, and logits are up to 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engineroom.kernels.backend import KVSpec, StepInputs
+from engineroom.kernels.cpu import _native, lower
+from engineroom.kernels.cpu.backend import CpuBackend
+from engineroom.kernels.fuse import Step
+from engineroom.kernels.program import Program
+from engineroom.kernels.weights import BF16, F16, FORMATS, Q4_0, Q4_1, Q4_K, Q8_0, RawWeight
+from engineroom.quant.gguf import dequantise
+from tests.kernels.packed_steps import Paged, raw
+from tests.kernels.programs import random_weights, two_layers
+
+TABLES = _native.kernel_tables()
+VOCAB = 200
+Weights = Mapping[str, Any]
+
+
+def spec(program: Program, dtype: str, block_size: int = 16) -> KVSpec:
+    attention = next(op for op in program if op.name == "attention")
+    heads, dim = attention.attrs["num_kv_heads"], attention.attrs["head_dim"]
+    return KVSpec(2, int(heads), int(dim), block_size, dtype)  # type: ignore[arg-type]
+
+
+def executable(
+    program: Program,
+    weights: Weights,
+    backend: Any,
+    kv_dtype: str = "float32",
+    block_size: int = 16,
+) -> Any:
+    packed = {
+        name: backend.pack(raw(w, name=name) if isinstance(w, np.ndarray) else w)
+        for name, w in weights.items()
+    }
+    return backend.lower(
+        program, packed, backend.allocate_kv(spec(program, kv_dtype, block_size), 64)
+    )
+
+
+def steps(
+    chunks: Sequence[Mapping[int, Sequence[int]]], block_size: int = 16, padding: int = 0
+) -> list[StepInputs]:
+    paged = Paged(block_size, 64, np.random.default_rng(4))
+    for _ in range(1 + max(s for chunk in chunks for s in chunk)):
+        paged.add()
+    return [paged.step(chunk, padding=padding) for chunk in chunks]
+
+
+def logits(run: Any, inputs: Sequence[StepInputs]) -> list[np.ndarray]:
+    return [run.run(step).numpy() for step in inputs]
+
+
+def blocks(rng: np.random.Generator, fmt: Any, name: str, shape: tuple[int, ...]) -> RawWeight:
+    """Random blocks of a quantised format, with scales that keep values near 1/sqrt(K)."""
+    rows, columns = shape
+    count = rows * columns // fmt.block_elements
+    fields = []
+    size = 1 / columns**0.5
+    for field, dtype, n in fmt.layout:
+        if dtype == "f2":
+            most = {"Q8_0": 64, "Q4_K": 300, "Q5_K": 600, "Q6_K": 500}.get(fmt.name, 8)
+            scale = size / most * rng.uniform(0.5, 1.5, (count, n))
+            if field in ("m", "dmin"):
+                scale = -4 * scale if field == "m" else scale
+            fields.append(scale.astype("<f2").view(np.uint8))
+        else:
+            width = {"u1": 1, "i1": 1, "u4": 4}[dtype] * n
+            fields.append(rng.integers(0, 256, (count, width), dtype=np.uint8))
+    return RawWeight(name, fmt, shape, {"data": np.concatenate(fields, axis=1).reshape(-1)})
+
+
+def quantised(program: Program, fmt: Any, head: Any = Q8_0) -> dict[str, Any]:
+    rng = np.random.default_rng(8)
+    out: dict[str, Any] = {}
+    for name, values in random_weights(program).items():
+        if values.ndim == 1:
+            out[name] = values
+        else:
+            chosen = head if name == "embed" else fmt
+            out[name] = blocks(rng, chosen, name, values.shape)
+    return out
+
+
+PROMPTS = {0: list(range(3, 40)), 1: [7], 2: [9, 11] * 12}
+
+
+@pytest.fixture(params=TABLES)
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
+def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
+    from engineroom.kernels.reference import ReferenceBackend
+
+    program = two_layers()
+    weights = random_weights(program)
+    inputs = steps([PROMPTS, {0: [5], 2: [6, 7], 1: [8]}], padding=3)
+    want = logits(executable(program, weights, ReferenceBackend(), kv_dtype), inputs)
+    got = logits(executable(program, weights, CpuBackend(isa=isa), kv_dtype), inputs)
+    # A 16-bit cache rounds q and the softmax weights to bf16 as well on this backend.
+    tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3}[kv_dtype]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fmt", [BF16, F16])
+def test_16_bit_results_are_the_references_roundings(isa: str, dtype: str, fmt: Any) -> None:
+    from engineroom.kernels.reference import ReferenceBackend
+
+    program = two_layers()
+    weights = {n: raw(w, fmt, n) for n, w in random_weights(program).items()}
+    inputs = steps([PROMPTS, {0: [5]}])
+    reference = ReferenceBackend(activation_dtype=dtype)
+    want = logits(executable(program, weights, reference, dtype), inputs)
+    backend = CpuBackend(isa=isa, activation_dtype=dtype)
+    got = logits(executable(program, weights, backend, dtype), inputs)
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).mean() < 0.05 and np.abs(a - b).max() < 0.5
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if not f.is_float])
+def test_quantised_weights_with_fp32_activations_equal_the_reference(isa: str, fmt: Any) -> None:
+    from engineroom.kernels.reference import ReferenceBackend
+
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = quantised(program, fmt)
+    inputs = steps([PROMPTS])
+    want = logits(executable(program, weights, ReferenceBackend()), inputs)
+    exact = CpuBackend(isa=isa, activations="float32")
+    got = logits(executable(program, weights, exact), inputs)
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)
+    rounded = logits(executable(program, weights, CpuBackend(isa=isa)), inputs)[0]
+    error = np.abs(rounded - want[0]).mean() / np.abs(want[0]).mean()
+    assert 0 < error < 0.05, "int8 activations in groups of 32 are within a few percent"
+
+
+CASES: dict[str, tuple[Callable[[Program], dict[str, Any]], dict[str, Any], str]] = {
+    "fp32": (random_weights, {}, "float32"),
+    "bf16": (
+        lambda p: {n: raw(w, BF16, n) for n, w in random_weights(p).items()},
+        {"activation_dtype": "bfloat16"},
+        "bfloat16",
+    ),
+    "Q4_0": (lambda p: quantised(p, Q4_0), {}, "bfloat16"),
+    "Q4_1": (lambda p: quantised(p, Q4_1), {}, "bfloat16"),
+    "Q4_K": (lambda p: quantised(p, Q4_K), {}, "float16"),
+    "Q8_0": (lambda p: quantised(p, Q8_0), {"activations": "float32"}, "bfloat16"),
+}
+
+
+def long_prompts() -> dict[int, list[int]]:
+    """One beyond a split of 256 keys, and neighbours of many lengths."""
+    rng = np.random.default_rng(1)
+    lengths = [300, 1, 17, 64, 5, 33]
+    return {s: rng.integers(0, VOCAB, n).tolist() for s, n in enumerate(lengths)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_law_2_bit_for_bit(isa: str, case: str) -> None:
+    """A row's logits: alone = in a batch = chunked = token by token = any threads, block sizes."""
+    make, options, kv_dtype = CASES[case]
+    program = (
+        two_layers(hidden=256, heads=6 if case == "fp32" else 4, kv_heads=2, ffn=512)
+        if (case != "fp32")
+        else two_layers(hidden=96, heads=6, kv_heads=2, ffn=80)
+    )
+    weights = make(program)
+    prompts = long_prompts()
+    backend = CpuBackend(isa=isa, threads=2, **options)
+    alone = {}
+    for s, tokens in prompts.items():
+        [whole] = steps([{0: tokens}])
+        alone[s] = executable(program, weights, backend, kv_dtype).run(whole).numpy()
+
+    def same(rows: np.ndarray, s: int, start: int, what: str) -> None:
+        want = alone[s][start : start + len(rows)]
+        assert rows.tobytes() == want.tobytes(), f"sequence {s} from {start}, {what}"
+
+    for threads, block_size in ((1, 16), (2, 7), (3, 32), (2, 128)):
+        other = CpuBackend(isa=isa, threads=threads, **options)
+        [together] = steps([prompts], block_size)
+        got = executable(program, weights, other, kv_dtype, block_size).run(together).numpy()
+        at = 0
+        for s, tokens in prompts.items():
+            same(got[at : at + len(tokens)], s, 0, f"{threads} threads, blocks of {block_size}")
+            at += len(tokens)
+
+    chunked = executable(program, weights, backend, kv_dtype)
+    plan, cuts = [], {s: [0] for s in prompts}
+    rng = np.random.default_rng(2)
+    while any(cuts[s][-1] < len(prompts[s]) for s in prompts):
+        chunk = {}
+        for s, tokens in prompts.items():
+            size = int(rng.integers(0, 40))
+            start = cuts[s][-1]
+            if size and start < len(tokens):
+                chunk[s] = tokens[start : start + size]
+                cuts[s].append(start + len(chunk[s]))
+        if chunk:
+            plan.append(chunk)
+    done = dict.fromkeys(prompts, 0)
+    for chunk, step in zip(plan, steps(plan), strict=True):
+        got, at = chunked.run(step).numpy(), 0
+        for s, tokens in chunk.items():
+            same(got[at : at + len(tokens)], s, done[s], "chunked")
+            done[s] += len(tokens)
+            at += len(tokens)
+
+    single = executable(program, weights, backend, kv_dtype)
+    for i, step in enumerate(steps([{0: [t]} for t in prompts[3]])):
+        same(single.run(step).numpy(), 3, i, "token by token")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fusion_changes_no_bit(isa: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, options, kv_dtype = CASES[case]
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = make(program)
+    inputs = steps([PROMPTS, {0: [5], 2: [6, 7]}])
+    backend = CpuBackend(isa=isa, **options)
+    fused = logits(executable(program, weights, backend, kv_dtype), inputs)
+    monkeypatch.setattr(lower, "early_rows", lambda p: p)
+    monkeypatch.setattr(lower, "fuse", lambda p, form: [Step(op.name, (op,)) for op in p])
+    apart = logits(executable(program, weights, backend, kv_dtype), inputs)
+    for a, b in zip(fused, apart, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_only_the_asked_rows_are_computed_and_equal() -> None:
+    program = two_layers()
+    weights = random_weights(program)
+    paged = Paged(16, 64, np.random.default_rng(4))
+    for _ in PROMPTS:
+        paged.add()
+    everything = paged.step(PROMPTS)
+    some = [5, 36, 37, 61]
+    run = executable(program, weights, CpuBackend())
+    want = run.run(everything).numpy()
+    partly = StepInputs(**{**vars(everything), "logit_rows": np.array(some, np.int32)})
+    assert run.run(partly).numpy().tobytes() == want[some].tobytes()
+    none = StepInputs(**{**vars(everything), "logit_rows": np.array([], np.int32)})
+    assert run.run(none).numpy().shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": [VOCAB]}, "token id 200 is outside of 0..199"),
+        ({"token_ids": [-1]}, "token id -1"),
+        ({"slot": [64 * 16]}, "slot 1024 is outside of 0..1023"),
+        ({"slot": [-2]}, "slot -2"),
+        ({"block_table": [[64]]}, "block 64 is outside of 0..63"),
+        ({"seq_len": [17]}, "seq_len 17"),
+        ({"positions": [1]}, "position 1 is outside of 0..0"),
+        ({"logit_rows": [1]}, "logit row 1"),
+        ({"query_start": [0, 2]}, "query_start"),
+        ({"positions": [0, 1]}, "disagree"),
+    ],
+)
+def test_metadata_that_points_outside_is_refused(change: dict[str, Any], message: str) -> None:
+    program = two_layers()
+    [step] = steps([{0: [3]}])
+    bad = {**vars(step), **{k: np.array(v, np.int32) for k, v in change.items()}}
+    run = executable(program, random_weights(program), CpuBackend())
+    with pytest.raises(ValueError, match=message):
+        run.run(StepInputs(**bad))
+    assert np.isfinite(run.run(step).numpy()).all()
+
+
+def test_options_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"activation dtype 'int3' is unknown; supported: float32"):
+        CpuBackend(activation_dtype="int3")
+    with pytest.raises(ValueError, match="isa 'sse9' does not run here; what does: "):
+        CpuBackend(isa="sse9")
+    with pytest.raises(ValueError, match="activations='int4' is unknown"):
+        CpuBackend(activations="int4")
+    with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
+        CpuBackend(threads=0)
+
+
+def test_a_missing_weight_and_a_wrong_cache_are_named() -> None:
+    program = two_layers()
+    backend = CpuBackend()
+    packed = {n: backend.pack(raw(w, name=n)) for n, w in random_weights(program).items()}
+    cache = backend.allocate_kv(spec(program, "float32"), 4)
+    with pytest.raises(ValueError, match="were not given: 0.q$"):
+        backend.lower(program, {n: w for n, w in packed.items() if n != "0.q"}, cache)
+    with pytest.raises(ValueError, match=r"weight '0.q' is \[3, 32\], the program reads it as"):
+        backend.lower(program, {**packed, "0.q": backend.pack(raw(np.zeros((3, 32))))}, cache)
+    with pytest.raises(ValueError, match="no KV cache was given"):
+        backend.lower(program, packed, None)
+    other = backend.allocate_kv(KVSpec(1, 2, 8, 16, "float32"), 4)
+    with pytest.raises(ValueError, match="layer 1 has 2 kv heads of 8; the KV cache has 1 layers"):
+        backend.lower(program, packed, other)
+
+
+def test_planned_memory_is_what_is_taken() -> None:
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = quantised(program, Q4_0)
+    backend = CpuBackend(threads=2)
+    matrices = {n: w for n, w in weights.items() if isinstance(w, RawWeight)}
+    vectors = {n: raw(w, name=n) for n, w in weights.items() if isinstance(w, np.ndarray)}
+    planned = backend.weights_bytes(program, {**matrices, **vectors})
+    tiles = sum(_native.packed_bytes(w.format.name, *w.shape) for w in matrices.values())
+    table = matrices["embed"].nbytes  # rows are read of it besides
+    assert planned == tiles + table + 4 * sum(
+        w.size for w in weights.values() if not isinstance(w, RawWeight)
+    )
+    [step] = steps([{0: list(range(120))}])
+    run = executable(program, weights, backend)
+    run.run(step)
+    assert run.workspace_bytes <= backend.workspace_bytes(program, 120, 120, 1024)
+
+
+def test_values_of_embeddings_are_the_formats_own() -> None:
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = quantised(program, Q4_0, head=Q4_K)
+    values = dequantise(weights["embed"])
+    assert np.isfinite(values).all() and np.abs(values).max() < 10

@@ -23,3 +23,29 @@ def philox_uniform(
     a seed outside 0 .. 2^64 - 1, other numbers outside 0 .. 2^32 - 1, or an array that is not 1-D
     contiguous float32.
     """
+
+class PackedMatrix:
+    """A weight in the tiles of kernels/cpu/kernels.hpp; made by `pack`, owns its memory."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles."""
+    @property
+    def format(self) -> str:
+        """A key of `kernels.weights.FORMATS`."""
+    def row(self, i: int, out: NDArray[np.float32]) -> None:
+        """Write the values of row i to `out` (1-D), those of `quant/gguf.py` bit for bit.
+
+        Errors: ValueError for a row or a length that does not fit.
+        """
+
+def pack(
+    format_name: str, data: NDArray[np.uint8], num_rows: int, num_columns: int, threads: int
+) -> PackedMatrix:
+    """Repack the blocks in `data` (1-D) into tiles on up to `threads` threads, without the GIL.
+
+    Errors: ValueError for an unknown format or sizes that do not match; TypeError for another
+    dtype, rank or layout of `data`; MemoryError.
+    """

@@ -1,8 +1,363 @@
-// Linear layers: prepared activations times packed tiles, shared out among threads.
+// Linear layers: rows made ready once, then multiplied by packed tiles that threads share out.
+#include "linear.hpp"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #include "bindings.hpp"
+#include "packed_matrix.hpp"
+#include "pool.hpp"
 
 namespace engineroom {
+namespace {
 
-void register_linear(nanobind::module_ &) {}
+// What bounds the blocks. Prepared rows of a block stay in a core's L2 while its tiles pass by (they
+// and two tiles' results take about half of 1 MB); columns of a block bound a tile's scratch.
+constexpr std::size_t kBlockBytes = std::size_t{384} << 10;
+constexpr int kMaxRows = 512;
+constexpr int kMaxColumns = 2048;
+
+std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t stride_of(int columns) { return (static_cast<std::size_t>(columns) + 31) / 32 * 32; }
+
+std::size_t element_bytes(Form form) {
+    return form == Form::kF32 ? 4 : form == Form::kBF16 ? 2 : 1;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- prepared rows
+
+std::size_t prepared_bytes(Form form, int columns, int rows) {
+    const std::size_t elements = stride_of(columns) * static_cast<std::size_t>(rows);
+    const std::size_t bytes = padded(elements * element_bytes(form));
+    if (form != Form::kInt8) return bytes;
+    return bytes + 2 * padded(elements / 32 * 4) + padded(elements / 16 * 4);
+}
+
+Activations place_activations(Form form, int columns, int rows, std::uint8_t *memory) {
+    const std::size_t stride = stride_of(columns);
+    const std::size_t elements = stride * static_cast<std::size_t>(rows);
+    Activations a;
+    a.form = form;
+    a.stride = static_cast<std::ptrdiff_t>(stride);
+    switch (form) {
+        case Form::kF32: a.f32 = reinterpret_cast<const float *>(memory); break;
+        case Form::kBF16: a.bf16 = reinterpret_cast<const std::uint16_t *>(memory); break;
+        case Form::kInt8:
+            a.q = reinterpret_cast<const std::int8_t *>(memory);
+            memory += padded(elements);
+            a.scale = reinterpret_cast<const float *>(memory);
+            memory += padded(elements / 32 * 4);
+            a.scaled_sum = reinterpret_cast<const float *>(memory);
+            memory += padded(elements / 32 * 4);
+            a.sum16 = reinterpret_cast<const std::int32_t *>(memory);
+            break;
+    }
+    return a;
+}
+
+void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
+                  std::ptrdiff_t x_stride, int columns, int row0, int row1, const InputNorm &norm,
+                  float *scratch) {
+    const int stride = static_cast<int>(to.stride);
+    for (int row = row0; row < row1; ++row) {
+        const float *from = x + row * x_stride;
+        if (norm.weight != nullptr) {
+            kernels.rms_norm(from, norm.weight, scratch, columns, norm.eps, norm.offset);
+            kernels.round(scratch, columns, norm.dtype);
+            from = scratch;
+        }
+        const std::ptrdiff_t at = row * to.stride;
+        switch (to.form) {
+            case Form::kF32: {
+                float *out = const_cast<float *>(to.f32) + at;
+                std::memcpy(out, from, static_cast<std::size_t>(columns) * sizeof(float));
+                std::fill(out + columns, out + stride, 0.0f);
+                break;
+            }
+            case Form::kBF16:
+                kernels.to_bf16(from, columns, stride, const_cast<std::uint16_t *>(to.bf16) + at);
+                break;
+            case Form::kInt8:
+                kernels.to_int8(from, columns, stride, const_cast<std::int8_t *>(to.q) + at,
+                                const_cast<float *>(to.scale) + at / 32,
+                                const_cast<float *>(to.scaled_sum) + at / 32,
+                                const_cast<std::int32_t *>(to.sum16) + at / 16);
+                break;
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------- products
+
+namespace {
+
+bool is_paired(Epilogue epilogue) {
+    return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
+}
+
+// One thread's part of one linear layer, while it lasts.
+struct Work {
+    const Kernels &kernels;
+    const Linear &linear;
+    const Activations &from;
+    float *first;           // [kMaxRows][48]: a tile's results
+    float *second;          // the same, of the tile paired with it
+    std::uint8_t *scratch;  // of a kernel
+
+    // Product plus bias, rounded, of rows [row0, row0 + rows).
+    void multiply(const LinearPart &part, int tile, int row0, int rows, float *to) const {
+        const PackedWeight &weight = *part.weight;
+        for (int k0 = 0; k0 < weight.num_columns; k0 += kMaxColumns) {
+            const int k1 = std::min(k0 + kMaxColumns, weight.num_columns);
+            kernels.tile(weight, tile, k0, k1, from, row0, rows, k0 == 0, to, scratch);
+        }
+        if (part.bias != nullptr) {
+            const int outputs = std::min(kTileRows, weight.num_rows - tile * kTileRows);
+            const float *bias = part.bias + tile * kTileRows;
+            for (int row = 0; row < rows; ++row)
+                for (int n = 0; n < outputs; ++n) to[row * kTileRows + n] += bias[n];
+        }
+        if (linear.dtype != Dtype::kF32) kernels.round(to, rows * kTileRows, linear.dtype);
+    }
+
+    void finish(const LinearPart *parts, int tile, int row0, int rows) const {
+        multiply(parts[0], tile, row0, rows, first);
+        const int outputs = std::min(kTileRows, parts[0].weight->num_rows - tile * kTileRows);
+        const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(tile) * kTileRows;
+        if (linear.epilogue != Epilogue::kStore) {
+            if (is_paired(linear.epilogue)) {
+                multiply(parts[1], tile, row0, rows, second);
+                const auto combine = linear.epilogue == Epilogue::kSiluMul ? kernels.silu_mul
+                                                                           : kernels.gelu_tanh_mul;
+                combine(first, second, first, rows * kTileRows);
+            } else {
+                for (int row = 0; row < rows; ++row) {
+                    const float *residual =
+                        linear.residual + (row0 + row) * linear.residual_stride + at;
+                    for (int n = 0; n < outputs; ++n) first[row * kTileRows + n] += residual[n];
+                }
+            }
+            if (linear.dtype != Dtype::kF32) kernels.round(first, rows * kTileRows, linear.dtype);
+        }
+        for (int row = 0; row < rows; ++row)
+            std::memcpy(parts[0].out + (row0 + row) * parts[0].out_stride + at,
+                        first + row * kTileRows, static_cast<std::size_t>(outputs) * sizeof(float));
+    }
+};
+
+// How many of `tiles` tiles of `bytes` bytes, the first of which begins at byte `start` of the
+// layer, have their middle before byte `limit`.
+int tiles_before(std::size_t limit, std::size_t start, std::size_t bytes, int tiles) {
+    if (limit <= start + bytes / 2) return 0;
+    const std::size_t before = (limit - start - bytes / 2 + bytes - 1) / bytes;
+    return static_cast<int>(std::min(before, static_cast<std::size_t>(tiles)));
+}
+
+}  // namespace
+
+std::size_t linear_scratch_bytes(int max_columns) {
+    return 2 * sizeof(float) * kMaxRows * kTileRows +
+           padded(tile_scratch_bytes(std::min(max_columns, kMaxColumns)));
+}
+
+void linear_tiles(const Kernels &kernels, const Linear &linear, const Activations &rows_in, int rows,
+                  int thread, int threads, std::uint8_t *scratch) {
+    if (rows == 0 || linear.num_parts == 0) return;
+    const int step = is_paired(linear.epilogue) ? 2 : 1;
+    const auto tile_bytes = [&](int part) {
+        std::size_t bytes = 0;
+        for (int i = 0; i < step; ++i) bytes += linear.parts[part + i].weight->tile_bytes;
+        return bytes;
+    };
+    std::size_t total = 0;
+    for (int part = 0; part < linear.num_parts; part += step)
+        total += tile_bytes(part) *
+                 static_cast<std::size_t>(linear.parts[part].weight->num_tiles());
+    const std::size_t share = static_cast<std::size_t>(thread);
+    const std::size_t begin = total * share / static_cast<std::size_t>(threads);
+    const std::size_t end = total * (share + 1) / static_cast<std::size_t>(threads);
+
+    float *first = reinterpret_cast<float *>(scratch);
+    float *second = first + kMaxRows * kTileRows;
+    const Work work{kernels, linear, rows_in, first, second,
+                    reinterpret_cast<std::uint8_t *>(second + kMaxRows * kTileRows)};
+    const std::size_t row_bytes =
+        static_cast<std::size_t>(rows_in.stride) * element_bytes(rows_in.form);
+    const int block = static_cast<int>(std::clamp<std::size_t>(kBlockBytes / row_bytes / 8 * 8, 8,
+                                                               kMaxRows));
+    for (int row0 = 0; row0 < rows; row0 += block) {
+        const int count = std::min(block, rows - row0);
+        std::size_t start = 0;
+        for (int part = 0; part < linear.num_parts; part += step) {
+            const std::size_t bytes = tile_bytes(part);
+            const int tiles = linear.parts[part].weight->num_tiles();
+            const int last = tiles_before(end, start, bytes, tiles);
+            for (int tile = tiles_before(begin, start, bytes, tiles); tile < last; ++tile)
+                work.finish(linear.parts + part, tile, row0, count);
+            start += bytes * static_cast<std::size_t>(tiles);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------- bindings
+
+namespace {
+
+namespace nb = nanobind;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Result = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class Value, int kCount>
+Value choose(const char *what, const std::string &name, const char *const (&names)[kCount]) {
+    std::string known;
+    for (int i = 0; i < kCount; ++i) {
+        if (name == names[i]) return static_cast<Value>(i);
+        known += (i ? ", " : "") + std::string(names[i]);
+    }
+    throw std::invalid_argument("unknown " + std::string(what) + " '" + name +
+                                "'; known: " + known);
+}
+
+constexpr const char *kFormNames[] = {"f32", "bf16", "int8"};
+constexpr const char *kEpilogueNames[] = {"store", "add_residual", "silu_mul", "gelu_mul"};
+constexpr const char *kDtypeNames[] = {"float32", "bfloat16", "float16"};
+
+void require(bool holds, const std::string &message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+std::string shape_of(std::size_t rows, std::size_t columns) {
+    return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+}
+
+bool multiplies(Form form, const PackedWeight &weight) {
+    return form == Form::kF32 || (form == Form::kBF16 && weight.elements == Elements::kBF16) ||
+           (form == Form::kInt8 && weight.is_quantised());
+}
+
+void linear_test(const std::string &isa_name, const std::vector<const PackedMatrix *> &weights,
+                 Matrix x, const std::string &form_name, const std::string &epilogue_name,
+                 const std::string &dtype_name, const std::vector<std::optional<Vector>> &biases,
+                 std::optional<Matrix> residual, std::optional<Vector> norm_weight, float eps,
+                 float offset, int threads, std::vector<Result> outs) {
+    const Kernels *kernels = find_kernels(isa_name.c_str());
+    require(kernels != nullptr, "this machine has no kernels named '" + isa_name + "'");
+    const Form form = choose<Form>("form", form_name, kFormNames);
+    const Epilogue epilogue = choose<Epilogue>("epilogue", epilogue_name, kEpilogueNames);
+    const Dtype dtype = choose<Dtype>("dtype", dtype_name, kDtypeNames);
+    require(threads >= 1, "threads must be at least 1, not " + std::to_string(threads));
+    require(!weights.empty(), "a linear layer needs at least one weight");
+    require(biases.empty() || biases.size() == weights.size(),
+            std::to_string(biases.size()) + " biases for " + std::to_string(weights.size()) +
+                " weights");
+    const bool paired = is_paired(epilogue);
+    const std::size_t per_out = paired ? 2 : 1;
+    require(weights.size() % per_out == 0,
+            epilogue_name + " takes weights in pairs, not " + std::to_string(weights.size()));
+    require(outs.size() == weights.size() / per_out,
+            epilogue_name + " of " + std::to_string(weights.size()) + " weights has " +
+                std::to_string(weights.size() / per_out) + " results, outs has " +
+                std::to_string(outs.size()));
+    const std::size_t rows = x.shape(0), columns = x.shape(1);
+    std::vector<LinearPart> parts(weights.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        const PackedWeight &weight = weights[i]->weight();
+        const std::size_t outputs = static_cast<std::size_t>(weight.num_rows);
+        require(static_cast<std::size_t>(weight.num_columns) == columns,
+                "x is " + shape_of(rows, columns) + ", weight " + std::to_string(i) + " is " +
+                    shape_of(outputs, static_cast<std::size_t>(weight.num_columns)) +
+                    ": K differs");
+        require(multiplies(form, weight), form_name + " rows do not multiply " +
+                                              weights[i]->format() + " weights");
+        require(!paired || i % 2 == 0 || weight.num_rows == weights[i - 1]->weight().num_rows,
+                epilogue_name + " needs pairs of equal N");
+        parts[i].weight = &weight;
+        if (!biases.empty() && biases[i]) {
+            require(biases[i]->shape(0) == outputs, "bias " + std::to_string(i) + " has " +
+                                                        std::to_string(biases[i]->shape(0)) +
+                                                        " values for " + std::to_string(outputs) +
+                                                        " outputs");
+            parts[i].bias = biases[i]->data();
+        }
+        if (i % per_out != 0) continue;
+        Result &out = outs[i / per_out];
+        require(out.shape(0) == rows && out.shape(1) == outputs,
+                "result " + std::to_string(i / per_out) + " is " + shape_of(rows, outputs) +
+                    ", outs has " + shape_of(out.shape(0), out.shape(1)));
+        parts[i].out = out.data();
+        parts[i].out_stride = static_cast<std::ptrdiff_t>(outputs);
+    }
+    Linear linear;
+    linear.parts = parts.data();
+    linear.num_parts = static_cast<int>(parts.size());
+    linear.epilogue = epilogue;
+    linear.dtype = dtype;
+    if (epilogue == Epilogue::kAddResidual) {
+        require(residual.has_value() && weights.size() == 1,
+                "add_residual takes a residual and one weight");
+        require(residual->shape(0) == rows && residual->shape(1) == outs[0].shape(1),
+                "the residual is " + shape_of(residual->shape(0), residual->shape(1)) +
+                    ", the result " + shape_of(rows, outs[0].shape(1)));
+        linear.residual = residual->data();
+        linear.residual_stride = static_cast<std::ptrdiff_t>(residual->shape(1));
+    }
+    InputNorm norm;
+    if (norm_weight) {
+        require(norm_weight->shape(0) == columns,
+                "the norm has " + std::to_string(norm_weight->shape(0)) + " weights for " +
+                    std::to_string(columns) + " columns");
+        norm = InputNorm{norm_weight->data(), eps, offset, dtype};
+    }
+    const int num_rows = static_cast<int>(rows), num_columns = static_cast<int>(columns);
+    const float *from = x.data();
+    nb::gil_scoped_release unlocked;
+    Pool pool(threads);
+    const Pages prepared(prepared_bytes(form, num_columns, num_rows));
+    const Activations ready = place_activations(form, num_columns, num_rows, prepared.data());
+    const std::size_t scratch_bytes =
+        padded(linear_scratch_bytes(num_columns) + static_cast<std::size_t>(num_columns) * 4);
+    const Pages scratch(scratch_bytes * static_cast<std::size_t>(threads));
+    pool.run([&](int thread) {
+        std::uint8_t *mine = scratch.data() + scratch_bytes * static_cast<std::size_t>(thread);
+        prepare_rows(*kernels, ready, from, num_columns, num_columns, num_rows * thread / threads,
+                     num_rows * (thread + 1) / threads, norm, reinterpret_cast<float *>(mine));
+        pool.barrier();
+        linear_tiles(*kernels, linear, ready, num_rows, thread, threads, mine);
+    });
+}
+
+std::vector<std::string> kernel_tables() {
+    std::vector<std::string> names;
+    for (int i = 0; usable_kernels(i) != nullptr; ++i) names.emplace_back(usable_kernels(i)->name);
+    return names;
+}
+
+}  // namespace
+
+void register_linear(nanobind::module_ &m) {
+    m.def("kernel_tables", &kernel_tables,
+          "Names of the kernels that this machine can run, fastest first.");
+    m.def("linear_test", &linear_test, nb::arg("isa_name"), nb::arg("weights"),
+          nb::arg("x").noconvert(), nb::arg("form") = "f32", nb::arg("epilogue") = "store",
+          nb::arg("dtype") = "float32",
+          nb::arg("biases") = std::vector<std::optional<Vector>>(),
+          nb::arg("residual") = nb::none(), nb::arg("norm_weight") = nb::none(),
+          nb::arg("eps") = 0.0f, nb::arg("offset") = 0.0f, nb::arg("threads") = 1, nb::arg("outs"),
+          "One linear layer by itself, as a step runs it; for tests.");
+}
 
 }  // namespace engineroom

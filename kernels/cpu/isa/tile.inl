@@ -1,6 +1,593 @@
+// Products of one weight tile with prepared rows, over the unit's vectors.
+//
+// Every output is one lane and its operations are fixed: per group of 32 (kSuperSigned: 16) in
+// ascending order, c is the exact integer product of quants and activations, t = d * scale,
+// f = fma(c, t, f), and where the format has minima f = fma(m, scaled_sum, f); for floats,
+// f = fma(w, x, f) in ascending K. What varies with the number of rows (unpacking first or on the
+// way, how many rows share registers, blocks of K) leaves them as they are.
 namespace engineroom {
 namespace ER_ISA {
-static void tile(const PackedWeight &, int, int, int, const Activations &, int, int, bool, float *,
-                 std::uint8_t *) {}
+
+constexpr int kTileVectors = kTileRows / 16;
+constexpr int kWordBytes = 4 * kTileRows;             // one 4-byte unit of every output
+constexpr int kNibbles = kGroup / 2 * kTileRows;      // a group's bytes of nibbles
+constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one bit plane
+constexpr int kAhead = 2560;         // bytes between what is multiplied and what is prefetched
+constexpr int kChunk = 256;          // columns that are unpacked at a time: they stay in the L1
+constexpr int kDirectRows = 8;       // up to so many rows, quants are unpacked in registers
+
+static_assert(kTileVectors % kVectors == 0, "register tiles cover a weight tile");
+
+// Memory to fetch while something else is multiplied: `lines` cache lines a step.
+struct Fetch {
+    const std::uint8_t *next;
+    int lines;
+};
+
+ER_INLINE void fetch_step(Fetch &fetch) {
+    for (int i = 0; i < fetch.lines; ++i) prefetch(fetch.next + 64 * i);
+    fetch.next += 64 * fetch.lines;
+}
+
+ER_INLINE int least(int a, int b) { return a < b ? a : b; }
+
+// ----------------------------------------------------------------------------------- quants
+// How a group's integers are read: word(group, k4, v) is word k4 of the group, vector v of the tile.
+
+struct QuantsU8 {
+    static constexpr int kBytes = kGroup * kTileRows;
+    static constexpr bool kSmall = false;
+    ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
+        return i_load(group + k4 * kWordBytes + 64 * v);
+    }
+};
+
+// kU8 that this unit unpacked itself, below 64.
+struct QuantsUnpacked : QuantsU8 {
+    static constexpr bool kSmall = true;
+};
+
+template <int kPlanes>
+struct QuantsNibbles {
+    static constexpr int kBytes = kNibbles + kPlanes * kPlane;
+    static constexpr bool kSmall = true;
+    ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
+        const I pair = i_load(group + k4 / 2 * kWordBytes + 64 * v);
+        I x = k4 % 2 ? i_high_nibbles(pair) : i_and(pair, i_set_bytes(15));
+        const std::uint8_t *bits = group + kNibbles + k4 * (kWordBytes / 8) + 8 * v;
+        if (kPlanes > 0) x = i_or(x, i_bits(bits, 16));
+        if (kPlanes > 1) x = i_or(x, i_bits(bits + kPlane, 32));
+        return x;
+    }
+};
+
+// ----------------------------------------------------------------------------------- scales
+// scale(s, part, v): of part `part` of a tile's columns, kParts parts a group of 32; minimum(s,
+// group, v), what is added per unit of the activations' sum. `s`: the tile's scales.
+
+ER_INLINE const std::uint16_t *halves(const std::uint8_t *s) {
+    return reinterpret_cast<const std::uint16_t *>(s);
+}
+
+struct ScaleHalf {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = false;
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_load_f16(halves(s) + group * kTileRows + 16 * v);
+    }
+};
+
+struct ScaleHalfMin {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = true;
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_load_f16(halves(s) + 2 * group * kTileRows + 16 * v);
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        return f_load_f16(halves(s) + (2 * group + 1) * kTileRows + 16 * v);
+    }
+};
+
+struct ScaleSuperMin {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = true;
+    static constexpr int kBytes = 20 * kTileRows;  // of a super-block
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        s += group / 8 * kBytes;
+        return f_mul(f_load_f16(halves(s) + 16 * v),
+                     f_load_u8(s + (4 + 2 * (group % 8)) * kTileRows + 16 * v));
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        s += group / 8 * kBytes;
+        return f_sub(f_zero(), f_mul(f_load_f16(halves(s) + kTileRows + 16 * v),
+                                     f_load_u8(s + (5 + 2 * (group % 8)) * kTileRows + 16 * v)));
+    }
+};
+
+struct ScaleSuperSigned {
+    static constexpr int kParts = 2;
+    static constexpr bool kHasMinimum = false;
+    static constexpr int kBytes = 18 * kTileRows;  // of a super-block
+    ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
+        s += part / 16 * kBytes;
+        return f_mul(f_load_f16(halves(s) + 16 * v),
+                     f_load_s8(reinterpret_cast<const std::int8_t *>(s) +
+                               (2 + part % 16) * kTileRows + 16 * v));
+    }
+};
+
+// fp32 that this unit computed once for many rows: per group its scales, then its minima.
+template <int kParts_, bool kHasMinimum_>
+struct ScaleReady {
+    static constexpr int kParts = kParts_;
+    static constexpr bool kHasMinimum = kHasMinimum_;
+    static constexpr int kFloats = (kParts + kHasMinimum) * kTileRows;  // of a group
+    ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
+        return f_load(reinterpret_cast<const float *>(s) + part / kParts * kFloats +
+                      part % kParts * kTileRows + 16 * v);
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        return f_load(reinterpret_cast<const float *>(s) + group * kFloats + kParts * kTileRows +
+                      16 * v);
+    }
+};
+
+// ------------------------------------------------------------------------------ int8 products
+
+// Rows of activations from their group `0` on, row r at r times the strides.
+struct Int8Rows {
+    const std::int8_t *q;
+    const float *scale;
+    const float *scaled_sum;
+    const std::int32_t *sum16;
+    std::ptrdiff_t stride;        // of q; groups of 32 and 16 follow from it
+};
+
+// out [R][48] from `groups` groups: `quants` begins with the first of them, `scales` has it at g0.
+template <class Quants, class Scale, int R, bool kFetchesAhead>
+static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
+                                                const std::uint8_t *scales, int g0, int groups,
+                                                int bias, const Int8Rows &a, bool first,
+                                                float *out, Fetch fetch) {
+    constexpr int kWords = 8 / Scale::kParts;  // of 4 columns, in a part
+    const std::int32_t correction = (Quants::kSmall ? 0 : kBias8) - bias;
+    const std::ptrdiff_t groups32 = a.stride / 32, groups16 = a.stride / 16;
+    for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
+        F f[R][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v)
+                f[r][v] = first ? f_zero() : f_load(out + r * kTileRows + 16 * (v0 + v));
+        const std::uint8_t *group = quants;
+        for (int g = 0; g < groups; ++g, group += Quants::kBytes) {
+            if (!kFetchesAhead && v0 == 0) fetch_step(fetch);
+#pragma GCC unroll 2
+            for (int part = 0; part < Scale::kParts; ++part) {
+                std::int32_t start[R];
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const std::int32_t *sums = a.sum16 + r * groups16 + 2 * g;
+                    start[r] = correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
+                }
+                I c[R][kVectors];
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) c[r][v] = i_bcast(start + r);
+#pragma GCC unroll 8
+                for (int word = 0; word < kWords; ++word) {
+                    const int k4 = part * kWords + word;
+                    if (kFetchesAhead && v0 == 0)
+#pragma GCC unroll 3
+                        for (int i = k4 * Quants::kBytes / 512; i < (k4 + 1) * Quants::kBytes / 512;
+                             ++i)
+                            prefetch(group + kAhead + 64 * i);
+                    I w[kVectors];
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) w[v] = Quants::word(group, k4, v0 + v);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const I x = i_bcast4(a.q + r * a.stride + g * kGroup + 4 * k4);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v)
+                            c[r][v] = Quants::kSmall ? i_dot_small(c[r][v], w[v], x)
+                                                     : i_dot8(c[r][v], w[v], x);
+                    }
+                }
+                F d[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v)
+                    d[v] = Scale::scale(scales, (g0 + g) * Scale::kParts + part, v0 + v);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const F scale = f_set(a.scale[r * groups32 + g]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v)
+                        f[r][v] = f_fma(f_of_i(c[r][v]), f_mul(d[v], scale), f[r][v]);
+                }
+            }
+            if constexpr (Scale::kHasMinimum) {
+                F m[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v) m[v] = Scale::minimum(scales, g0 + g, v0 + v);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const F sum = f_set(a.scaled_sum[r * groups32 + g]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) f[r][v] = f_fma(m[v], sum, f[r][v]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v)
+                f_store(out + r * kTileRows + 16 * (v0 + v), f[r][v]);
+    }
+}
+
+template <class Quants, class Scale, bool kFetchesAhead, int R>
+ER_INLINE void int8_some(int rows, const std::uint8_t *quants, const std::uint8_t *scales,
+                         int g0, int groups, int bias, const Int8Rows &a, bool first, float *out,
+                         const Fetch &fetch) {
+    if (R == 1 || rows == R) {
+        int8_rows<Quants, Scale, R, kFetchesAhead>(quants, scales, g0, groups, bias, a, first, out,
+                                                   fetch);
+    } else if constexpr (R > 1) {
+        int8_some<Quants, Scale, kFetchesAhead, R - 1>(rows, quants, scales, g0, groups, bias, a,
+                                                       first, out, fetch);
+    }
+}
+
+// All rows, in blocks of nearly equal size. `ahead`: what is fetched meanwhile.
+template <class Quants, class Scale, bool kFetchesAhead>
+static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, int g0, int k0,
+                        int k1, int bias, const Activations &a, int row0, int rows, bool first,
+                        float *out, Fetch ahead) {
+    const int groups = (k1 - k0) / kGroup;
+    const int blocks = (rows + kInt8Rows - 1) / kInt8Rows;
+    const int steps = blocks * groups;
+    ahead.lines = (ahead.lines + steps - 1) / steps;
+    int begin = 0;
+    for (int block = 0; block < blocks; ++block) {
+        const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
+        const std::ptrdiff_t row = row0 + begin;
+        const Int8Rows from{a.q + row * a.stride + k0, a.scale + (row * a.stride + k0) / 32,
+                            a.scaled_sum + (row * a.stride + k0) / 32,
+                            a.sum16 + (row * a.stride + k0) / 16, a.stride};
+        int8_some<Quants, Scale, kFetchesAhead, kInt8Rows>(end - begin, quants, scales, g0,
+                                                           groups, bias, from, first,
+                                                           out + begin * kTileRows, ahead);
+        ahead.next += static_cast<std::ptrdiff_t>(64) * ahead.lines * groups;
+        begin = end;
+    }
+}
+
+// Groups [g0, g1) of a tile: their scales as ScaleReady, and as kU8 the quants that are not.
+template <class Quants, class Scale>
+static __attribute__((noinline)) void unpack_groups(const std::uint8_t *quants,
+                                                    const std::uint8_t *scales, int g0, int g1,
+                                                    std::uint8_t *to, float *ready) {
+    for (int g = g0; g < g1; ++g) {
+        for (int part = 0; part < Scale::kParts; ++part, ready += kTileRows)
+            for (int v = 0; v < kTileVectors; ++v)
+                f_store(ready + 16 * v, Scale::scale(scales, g * Scale::kParts + part, v));
+        if constexpr (Scale::kHasMinimum) {
+            for (int v = 0; v < kTileVectors; ++v)
+                f_store(ready + 16 * v, Scale::minimum(scales, g, v));
+            ready += kTileRows;
+        }
+        if constexpr (Quants::kSmall) {
+            const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+#pragma GCC unroll 8
+            for (int k4 = 0; k4 < 8; ++k4, to += kWordBytes)
+                for (int v = 0; v < kTileVectors; ++v)
+                    i_store(to + 64 * v, Quants::word(group, k4, v));
+        }
+    }
+}
+
+template <class Quants, class Scale>
+static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
+                      int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
+    const std::uint8_t *quants = w.data + tile * w.tile_bytes + w.scales_bytes;
+    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+    if (rows <= kDirectRows) {
+        int8_blocks<Quants, Scale, true>(
+            quants + static_cast<std::ptrdiff_t>(k0 / kGroup) * Quants::kBytes,
+            scales, k0 / kGroup, k0, k1, w.bias, a, row0, rows, first, out, Fetch{nullptr, 0});
+        return;
+    }
+    using Ready = ScaleReady<Scale::kParts, Scale::kHasMinimum>;
+    float *ready = reinterpret_cast<float *>(scratch);
+    std::uint8_t *unpacked = scratch + sizeof(float) * Ready::kFloats * (kChunk / kGroup);
+    for (int c0 = k0; c0 < k1; c0 += kChunk) {
+        const int c1 = least(c0 + kChunk, k1);
+        const std::uint8_t *group =
+            quants + static_cast<std::ptrdiff_t>(c0 / kGroup) * Quants::kBytes;
+        unpack_groups<Quants, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, unpacked, ready);
+        // The next chunk follows this one in memory; behind the last lies the next tile.
+        const std::uint8_t *next = group + (c1 - c0) / kGroup * Quants::kBytes;
+        const Fetch fetch{c1 < k1 ? next : next + w.scales_bytes,
+                          (c1 - c0) / kGroup * Quants::kBytes / 64};
+        const std::uint8_t *from = reinterpret_cast<const std::uint8_t *>(ready);
+        const bool sets = first && c0 == k0;
+        if constexpr (Quants::kSmall)
+            int8_blocks<QuantsUnpacked, Ready, false>(unpacked, from, 0, c0, c1, w.bias, a, row0,
+                                                      rows, sets, out, fetch);
+        else
+            int8_blocks<QuantsU8, Ready, false>(group, from, 0, c0, c1, w.bias, a, row0, rows,
+                                                sets, out, fetch);
+    }
+}
+
+// --------------------------------------------------------------------------- float products
+// How the weights of a step are multiplied: kColumns columns of kStepBytes bytes; add(f, w, x, ...)
+// adds to f [R][kVectors] the products of rows x, `stride` elements apart.
+
+struct StepBF16 {  // pairs of bf16 with pairs of bf16
+    using X = std::uint16_t;
+    static constexpr int kColumns = 2;
+    static constexpr int kStepBytes = 4 * kTileRows;
+    template <int R>
+    ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
+                       std::ptrdiff_t stride) {
+        P p[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const P pair = p_bcast(x + r * stride);
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], p[v], pair);
+        }
+    }
+};
+
+template <int R>
+ER_INLINE void add_column(F (&f)[R][kVectors], const F (&w)[kVectors], const float *x,
+                          std::ptrdiff_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const F one = f_set(x[r * stride]);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) f[r][v] = f_fma(w[v], one, f[r][v]);
+    }
+}
+
+struct StepF32 {
+    using X = float;
+    static constexpr int kColumns = 1;
+    static constexpr int kStepBytes = 4 * kTileRows;
+    template <int R>
+    ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
+                       std::ptrdiff_t stride) {
+        F p[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v)
+            p[v] = f_load(reinterpret_cast<const float *>(w) + 16 * (v0 + v));
+        add_column<R>(f, p, x, stride);
+    }
+};
+
+struct StepF16 {
+    using X = float;
+    static constexpr int kColumns = 1;
+    static constexpr int kStepBytes = 2 * kTileRows;
+    template <int R>
+    ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
+                       std::ptrdiff_t stride) {
+        F p[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) p[v] = f_load_f16(halves(w) + 16 * (v0 + v));
+        add_column<R>(f, p, x, stride);
+    }
+};
+
+struct StepWideBF16 {  // bf16 weights, fp32 activations
+    using X = float;
+    static constexpr int kColumns = 2;
+    static constexpr int kStepBytes = 4 * kTileRows;
+    template <int R>
+    ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
+                       std::ptrdiff_t stride) {
+        F column[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) column[v] = f_even(p_load(halves(w) + 32 * (v0 + v)));
+        add_column<R>(f, column, x, stride);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) column[v] = f_odd(p_load(halves(w) + 32 * (v0 + v)));
+        add_column<R>(f, column, x + 1, stride);
+    }
+};
+
+// out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows of
+// the same weights `next`, if any, is fetched instead.
+template <class Step, int R, bool kFetchesAhead>
+static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int steps,
+                                                 const typename Step::X *x, std::ptrdiff_t stride,
+                                                 bool first, float *out, Fetch fetch) {
+    for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
+        F f[R][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v)
+                f[r][v] = first ? f_zero() : f_load(out + r * kTileRows + 16 * (v0 + v));
+        const std::uint8_t *at = w;
+        const typename Step::X *column = x;
+        for (int s = 0; s < steps; ++s, at += Step::kStepBytes, column += Step::kColumns) {
+            if (v0 == 0) {
+                if (kFetchesAhead) {
+#pragma GCC unroll 3
+                    for (int i = 0; i < (Step::kStepBytes + 63) / 64; ++i)
+                        prefetch(at + kAhead + 64 * i);
+                } else {
+                    fetch_step(fetch);
+                }
+            }
+            Step::template add<R>(f, at, v0, column, stride);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v)
+                f_store(out + r * kTileRows + 16 * (v0 + v), f[r][v]);
+    }
+}
+
+template <class Step, int R>
+ER_INLINE void float_some(int rows, bool ahead, const std::uint8_t *w, int steps,
+                          const typename Step::X *x, std::ptrdiff_t stride, bool first, float *out,
+                          const Fetch &fetch) {
+    if (R == 1 || rows == R) {
+        if (ahead)
+            float_rows<Step, R, true>(w, steps, x, stride, first, out, fetch);
+        else
+            float_rows<Step, R, false>(w, steps, x, stride, first, out, fetch);
+    } else if constexpr (R > 1) {
+        float_some<Step, R - 1>(rows, ahead, w, steps, x, stride, first, out, fetch);
+    }
+}
+
+// All rows: x has row 0 at the first of `columns` columns. `ahead`: whether w comes from memory;
+// then what follows it is fetched while the later rows are multiplied.
+template <class Step, int kRows>
+static void float_blocks(const std::uint8_t *w, int columns, const typename Step::X *x,
+                         std::ptrdiff_t stride, int rows, bool ahead, bool first, float *out) {
+    const int steps = (columns + Step::kColumns - 1) / Step::kColumns;
+    const int blocks = (rows + kRows - 1) / kRows;
+    const int lines = steps * Step::kStepBytes / 64;
+    Fetch fetch{w + static_cast<std::ptrdiff_t>(steps) * Step::kStepBytes, 0};
+    if (ahead && blocks > 1) fetch.lines = lines / ((blocks - 1) * steps) + 1;
+    int begin = 0;
+    for (int block = 0; block < blocks; ++block) {
+        const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
+        float_some<Step, kRows>(end - begin, ahead && block == 0, w, steps, x + begin * stride,
+                                stride, first, out + begin * kTileRows, fetch);
+        if (block > 0) fetch.next += static_cast<std::ptrdiff_t>(64) * fetch.lines * steps;
+        begin = end;
+    }
+}
+
+// Groups [g0, g1) of a quantised tile as fp32 [columns][48]: the values of unpack_row.
+template <class Quants, class Scale>
+static __attribute__((noinline)) void dequantise_groups(const std::uint8_t *quants,
+                                                        const std::uint8_t *scales, int g0, int g1,
+                                                        int bias, float *to) {
+    const F zero_point = f_set(static_cast<float>(bias));
+    for (int g = g0; g < g1; ++g) {
+        const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+        for (int v = 0; v < kTileVectors; ++v) {
+            F d[Scale::kParts];
+            for (int part = 0; part < Scale::kParts; ++part)
+                d[part] = Scale::scale(scales, g * Scale::kParts + part, v);
+            F m = f_zero();
+            if constexpr (Scale::kHasMinimum) m = Scale::minimum(scales, g, v);
+#pragma GCC unroll 8
+            for (int k4 = 0; k4 < 8; ++k4) {
+                const I word = Quants::word(group, k4, v);
+                const F column[4] = {f_of_i(i_byte<0>(word)), f_of_i(i_byte<1>(word)),
+                                     f_of_i(i_byte<2>(word)), f_of_i(i_byte<3>(word))};
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    F x = f_mul(d[k4 * Scale::kParts / 8], f_sub(column[i], zero_point));
+                    if (Scale::kHasMinimum) x = f_add(x, m);
+                    f_store(to + (4 * k4 + i) * kTileRows + 16 * v, x);
+                }
+            }
+        }
+        to += kGroup * kTileRows;
+    }
+}
+
+template <class Quants, class Scale>
+static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
+                             int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
+    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+    float *values = reinterpret_cast<float *>(scratch);
+    constexpr int kColumns = kChunk / 2;  // in fp32 that is what stays in the L1
+    for (int c0 = k0; c0 < k1; c0 += kColumns) {
+        const int c1 = least(c0 + kColumns, k1);
+        dequantise_groups<Quants, Scale>(scales + w.scales_bytes, scales, c0 / kGroup, c1 / kGroup,
+                                         w.bias, values);
+        float_blocks<StepF32, kF32Rows>(scratch, c1 - c0, a.f32 + row0 * a.stride + c0, a.stride,
+                                        rows, false, first && c0 == k0, out);
+    }
+}
+
+// --------------------------------------------------------------------------------- dispatch
+
+template <class Quants, class Scale>
+static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
+                           int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
+    if (a.form == Form::kInt8)
+        int8_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+    else
+        dequantised_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+}
+
+template <class Quants>
+static void tile_by_scaling(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
+                            int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
+    switch (w.scaling) {
+        case Scaling::kHalf:
+            quantised_tile<Quants, ScaleHalf>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+            break;
+        case Scaling::kHalfMin:
+            quantised_tile<Quants, ScaleHalfMin>(w, tile, k0, k1, a, row0, rows, first, out,
+                                                 scratch);
+            break;
+        case Scaling::kSuperMin:
+            quantised_tile<Quants, ScaleSuperMin>(w, tile, k0, k1, a, row0, rows, first, out,
+                                                  scratch);
+            break;
+        default: break;
+    }
+}
+
+template <class Step, int kRows>
+static void float_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Step::X *x,
+                       std::ptrdiff_t stride, int row0, int rows, bool first, float *out) {
+    float_blocks<Step, kRows>(
+        w.data + tile * w.tile_bytes + static_cast<std::ptrdiff_t>(k0 / Step::kColumns) * Step::kStepBytes,
+        k1 - k0, x + row0 * stride + k0, stride, rows, true, first, out);
+}
+
+static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
+                 int rows, bool first, float *out, std::uint8_t *scratch) {
+    switch (w.elements) {
+        case Elements::kF32:
+            float_tile<StepF32, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            break;
+        case Elements::kF16:
+            float_tile<StepF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            break;
+        case Elements::kBF16:
+            if (a.form == Form::kBF16)
+                float_tile<StepBF16, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0, rows,
+                                                first, out);
+            else
+                float_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                                   first, out);
+            break;
+        case Elements::kU4:
+            tile_by_scaling<QuantsNibbles<0>>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+            break;
+        case Elements::kU5:
+            tile_by_scaling<QuantsNibbles<1>>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+            break;
+        case Elements::kU6:
+            quantised_tile<QuantsNibbles<2>, ScaleSuperSigned>(w, tile, k0, k1, a, row0, rows,
+                                                               first, out, scratch);
+            break;
+        case Elements::kU8:
+            quantised_tile<QuantsU8, ScaleHalf>(w, tile, k0, k1, a, row0, rows, first, out,
+                                                scratch);
+            break;
+    }
+}
+
 }  // namespace ER_ISA
 }  // namespace engineroom

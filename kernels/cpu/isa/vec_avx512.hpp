@@ -16,6 +16,7 @@ using I = __m512i;  // 64 bytes: 16 int32, or 16 groups of 4 bytes
 using P = __m512i;  // 16 pairs of bf16
 
 constexpr int kBias8 = 0;       // dot8 multiplies the unsigned bytes as they are
+constexpr int kVectors = 3;     // of a weight tile's three, what a register tile holds
 constexpr int kInt8Rows = 4;    // rows of a register tile, by form
 constexpr int kBF16Rows = 8;
 constexpr int kF32Rows = 8;
@@ -102,6 +103,12 @@ ER_INLINE P p_bcast(const std::uint16_t *p) {
 ER_INLINE F p_dot(F acc, P a, P b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+// Even and odd members of pairs of bf16, as fp32.
+ER_INLINE F f_even(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+ER_INLINE F f_odd(P a) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 
 // --------------------------------------------------------------------------------- integers
 
@@ -152,6 +159,18 @@ ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
     const __m512i wide =
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
     return _mm512_reduce_add_epi32(wide);
+}
+// One number in every lane, from memory. Inline assembly, volatile, for the same reason as the dot
+// product: equal starting values of several accumulators stay several registers.
+ER_INLINE I i_bcast(const std::int32_t *p) {
+    I x;
+    __asm__ volatile("vpbroadcastd %1, %0" : "=v"(x) : "m"(*p));
+    return x;
+}
+// Byte `byte` of every lane, unsigned, as int32.
+template <int byte>
+ER_INLINE I i_byte(I a) {
+    return _mm512_and_si512(_mm512_srli_epi32(a, 8 * byte), _mm512_set1_epi32(0xff));
 }
 ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 

@@ -20,6 +20,7 @@ typedef std::int8_t Bytes __attribute__((vector_size(64)));
 typedef std::int32_t P __attribute__((vector_size(64)));
 
 constexpr int kBias8 = 0;       // what dot8 subtracts from the unsigned bytes by itself: 0 or 128
+constexpr int kVectors = 1;     // of a weight tile's three, what a register tile holds
 constexpr int kInt8Rows = 1;    // rows of a register tile, by form
 constexpr int kBF16Rows = 2;
 constexpr int kF32Rows = 2;
@@ -163,6 +164,11 @@ ER_INLINE F p_dot(F acc, P a, P b) {
     acc = reinterpret_cast<F>(a << 16) * reinterpret_cast<F>(b << 16) + acc;
     return reinterpret_cast<F>(a & high) * reinterpret_cast<F>(b & high) + acc;
 }
+// Even and odd members of pairs of bf16, as fp32.
+ER_INLINE F f_even(P a) { return reinterpret_cast<F>(a << 16); }
+ER_INLINE F f_odd(P a) {
+    return reinterpret_cast<F>(a & (P{} + static_cast<std::int32_t>(0xffff0000u)));
+}
 
 // --------------------------------------------------------------------------------- integers
 
@@ -221,6 +227,13 @@ ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
     std::int32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += p[i];
     return sum;
+}
+// One number in every lane, from memory.
+ER_INLINE I i_bcast(const std::int32_t *p) { return I{} + *p; }
+// Byte `byte` of every lane, unsigned, as int32.
+template <int byte>
+ER_INLINE I i_byte(I a) {
+    return (a >> (8 * byte)) & 0xff;
 }
 ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 

@@ -1,0 +1,33 @@
+// A packed weight that owns its memory: what Python holds and what a step reads.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include "kernels.hpp"
+#include "pack.hpp"
+
+namespace engineroom {
+
+// Rows of one format in tiles. Copies share the memory. Matrices packed one after another lie in
+// the same large mapping, so that small ones get huge pages too and are read as one stream.
+class PackedMatrix {
+  public:
+    PackedMatrix(const char *format, const PackedWeight &weight, std::shared_ptr<Pages> pages)
+        : format_(format), weight_(weight), pages_(std::move(pages)) {}
+
+    const PackedWeight &weight() const { return weight_; }
+    const char *format() const { return format_; }  // of static storage
+
+  private:
+    const char *format_;
+    PackedWeight weight_;
+    std::shared_ptr<Pages> pages_;
+};
+
+// Packs the rows at `from` on up to `threads` threads.
+// Errors: std::invalid_argument as packed_layout; std::bad_alloc.
+PackedMatrix pack_matrix(const char *format, const std::uint8_t *from, int num_rows,
+                         int num_columns, int threads);
+
+}  // namespace engineroom

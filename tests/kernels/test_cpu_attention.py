@@ -1,4 +1,4 @@
-"""Paged attention of every usable CPU unit: against a float64 oracle, and bit for bit against itself.
+"""Paged attention of every usable CPU unit: against a float64 oracle, and against itself.
 
 The oracle reads K and V as the cache stores them, and q as the products do (rounded to bfloat16 for
 a bfloat16 cache). What is left, with values v of a row's keys:
@@ -37,7 +37,7 @@ def stored(x: np.ndarray, dtype: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One sequence's q [n, heads * dim], k and v [n, kv heads * dim]; `padding` rows have slot -1."""
+    """One sequence's q [n, heads * dim], k and v [n, kv heads * dim]. `padding` has slot -1."""
 
     q: np.ndarray
     k: np.ndarray
@@ -154,7 +154,7 @@ def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
     q = q.astype(np.float64).reshape(n, shape.kv_heads, shape.group, dim)
     k = stored(sequence.k, shape.dtype).astype(np.float64).reshape(n, shape.kv_heads, dim)
     v = stored(sequence.v, shape.dtype).astype(np.float64).reshape(n, shape.kv_heads, dim)
-    score = np.einsum("thgd,shd->hgts", q, k) * shape.factor()
+    score = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None] * shape.factor()
     if shape.softcap:
         score = shape.softcap * np.tanh(score / shape.softcap)
     at = np.arange(n)
@@ -164,7 +164,7 @@ def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
     score = np.where(hidden, -np.inf, score)
     weight = np.exp(score - score.max(-1, keepdims=True))
     weight /= weight.sum(-1, keepdims=True)
-    return np.einsum("hgts,shd->thgd", weight, v).reshape(n, -1)
+    return (weight @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(n, -1)
 
 
 def check(shape: Shape, sequences: Sequence[Tokens], got: Sequence[np.ndarray]) -> None:

@@ -13,12 +13,8 @@ from engineroom.kernels.cpu import _native
 
 UNITS = _native.attention_units()
 LENGTHS = (1, 15, 16, 17, 33, 64, 576)
-HOSTILE = np.array(
-    [0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-20, -1e-20, 1e-4, -1e-4, 0.5, -0.5, 1, -1, 3, -3, 10, -10]
-    + [30, -30, 80, -80, 86, -86, 88, -88, 90, -90, 200, -200, 1e10, -1e10, 3e38, -3e38]
-    + [np.inf, -np.inf, np.nan],
-    np.float32,
-)
+HOSTILE_SIZES = [0, 1e-45, 1e-38, 1e-20, 1e-4, 0.5, 1, 3, 10, 30, 80, 86, 88, 90, 200, 1e10, 3e38]
+HOSTILE = np.array([s * x for x in (*HOSTILE_SIZES, np.inf, np.nan) for s in (1, -1)], np.float32)
 BINARY = ("rms_norm", "add", "silu_mul", "gelu_tanh_mul")
 OPS = (*BINARY, "scale", "softcap", "bfloat16", "float16", "float32")
 

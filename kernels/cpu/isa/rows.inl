@@ -1,14 +1,202 @@
+// Row-wise operations: norms, activations, rotation, rounding and quantisation of activations.
+//
+// An element's bits depend on its operands alone: what is left over at a row's end goes through the
+// same vector operations as the rest, with idle lanes. Formulas: kernels/ops.py.
 namespace engineroom {
 namespace ER_ISA {
-static void rms_norm(const float *, const float *, float *, int, float, float) {}
-static void add(const float *, const float *, float *, int) {}
-static void scale(const float *, float, float *, int) {}
-static void softcap(const float *, float, float *, int) {}
-static void silu_mul(const float *, const float *, float *, int) {}
-static void gelu_tanh_mul(const float *, const float *, float *, int) {}
-static void rope(const float *, const float *, const float *, float *, int, int, int, bool) {}
-static void round_to(float *, int, Dtype) {}
-static void to_bf16(const float *, int, int, std::uint16_t *) {}
-static void to_int8(const float *, int, int, std::int8_t *, float *, float *, std::int32_t *) {}
+
+// ------------------------------------------------------------------------------ exp and tanh
+
+// exp(r) - 1 for |r| <= ln(2)/2: r + r^2 q(r), q of least maximum error (3e-9 of exp(r)).
+ER_INLINE F small_expm1(F r) {
+    F q = f_set(0x1.6a2256p-10f);
+    q = f_fma(q, r, f_set(0x1.123b02p-7f));
+    q = f_fma(q, r, f_set(0x1.5558f8p-5f));
+    q = f_fma(q, r, f_set(0x1.555490p-3f));
+    q = f_fma(q, r, f_set(0x1.fffffcp-2f));
+    return f_fma(f_mul(r, r), q, r);
+}
+
+// x - n ln(2), with ln(2) in two parts of which the first times n is exact.
+ER_INLINE F less_ln2(F x, F n) {
+    return f_fnma(n, f_set(-0x1.bd0106p-13f), f_fnma(n, f_set(0x1.63p-1f), x));
+}
+
+// exp(x) for x <= 88, within 2 ulp; 0 where exp(x) is below the normal range; NaN stays NaN: it is
+// the second operand of f_max, which that returns.
+ER_INLINE F exp_to_88(F x) {
+    x = f_max(f_set(-200.0f), x);
+    const F n = f_round(f_mul(x, f_set(0x1.715476p+0f)));
+    return f_scale2(f_add(small_expm1(less_ln2(x, n)), f_set(1.0f)), n);
+}
+
+// exp(x) for any x. Above 88.4 n is held at 127, where f_scale2 still has a power of two, at the cost
+// of up to 1e-4 of precision; from 88.73 on it is infinity.
+ER_INLINE F exp_any(F x) {
+    x = f_min(f_set(89.0f), f_max(f_set(-200.0f), x));
+    const F n = f_min(f_round(f_mul(x, f_set(0x1.715476p+0f))), f_set(127.0f));
+    return f_scale2(f_add(small_expm1(less_ln2(x, n)), f_set(1.0f)), n);
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, which keeps its precision towards 0.
+ER_INLINE F tanh_any(F x) {
+    const F y = f_min(f_set(40.0f), f_max(f_set(-40.0f), f_add(x, x)));
+    const F n = f_round(f_mul(y, f_set(0x1.715476p+0f)));
+    const F power = f_scale2(f_set(1.0f), n);
+    const F e = f_fma(power, small_expm1(less_ln2(y, n)), f_sub(power, f_set(1.0f)));
+    return f_div(e, f_add(e, f_set(2.0f)));
+}
+
+ER_INLINE F softcap_of(F x, F cap) { return f_mul(cap, tanh_any(f_div(x, cap))); }
+
+// ------------------------------------------------------------------------------- elementwise
+
+// out[i] = f(x[i]) and out[i] = f(a[i], b[i]).
+template <class Function>
+ER_INLINE void map(const float *x, float *out, int n, Function f) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) f_store(out + i, f(f_load(x + i)));
+    if (i < n) f_store_n(out + i, f(f_load_n(x + i, n - i)), n - i);
+}
+template <class Function>
+ER_INLINE void map2(const float *a, const float *b, float *out, int n, Function f) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) f_store(out + i, f(f_load(a + i), f_load(b + i)));
+    if (i < n) f_store_n(out + i, f(f_load_n(a + i, n - i), f_load_n(b + i, n - i)), n - i);
+}
+
+static void add(const float *a, const float *b, float *out, int n) {
+    map2(a, b, out, n, [](F x, F y) { return f_add(x, y); });
+}
+
+static void scale(const float *x, float factor, float *out, int n) {
+    const F by = f_set(factor);
+    map(x, out, n, [by](F v) { return f_mul(v, by); });
+}
+
+static void softcap(const float *x, float cap, float *out, int n) {
+    const F c = f_set(cap);
+    map(x, out, n, [c](F v) { return softcap_of(v, c); });
+}
+
+static void silu_mul(const float *gate, const float *up, float *out, int n) {
+    map2(gate, up, out, n, [](F g, F u) {
+        return f_mul(f_div(g, f_add(exp_any(f_sub(f_zero(), g)), f_set(1.0f))), u);
+    });
+}
+
+static void gelu_tanh_mul(const float *gate, const float *up, float *out, int n) {
+    map2(gate, up, out, n, [](F g, F u) {
+        const F cube = f_mul(f_mul(g, g), g);
+        const F t = f_mul(f_fma(cube, f_set(0.044715f), g), f_set(-2.0f * 0.7978845608028654f));
+        return f_mul(f_div(g, f_add(exp_any(t), f_set(1.0f))), u);
+    });
+}
+
+// --------------------------------------------------------------------------------- rows
+
+static void rms_norm(const float *x, const float *w, float *out, int n, float eps, float offset) {
+    F sums[4] = {f_zero(), f_zero(), f_zero(), f_zero()};
+    int i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; ++j) {
+            const F v = f_load(x + i + 16 * j);
+            sums[j] = f_fma(v, v, sums[j]);
+        }
+    for (; i < n; i += 16) {
+        const F v = f_load_n(x + i, n - i < 16 ? n - i : 16);
+        sums[0] = f_fma(v, v, sums[0]);
+    }
+    const float sum = f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
+    const F inverse = f_set(1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + eps));
+    const F shift = f_set(offset);
+    map2(x, w, out, n, [=](F v, F g) { return f_mul(f_mul(v, inverse), f_add(g, shift)); });
+}
+
+// a cos - b sin and b cos + a sin, each operation rounded: no fused multiply-add, so that the
+// interleaved form, written without vectors, has the same bits.
+static void rope(const float *x, const float *cos, const float *sin, float *out, int heads,
+                 int head_dim, int pairs, bool interleaved) {
+    for (int h = 0; h < heads; ++h, x += head_dim, out += head_dim) {
+        if (interleaved) {
+            for (int j = 0; j < pairs; ++j) {
+                const float a = x[2 * j], b = x[2 * j + 1];
+                out[2 * j] = a * cos[j] - b * sin[j];
+                out[2 * j + 1] = b * cos[j] + a * sin[j];
+            }
+        } else {
+            for (int j = 0; j < pairs; j += 16) {
+                const int n = pairs - j < 16 ? pairs - j : 16;
+                const F a = f_load_n(x + j, n), b = f_load_n(x + pairs + j, n);
+                const F c = f_load_n(cos + j, n), s = f_load_n(sin + j, n);
+                f_store_n(out + j, f_sub(f_mul(a, c), f_mul(b, s)), n);
+                f_store_n(out + pairs + j, f_add(f_mul(b, c), f_mul(a, s)), n);
+            }
+        }
+        if (out != x)
+            for (int j = 2 * pairs; j < head_dim; ++j) out[j] = x[j];
+    }
+}
+
+static void round_to(float *x, int n, Dtype dtype) {
+    std::uint16_t rounded[16];
+    if (dtype == Dtype::kBF16) {
+        map(x, x, n, [&](F v) {
+            f_store_bf16(rounded, v);
+            return f_load_bf16(rounded);
+        });
+    } else if (dtype == Dtype::kF16) {
+        map(x, x, n, [&](F v) {
+            f_store_f16(rounded, v);
+            return f_load_f16(rounded);
+        });
+    }
+}
+
+// --------------------------------------------------------------------- operands of products
+
+static void to_bf16(const float *x, int n, int stride, std::uint16_t *out) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) f_store_bf16(out + i, f_load(x + i));
+    for (; i < stride; i += 16)
+        f_store_bf16(out + i, i < n ? f_load_n(x + i, n - i) : f_zero());
+}
+
+// A group that holds a NaN or an infinity has the scale NaN, so that what is made of it is NaN. A
+// group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
+static void to_int8(const float *x, int n, int stride, std::int8_t *q, float *scale,
+                    float *scaled_sum, std::int32_t *sum16) {
+    const F infinity = f_set(__builtin_inff());
+    for (int i = 0; i < stride; i += kGroup, q += kGroup, sum16 += 2) {
+        const int left = n - i;
+        F a, b;
+        if (left >= 32) {
+            a = f_load(x + i);
+            b = f_load(x + i + 16);
+        } else {
+            a = left <= 0 ? f_zero() : f_load_n(x + i, left < 16 ? left : 16);
+            b = left <= 16 ? f_zero() : f_load_n(x + i + 16, left - 16);
+        }
+        // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
+        const float most =
+            f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
+        const float inverse = 127.0f / most;
+        if (most < __builtin_inff() && inverse < __builtin_inff()) {
+            i_store_int8(q, f_mul(a, f_set(inverse)));
+            i_store_int8(q + 16, f_mul(b, f_set(inverse)));
+            sum16[0] = i_sum_int8_16(q);
+            sum16[1] = i_sum_int8_16(q + 16);
+            *scale = most / 127.0f;
+        } else {
+            i_store_int8(q, f_zero());
+            i_store_int8(q + 16, f_zero());
+            sum16[0] = sum16[1] = 0;
+            *scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
+        }
+        *scaled_sum++ = *scale * static_cast<float>(sum16[0] + sum16[1]);
+        ++scale;
+    }
+}
+
 }  // namespace ER_ISA
 }  // namespace engineroom

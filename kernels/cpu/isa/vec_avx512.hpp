@@ -40,7 +40,11 @@ ER_INLINE F f_abs(F a) { return _mm512_abs_ps(a); }
 ER_INLINE F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 ER_INLINE F f_fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 ER_INLINE F f_round(F a) { return _mm512_roundscale_ps(a, 8); }          // to nearest even
-ER_INLINE F f_scale2(F x, F n) { return _mm512_scalef_ps(x, n); }        // x 2^n, n whole
+// x 2^n for whole n >= -126; 0 for smaller n.
+ER_INLINE F f_scale2(F x, F n) {
+    const __mmask16 normal = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, x, n);
+}
 ER_INLINE float f_sum(F a) { return _mm512_reduce_add_ps(a); }
 ER_INLINE float f_max_all(F a) { return _mm512_reduce_max_ps(a); }
 // Lanes from..to-1 of x, the others `fill`.

@@ -1,0 +1,392 @@
+"""Paged attention of every usable CPU unit: against a float64 oracle, and against itself.
+
+The oracle reads K and V as the cache stores them, and q as the products do (rounded to bfloat16 for
+a bfloat16 cache). What is left, with values v of a row's keys:
+
+* float32, float16: fp32 sums over dims and keys. Scores of size up to some 10 carry a few 1e-6,
+  which is the weights' relative error and so, times max|v|, the result's: 1e-5 max|v|.
+* bfloat16: weights rounded to 8 bits, a relative 2^-9 each: 2^-9 max|v| beside the above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from engineroom.kernels.cpu import _native
+
+UNITS = _native.attention_units()
+DTYPES = ("float32", "bfloat16", "float16")
+TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "bfloat16": 2.0**-9 + 1e-5}
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+
+
+def stored(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return bfloat16(x)
+    return x.astype(dtype).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One sequence's q [n, heads * dim], k and v [n, kv heads * dim]. `padding` has slot -1."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    padding: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all sequences of a case share, and how it is run."""
+
+    dtype: str = "bfloat16"
+    head_dim: int = 64
+    kv_heads: int = 2
+    group: int = 3
+    block_size: int = 16
+    window: int = 0
+    softcap: float = 0.0
+    unit: str = UNITS[0]
+    threads: int = 1
+    rounding: str = "float32"
+    scale: float = field(default=0.0)  # 0: head_dim ** -0.5
+
+    def factor(self) -> float:
+        return self.scale or self.head_dim**-0.5
+
+    def sequence(self, n: int, seed: int = 0) -> Tokens:
+        rng = np.random.default_rng(seed)
+        kv = self.kv_heads * self.head_dim
+        q, k, v = (
+            rng.standard_normal((n, width)).astype(np.float32)
+            for width in (kv * self.group, kv, kv)
+        )
+        return Tokens(q, k, v)
+
+
+Step = Sequence[tuple[int, int, int]]  # (sequence, first token, end token), packed in this order
+
+
+def in_chunks(lengths: Sequence[int], size: int) -> list[Step]:
+    """Every sequence alone, one after another, in chunks of `size` tokens."""
+    return [
+        [(s, start, min(start + size, n))]
+        for s, n in enumerate(lengths)
+        for start in range(0, n, size)
+    ]
+
+
+def run(shape: Shape, sequences: Sequence[Tokens], steps: Sequence[Step]) -> list[np.ndarray]:
+    """Outputs [n, heads * dim] of each sequence. Slots that nothing is written to hold NaN."""
+    size = shape.block_size
+    blocks = [-(-len(s) // size) for s in sequences]
+    total = sum(blocks) + 2
+    order = np.random.default_rng(7).permutation(total).astype(np.int32)
+    table = np.full((len(sequences), max(blocks)), order[-1], np.int32)
+    for s, count in enumerate(blocks):
+        start = sum(blocks[:s])
+        table[s, :count] = order[start : start + count]
+    element = 4 if shape.dtype == "float32" else 2
+    cache = np.full(total * 2 * shape.kv_heads * size * shape.head_dim * element, 255, np.uint8)
+    results = [np.full_like(s.q, 3.0) for s in sequences]
+    for step in steps:
+        positions = np.concatenate([np.arange(a, b) for _, a, b in step]).astype(np.int32)
+        owner = np.concatenate([np.full(b - a, s) for s, a, b in step])
+        slot = table[owner, positions // size] * size + positions % size
+        for i, (s, p) in enumerate(zip(owner, positions, strict=True)):
+            if p in sequences[s].padding:
+                slot[i] = -1
+        q, k, v = (
+            np.concatenate([getattr(sequences[s], name)[a:b] for s, a, b in step])
+            for name in ("q", "k", "v")
+        )
+        starts = np.cumsum([0, *(b - a for _, a, b in step)]).astype(np.int32)
+        out = np.full_like(q, 5.0)
+        _native.attention_test(
+            shape.unit,
+            shape.dtype,
+            cache,
+            size,
+            shape.kv_heads,
+            shape.head_dim,
+            q,
+            k,
+            v,
+            positions,
+            starts,
+            np.array([b for _, _, b in step], np.int32),
+            np.ascontiguousarray(table[[s for s, _, _ in step]]),
+            slot.astype(np.int32),
+            out,
+            shape.factor(),
+            shape.window,
+            shape.softcap,
+            shape.rounding,
+            shape.threads,
+        )
+        for (s, a, b), start in zip(step, starts[:-1], strict=True):
+            results[s][a:b] = out[start : start + b - a]
+    return results
+
+
+def whole(shape: Shape, sequences: Sequence[Tokens]) -> list[np.ndarray]:
+    """All sequences in one packed step."""
+    return run(shape, sequences, [[(s, 0, len(q)) for s, q in enumerate(sequences)]])
+
+
+def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
+    """The definition, in float64."""
+    n, dim = len(sequence), shape.head_dim
+    q = bfloat16(sequence.q) if shape.dtype == "bfloat16" else sequence.q
+    q = q.astype(np.float64).reshape(n, shape.kv_heads, shape.group, dim)
+    k = stored(sequence.k, shape.dtype).astype(np.float64).reshape(n, shape.kv_heads, dim)
+    v = stored(sequence.v, shape.dtype).astype(np.float64).reshape(n, shape.kv_heads, dim)
+    score = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None] * shape.factor()
+    if shape.softcap:
+        score = shape.softcap * np.tanh(score / shape.softcap)
+    at = np.arange(n)
+    hidden = at[None] > at[:, None]
+    if shape.window:
+        hidden |= at[None] <= at[:, None] - shape.window
+    score = np.where(hidden, -np.inf, score)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    weight /= weight.sum(-1, keepdims=True)
+    return (weight @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(n, -1)
+
+
+def check(shape: Shape, sequences: Sequence[Tokens], got: Sequence[np.ndarray]) -> None:
+    for sequence, result in zip(sequences, got, strict=True):
+        bound = TOLERANCE[shape.dtype] * np.abs(sequence.v).max()
+        np.testing.assert_allclose(result, oracle(shape, sequence), rtol=0, atol=bound)
+
+
+def assert_same_bits(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> None:
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x.view(np.uint32), y.view(np.uint32))
+
+
+# ------------------------------------------------------------------------------ the oracle
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 8, 64, 80, 96, 128, 256])
+def test_head_sizes(unit: str, dtype: str, head_dim: int) -> None:
+    shape = Shape(dtype, head_dim, unit=unit)
+    sequences = [shape.sequence(n, n) for n in (1, 16, 33)]
+    check(shape, sequences, whole(shape, sequences))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_groups(unit: str, group: int) -> None:
+    shape = Shape(group=group, head_dim=16, unit=unit)
+    sequences = [shape.sequence(n, n) for n in (1, 40)]
+    check(shape, sequences, whole(shape, sequences))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 3, 8, 16, 32, 128])
+def test_block_sizes_and_contexts_across_splits(unit: str, dtype: str, block_size: int) -> None:
+    shape = Shape(dtype, head_dim=16, kv_heads=1, group=2, block_size=block_size, unit=unit)
+    sequences = [shape.sequence(n, n) for n in (256, 257, 520)]  # exactly full pages, and not
+    got = run(shape, sequences, [[(s, 0, len(q)) for s, q in enumerate(sequences)]])
+    check(shape, sequences, got)
+    same = Shape(dtype, head_dim=16, kv_heads=1, group=2, block_size=48, unit=unit)
+    assert_same_bits(got, whole(same, sequences))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 5, 16, 100, 256, 300, 1000])
+def test_windows(unit: str, dtype: str, window: int) -> None:
+    shape = Shape(dtype, head_dim=16, kv_heads=1, window=window, unit=unit)
+    sequences = [shape.sequence(n, n) for n in (3, 600)]
+    got = whole(shape, sequences)
+    check(shape, sequences, got)
+    assert_same_bits(got, run(shape, sequences, in_chunks([3, 600], 37)))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_and_scale(unit: str, dtype: str) -> None:
+    shape = Shape(dtype, head_dim=64, softcap=2.0, scale=0.3, unit=unit)
+    sequences = [shape.sequence(n, n) for n in (20, 300)]
+    check(shape, sequences, whole(shape, sequences))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_large_scores_do_not_overflow(unit: str) -> None:
+    shape = Shape("float32", head_dim=64, scale=40.0, unit=unit)
+    sequence = shape.sequence(300)
+    got = whole(shape, [sequence])[0]
+    # Scores of some 1000 carry 1e-4 each; nearly every row is one key's value.
+    np.testing.assert_allclose(got, oracle(shape, sequence), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("rounding", ["bfloat16", "float16"])
+def test_the_result_is_rounded_once(rounding: str) -> None:
+    shape = Shape("float32", head_dim=20)
+    sequences = [shape.sequence(30)]
+    exact = whole(shape, sequences)[0]
+    got = whole(Shape("float32", head_dim=20, rounding=rounding), sequences)[0]
+    np.testing.assert_array_equal(got, stored(exact, rounding))
+
+
+# -------------------------------------------------------------------------- padding and NaN
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_padding_rows_give_zeros_and_write_nothing(unit: str) -> None:
+    shape = Shape(head_dim=24, unit=unit)
+    full = shape.sequence(70)
+    step: list[Step] = [[(0, 0, 40)], [(0, 40, 70)]]
+    want = run(shape, [full], step)[0]
+    # Rows 66 and up are padding; nobody before them may notice.
+    padded = Tokens(full.q, full.k, full.v, padding=(66, 67, 68, 69))
+    got = run(shape, [padded], step)[0]
+    assert_same_bits([got[:66]], [want[:66]])
+    assert not got[66:].any()
+    alone = run(shape, [Tokens(full.q[:1], full.k[:1], full.v[:1], (0,))], [[(0, 0, 1)]])[0]
+    assert not alone.any()
+
+
+def one_token_and_two_rows_behind(block: int = 0, slot: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """v and the result of a step of one sequence of one token, padded to three rows."""
+    sequence = Shape(head_dim=8, kv_heads=1, group=1).sequence(3)
+    out = np.full((3, 8), 5.0, np.float32)
+    _native.attention_test(
+        UNITS[0],
+        "bfloat16",
+        np.zeros(2 * 16 * 8 * 2, np.uint8),
+        16,
+        1,
+        8,
+        sequence.q,
+        sequence.k,
+        sequence.v,
+        np.array([0, 0, 0], np.int32),
+        np.array([0, 1], np.int32),
+        np.array([1], np.int32),
+        np.array([[block]], np.int32),
+        np.array([slot, -1, -1], np.int32),
+        out,
+        1.0,
+        threads=2,
+    )
+    return sequence.v, out
+
+
+def test_rows_behind_the_last_sequence_are_zeros() -> None:
+    v, out = one_token_and_two_rows_behind()
+    np.testing.assert_array_equal(out[0], bfloat16(v[0]))
+    assert not out[1:].any()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [16, 5])
+@pytest.mark.parametrize("window", [0, 20])
+def test_a_bad_token_spoils_no_row_that_does_not_see_it(
+    unit: str, dtype: str, block_size: int, window: int
+) -> None:
+    shape = Shape(dtype, head_dim=24, block_size=block_size, window=window, unit=unit)
+    clean = shape.sequence(300)
+    bad = Tokens(clean.q.copy(), clean.k.copy(), clean.v.copy())
+    bad.q[50] = np.nan
+    bad.k[100] = np.nan
+    bad.v[270] = np.nan
+    bad.v[280, 3] = np.inf
+    want, got = whole(shape, [clean])[0], whole(shape, [bad])[0]
+    seen = np.zeros(300, bool)
+    for token in (100, 270, 280):
+        seen[token : token + window if window else 300] = True
+    seen[50] = True
+    assert_same_bits([got[~seen]], [want[~seen]])
+    assert np.isnan(got[50]).all() and np.isnan(got[100]).all() and np.isnan(got[275]).all()
+    if window:  # 290 and up see the infinity alone
+        assert np.isposinf(got[292, 3]) and np.isfinite(got[292, :3]).all()
+    for size in (1, 7, 64):
+        chunked = run(shape, [bad], in_chunks([300], size))[0]
+        np.testing.assert_array_equal(chunked, got)
+
+
+# ----------------------------------------------------------------------------- bit equality
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group, head_dim", [(3, 64), (1, 80), (7, 8)])
+def test_bits_depend_on_nothing_but_the_row(
+    unit: str, dtype: str, group: int, head_dim: int
+) -> None:
+    shape = Shape(dtype, head_dim, kv_heads=2, group=group, unit=unit)
+    lengths = [1, 5, 61, 290]
+    sequences = [shape.sequence(n, n) for n in lengths]
+    packed = whole(shape, sequences)
+    for size in (1, 7, 64, 1000):
+        assert_same_bits(packed, run(shape, sequences, in_chunks(lengths, size)))
+    # Decoding side by side: the longest's prompt, then everybody's last tokens in one step.
+    mixed: list[Step] = [[(3, 0, 289)], [(2, 0, 60), (1, 0, 4)]]
+    mixed.append([(s, n - 1, n) for s, n in reversed(list(enumerate(lengths)))])
+    together = run(shape, sequences, mixed)
+    assert_same_bits(packed, together)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_bits_do_not_depend_on_threads(unit: str, dtype: str, kv_heads: int) -> None:
+    lengths = [900, 3, 30]
+    steps: list[Step] = [[(0, 0, 890), (1, 0, 2)], [(2, 0, 29)]]
+    steps.append([(0, 890, 891)])  # one row with a long context: its splits are divided
+    steps.append([(0, 891, 899)])
+    steps.append([(0, 899, 900), (1, 2, 3), (2, 29, 30)])
+
+    def shape(threads: int, window: int) -> Shape:
+        return Shape(dtype, 16, kv_heads, unit=unit, threads=threads, window=window)
+
+    for window in (0, 700):
+        sequences = [shape(1, 0).sequence(n, n) for n in lengths]
+        alone = run(shape(1, window), sequences, steps)
+        check(shape(1, window), sequences, alone)
+        for threads in (2, 3):
+            assert_same_bits(alone, run(shape(threads, window), sequences, steps))
+
+
+def test_units_agree_within_the_tolerance() -> None:
+    for dtype in DTYPES:
+        results = []
+        for unit in UNITS:
+            shape = Shape(dtype, unit=unit)
+            results.append(whole(shape, [shape.sequence(300)])[0])
+        for other in results[1:]:
+            np.testing.assert_allclose(other, results[0], rtol=0, atol=9 * TOLERANCE[dtype])
+
+
+def test_bad_arguments_are_refused() -> None:
+    shape = Shape(head_dim=8)
+    with pytest.raises(ValueError, match="unknown dtype"):
+        whole(Shape("int8", head_dim=8), [shape.sequence(2)])
+    with pytest.raises(ValueError, match="this machine cannot run"):
+        whole(Shape(unit="abacus", head_dim=8), [shape.sequence(2)])
+    with pytest.raises(ValueError, match="head_dim even"):
+        whole(Shape(head_dim=7), [Shape(head_dim=7).sequence(2)])
+    with pytest.raises(ValueError, match="block is outside the cache"):
+        one_token_and_two_rows_behind(block=1)
+    with pytest.raises(ValueError, match="slot is outside the cache"):
+        one_token_and_two_rows_behind(slot=16)

@@ -36,6 +36,7 @@ namespace nb = nanobind;
 namespace engineroom {
 
 constexpr int kChunk = 256;  // tokens whose noise is drawn together
+constexpr int kGroup = 64;   // keys that are passed over together
 
 struct SampleWork {
     explicit SampleWork(int vocab_size)
@@ -89,6 +90,12 @@ ER_INLINE std::int32_t bits_of_float(float value) {
     return bits;
 }
 
+// By bits: of a conditional GCC makes a branch around the work, and then no vector loop.
+ER_INLINE float select(bool condition, float yes, float no) {
+    const std::int32_t mask = -static_cast<std::int32_t>(condition);
+    return float_of_bits((bits_of_float(yes) & mask) | (bits_of_float(no) & ~mask));
+}
+
 // Integers in the order of floats, -0 and 0 equal, every NaN outside [-inf, inf].
 ER_INLINE std::int32_t ordered(float value) {
     const std::int32_t bits = bits_of_float(value + 0.0f);
@@ -116,14 +123,13 @@ ER_INLINE float horner(const float (&poly)[N], float x) {
 }
 
 ER_INLINE float exp_f32(float x) {
-    const float clamped = x > kExpZeroBelow ? x : kExpZeroBelow;
+    const float clamped = select(x > kExpZeroBelow, x, kExpZeroBelow);
     const float n = rint_f32(clamped * kLog2E);
     const float r = (clamped - n * kLn2Hi) - n * kLn2Lo;
     float y = (r * r) * horner(kExpPoly, r);
     y = (y + r) + 1.0f;
     const float power = float_of_bits((static_cast<std::int32_t>(n) + 127) * (1 << 23));  // 2^n
-    y = y * power;
-    return x < kExpZeroBelow ? 0.0f : y;
+    return select(x < kExpZeroBelow, 0.0f, y * power);
 }
 
 struct Reduced {
@@ -151,8 +157,7 @@ ER_INLINE float log_f32(float x) {
 
 ER_INLINE float exponential_f32(float u) {
     const Reduced reduced = reduce(1.0f - u);
-    const float rest = reduced.m - 1.0f;
-    return -log_reduced(reduced.k, u < 0.25f ? -u : rest);
+    return -log_reduced(reduced.k, select(u < 0.25f, -u, reduced.m - 1.0f));
 }
 
 ER_INLINE float gumbel_f32(float u) { return -log_f32(exponential_f32(u)); }
@@ -278,24 +283,33 @@ Border find_border(const std::uint32_t *key, int n, Weight weight, std::int64_t 
     return border;
 }
 
+// Calls visit(start, end) for the stretches of keys that have one at or below `limit`.
+template <class Visit>
+ER_INLINE void visit_groups(const std::uint32_t *key, int n, std::uint32_t limit, Visit visit) {
+    for (int start = 0; start < n; start += kGroup) {
+        const int size = std::min(kGroup, n - start);
+        if (least_key(key + start, size) <= limit) visit(start, start + size);
+    }
+}
+
 // The border behind the first `wanted` of n > wanted keys.
 Border border_of_first(const std::uint32_t *key, int n, int wanted, SampleWork &work) {
-    // Groups' least keys: the wanted-th of them has that many keys at or below it.
-    constexpr int kGroup = 64;
-    std::uint32_t *candidate = work.candidate.data();
+    const auto one = [](int) { return 1; };
     const int groups = n / kGroup;
-    std::uint32_t limit = 0xffffffffu;
-    if (wanted <= groups / 2) {
-        for (int g = 0; g < groups; ++g) candidate[g] = least_key(key + g * kGroup, kGroup);
-        std::nth_element(candidate, candidate + wanted - 1, candidate + groups);
-        limit = candidate[wanted - 1];
-    }
+    if (wanted > groups / 2) return find_border(key, n, one, wanted, work.mass.data());
+    // The wanted-th of the groups' least keys has that many keys at or below it.
+    std::uint32_t *candidate = work.candidate.data();
+    for (int g = 0; g < groups; ++g) candidate[g] = least_key(key + g * kGroup, kGroup);
+    std::nth_element(candidate, candidate + wanted - 1, candidate + groups);
+    const std::uint32_t limit = candidate[wanted - 1];
     int count = 0;
-    for (int i = 0; i < n; ++i) {
-        candidate[count] = key[i];
-        count += key[i] <= limit;
-    }
-    return find_border(candidate, count, [](int) { return 1; }, wanted, work.mass.data());
+    visit_groups(key, n, limit, [&](int start, int end) {
+        for (int i = start; i < end; ++i) {
+            candidate[count] = key[i];
+            count += key[i] <= limit;
+        }
+    });
+    return find_border(candidate, count, one, wanted, work.mass.data());
 }
 
 // ---- the tokens that stages have kept: ids ascending, z by place
@@ -306,16 +320,21 @@ struct Kept {
     float *z;
 };
 
+// Moves those of places start .. end - 1 that stay to place n and on, which is not beyond start.
 template <class Keep>
-ER_INLINE void keep_where(Kept &kept, Keep keep) {
-    int n = 0;
-    for (int i = 0; i < kept.n; ++i) {
-        const bool stays = keep(i);  // of z[i] and before, which are not overwritten yet
+ER_INLINE int move_kept(Kept &kept, int start, int end, int n, Keep keep) {
+    for (int i = start; i < end; ++i) {
+        const bool stays = keep(i);
         kept.ids[n] = kept.ids[i];
         kept.z[n] = kept.z[i];
         n += stays;
     }
-    kept.n = n;
+    return n;
+}
+
+template <class Keep>
+ER_INLINE void keep_where(Kept &kept, Keep keep) {
+    kept.n = move_kept(kept, 0, kept.n, 0, keep);
 }
 
 template <class Weight>
@@ -323,13 +342,22 @@ void keep_to_border(Kept &kept, const std::uint32_t *key, const Border &border, 
                     std::int64_t needed) {
     std::int64_t reached = border.before;
     bool open = true;
-    keep_where(kept, [&](int i) {
-        if (key[i] != border.key) return key[i] < border.key;
-        const bool stays = open;
-        reached += weight(i);
-        open = open && reached < needed;
-        return stays;
+    int n = 0;
+    visit_groups(key, kept.n, border.key, [&](int start, int end) {
+        n = move_kept(kept, start, end, n, [&](int i) {
+            if (key[i] != border.key) return key[i] < border.key;
+            const bool stays = open;
+            reached += weight(i);
+            open = open && reached < needed;
+            return stays;
+        });
     });
+    kept.n = n;
+}
+
+void keep_finite(Kept &kept) {
+    if (count_above(kept.z, kept.n, -kInfinity) == kept.n) return;
+    keep_where(kept, [&](int i) { return kept.z[i] > -kInfinity; });
 }
 
 void keep_first(Kept &kept, int n, SampleWork &work) {
@@ -561,8 +589,7 @@ ER_VERSIONS void distances(const float *ER_RESTRICT x, int n, float highest,
 // z = d / temperature in place; what was dropped stays so, whatever the temperature.
 ER_VERSIONS void temper(float *d, int n, float temperature) {
     for (int i = 0; i < n; ++i) {
-        const float z = d[i] / temperature;
-        d[i] = d[i] > -kInfinity ? z : -kInfinity;
+        d[i] = select(d[i] > -kInfinity, d[i] / temperature, -kInfinity);
     }
 }
 
@@ -588,13 +615,10 @@ int choose(const float *x, int best, const SampleRows &rows, int r, int n, Sampl
         return draw_from_all(kept.z, n, draw, work);
     }
     for (int i = 0; i < n; ++i) kept.ids[i] = i;
-    const auto drop = [&] { keep_where(kept, [&](int i) { return kept.z[i] > -kInfinity; }); };
-    if (sigma) {
-        drop();
-        keep_top_n_sigma(kept, rows.top_n_sigma[r]);
-    }
+    keep_finite(kept);
+    if (sigma) keep_top_n_sigma(kept, rows.top_n_sigma[r]);
     temper(kept.z, kept.n, temperature);
-    drop();
+    keep_finite(kept);
     if (first) keep_first(kept, rows.top_k[r], work);
     if (typical) keep_typical(kept, rows.typical_p[r], work);
     if (top) keep_top_p(kept, rows.top_p[r], work);

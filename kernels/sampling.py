@@ -466,7 +466,9 @@ def check_rows(rows: SamplingInputs, num_rows: int, vocab_size: int) -> None:
     """Errors: ValueError where the shapes of logits and rows disagree or an id or index of `rows`
     lies outside what it points into."""
     if num_rows != rows.num_rows:
-        raise ValueError(f"{num_rows} rows of logits for sampling parameters of {rows.num_rows} rows")
+        raise ValueError(
+            f"{num_rows} rows of logits for sampling parameters of {rows.num_rows} rows"
+        )
     words = rows.mask_table.shape[1]
     if words * 32 < vocab_size:
         raise ValueError(
@@ -475,7 +477,9 @@ def check_rows(rows: SamplingInputs, num_rows: int, vocab_size: int) -> None:
     for name in ("history", "bias", "ban"):
         start, ids = getattr(rows, f"{name}_start"), getattr(rows, f"{name}_ids")
         if start[0] < 0 or start[-1] > len(ids) or (start[1:] < start[:-1]).any():
-            raise ValueError(f"{name}_start does not ascend within 0..{len(ids)}, its number of ids")
+            raise ValueError(
+                f"{name}_start does not ascend within 0..{len(ids)}, its number of ids"
+            )
     for name in ("history_ids", "bias_ids", "ban_ids", "target"):
         ids = getattr(rows, name)
         lowest = -1 if name == "target" else 0

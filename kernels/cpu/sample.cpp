@@ -753,7 +753,7 @@ void require(std::size_t have, std::size_t want, const char *what) {
 
 void require_logits(const LogitRows &logits, const RowSampler &sampler) {
     require(logits.shape(1), static_cast<std::size_t>(sampler.vocab_size()), "logits in a row");
-    if (logits.shape(1) > 1) {
+    if (logits.shape(0) > 0 && logits.shape(1) > 1) {  // else the stride means nothing
         require(static_cast<std::size_t>(logits.stride(1)), 1, "distance of logits in a row");
     }
 }

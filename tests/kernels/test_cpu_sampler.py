@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,9 @@ def parameters(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
 
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "top_n_sigma": lambda: {"top_n_sigma": float(rng.choice([1e-6, 0.5, 1, 3, 1e30]))},
-        "top_k": lambda: {"top_k": int(rng.choice([1, 2, 50, rng.integers(1, vocab + 3), 2**31 - 1]))},
+        "top_k": lambda: {
+            "top_k": int(rng.choice([1, 2, 50, rng.integers(1, vocab + 3), 2**31 - 1]))
+        },
         "typical_p": lambda: {"typical_p": share()},
         "top_p": lambda: {"top_p": share()},
         "min_p": lambda: {"min_p": share() ** 2},
@@ -151,7 +154,7 @@ def parameters(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
     st.sampled_from(sorted(_KINDS)),
     st.integers(1, 3),
 )
-@settings(max_examples=count(reduced=400, full=20_000), deadline=None)
+@settings(max_examples=count(reduced=1500, full=40_000), deadline=None)
 def test_every_field_equals_the_specification(
     seed: int, size: int, kind: str, threads: int
 ) -> None:
@@ -160,3 +163,169 @@ def test_every_field_equals_the_specification(
     x = np.stack([logits(rng, size, kind) for _ in range(num_rows)])
     rows = inputs([parameters(rng, size) for _ in range(num_rows)], size)
     assert bits(native(x, rows, threads)) == bits(specified(x, rows))
+
+
+@pytest.mark.parametrize("kind", sorted(_KINDS))
+def test_a_real_vocabulary_equals_the_specification(kind: str) -> None:
+    vocab = 49152
+    rng = np.random.default_rng(len(kind))
+    plain: list[dict[str, Any]] = [
+        {"temperature": 0.0, "num_logprobs": 0},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+        {"top_k": 20_000, "num_logprobs": 3},
+        {"min_p": 1e-4},
+    ]
+    rows = [{**row, "seed": int(rng.integers(2**63))} for row in plain]
+    rows += [parameters(rng, vocab) for _ in range(count(reduced=3, full=60))]
+    x = np.stack([logits(rng, vocab, kind) for _ in rows])
+    params = inputs(rows, vocab)
+    assert bits(native(x, params)) == bits(specified(x, params))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(SIZES), st.sampled_from(sorted(_KINDS)))
+@settings(max_examples=count(reduced=60, full=2000), deadline=None)
+def test_log_softmax_equals_the_specification(seed: int, size: int, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.stack([logits(rng, size, kind) for _ in range(3)])
+    got = CpuSampler(size, 2).log_softmax(CpuLogits(x))
+    for row, values in zip(got, x, strict=True):
+        highest = values[values.argmax()]
+        if np.isfinite(highest):
+            with np.errstate(all="ignore"):
+                expected = sampling.log_softmax_row(values, highest)
+            assert row.view(np.uint32).tolist() == expected.view(np.uint32).tolist()
+        else:
+            assert np.isnan(row).all()
+
+
+# ---- the numbers of filters where buckets and shortcuts end
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 500])
+@pytest.mark.parametrize("grid", [1.0, 0.25, 2.0**-20])
+def test_every_top_k_and_every_number_of_logprobs(size: int, grid: float) -> None:
+    rng = np.random.default_rng(size)
+    row = (rng.integers(-4, 5, size) * grid).astype(np.float32)
+    wanted = range(1, size + 2, count(reduced=max(1, size // 40), full=1))
+    rows = inputs([{"top_k": k, "num_logprobs": k, "seed": k} for k in wanted], size)
+    x = np.repeat(row[None], len(wanted), axis=0)
+    assert bits(native(x, rows)) == bits(specified(x, rows))
+
+
+@pytest.mark.parametrize("filter_name", ["top_p", "typical_p", "min_p", "xtc_threshold"])
+def test_shares_across_ties(filter_name: str) -> None:
+    rng = np.random.default_rng(3)
+    row = np.repeat(rng.permutation(25).astype(np.float32) * np.float32(0.2), 8)
+    shares = np.linspace(0, 0.999, count(reduced=120, full=2500))
+    chance = 1.0 if filter_name == "xtc_threshold" else 0.0
+    rows = inputs(
+        [
+            {filter_name: float(p), "xtc_probability": chance, "seed": i}
+            for i, p in enumerate(shares)
+        ],
+        len(row),
+    )
+    x = np.repeat(row[None], len(shares), axis=0)
+    assert bits(native(x, rows)) == bits(specified(x, rows))
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_k": 3000}], ids=str)
+def test_the_largest_noise_lifts_a_token_exactly_as_far_as_it_reaches(
+    filters: dict[str, Any],
+) -> None:
+    """Noise is drawn only where it could decide; here it does, as far down as it ever can."""
+    vocab, key = 40_000, {"seed": 7, "position": 8073}
+    lifted, top = 6642, 36406  # of these draws' noise the highest, its word being 0; the lowest
+    noise = sampling.gumbel_f32(sampling.uniforms(7, 0, 8073, sampling.STREAM_GUMBEL, vocab))
+    assert noise[lifted] == noise.max() > 22.87 and noise[top] == noise.min()
+    border = noise[top] - noise[lifted]
+    steps = np.arange(-30, 31)
+    levels = np.concatenate([border + steps * np.spacing(border), border + steps * 0.05])
+    x = np.full((len(levels), vocab), -40, np.float32)
+    x[:, top] = 0
+    x[:, lifted] = levels
+    rows = inputs([{**key, **filters}] * len(levels), vocab)
+    got = native(x, rows)
+    assert bits(got) == bits(specified(x, rows))
+    assert set(got.tokens.tolist()) == {lifted, top}
+
+
+# ---- rows, threads and memory
+
+
+def _mixed(vocab: int, num_rows: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    rng = np.random.default_rng(17)
+    kinds = sorted(_KINDS)
+    x = np.stack([logits(rng, vocab, kinds[r % len(kinds)]) for r in range(num_rows)])
+    return x, [parameters(rng, vocab) for _ in range(num_rows)]
+
+
+def test_threads_and_order_of_rows_do_not_show() -> None:
+    x, rows = _mixed(997, 60)
+    expected = native(x, inputs(rows, 997))
+    for threads in (2, 3, 7):
+        sampler = CpuSampler(997, threads)
+        for _ in range(count(reduced=3, full=30)):
+            assert bits(sampler.run(CpuLogits(x), inputs(rows, 997))) == bits(expected)
+    order = np.random.default_rng(1).permutation(60)
+    shuffled = native(x[order], inputs([rows[r] for r in order], 997), threads=3)
+    for name, values in bits(expected).items():
+        assert bits(shuffled)[name] == [values[r] for r in order], name
+
+
+def test_one_sampler_called_from_several_threads_at_once() -> None:
+    x, rows = _mixed(500, 24)
+    params, sampler = inputs(rows, 500), CpuSampler(500, 2)
+    expected = bits(native(x, params))
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: sampler.run(CpuLogits(x), params), range(40)):
+            assert bits(result) == expected
+
+
+def test_logits_of_any_layout_give_the_same_bits() -> None:
+    x, rows = _mixed(100, 12)
+    params = inputs(rows, 100)
+    expected = bits(native(x, params))
+    wide = np.full((12, 300), np.nan, np.float32)
+    wide[:, 50:150] = x
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    unaligned = raw[1:].view(np.float32).reshape(x.shape)
+    unaligned[:] = x
+    readonly = x.copy()
+    readonly.flags.writeable = False
+    layouts = {
+        "slice of wider rows": wide[:, 50:150],
+        "column by column": np.asfortranarray(x),
+        "every other row": np.repeat(x, 2, axis=0)[::2],
+        "rows backwards": x[::-1].copy()[::-1],
+        "unaligned": unaligned,
+        "read only": readonly,
+    }
+    for name, layout in layouts.items():
+        assert layout.tobytes() == x.tobytes()
+        assert bits(native(layout, params)) == expected, name
+    one = np.repeat(x[:1], 5, axis=0)
+    spread = np.broadcast_to(x[:1], (5, 100))
+    five = inputs([rows[0]] * 5, 100)
+    assert bits(native(spread, five)) == bits(native(one, five))
+
+
+def test_parameters_need_not_be_contiguous_but_of_their_dtypes() -> None:
+    x, rows = _mixed(64, 8)
+    params = inputs(rows, 64)
+    apart = dataclasses.replace(params, top_p=np.repeat(params.top_p, 3)[::3])
+    assert bits(native(x, apart)) == bits(native(x, params))
+    with pytest.raises(TypeError):
+        native(x, dataclasses.replace(params, top_p=params.top_p.astype(np.float64)))
+    with pytest.raises(ValueError, match="rows: 7 instead of 8"):
+        native(x, dataclasses.replace(params, seed=params.seed[:7]))
+    with pytest.raises(ValueError, match="history_count"):
+        native(x, dataclasses.replace(params, history_count=params.history_count[:-1]))
+
+
+def test_the_logits_stay_as_they_were() -> None:
+    x, rows = _mixed(300, 30)
+    before = x.tobytes()
+    native(x, inputs(rows, 300), threads=2)
+    assert x.tobytes() == before

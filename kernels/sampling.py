@@ -439,3 +439,57 @@ def choose(x: np.ndarray, row: Row, draw: Uniforms) -> int:
         ids, z = ids[keep], z[keep]
     noise = gumbel_f32(draw(STREAM_GUMBEL, len(x))[ids])
     return int(ids[(z + noise).argmax()])
+
+
+# ---- what every backend refuses
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Errors: ValueError where the program's integer sums could overflow."""
+    if not 0 < vocab_size <= MAX_VOCAB:
+        raise ValueError(
+            f"vocabulary of {vocab_size} tokens; the sampling program takes 1 to "
+            f"{MAX_VOCAB}, beyond which its integer sums could overflow"
+        )
+
+
+def check_logits(x: np.ndarray, vocab_size: int) -> None:
+    """Errors: ValueError unless x is float32 [R, vocab_size]."""
+    if x.ndim != 2 or x.shape[1] != vocab_size or x.dtype != np.float32:
+        raise ValueError(
+            f"logits are {x.dtype} {list(x.shape)}; this sampler was made for float32 "
+            f"[R, {vocab_size}]"
+        )
+
+
+def check_rows(rows: SamplingInputs, num_rows: int, vocab_size: int) -> None:
+    """Errors: ValueError where the shapes of logits and rows disagree or an id or index of `rows`
+    lies outside what it points into."""
+    if num_rows != rows.num_rows:
+        raise ValueError(
+            f"{num_rows} rows of logits for sampling parameters of {rows.num_rows} rows"
+        )
+    words = rows.mask_table.shape[1]
+    if words * 32 < vocab_size:
+        raise ValueError(
+            f"mask_table has {words} words a row; {vocab_size} tokens need {-(-vocab_size // 32)}"
+        )
+    for name in ("history", "bias", "ban"):
+        start, ids = getattr(rows, f"{name}_start"), getattr(rows, f"{name}_ids")
+        if start[0] < 0 or start[-1] > len(ids) or (start[1:] < start[:-1]).any():
+            raise ValueError(
+                f"{name}_start does not ascend within 0..{len(ids)}, its number of ids"
+            )
+    for name in ("history_ids", "bias_ids", "ban_ids", "target"):
+        ids = getattr(rows, name)
+        lowest = -1 if name == "target" else 0
+        if len(ids) and (ids.min() < lowest or ids.max() >= vocab_size):
+            raise ValueError(
+                f"{name} spans {ids.min()}..{ids.max()}; token ids are 0..{vocab_size - 1}"
+            )
+    masks = rows.mask_row
+    if len(masks) and (masks.min() < 0 or masks.max() >= len(rows.mask_table)):
+        raise ValueError(
+            f"mask_row spans {masks.min()}..{masks.max()}; mask_table has "
+            f"{len(rows.mask_table)} rows"
+        )

@@ -49,3 +49,201 @@ def pack(
     Errors: ValueError for an unknown format or sizes that do not match; TypeError for another
     dtype, rank or layout of `data`; MemoryError.
     """
+
+class RowSampler:
+    """The sampling program of `kernels/sampling.py` for one vocabulary size, with its threads."""
+
+    def __init__(self, vocab_size: int, pool: Pool) -> None: ...
+    def run(
+        self,
+        logits: NDArray[np.float32],
+        *,
+        temperature: NDArray[np.float32],
+        top_k: NDArray[np.int32],
+        top_p: NDArray[np.float32],
+        min_p: NDArray[np.float32],
+        typical_p: NDArray[np.float32],
+        top_n_sigma: NDArray[np.float32],
+        xtc_probability: NDArray[np.float32],
+        xtc_threshold: NDArray[np.float32],
+        repetition_penalty: NDArray[np.float32],
+        presence_penalty: NDArray[np.float32],
+        frequency_penalty: NDArray[np.float32],
+        seed: NDArray[np.uint64],
+        sample_index: NDArray[np.uint32],
+        position: NDArray[np.uint32],
+        target: NDArray[np.int32],
+        num_logprobs: NDArray[np.int32],
+        history_start: NDArray[np.int32],
+        history_ids: NDArray[np.int32],
+        history_count: NDArray[np.int32],
+        bias_start: NDArray[np.int32],
+        bias_ids: NDArray[np.int32],
+        bias_values: NDArray[np.float32],
+        ban_start: NDArray[np.int32],
+        ban_ids: NDArray[np.int32],
+        mask_row: NDArray[np.int32],
+        mask_table: NDArray[np.uint32],
+        tokens: NDArray[np.int32],
+        logprobs: NDArray[np.float32],
+        ranks: NDArray[np.int32],
+        top_ids: NDArray[np.int32],
+        top_logprobs: NDArray[np.float32],
+    ) -> None:
+        """Answer each row of `logits` [R, V] into the last five arrays, without the GIL.
+
+        The others are those of `SamplingInputs`, checked by `kernels.sampling.check_rows`. Errors:
+        ValueError for lengths that do not fit R, TypeError for another dtype, rank or layout.
+        """
+
+    def log_softmax(self, logits: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        """Write the natural logprobs of `logits` [R, V] to `out`, without the GIL."""
+
+class Pool:
+    """Threads that run one function together; the caller is the first of them."""
+
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def size(self) -> int: ...
+
+class KVCache:
+    """A zeroed cache of every layer. Errors: ValueError for sizes that are not positive."""
+
+    def __init__(
+        self,
+        dtype: str,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        num_blocks: int,
+    ) -> None: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+_Place = tuple[int, int, bool]  # first column, width, one row per logit row
+
+class StepProgram:
+    """A lowered Program. Operations are appended in order by the methods named as they are in
+    `kernels/ops.py`; `barrier` says that the operation reads what other threads wrote."""
+
+    def __init__(
+        self,
+        isa: str,
+        pool: Pool,
+        cache: KVCache | None,
+        vocab_size: int,
+        token_columns: int,
+        row_columns: int,
+        result: _Place,
+    ) -> None: ...
+    def embedding(
+        self,
+        barrier: bool,
+        out: _Place,
+        parts: list[tuple[str, NDArray[np.uint8], int]],
+        dtype: str,
+    ) -> None: ...
+    def rms_norm(
+        self,
+        barrier: bool,
+        x: _Place,
+        out: _Place,
+        weight: NDArray[np.float32],
+        eps: float,
+        offset: float,
+        dtype: str,
+    ) -> None: ...
+    def map(
+        self,
+        barrier: bool,
+        name: str,
+        a: _Place,
+        b: _Place,
+        out: _Place,
+        parameter: float,
+        dtype: str,
+    ) -> None: ...
+    def select_rows(self, barrier: bool, x: _Place, out: _Place) -> None: ...
+    def rotations(
+        self, barrier: bool, out: _Place, inv_freq: list[float], factor: float
+    ) -> None: ...
+    def rope(
+        self,
+        barrier: bool,
+        x: _Place,
+        rotations: _Place,
+        out: _Place,
+        head_dim: int,
+        interleaved: bool,
+        dtype: str,
+    ) -> None: ...
+    def kv_write(self, barrier: bool, k: _Place, v: _Place, layer: int) -> None: ...
+    def attention(
+        self,
+        barrier: bool,
+        q: _Place,
+        out: _Place,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        dtype: str,
+    ) -> None: ...
+    def linear(
+        self,
+        barrier: bool,
+        x: _Place,
+        form: str,
+        norm: NDArray[np.float32] | None,
+        eps: float,
+        offset: float,
+        weights: list[tuple[PackedMatrix, NDArray[np.float32] | None, _Place, int]],
+        epilogue: str,
+        residual: _Place | None,
+        norm_dtype: str,
+        dtype: str,
+    ) -> None: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    def run(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        query_start: NDArray[np.int32],
+        seq_len: NDArray[np.int32],
+        block_table: NDArray[np.int32],
+        slot: NDArray[np.int32],
+        logit_rows: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
+        """Logits [R, V] in the program's own memory, overwritten by the next run.
+
+        Errors: ValueError for ids, rows, slots or blocks outside of what there is.
+        """
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, within its affinity and its cgroup's quota."""
+
+def packed_bytes(format_name: str, num_rows: int, num_columns: int) -> int:
+    """Bytes of a matrix in tiles. Errors: ValueError for an unknown format or odd columns."""
+
+def workspace_bound(
+    token_columns: int,
+    row_columns: int,
+    widest: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
+    max_rows: int,
+    max_context: int,
+    threads: int,
+) -> int:
+    """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""

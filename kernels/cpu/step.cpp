@@ -446,7 +446,8 @@ void StepProgram::check(const StepView &step) const {
         }
         from = end;
     }
-    if (from != step.num_tokens) refuse("query_start must end at the number of tokens");
+    for (int t = from; t < step.num_tokens; ++t)
+        if (step.slot[t] != -1) refuse("a token behind the last query_start must have slot -1");
 }
 
 // ---------------------------------------------------------------------------------- Python face
@@ -672,6 +673,9 @@ void register_step(nb::module_ &m) {
         .def(nb::init<int>(), nb::arg("threads"))
         .def_prop_ro("size", &Pool::size);
     m.def("usable_cores", &usable_cores);
+    m.def("packed_bytes", [](const std::string &format, int num_rows, int num_columns) {
+        return packed_bytes(packed_layout(format.c_str(), num_rows, num_columns));
+    });
     m.def("workspace_bound", &workspace_bound);
     nb::class_<KVCache>(m, "KVCache")
         .def("__init__",

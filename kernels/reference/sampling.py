@@ -34,21 +34,17 @@ class ReferenceSampler:
     and nothing of one row can reach another."""
 
     def __init__(self, vocab_size: int) -> None:
-        if not 0 < vocab_size <= sampling.MAX_VOCAB:
-            raise ValueError(
-                f"vocabulary of {vocab_size} tokens; the sampling program takes 1 to "
-                f"{sampling.MAX_VOCAB}, beyond which its integer sums could overflow"
-            )
+        sampling.check_vocab_size(vocab_size)
         self.vocab_size = vocab_size
 
     def run(self, logits: Logits, rows: SamplingInputs) -> SampleResult:
         """Tokens and logprobs of R rows; see SampleResult.
 
-        Errors: ValueError where the shapes of logits and rows disagree or a token id lies outside
-        the vocabulary.
+        Errors: ValueError where the shapes of logits and rows disagree or an id or index lies
+        outside what it points into.
         """
         x = self._array(logits)
-        _check(x, rows)
+        sampling.check_rows(rows, *x.shape)
         count = len(x)
         width = max(0, int(rows.num_logprobs.max(initial=0)))
         result = SampleResult(
@@ -84,11 +80,7 @@ class ReferenceSampler:
 
     def _array(self, logits: Logits) -> np.ndarray:
         x = logits.view() if isinstance(logits, ReferenceLogits) else logits.numpy()
-        if x.ndim != 2 or x.shape[1] != self.vocab_size or x.dtype != np.float32:
-            raise ValueError(
-                f"logits are {x.dtype} {list(x.shape)}; this sampler was made for float32 "
-                f"[R, {self.vocab_size}]"
-            )
+        sampling.check_logits(x, self.vocab_size)
         return x
 
     def _token(self, x: np.ndarray, rows: SamplingInputs, r: int, best: int) -> int:
@@ -123,21 +115,3 @@ def _logprobs(
         top = top[np.argsort(-x[top], kind="stable")]
         result.top_ids[r, : len(top)] = top
         result.top_logprobs[r, : len(top)] = (x[top] - highest) - lse
-
-
-def _check(x: np.ndarray, rows: SamplingInputs) -> None:
-    vocab_size = x.shape[1]
-    if len(x) != rows.num_rows:
-        raise ValueError(f"{len(x)} rows of logits for sampling parameters of {rows.num_rows} rows")
-    if rows.mask_table.shape[1] * 32 < vocab_size:
-        raise ValueError(
-            f"mask_table has {rows.mask_table.shape[1]} words a row; {vocab_size} tokens need "
-            f"{-(-vocab_size // 32)}"
-        )
-    for name in ("history_ids", "bias_ids", "ban_ids", "target"):
-        ids = getattr(rows, name)
-        lowest = -1 if name == "target" else 0
-        if len(ids) and (ids.min() < lowest or ids.max() >= vocab_size):
-            raise ValueError(
-                f"{name} spans {ids.min()}..{ids.max()}; token ids are 0..{vocab_size - 1}"
-            )

@@ -18,7 +18,17 @@ from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
 from engineroom.kernels.fuse import Step
 from engineroom.kernels.program import Program
-from engineroom.kernels.weights import BF16, F16, FORMATS, Q4_0, Q4_1, Q4_K, Q8_0, RawWeight
+from engineroom.kernels.weights import (
+    BF16,
+    F16,
+    FORMATS,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q8_0,
+    Format,
+    RawWeight,
+)
 from engineroom.quant.gguf import dequantise
 from tests.kernels.packed_steps import Paged, raw
 from tests.kernels.programs import random_weights, two_layers
@@ -63,26 +73,34 @@ def logits(run: Any, inputs: Sequence[StepInputs]) -> list[np.ndarray]:
     return [run.run(step).numpy() for step in inputs]
 
 
-def blocks(rng: np.random.Generator, fmt: Any, name: str, shape: tuple[int, ...]) -> RawWeight:
-    """Random blocks of a quantised format, with scales that keep values near 1/sqrt(K)."""
+def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, ...]) -> RawWeight:
+    """Random blocks of a quantised format whose values have the size 1/sqrt(K), centred on zero."""
     rows, columns = shape
     count = rows * columns // fmt.block_elements
-    fields = []
-    size = 1 / columns**0.5
-    for field, dtype, n in fmt.layout:
-        if dtype == "f2":
-            most = {"Q8_0": 64, "Q4_K": 300, "Q5_K": 600, "Q6_K": 500}.get(fmt.name, 8)
-            scale = size / most * rng.uniform(0.5, 1.5, (count, n))
-            if field in ("m", "dmin"):
-                scale = -4 * scale if field == "m" else scale
-            fields.append(scale.astype("<f2").view(np.uint8))
-        else:
-            width = {"u1": 1, "i1": 1, "u4": 4}[dtype] * n
-            fields.append(rng.integers(0, 256, (count, width), dtype=np.uint8))
-    return RawWeight(name, fmt, shape, {"data": np.concatenate(fields, axis=1).reshape(-1)})
+
+    def made(d: float, m: float) -> RawWeight:
+        state = np.random.default_rng(seed)
+        fields = []
+        for field, dtype, n in fmt.layout:
+            if dtype == "f2":
+                size = d if field == "d" else m
+                scale = size * state.uniform(0.8, 1.2, (count, n))
+                fields.append(scale.astype("<f2").view(np.uint8))
+            else:
+                width = {"u1": 1, "i1": 1, "u4": 4}[dtype] * n
+                fields.append(state.integers(0, 256, (count, width), dtype=np.uint8))
+        return RawWeight(name, fmt, shape, {"data": np.concatenate(fields, axis=1).reshape(-1)})
+
+    seed = int(rng.integers(1 << 30))
+    middle = float(dequantise(made(1 / 64, 0)).mean())  # of what has no minimum
+    lowest = float(dequantise(made(0, 1 / 64)).mean())  # of the minimum alone
+    m = -middle / lowest / 64 if lowest else 0.0
+    spread = float(dequantise(made(1 / 64, m)).std())
+    factor = 1 / columns**0.5 / spread
+    return made(factor / 64, factor * m)
 
 
-def quantised(program: Program, fmt: Any, head: Any = Q8_0) -> dict[str, Any]:
+def quantised(program: Program, fmt: Format, head: Format = Q8_0) -> dict[str, Any]:
     rng = np.random.default_rng(8)
     out: dict[str, Any] = {}
     for name, values in random_weights(program).items():

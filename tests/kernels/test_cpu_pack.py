@@ -82,7 +82,9 @@ def test_threads_unaligned_and_read_only_bytes(fmt: Format) -> None:
     data.flags.writeable = False
     want = values(fmt, data[3:].copy(), rows, columns)
     for threads in THREADS:
-        assert_same_values(read_back(_native.pack(fmt.name, data[3:], rows, columns, threads)), want)
+        assert_same_values(
+            read_back(_native.pack(fmt.name, data[3:], rows, columns, threads)), want
+        )
 
 
 def test_matrices_own_their_memory() -> None:

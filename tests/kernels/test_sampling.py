@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from engineroom.kernels import sampling
 from engineroom.kernels import sampling_vectors as vectors
-from engineroom.kernels.backend import SampleResult
+from engineroom.kernels.backend import Logits, Sampler, SampleResult
+from engineroom.kernels.cpu.sampler import CpuLogits, CpuSampler
 from tests.counts import count
 from tests.kernels import sampling_oracle as oracle
 from tests.kernels.sampling_rows import COLUMNS, inputs
@@ -28,11 +29,27 @@ from engineroom.kernels.reference.sampling import (  # noqa: E402
 )
 
 CASES = count(reduced=120, full=3000)
+SAMPLERS: dict[str, Callable[[int], Sampler]] = {
+    "reference": ReferenceSampler,
+    "cpu": lambda vocab_size: CpuSampler(vocab_size, threads=2),
+}
+every_sampler = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 
 
 def run(logits: np.ndarray, rows: list[dict[str, Any]]) -> SampleResult:
-    sampler = ReferenceSampler(logits.shape[1])
-    return sampler.run(sampler.from_numpy(logits), inputs(rows, logits.shape[1]))
+    """The answer that every backend's sampler gives, to the bit."""
+    vocab_size = logits.shape[1]
+    given_by: dict[str, SampleResult] = {}
+    for name, make in SAMPLERS.items():
+        sampler = make(vocab_size)
+        given_by[name] = sampler.run(sampler.from_numpy(logits), inputs(rows, vocab_size))
+    answer = given_by["reference"]
+    for name, other in given_by.items():
+        for field in dataclasses.fields(SampleResult):
+            ours, theirs = getattr(answer, field.name), getattr(other, field.name)
+            assert theirs.dtype == ours.dtype and theirs.shape == ours.shape, (name, field.name)
+            assert theirs.tobytes() == ours.tobytes(), (name, field.name)
+    return answer
 
 
 def row_bytes(result: SampleResult, r: int) -> tuple[bytes, ...]:
@@ -404,10 +421,11 @@ def test_logprobs_ranks_and_top_against_float64(x: np.ndarray, k: int, data: st.
     if token != sampling.FAILED:  # of the raw logits, whatever bias and penalties did
         np.testing.assert_allclose(result.logprobs[0], exact[token], 3e-7, 2e-6)
         assert result.ranks[0] == 1 + sum(v > x[token] for v in x)
-        sampler = ReferenceSampler(len(x))
-        whole = sampler.log_softmax(sampler.from_numpy(x[None]))
-        assert whole[0, token].tobytes() == result.logprobs[0].tobytes()
-        assert whole[0, order].tobytes() == result.top_logprobs[0, : len(order)].tobytes()
+        for make in SAMPLERS.values():
+            sampler = make(len(x))
+            whole = sampler.log_softmax(sampler.from_numpy(x[None]))
+            assert whole[0, token].tobytes() == result.logprobs[0].tobytes()
+            assert whole[0, order].tobytes() == result.top_logprobs[0, : len(order)].tobytes()
 
 
 def test_logprobs_only_where_wanted() -> None:
@@ -424,8 +442,9 @@ def test_logprobs_only_where_wanted() -> None:
         assert getattr(result, field.name).dtype == dtype, field.name
 
 
-def test_log_softmax_of_rows_that_fail_is_nan() -> None:
-    sampler = ReferenceSampler(3)
+@every_sampler
+def test_log_softmax_of_rows_that_fail_is_nan(make: Callable[[int], Sampler]) -> None:
+    sampler = make(3)
     x = np.array([[0, 0, -np.inf], [np.nan, 0, 0], [-np.inf] * 3, [np.inf, 0, 0]], np.float32)
     got = sampler.log_softmax(sampler.from_numpy(x))
     np.testing.assert_allclose(got[0], [-math.log(2), -math.log(2), -np.inf], 1e-6)
@@ -505,16 +524,19 @@ def test_draws_follow_softmax() -> None:
         assert run(logits, rows).tokens.tolist() == tokens[:300].tolist()
 
 
-def test_draws_reach_the_far_tail() -> None:
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_draws_reach_the_far_tail(name: str) -> None:
     # Half the mass sits in 2^16 tokens of probability 2^-17 each.
     vocab = 1 + (1 << 16)
     z = np.full(vocab, -math.log(1 << 16), np.float32)
     z[0] = 0.0
     draws = count(reduced=150, full=2000)
     rows = [{"seed": 5, "position": i} for i in range(draws)]
-    sampler = ReferenceSampler(vocab)
-    logits = ReferenceLogits(torch.from_numpy(z).expand(draws, vocab))
-    tokens = sampler.run(logits, inputs(rows, vocab)).tokens
+    logits: dict[str, Logits] = {  # one row's memory for all of them
+        "reference": ReferenceLogits(torch.from_numpy(z).expand(draws, vocab)),
+        "cpu": CpuLogits(np.broadcast_to(z, (draws, vocab))),
+    }
+    tokens = SAMPLERS[name](vocab).run(logits[name], inputs(rows, vocab)).tokens
     tail = np.count_nonzero(tokens)
     assert abs(tail - draws / 2) < 4 * (draws / 4) ** 0.5
     assert len(set(tokens[tokens > 0].tolist())) > 0.99 * tail
@@ -543,8 +565,11 @@ def test_xtc_acts_as_often_as_asked() -> None:
 # ---- the faces refuse what does not fit
 
 
-def test_mismatched_shapes_and_ids_are_refused_with_numbers() -> None:
-    sampler = ReferenceSampler(8)
+@every_sampler
+def test_mismatched_shapes_and_ids_are_refused_with_numbers(
+    make: Callable[[int], Sampler],
+) -> None:
+    sampler = make(8)
     x = np.zeros((2, 8), np.float32)
     with pytest.raises(ValueError, match="2 rows of logits for sampling parameters of 3 rows"):
         sampler.run(sampler.from_numpy(x), inputs([{}] * 3, 8))
@@ -556,15 +581,31 @@ def test_mismatched_shapes_and_ids_are_refused_with_numbers() -> None:
     short = dataclasses.replace(inputs([{}] * 2, 8), mask_table=np.zeros((1, 0), np.uint32))
     with pytest.raises(ValueError, match="8 tokens need 1"):
         sampler.run(sampler.from_numpy(x), short)
-    with pytest.raises(ValueError, match="float32"):
-        ReferenceLogits(torch.zeros(2, 8, dtype=torch.float64))
+    good = inputs([{"history": {1: 1, 2: 1}}, {"allowed": [1]}], 8)
+    for bad_start in ([0, 3, 2], [-1, 0, 2], [0, 2, 3]):
+        start = np.array(bad_start, np.int32)
+        with pytest.raises(ValueError, match="history_start does not ascend within 0..2"):
+            sampler.run(sampler.from_numpy(x), dataclasses.replace(good, history_start=start))
+    for bad_row in (-1, 2):
+        mask_row = np.array([0, bad_row], np.int32)
+        with pytest.raises(ValueError, match=r"mask_row spans .*; mask_table has 2 rows"):
+            sampler.run(sampler.from_numpy(x), dataclasses.replace(good, mask_row=mask_row))
     for vocab in (0, sampling.MAX_VOCAB + 1):
         with pytest.raises(ValueError, match="1 to 4194304"):
-            ReferenceSampler(vocab)
+            make(vocab)
 
 
-def test_no_rows_give_no_answers() -> None:
-    sampler = ReferenceSampler(8)
+def test_logits_of_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        ReferenceLogits(torch.zeros(2, 8, dtype=torch.float64))
+    for bad in (np.zeros((2, 8)), np.zeros(8, np.float32)):
+        with pytest.raises(ValueError, match="float32"):
+            CpuLogits(bad)
+
+
+@every_sampler
+def test_no_rows_give_no_answers(make: Callable[[int], Sampler]) -> None:
+    sampler = make(8)
     result = sampler.run(sampler.from_numpy(np.zeros((0, 8), np.float32)), inputs([], 8))
     assert result.tokens.shape == (0,) and result.top_ids.shape == (0, 0)
     assert sampler.log_softmax(sampler.from_numpy(np.zeros((0, 8), np.float32))).shape == (0, 8)
@@ -574,3 +615,7 @@ def test_logits_come_to_the_host_as_a_copy() -> None:
     logits = ReferenceLogits(torch.zeros(1, 4))
     logits.numpy()[0, 0] = 1.0
     assert logits.tensor[0, 0] == 0
+    memory = np.zeros((1, 4), np.float32)
+    CpuLogits(memory).numpy()[0, 0] = 1.0
+    assert memory[0, 0] == 0
+    assert np.shares_memory(CpuLogits(memory).view(), memory)

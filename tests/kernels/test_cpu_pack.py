@@ -1,4 +1,4 @@
-"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/gguf.py bit for bit."""
+"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/gguf.py's bits."""
 
 from __future__ import annotations
 
@@ -82,11 +82,13 @@ def test_threads_unaligned_and_read_only_bytes(fmt: Format) -> None:
     data.flags.writeable = False
     want = values(fmt, data[3:].copy(), rows, columns)
     for threads in THREADS:
-        assert_same_values(read_back(_native.pack(fmt.name, data[3:], rows, columns, threads)), want)
+        assert_same_values(
+            read_back(_native.pack(fmt.name, data[3:], rows, columns, threads)), want
+        )
 
 
 def test_matrices_own_their_memory() -> None:
-    """Matrices share one mapping; each lives as long as it is held, whatever becomes of the others."""
+    """Matrices share one mapping; each lives as long as it is held, whatever the others do."""
     fmt = FORMATS["Q8_0"]
     rows, columns = 96, 64
     size = rows * fmt.row_bytes(columns)

@@ -247,3 +247,27 @@ def workspace_bound(
     threads: int,
 ) -> int:
     """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""
+def kernel_tables() -> list[str]:
+    """Names of the kernels that this machine can run, fastest first."""
+
+def linear_test(
+    isa_name: str,
+    weights: list[PackedMatrix],
+    x: NDArray[np.float32],
+    form: str = "f32",
+    epilogue: str = "store",
+    dtype: str = "float32",
+    biases: list[NDArray[np.float32] | None] = ...,
+    residual: NDArray[np.float32] | None = None,
+    norm_weight: NDArray[np.float32] | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    threads: int = 1,
+    *,
+    outs: list[NDArray[np.float32]],
+) -> None:
+    """One linear layer by itself, as a step runs it; kernels/cpu/linear.hpp. For tests.
+
+    x [M, K], weights [N, K] each, outs [M, N] each: one per weight, or one per pair of weights for
+    `silu_mul` and `gelu_mul`. Errors: ValueError for unknown names and shapes that do not fit.
+    """

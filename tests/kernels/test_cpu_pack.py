@@ -1,4 +1,4 @@
-"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/gguf.py bit for bit."""
+"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/gguf.py's bits."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_threads_unaligned_and_read_only_bytes(fmt: Format) -> None:
 
 
 def test_matrices_own_their_memory() -> None:
-    """Matrices share one mapping; each lives as long as it is held, whatever becomes of the others."""
+    """Matrices share one mapping; each lives as long as it is held, whatever the others do."""
     fmt = FORMATS["Q8_0"]
     rows, columns = 96, 64
     size = rows * fmt.row_bytes(columns)

@@ -14,9 +14,10 @@ constexpr int kNibbles = kGroup / 2 * kTileRows;      // a group's bytes of nibb
 constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one bit plane
 constexpr int kAhead = 2560;         // bytes between what is multiplied and what is prefetched
 constexpr int kChunk = 256;          // columns that are unpacked at a time: they stay in the L1
-constexpr int kDirectRows = 8;       // up to so many rows, quants are unpacked in registers
 
 static_assert(kTileVectors % kVectors == 0, "register tiles cover a weight tile");
+
+static constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // Memory to fetch while something else is multiplied: `lines` cache lines a step.
 struct Fetch {
@@ -29,14 +30,15 @@ ER_INLINE void fetch_step(Fetch &fetch) {
     fetch.next += 64 * fetch.lines;
 }
 
-ER_INLINE int least(int a, int b) { return a < b ? a : b; }
-
 // ----------------------------------------------------------------------------------- quants
 // How a group's integers are read: word(group, k4, v) is word k4 of the group, vector v of the tile.
+// Up to kDirectRows rows they are unpacked in registers, for more rows once beforehand (measured).
 
 struct QuantsU8 {
     static constexpr int kBytes = kGroup * kTileRows;
     static constexpr bool kSmall = false;
+    static constexpr int kDirectRows = 8;
+    static constexpr int kRows = kInt8Rows;
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
         return i_load(group + k4 * kWordBytes + 64 * v);
     }
@@ -51,12 +53,14 @@ template <int kPlanes>
 struct QuantsNibbles {
     static constexpr int kBytes = kNibbles + kPlanes * kPlane;
     static constexpr bool kSmall = true;
+    static constexpr int kDirectRows = 32 >> kPlanes;
+    static constexpr int kRows = least(kInt8Rows, 5 - kPlanes);  // more would not fit the registers
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
         const I pair = i_load(group + k4 / 2 * kWordBytes + 64 * v);
         I x = k4 % 2 ? i_high_nibbles(pair) : i_and(pair, i_set_bytes(15));
         const std::uint8_t *bits = group + kNibbles + k4 * (kWordBytes / 8) + 8 * v;
-        if (kPlanes > 0) x = i_or(x, i_bits(bits, 16));
-        if (kPlanes > 1) x = i_or(x, i_bits(bits + kPlane, 32));
+        if (kPlanes > 0) x = i_add_bits(x, bits, 16);
+        if (kPlanes > 1) x = i_add_bits(x, bits + kPlane, 32);
         return x;
     }
 };
@@ -246,7 +250,7 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
                         int k1, int bias, const Activations &a, int row0, int rows, bool first,
                         float *out, Fetch ahead) {
     const int groups = (k1 - k0) / kGroup;
-    const int blocks = (rows + kInt8Rows - 1) / kInt8Rows;
+    const int blocks = (rows + Quants::kRows - 1) / Quants::kRows;
     const int steps = blocks * groups;
     ahead.lines = (ahead.lines + steps - 1) / steps;
     int begin = 0;
@@ -256,7 +260,7 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
         const Int8Rows from{a.q + row * a.stride + k0, a.scale + (row * a.stride + k0) / 32,
                             a.scaled_sum + (row * a.stride + k0) / 32,
                             a.sum16 + (row * a.stride + k0) / 16, a.stride};
-        int8_some<Quants, Scale, kFetchesAhead, kInt8Rows>(end - begin, quants, scales, g0,
+        int8_some<Quants, Scale, kFetchesAhead, Quants::kRows>(end - begin, quants, scales, g0,
                                                            groups, bias, from, first,
                                                            out + begin * kTileRows, ahead);
         ahead.next += static_cast<std::ptrdiff_t>(64) * ahead.lines * groups;
@@ -293,7 +297,7 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
                       int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
     const std::uint8_t *quants = w.data + tile * w.tile_bytes + w.scales_bytes;
     const std::uint8_t *scales = w.data + tile * w.tile_bytes;
-    if (rows <= kDirectRows) {
+    if (rows <= Quants::kDirectRows) {
         int8_blocks<Quants, Scale, true>(
             quants + static_cast<std::ptrdiff_t>(k0 / kGroup) * Quants::kBytes,
             scales, k0 / kGroup, k0, k1, w.bias, a, row0, rows, first, out, Fetch{nullptr, 0});

@@ -1,11 +1,8 @@
-// Sixteen lanes in C++ that any GCC or Clang vectorises: the fallback, and the oracle of the others.
-//
-// This is the interface that isa/*.inl are written over. F: 16 fp32. I: 64 bytes, 16 int32 or 16
-// groups of 4 bytes. P: 16 pairs of bf16. A multiply-add here rounds twice; where a unit has a fused
-// one it rounds once, so units differ in last bits and each is deterministic.
+// Sixteen lanes on AVX2, FMA and F16C: two registers of eight. The interface is vec_generic.hpp's.
 #pragma once
 
-#include <cmath>
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -14,228 +11,285 @@
 namespace engineroom {
 namespace avx2 {
 
-typedef float F __attribute__((vector_size(64)));
-typedef std::int32_t I __attribute__((vector_size(64)));
-typedef std::int8_t Bytes __attribute__((vector_size(64)));
-typedef std::int32_t P __attribute__((vector_size(64)));
+struct F {  // 16 fp32
+    __m256 lo, hi;
+};
+struct I {  // 64 bytes: 16 int32, or 16 groups of 4 bytes
+    __m256i lo, hi;
+};
+using P = I;  // 16 pairs of bf16
 
-constexpr int kBias8 = 0;       // what dot8 subtracts from the unsigned bytes by itself: 0 or 128
+constexpr int kBias8 = 128;     // dot8 multiplies the unsigned bytes less 128
 constexpr int kVectors = 1;     // of a weight tile's three, what a register tile holds
-constexpr int kInt8Rows = 1;    // rows of a register tile, by form
-constexpr int kBF16Rows = 2;
-constexpr int kF32Rows = 2;
+constexpr int kInt8Rows = 2;    // rows of a register tile, by form
+constexpr int kBF16Rows = 4;
+constexpr int kF32Rows = 5;
 
 // ------------------------------------------------------------------------------------- fp32
 
-ER_INLINE F f_zero() { return F{}; }
-ER_INLINE F f_set(float x) { return F{} + x; }
-ER_INLINE F f_load(const float *p) {
-    F x;
-    std::memcpy(&x, p, 64);
-    return x;
+ER_INLINE F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+ER_INLINE F f_set(float x) {
+    const __m256 all = _mm256_set1_ps(x);
+    return {all, all};
 }
-ER_INLINE void f_store(float *p, F x) { std::memcpy(p, &x, 64); }
-// The first n lanes, 0 <= n <= 16; zeros behind them.
+ER_INLINE F f_load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+ER_INLINE void f_store(float *p, F x) {
+    _mm256_storeu_ps(p, x.lo);
+    _mm256_storeu_ps(p + 8, x.hi);
+}
+// All bits of the lanes below n; any n.
+ER_INLINE I first_lanes(int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane),
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane)};
+}
 ER_INLINE F f_load_n(const float *p, int n) {
-    F x = {};
-    for (int i = 0; i < n; ++i) x[i] = p[i];
-    return x;
+    const I mask = first_lanes(n);
+    return {_mm256_maskload_ps(p, mask.lo), _mm256_maskload_ps(p + 8, mask.hi)};
 }
 ER_INLINE void f_store_n(float *p, F x, int n) {
-    for (int i = 0; i < n; ++i) p[i] = x[i];
+    const I mask = first_lanes(n);
+    _mm256_maskstore_ps(p, mask.lo, x.lo);
+    _mm256_maskstore_ps(p + 8, mask.hi, x.hi);
 }
-ER_INLINE F f_add(F a, F b) { return a + b; }
-ER_INLINE F f_sub(F a, F b) { return a - b; }
-ER_INLINE F f_mul(F a, F b) { return a * b; }
-ER_INLINE F f_div(F a, F b) { return a / b; }
-ER_INLINE F f_max(F a, F b) { return a > b ? a : b; }  // b where one is NaN
-ER_INLINE F f_min(F a, F b) { return a < b ? a : b; }
-ER_INLINE F f_abs(F a) { return reinterpret_cast<F>(reinterpret_cast<I>(a) & 0x7fffffff); }
-ER_INLINE F f_fma(F a, F b, F c) { return a * b + c; }   // a b + c
-ER_INLINE F f_fnma(F a, F b, F c) { return c - a * b; }  // c - a b
-// To nearest even, |a| < 2^22: what is added pushes the fraction out.
-ER_INLINE F f_round(F a) { return (a + 12582912.0f) - 12582912.0f; }
-// x 2^n for whole n; results below the normal range become 0.
-ER_INLINE F f_scale2(F x, F n) {
-    const F m = f_max(f_min(n, f_set(127.0f)), f_set(-127.0f));
-    const I power = (__builtin_convertvector(m, I) + 127) << 23;  // 2^n; 0 at n = -127
-    return x * reinterpret_cast<F>(power);
+ER_INLINE F f_add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+ER_INLINE F f_sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+ER_INLINE F f_mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+ER_INLINE F f_div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+ER_INLINE F f_max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+ER_INLINE F f_min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+ER_INLINE F f_abs(F a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
+ER_INLINE F f_fma(F a, F b, F c) {  // a b + c
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+ER_INLINE F f_fnma(F a, F b, F c) {  // c - a b
+    return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
+}
+ER_INLINE F f_round(F a) {  // to nearest even
+    return {_mm256_round_ps(a.lo, 8), _mm256_round_ps(a.hi, 8)};
+}
+// x 2^n for whole n >= -126; 0 for smaller n.
+ER_INLINE __m256 scale2(__m256 x, __m256 n) {
+    n = _mm256_max_ps(_mm256_min_ps(n, _mm256_set1_ps(127.0f)), _mm256_set1_ps(-127.0f));
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
+ER_INLINE F f_scale2(F x, F n) { return {scale2(x.lo, n.lo), scale2(x.hi, n.hi)}; }
 // Over all lanes, halving: lane i with i + 8, then i + 4, i + 2, i + 1.
 ER_INLINE float f_sum(F a) {
-    float x[16];
-    f_store(x, a);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+    const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 ER_INLINE float f_max_all(F a) {
-    float most = a[0];
-    for (int i = 1; i < 16; ++i) most = a[i] > most ? a[i] : most;
-    return most;
+    const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 // Lanes from..to-1 of x, the others `fill`; any int for from and to.
 ER_INLINE F f_keep(F x, int from, int to, F fill) {
-    const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (lane >= from) & (lane < to) ? x : fill;
+    const I below = first_lanes(from), until = first_lanes(to);
+    const __m256 lo = _mm256_castsi256_ps(_mm256_andnot_si256(below.lo, until.lo));
+    const __m256 hi = _mm256_castsi256_ps(_mm256_andnot_si256(below.hi, until.hi));
+    return {_mm256_blendv_ps(fill.lo, x.lo, lo), _mm256_blendv_ps(fill.hi, x.hi, hi)};
 }
 
 // --------------------------------------------------------------------------- 16-bit floats
 
-ER_INLINE float float_of_bits(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
+ER_INLINE __m128i load8(const std::uint16_t *p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
 }
-ER_INLINE std::uint32_t bits_of_float(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
+ER_INLINE void store8(std::uint16_t *p, __m128i x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), x);
 }
-ER_INLINE float float_of_half(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-    const std::uint32_t magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00) return float_of_bits(sign | 0x7f800000u | (magnitude << 13));
-    const float value = magnitude < 0x400
-                            ? static_cast<float>(magnitude) * 0x1p-24f
-                            : float_of_bits((magnitude << 13) + (112u << 23));
-    return float_of_bits(bits_of_float(value) | sign);
-}
-// To nearest even; beyond the range infinity; NaN stays NaN.
-ER_INLINE std::uint16_t half_of_float(float x) {
-    const std::uint32_t bits = bits_of_float(x);
-    const std::uint32_t sign = (bits >> 16) & 0x8000u;
-    const std::uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 rounds at 2^-24
-        const float shifted = float_of_bits(magnitude) + 0.5f;
-        return static_cast<std::uint16_t>(sign | (bits_of_float(shifted) - 0x3f000000u));
-    }
-    const std::uint32_t odd = (magnitude >> 13) & 1u;
-    return static_cast<std::uint16_t>(
-        sign | ((magnitude - (112u << 23) + 0xfffu + odd) >> 13));
-}
-ER_INLINE std::uint16_t bf16_of_float(float x) {
-    const std::uint32_t bits = bits_of_float(x);
-    if (x != x) return static_cast<std::uint16_t>((bits | 0x400000u) >> 16);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+ER_INLINE F f_load_f16(const std::uint16_t *p) {
+    return {_mm256_cvtph_ps(load8(p)), _mm256_cvtph_ps(load8(p + 8))};
 }
 ER_INLINE F f_load_f16_n(const std::uint16_t *p, int n) {
-    F x = {};
-    for (int i = 0; i < n; ++i) x[i] = float_of_half(p[i]);
-    return x;
+    std::uint16_t all[16] = {};
+    std::memcpy(all, p, static_cast<std::size_t>(n) * 2);
+    return f_load_f16(all);
 }
-ER_INLINE F f_load_f16(const std::uint16_t *p) { return f_load_f16_n(p, 16); }
+ER_INLINE void f_store_f16(std::uint16_t *p, F x) {
+    store8(p, _mm256_cvtps_ph(x.lo, 0));
+    store8(p + 8, _mm256_cvtps_ph(x.hi, 0));
+}
 ER_INLINE void f_store_f16_n(std::uint16_t *p, F x, int n) {
-    for (int i = 0; i < n; ++i) p[i] = half_of_float(x[i]);
+    std::uint16_t all[16];
+    f_store_f16(all, x);
+    std::memcpy(p, all, static_cast<std::size_t>(n) * 2);
 }
-ER_INLINE void f_store_f16(std::uint16_t *p, F x) { f_store_f16_n(p, x, 16); }
+ER_INLINE __m256 float_of_bf16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+// To nearest even; NaN stays NaN.
+ER_INLINE __m128i bf16_of_float(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+ER_INLINE F f_load_bf16(const std::uint16_t *p) {
+    return {float_of_bf16(load8(p)), float_of_bf16(load8(p + 8))};
+}
 ER_INLINE F f_load_bf16_n(const std::uint16_t *p, int n) {
-    F x = {};
-    for (int i = 0; i < n; ++i) x[i] = float_of_bits(static_cast<std::uint32_t>(p[i]) << 16);
-    return x;
+    std::uint16_t all[16] = {};
+    std::memcpy(all, p, static_cast<std::size_t>(n) * 2);
+    return f_load_bf16(all);
 }
-ER_INLINE F f_load_bf16(const std::uint16_t *p) { return f_load_bf16_n(p, 16); }
+ER_INLINE void f_store_bf16(std::uint16_t *p, F x) {
+    store8(p, bf16_of_float(x.lo));
+    store8(p + 8, bf16_of_float(x.hi));
+}
 ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
-    for (int i = 0; i < n; ++i) p[i] = bf16_of_float(x[i]);
+    std::uint16_t all[16];
+    f_store_bf16(all, x);
+    std::memcpy(p, all, static_cast<std::size_t>(n) * 2);
 }
-ER_INLINE void f_store_bf16(std::uint16_t *p, F x) { f_store_bf16_n(p, x, 16); }
 
-// Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, two products and two sums in
-// an order of the unit's own. p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.
+// Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, two fused multiply-adds in
+// this order. p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.
 ER_INLINE P p_load(const std::uint16_t *p) {
-    P x;
-    std::memcpy(&x, p, 64);
-    return x;
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 16))};
 }
 ER_INLINE P p_load_n(const std::uint16_t *p, int pairs) {
-    P x = {};
-    std::memcpy(&x, p, static_cast<std::size_t>(pairs) * 4);
-    return x;
+    const I mask = first_lanes(pairs);
+    const int *words = reinterpret_cast<const int *>(p);
+    return {_mm256_maskload_epi32(words, mask.lo), _mm256_maskload_epi32(words + 8, mask.hi)};
 }
 ER_INLINE P p_bcast(const std::uint16_t *p) {
     std::int32_t pair;
     std::memcpy(&pair, p, 4);
-    return P{} + pair;
+    const __m256i all = _mm256_set1_epi32(pair);
+    return {all, all};
 }
-ER_INLINE F p_dot(F acc, P a, P b) {
-    const P high = P{} + static_cast<std::int32_t>(0xffff0000u);
-    acc = reinterpret_cast<F>(a << 16) * reinterpret_cast<F>(b << 16) + acc;
-    return reinterpret_cast<F>(a & high) * reinterpret_cast<F>(b & high) + acc;
+ER_INLINE __m256 even_of(__m256i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
+ER_INLINE __m256 odd_of(__m256i a) {
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 // Even and odd members of pairs of bf16, as fp32.
-ER_INLINE F f_even(P a) { return reinterpret_cast<F>(a << 16); }
-ER_INLINE F f_odd(P a) {
-    return reinterpret_cast<F>(a & (P{} + static_cast<std::int32_t>(0xffff0000u)));
+ER_INLINE F f_even(P a) { return {even_of(a.lo), even_of(a.hi)}; }
+ER_INLINE F f_odd(P a) { return {odd_of(a.lo), odd_of(a.hi)}; }
+ER_INLINE F p_dot(F acc, P a, P b) {
+    return f_fma(f_odd(a), f_odd(b), f_fma(f_even(a), f_even(b), acc));
 }
 
 // --------------------------------------------------------------------------------- integers
 
-ER_INLINE I i_zero() { return I{}; }
-ER_INLINE I i_set(std::int32_t x) { return I{} + x; }
+ER_INLINE I i_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+ER_INLINE I i_set(std::int32_t x) {
+    const __m256i all = _mm256_set1_epi32(x);
+    return {all, all};
+}
 ER_INLINE I i_set_bytes(std::uint8_t x) {
-    return reinterpret_cast<I>(Bytes{} + static_cast<std::int8_t>(x));
+    const __m256i all = _mm256_set1_epi8(static_cast<char>(x));
+    return {all, all};
 }
 ER_INLINE I i_load(const void *p) {
-    I x;
-    std::memcpy(&x, p, 64);
-    return x;
+    const __m256i *from = static_cast<const __m256i *>(p);
+    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
 }
-ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }
-ER_INLINE I i_add(I a, I b) { return a + b; }
-ER_INLINE I i_and(I a, I b) { return a & b; }
-ER_INLINE I i_or(I a, I b) { return a | b; }
-ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
-// Bytes: `value` where the bit of the 64 at p is set, else 0.
-ER_INLINE I i_bits(const std::uint8_t *p, std::uint8_t value) {
-    std::uint8_t bytes[64];
-    for (int i = 0; i < 64; ++i) bytes[i] = (p[i / 8] >> (i % 8)) & 1 ? value : 0;
-    return i_load(bytes);
+ER_INLINE void i_store(void *p, I x) {
+    __m256i *to = static_cast<__m256i *>(p);
+    _mm256_storeu_si256(to, x.lo);
+    _mm256_storeu_si256(to + 1, x.hi);
+}
+ER_INLINE I i_add(I a, I b) {
+    return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+ER_INLINE I i_and(I a, I b) {
+    return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+ER_INLINE I i_or(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+ER_INLINE I i_high_nibbles(I a) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(a.lo, 4), mask),
+            _mm256_and_si256(_mm256_srli_epi16(a.hi, 4), mask)};
+}
+// Adds `value` to the bytes whose bit of the 64 at p is set.
+ER_INLINE __m256i add_bits(__m256i a, const std::uint8_t *p, std::uint8_t value) {
+    std::int32_t bits;
+    std::memcpy(&bits, p, 4);
+    const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2,
+                                          2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+    const __m256i here = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
+    return _mm256_add_epi8(a, _mm256_and_si256(_mm256_cmpeq_epi8(here, bit),
+                                               _mm256_set1_epi8(static_cast<char>(value))));
+}
+ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {
+    return {add_bits(a.lo, p, value), add_bits(a.hi, p + 4, value)};
 }
 // Four activation bytes in every lane.
 ER_INLINE I i_bcast4(const std::int8_t *p) {
     std::int32_t four;
     std::memcpy(&four, p, 4);
-    return I{} + four;
+    return i_set(four);
 }
-// acc + sum over 4 of (unsigned w)(signed a). dot_small needs w < 128, dot8 takes any w, and where
-// kBias8 is 128 it multiplies w - 128.
+// acc + sum over 4 of (unsigned w)(signed a), a in [-127, 127]. vpmaddubsw saturates at 16 bits, so
+// dot_small needs w < 128 (2 * 127 * 127 < 2^15), and dot8 takes any w but multiplies w - 128: its
+// magnitude is at most 128 (2 * 128 * 127 < 2^15), its sign goes to the activations.
+ER_INLINE __m256i dot_small(__m256i acc, __m256i w, __m256i a) {
+    const __m256i pairs = _mm256_maddubs_epi16(w, a);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+ER_INLINE __m256i dot8(__m256i acc, __m256i w, __m256i a) {
+    const __m256i value = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    return dot_small(acc, _mm256_abs_epi8(value), _mm256_sign_epi8(a, value));
+}
+ER_INLINE I i_dot_small(I acc, I w, I a) {
+    return {dot_small(acc.lo, w.lo, a.lo), dot_small(acc.hi, w.hi, a.hi)};
+}
 ER_INLINE I i_dot8(I acc, I w, I a) {
-    for (int byte = 0; byte < 4; ++byte)
-        acc += ((w >> (8 * byte)) & 0xff) * ((a << (24 - 8 * byte)) >> 24);
-    return acc;
+    return {dot8(acc.lo, w.lo, a.lo), dot8(acc.hi, w.hi, a.hi)};
 }
-ER_INLINE I i_dot_small(I acc, I w, I a) { return i_dot8(acc, w, a); }
-ER_INLINE F f_of_i(I a) { return __builtin_convertvector(a, F); }
+ER_INLINE F f_of_i(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+ER_INLINE __m128i load8_bytes(const void *p) {
+    return _mm_loadl_epi64(static_cast<const __m128i *>(p));
+}
 ER_INLINE F f_load_u8(const std::uint8_t *p) {
-    F x;
-    for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(p[i]);
-    return x;
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load8_bytes(p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load8_bytes(p + 8)))};
 }
 ER_INLINE F f_load_s8(const std::int8_t *p) {
-    F x;
-    for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(p[i]);
-    return x;
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8_bytes(p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8_bytes(p + 8)))};
 }
 // Round 16 floats in [-127, 127] to nearest even int8.
 ER_INLINE void i_store_int8(std::int8_t *p, F x) {
-    const F whole = f_round(x);
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(whole[i]);
+    const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+    const __m128i words_lo =
+        _mm_packs_epi32(_mm256_castsi256_si128(lo), _mm256_extracti128_si256(lo, 1));
+    const __m128i words_hi =
+        _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words_lo, words_hi));
 }
 ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
-    std::int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += p[i];
-    return sum;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    const __m128i biased = _mm_xor_si128(bytes, _mm_set1_epi8(-128));  // + 128, unsigned
+    const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
 }
 // One number in every lane, from memory.
-ER_INLINE I i_bcast(const std::int32_t *p) { return I{} + *p; }
+ER_INLINE I i_bcast(const std::int32_t *p) { return i_set(*p); }
 // Byte `byte` of every lane, unsigned, as int32.
 template <int byte>
 ER_INLINE I i_byte(I a) {
-    return (a >> (8 * byte)) & 0xff;
+    const __m256i mask = _mm256_set1_epi32(0xff);
+    return {_mm256_and_si256(_mm256_srli_epi32(a.lo, 8 * byte), mask),
+            _mm256_and_si256(_mm256_srli_epi32(a.hi, 8 * byte), mask)};
 }
-ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 
 }  // namespace avx2
 }  // namespace engineroom

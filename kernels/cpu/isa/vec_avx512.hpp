@@ -127,11 +127,11 @@ ER_INLINE I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 ER_INLINE I i_high_nibbles(I a) {
     return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
-// Bytes: `value` where the bit of the 64 at p is set, else 0.
-ER_INLINE I i_bits(const std::uint8_t *p, std::uint8_t value) {
+// Adds `value` to the bytes whose bit of the 64 at p is set.
+ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {
     std::uint64_t bits;
     std::memcpy(&bits, p, 8);
-    return _mm512_maskz_set1_epi8(bits, static_cast<char>(value));
+    return _mm512_mask_add_epi8(a, bits, a, _mm512_set1_epi8(static_cast<char>(value)));
 }
 // Four activation bytes in every lane.
 ER_INLINE I i_bcast4(const std::int8_t *p) {

@@ -187,11 +187,11 @@ ER_INLINE I i_add(I a, I b) { return a + b; }
 ER_INLINE I i_and(I a, I b) { return a & b; }
 ER_INLINE I i_or(I a, I b) { return a | b; }
 ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
-// Bytes: `value` where the bit of the 64 at p is set, else 0.
-ER_INLINE I i_bits(const std::uint8_t *p, std::uint8_t value) {
+// Adds `value` to the bytes whose bit of the 64 at p is set.
+ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {
     std::uint8_t bytes[64];
     for (int i = 0; i < 64; ++i) bytes[i] = (p[i / 8] >> (i % 8)) & 1 ? value : 0;
-    return i_load(bytes);
+    return reinterpret_cast<I>(reinterpret_cast<Bytes>(a) + reinterpret_cast<Bytes>(i_load(bytes)));
 }
 // Four activation bytes in every lane.
 ER_INLINE I i_bcast4(const std::int8_t *p) {

@@ -1,0 +1,435 @@
+"""Linear layers of the CPU backend: against float64, bit-equal however rows and threads are cut."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engineroom.kernels.cpu import _native
+from engineroom.kernels.weights import FORMATS, RawWeight
+from engineroom.quant.gguf import block_dtype, dequantise
+from tests.counts import count
+
+UNITS = _native.kernel_tables()
+FORMS = {
+    name: ["f32", "bf16"] if name == "BF16" else ["f32"] if fmt.is_float else ["f32", "int8"]
+    for name, fmt in FORMATS.items()
+}
+CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
+ROWS = [1, 2, 3, 5, 8, 13, 33, 64]
+
+cases = pytest.mark.parametrize("name,form", CASES, ids=[f"{n}-{f}" for n, f in CASES])
+units = pytest.mark.parametrize("unit", UNITS)
+
+
+# ------------------------------------------------------------------------------------ material
+
+
+def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """A checkpoint's bytes: random quants, scales of ordinary size and both signs."""
+    fmt, rng = FORMATS[name], np.random.default_rng(seed)
+    if fmt.is_float:
+        values = rng.standard_normal((rows, columns), np.float32)
+        if name == "F16":
+            return values.astype(np.float16).reshape(-1).view(np.uint8)
+        bits = values.reshape(-1).view(np.uint32)
+        return bits.view(np.uint8) if name == "F32" else (bits >> 16).astype("<u2").view(np.uint8)
+    data = rng.integers(0, 256, rows * fmt.row_bytes(columns), np.uint8)
+    fields = data.view(block_dtype(fmt))
+    for field in ("d", "m", "dmin"):
+        if field in fields.dtype.names:
+            fields[field] = rng.uniform(-1, 1, fields[field].shape)
+    return data
+
+
+def hostile(name: str, rows: int, columns: int) -> np.ndarray:
+    """Zero scales in some blocks, every quant at its end in others, scales of 60000 in a few."""
+    data = blocks(name, rows, columns, 7)
+    fields = data.view(block_dtype(FORMATS[name]))
+    for field in fields.dtype.names:
+        if field in ("d", "m", "dmin"):
+            fields[field][0::5] = 0
+            fields[field][3::11] = 60000
+        else:
+            fields[field][1::5] = np.iinfo(fields[field].dtype).max
+            fields[field][2::5] = np.iinfo(fields[field].dtype).min
+    return data
+
+
+def weight_of(name: str, data: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    raw = RawWeight("w", FORMATS[name], (rows, columns), {"data": data})
+    return dequantise(raw).astype(np.float64)
+
+
+def pack(name: str, data: np.ndarray, rows: int, columns: int) -> _native.PackedMatrix:
+    return _native.pack(name, data, rows, columns, 1)
+
+
+def activations(rows: int, columns: int, seed: int = 3) -> np.ndarray:
+    """Normal, with an outlier in some rows and a group of zeros in others."""
+    x = np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
+    x[::3, columns // 2] *= 300
+    x[1::3, : min(32, columns)] = 0
+    return x
+
+
+def run(unit: str, weights, x: np.ndarray, form: str, **options) -> np.ndarray:
+    """The (first) result; every element is overwritten, or a NaN remains to be seen."""
+    return run_all(unit, weights, x, form, **options)[0]
+
+
+def run_all(unit: str, weights, x: np.ndarray, form: str, **options) -> list[np.ndarray]:
+    pairs = 2 if options.get("epilogue") in ("silu_mul", "gelu_mul") else 1
+    outs = [np.full((len(x), w.shape[0]), np.nan, np.float32) for w in weights[::pairs]]
+    _native.linear_test(unit, weights, x, form, outs=outs, **options)
+    return outs
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return to_bf16(x)
+    return x.astype(np.float16).astype(np.float32) if dtype == "float16" else x
+
+
+def int8_values(x: np.ndarray) -> np.ndarray:
+    """What int8 rows mean, exactly: per 32, scale = max / 127 and q = rint(x * (127 / max))."""
+    groups = x.reshape(len(x), -1, 32)
+    most = np.abs(groups).max(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(most > 0, np.float32(127) / most, np.float32(0))
+    q = np.rint(groups * inverse.astype(np.float32))
+    scale = most / np.float32(127)
+    return (scale.astype(np.float64) * q.astype(np.float64)).reshape(x.shape)
+
+
+def values_in(form: str, x: np.ndarray) -> np.ndarray:
+    """The activations that the form multiplies, as float64."""
+    if form == "int8":
+        return int8_values(x)
+    return (to_bf16(x) if form == "bf16" else x).astype(np.float64)
+
+
+def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
+    np.testing.assert_array_equal(got.view(np.uint32), np.ascontiguousarray(want).view(np.uint32))
+
+
+def columns_of(name: str) -> list[int]:
+    fmt = FORMATS[name]
+    if fmt.is_float:
+        return [1, 8, 33, 512]
+    return [256, 512, 2304] if fmt.block_elements == 256 else [32, 64, 96, 512]
+
+
+# ------------------------------------------------------------------------------ against float64
+
+
+def assert_close(
+    name: str, form: str, unit: str, data: np.ndarray, n: int, k: int, rows: list[int]
+) -> None:
+    """For each number of rows: a sum of K terms errs by at most K roundings of sum |w||x|.
+
+    Roundings are as good as random, and 2^-24 sqrt(K) is the size of their random walk; four times
+    that is the bound. In the int8 form minima are summed apart from the quants that they belong
+    to, so there the magnitude of a weight is that of both parts.
+    """
+    w, x = weight_of(name, data, n, k), activations(max(rows), k)
+    exact = values_in(form, x)
+    parts = np.abs(w)
+    fields = data.view(block_dtype(FORMATS[name]))
+    for field, largest in (("m", 1.0), ("dmin", 63.0)):
+        if form == "int8" and field in fields.dtype.names:
+            minimum = largest * np.abs(fields[field].astype(np.float64).reshape(n, -1))
+            parts = parts + 2 * np.repeat(minimum, k // minimum.shape[1], axis=1)
+    want, bound = exact @ w.T, 4 * 2.0**-24 * np.sqrt(k + 8) * (np.abs(exact) @ parts.T)
+    matrix = pack(name, data, n, k)
+    for m in rows:
+        got = run(unit, [matrix], x[:m], form)
+        assert np.all(np.abs(got - want[:m]) <= bound[:m])
+
+
+@units
+@cases
+def test_against_float64(unit: str, name: str, form: str) -> None:
+    for i, k in enumerate(columns_of(name)):
+        for n in (1, 47, 48, 49, 100):
+            m = ROWS[(i + n) % len(ROWS)]
+            assert_close(name, form, unit, blocks(name, n, k, n), n, k, [m])
+
+
+@units
+@cases
+def test_every_number_of_rows(unit: str, name: str, form: str) -> None:
+    k = columns_of(name)[1]
+    rows = list(range(1, 65)) if unit == UNITS[0] else ROWS
+    assert_close(name, form, unit, blocks(name, 50, k, 9), 50, k, rows)
+
+
+@units
+@pytest.mark.parametrize("name", [n for n in FORMATS if not FORMATS[n].is_float])
+def test_hostile_blocks(unit: str, name: str) -> None:
+    for form in FORMS[name]:
+        assert_close(name, form, unit, hostile(name, 60, 512), 60, 512, [1, 40])
+
+
+@units
+@pytest.mark.parametrize("name", [n for n in FORMATS if not FORMATS[n].is_float])
+def test_largest_int8_products(unit: str, name: str) -> None:
+    """Every quant and every activation at its end: where 16-bit sums would saturate."""
+    fmt = FORMATS[name]
+    n, k = 48, 2 * fmt.block_elements
+    for fill in (0x00, 0x80, 0x7F, 0xFF):
+        data = blocks(name, n, k, 1)
+        fields = data.view(block_dtype(fmt))
+        for field in fields.dtype.names:
+            if field not in ("d", "m", "dmin", "scales"):
+                fields[field].view(np.uint8)[:] = fill
+        w = weight_of(name, data, n, k)
+        for signs in (np.ones(k), np.where(np.arange(k) % 4 < 2, 1, -1)):
+            x = np.tile(signs.astype(np.float32), (9, 1))
+            for rows in (x, -x):
+                exact = int8_values(rows)
+                bound = 4 * 2.0**-24 * np.sqrt(k) * 4 * (np.abs(exact) @ np.abs(w).T + k)
+                got = run(unit, [pack(name, data, n, k)], rows, "int8")
+                assert np.all(np.abs(got - exact @ w.T) <= bound)
+
+
+@units
+def test_what_is_not_finite_stays_in_its_row(unit: str) -> None:
+    data = blocks("Q4_0", 48, 64, 0)
+    x = activations(10, 64)
+    clean = run(unit, [pack("Q4_0", data, 48, 64)], x, "f32")
+    x[4, 7] = np.nan
+    for form in ("f32", "int8"):
+        got = run(unit, [pack("Q4_0", data, 48, 64)], x, form)
+        assert np.isnan(got[4]).all()
+        assert np.isfinite(np.delete(got, 4, axis=0)).all()
+    assert_same_bits(
+        np.delete(run(unit, [pack("Q4_0", data, 48, 64)], x, "f32"), 4, axis=0),
+        np.delete(clean, 4, axis=0),
+    )
+
+
+# ---------------------------------------------------------------------------- the pure function
+
+
+@units
+@cases
+def test_a_row_is_the_same_in_any_company(unit: str, name: str, form: str) -> None:
+    """K = 2304 is cut in blocks of K; the number of rows picks kernel and row blocks."""
+    n, k = 100, 2304
+    matrix = pack(name, blocks(name, n, k, 5), n, k)
+    x = activations(64, k)
+    want = run(unit, [matrix], x, form)
+    for m in ROWS[:-1]:
+        for start in (0, 64 - m):
+            assert_same_bits(
+                run(unit, [matrix], x[start : start + m], form), want[start : start + m]
+            )
+    for i in range(0, 64, 64 // count(reduced=4, full=64)):
+        assert_same_bits(run(unit, [matrix], x[i : i + 1], form), want[i : i + 1])
+    for threads in (2, 3):
+        assert_same_bits(run(unit, [matrix], x, form, threads=threads), want)
+
+
+@pytest.mark.parametrize("name,form", [("Q4_0", "int8"), ("BF16", "bf16"), ("F32", "f32")])
+def test_more_rows_than_a_block(name: str, form: str) -> None:
+    matrix = pack(name, blocks(name, 60, 1536, 5), 60, 1536)
+    x = activations(700, 1536)
+    got = run(UNITS[0], [matrix], x, form, threads=2)
+    for start in range(0, 700, 50):
+        assert_same_bits(
+            got[start : start + 50], run(UNITS[0], [matrix], x[start : start + 50], form)
+        )
+
+
+@units
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_parts_of_several_formats(unit: str, threads: int) -> None:
+    """Fused parts equal each part alone, whichever thread its tiles fall to."""
+    names, rows, k = ["Q6_K", "Q4_K", "Q4_K", "Q8_0"], [100, 30, 200, 1], 512
+    parts = [pack(n, blocks(n, r, k, r), r, k) for n, r in zip(names, rows, strict=True)]
+    x = activations(6, k)
+    for got, part in zip(run_all(unit, parts, x, "int8", threads=threads), parts, strict=True):
+        assert_same_bits(got, run(unit, [part], x, "int8"))
+
+
+# ----------------------------------------------------------------------------------- epilogues
+
+DTYPES = ["float32", "bfloat16", "float16"]
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def identity(size: int) -> _native.PackedMatrix:
+    """Multiplies by one: in the f32 form what stands around the product remains, exactly."""
+    return pack("F32", np.eye(size, dtype=np.float32).reshape(-1).view(np.uint8), size, size)
+
+
+@units
+@dtypes
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bias_rounding_and_residual(unit: str, dtype: str, threads: int) -> None:
+    n, k, m = 100, 96, 13
+    matrix = pack("Q8_0", blocks("Q8_0", n, k, 2), n, k)
+    x, rng = activations(m, k), np.random.default_rng(4)
+    bias = rng.standard_normal(n, np.float32)
+    residual = rng.standard_normal((m, n), np.float32)
+    options = {"form": "int8", "dtype": dtype, "threads": threads}
+    product = run(unit, [matrix], x, "int8")
+    assert_same_bits(run(unit, [matrix], x, **options), rounded(product, dtype))
+    y = rounded(product + bias, dtype)
+    assert_same_bits(run(unit, [matrix], x, biases=[bias], **options), y)
+    want = rounded(residual + y, dtype)
+    options |= {"epilogue": "add_residual", "biases": [bias]}
+    assert_same_bits(run(unit, [matrix], x, residual=residual, **options), want)
+    inplace = residual.copy()
+    _native.linear_test(unit, [matrix], x, residual=inplace, outs=[inplace], **options)
+    assert_same_bits(inplace, want)
+
+
+@units
+@dtypes
+@pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
+def test_gated_pairs(unit: str, dtype: str, epilogue: str) -> None:
+    """Two pairs of unequal N; the gate apart is the same operation on rows already computed."""
+    k, m = 64, 9
+    parts = [pack("Q4_1", blocks("Q4_1", n, k, i), n, k) for i, n in enumerate((49, 49, 130, 130))]
+    x = activations(m, k)
+    biases = [None, np.arange(49, dtype=np.float32) / 50, None, None]
+    options = {"dtype": dtype, "biases": biases}
+    alone = run_all(unit, parts, x, "int8", **options)
+    for threads in (1, 2, 3):
+        fused = run_all(unit, parts, x, "int8", epilogue=epilogue, threads=threads, **options)
+        for i in (0, 1):
+            gate, up = alone[2 * i], alone[2 * i + 1]
+            both, size = np.concatenate([gate, up], axis=1), gate.shape[1]
+            eye = np.eye(2 * size, dtype=np.float32)
+            halves = [
+                pack("F32", np.ascontiguousarray(half).reshape(-1).view(np.uint8), size, 2 * size)
+                for half in (eye[:size], eye[size:])
+            ]
+            apart = run(unit, halves, both, "f32", epilogue=epilogue, dtype=dtype)
+            assert_same_bits(fused[i], apart)
+            g = gate.astype(np.float64)
+            u = g if epilogue == "silu_mul" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+            with np.errstate(over="ignore"):
+                want = g / (1 + np.exp(-u)) * up
+            relative = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
+            ordinary = (np.abs(want) < 60000) & (np.abs(g) < 30)
+            assert np.all(
+                np.abs(fused[i] - want)[ordinary] <= relative * np.abs(want)[ordinary] + 1e-6
+            )
+
+
+@units
+@dtypes
+@pytest.mark.parametrize("form", ["f32", "int8"])
+def test_norm_before_the_product(unit: str, dtype: str, form: str) -> None:
+    n, k, m = 50, 96, 13
+    matrix = pack("Q5_1", blocks("Q5_1", n, k, 2), n, k)
+    x, weight = activations(m, k), np.random.default_rng(8).standard_normal(k, np.float32)
+    norm = {"norm_weight": weight, "eps": 1e-5, "offset": 1.0, "dtype": dtype}
+    h = run(unit, [identity(k)], x, "f32", **norm)
+    mean = np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True)
+    want = x / np.sqrt(mean + 1e-5) * (weight + 1.0)
+    relative = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-10}[dtype]
+    assert np.all(np.abs(h - want) <= relative * np.abs(want) + 1e-6)
+    for threads in (1, 3):
+        fused = run(unit, [matrix], x, form, threads=threads, **norm)
+        assert_same_bits(fused, run(unit, [matrix], h, form, dtype=dtype))
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_refusals() -> None:
+    matrix = pack("Q8_0", blocks("Q8_0", 5, 32, 0), 5, 32)
+    floats = pack("F32", blocks("F32", 5, 32, 0), 5, 32)
+    x, out = np.zeros((2, 32), np.float32), np.zeros((2, 5), np.float32)
+
+    def refused(message: str, weights=(matrix,), rows=x, outs=(out,), unit=UNITS[0], **options):
+        with pytest.raises(ValueError, match=message):
+            _native.linear_test(unit, list(weights), rows, outs=list(outs), **options)
+
+    refused("this machine has no kernels named 'mmx'", unit="mmx")
+    refused("unknown form 'int4'; known: f32, bf16, int8", form="int4")
+    refused("unknown epilogue 'x'; known: store, add_residual", epilogue="x")
+    refused("unknown dtype 'f8'", dtype="f8")
+    refused("threads must be at least 1, not 0", threads=0)
+    refused("at least one weight", weights=(), outs=())
+    refused("1 weights has 1 results, outs has 2", outs=(out, out))
+    refused("silu_mul takes weights in pairs, not 1", epilogue="silu_mul")
+    refused(r"x is \[2, 31\], weight 0 is \[5, 32\]: K differs", rows=np.zeros((2, 31), np.float32))
+    refused("bf16 rows do not multiply Q8_0 weights", form="bf16")
+    refused("int8 rows do not multiply F32 weights", weights=(floats,), form="int8")
+    refused(r"result 0 is \[2, 5\], outs has \[2, 4\]", outs=(np.zeros((2, 4), np.float32),))
+    refused("2 biases for 1 weights", biases=[None, None])
+    refused("bias 0 has 4 values for 5 outputs", biases=[np.zeros(4, np.float32)])
+    refused("takes a residual and one weight", epilogue="add_residual")
+    refused(
+        r"the residual is \[1, 5\], the result \[2, 5\]",
+        epilogue="add_residual",
+        residual=np.zeros((1, 5), np.float32),
+    )
+    refused("the norm has 3 weights for 32 columns", norm_weight=np.zeros(3, np.float32))
+    other = pack("Q8_0", blocks("Q8_0", 6, 32, 0), 6, 32)
+    refused("silu_mul needs pairs of equal N", weights=(matrix, other), epilogue="silu_mul")
+
+
+# ---------------------------------------------------------------------------- the machine code
+
+
+@pytest.fixture(scope="module")
+def unit_object(tmp_path_factory) -> Path:
+    """The AVX-512 unit compiled by itself with the build's own options."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if platform.machine() not in ("x86_64", "AMD64") or compiler is None:
+        pytest.skip("needs x86-64 and a C++ compiler")
+    for tool in ("objdump", "nm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool} (binutils)")
+    sources = Path(__file__).resolve().parents[2] / "kernels" / "cpu"
+    build = (sources / "CMakeLists.txt").read_text()
+    isa = re.search(r'isa/avx512.cpp PROPERTIES COMPILE_OPTIONS\s+"([^"]*)"', build)
+    common = re.search(r"target_compile_options\(_native PRIVATE ([^)]*)\)", build)
+    assert isa and common, "CMakeLists.txt no longer says how the unit is compiled"
+    out = tmp_path_factory.mktemp("unit") / "avx512.o"
+    options = ["-std=c++17", "-fPIC", *common[1].split(), *isa[1].split(";"), "-w"]
+    source = str(sources / "isa" / "avx512.cpp")
+    subprocess.run([compiler, *options, "-c", source, "-o", str(out)], check=True)
+    return out
+
+
+def test_hot_loops_keep_their_registers(unit_object: Path) -> None:
+    """A register tile that spills to the stack runs at a third of its speed, and gives no error."""
+    command = ["objdump", "-d", "--no-show-raw-insn", "-C", str(unit_object)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    hot, spills, name = set(), [], ""  # broadcasts of scalars may come from the stack
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line
+            if "int8_rows<" in name or "float_rows<" in name:
+                hot.add(name)
+        elif name in hot and re.search(r"%zmm.*\(%r[sb]p\)|\(%r[sb]p\).*%zmm", line):
+            spills += [] if re.search(r"broadcast|1to16", line) else [(name, line)]
+    assert len(hot) > 40, "the hot functions have other names now"
+    assert not spills
+
+
+def test_nothing_of_the_unit_is_shared(unit_object: Path) -> None:
+    """A weak symbol of another namespace could be linked into code for lesser machines."""
+    command = ["nm", "-C", str(unit_object)]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    weak = [s for s in symbols.splitlines() if re.match(r"[0-9a-f ]+ [WVu] ", s)]
+    assert not [s for s in weak if "engineroom::avx512::" not in s]

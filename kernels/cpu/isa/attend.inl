@@ -63,14 +63,13 @@ struct CacheF16 {
 
 // ------------------------------------------------------------------------------ the products
 
-// Few rows wait for memory: they ask for tiles ahead of their use.
+// So few rows wait for memory: they ask for keys ahead of their use.
 constexpr int kPrefetchRows = 4;
 
 // Scores of kRows rows and kTiles tiles of keys: out[i][16 j] = sum over dims of q[i] * keys[j].
-// Asks for the tiles `values` and `next`, of the same size.
+// Asks for the tiles `next`.
 template <class Cache, int kRows, int kTiles>
 static void score(const typename Cache::Element *const *keys,
-                  const typename Cache::Element *const *values,
                   const typename Cache::Element *const *next, int head_dim,
                   const typename Cache::Operand *q, float *out) {
     using Element = typename Cache::Element;
@@ -89,10 +88,7 @@ static void score(const typename Cache::Element *const *keys,
         for (int j = 0; j < kTiles; ++j) {
             k[j] = Cache::load(key[j]);
             key[j] += kLine;
-            if (kRows <= kPrefetchRows) {
-                prefetch(values[j] + d / Cache::kStep * kLine);
-                prefetch(next[j] + d / Cache::kStep * kLine);
-            }
+            if (kRows <= kPrefetchRows) prefetch(next[j] + d / Cache::kStep * kLine);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < kRows; ++i) {
@@ -108,11 +104,9 @@ static void score(const typename Cache::Element *const *keys,
 }
 
 // Weighted values of kRows rows: out[i][16 j] = sum over keys of weight[i] * values, in kVectors
-// vectors of dims from `dim` on; where kPartial, the one vector has `lanes` dims. Asks for the tiles
-// `next`, of the same size.
+// vectors of dims from `dim` on; where kPartial, the one vector has `lanes` dims.
 template <class Cache, int kRows, int kVectors, bool kPartial>
-static void weigh(const typename Cache::Element *const *values,
-                  const typename Cache::Element *const *next, int tiles, int head_dim, int dim,
+static void weigh(const typename Cache::Element *const *values, int tiles, int head_dim, int dim,
                   int lanes, const typename Cache::Operand *weight, float *out) {
     constexpr int kStep = Cache::kStep;
     F acc[kRows][kVectors];
@@ -122,11 +116,7 @@ static void weigh(const typename Cache::Element *const *values,
         for (int j = 0; j < kVectors; ++j) acc[i][j] = f_zero();
     for (int t = 0; t < tiles; ++t, weight += kTileKeys) {
         const typename Cache::Element *value = values[t] + dim * kStep;
-        const std::ptrdiff_t ahead = next[t] - values[t];
         for (int key = 0; key < kTileKeys; key += kStep, value += head_dim * kStep) {
-            if (kRows <= kPrefetchRows)
-#pragma GCC unroll 6
-                for (int j = 0; j < kVectors; ++j) prefetch(value + ahead + 16 * j * kStep);
             typename Cache::Vector v[kVectors];
 #pragma GCC unroll 6
             for (int j = 0; j < kVectors; ++j)
@@ -157,32 +147,28 @@ static void weigh(const typename Cache::Element *const *values,
 // Scores of `tiles` tiles, for kRows rows.
 template <class Cache, int kRows>
 static void score_tiles(const typename Cache::Element *const *keys,
-                        const typename Cache::Element *const *values,
                         const typename Cache::Element *const *next, int tiles, int head_dim,
                         const typename Cache::Operand *q, float *out) {
     int t = 0;
     for (; t + kAttendVectors <= tiles; t += kAttendVectors)
-        score<Cache, kRows, kAttendVectors>(keys + t, values + t, next + t, head_dim, q,
-                                            out + t * kTileKeys);
+        score<Cache, kRows, kAttendVectors>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
     for (; t + 2 <= tiles; t += 2)
-        score<Cache, kRows, 2>(keys + t, values + t, next + t, head_dim, q, out + t * kTileKeys);
-    if (t < tiles)
-        score<Cache, kRows, 1>(keys + t, values + t, next + t, head_dim, q, out + t * kTileKeys);
+        score<Cache, kRows, 2>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
+    if (t < tiles) score<Cache, kRows, 1>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
 }
 
 // All dims of the weighted values, for kRows rows.
 template <class Cache, int kRows>
-static void weigh_tiles(const typename Cache::Element *const *values,
-                        const typename Cache::Element *const *next, int tiles, int dim,
+static void weigh_tiles(const typename Cache::Element *const *values, int tiles, int dim,
                         const typename Cache::Operand *weight, float *out) {
     int d = 0;
     for (; d + 16 * kAttendVectors <= dim; d += 16 * kAttendVectors)
-        weigh<Cache, kRows, kAttendVectors, false>(values, next, tiles, dim, d, 16, weight, out);
+        weigh<Cache, kRows, kAttendVectors, false>(values, tiles, dim, d, 16, weight, out);
     for (; d + 32 <= dim; d += 32)
-        weigh<Cache, kRows, 2, false>(values, next, tiles, dim, d, 16, weight, out);
+        weigh<Cache, kRows, 2, false>(values, tiles, dim, d, 16, weight, out);
     for (; d + 16 <= dim; d += 16)
-        weigh<Cache, kRows, 1, false>(values, next, tiles, dim, d, 16, weight, out);
-    if (d < dim) weigh<Cache, kRows, 1, true>(values, next, tiles, dim, d, dim - d, weight, out);
+        weigh<Cache, kRows, 1, false>(values, tiles, dim, d, 16, weight, out);
+    if (d < dim) weigh<Cache, kRows, 1, true>(values, tiles, dim, d, dim - d, weight, out);
 }
 
 // Calls action<kRows>(...) for 1 <= rows <= kAttendRows.
@@ -253,7 +239,7 @@ struct Attend {
     Operand *weights;
     Element *gathered;  // keys, then values
     const Element *keys[kSplitTiles], *values[kSplitTiles];
-    const Element *next[kSplitTiles];  // what to ask for while a tile is in use
+    const Element *next[kSplitTiles];  // keys to ask for while a tile's are in use
 
     Attend(const KVCacheView &c, const AttentionRows &r, std::uint8_t *scratch)
         : cache(c), rows(r), count(r.num_tokens * r.group), dim(c.head_dim) {
@@ -278,7 +264,7 @@ struct Attend {
     }
 
     // Points `keys` and `values` at the tiles first .. end-1 of a split; brings them into the order
-    // of tiles first where the cache does not hold tiles.
+    // of tiles first where the cache does not hold tiles. `next` is a register tile further on.
     void find_tiles(int split, int first, int end) {
         for (int t = first; t < end; ++t) {
             const int position = split * kSplit + t * kTileKeys;
@@ -296,23 +282,8 @@ struct Attend {
                 values[t] = v;
             }
         }
-    }
-
-    // Sets `next` for the scores: tiles that come a register tile later.
-    void look_ahead(int first, int end) {
         for (int t = first; t < end; ++t)
             next[t] = keys[t + kAttendVectors < end ? t + kAttendVectors : t];
-    }
-    // Sets `next` for the values: the keys of the split after, or nothing new.
-    void look_past(int split, int first, int end, bool is_last) {
-        for (int t = first; t < end; ++t) {
-            const int position = (split + 1) * kSplit + t * kTileKeys;
-            next[t] = values[t];
-            if (is_last || position >= rows.seq_len || cache.block_size % kTileKeys != 0) continue;
-            next[t] = reinterpret_cast<const Element *>(
-                          cache.keys(rows.blocks[position / cache.block_size], rows.kv_head)) +
-                      static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
-        }
     }
 
     // Where key i of a tile has its dim d.
@@ -389,11 +360,11 @@ struct Attend {
             }
             own[t] = copy;
         }
-        weigh_tiles<Cache, 1>(own + first, own + first, end - first, dim,
+        weigh_tiles<Cache, 1>(own + first, end - first, dim,
                               weights + row * kSplit + first * kTileKeys, acc);
     }
 
-    void split(int index, bool is_last, float *maximum, float *total, float *acc) {
+    void split(int index, float *maximum, float *total, float *acc) {
         const Span all = visible_to_any(rows, 0, rows.num_tokens - 1, index);
         if (all.empty()) {
             for (int row = 0; row < count; ++row) {
@@ -404,7 +375,6 @@ struct Attend {
             return;
         }
         find_tiles(index, all.first_tile(), all.end_tile());
-        look_ahead(all.first_tile(), all.end_tile());
         const RowBlocks blocks(count);
         // A few tiles of keys at a time, while they are in the nearest cache, for all rows.
         for (int tile = all.first_tile(); tile < all.end_tile(); tile += kAttendVectors)
@@ -418,13 +388,12 @@ struct Attend {
                                                                         : span.end_tile();
                 if (first >= end) continue;
 #define ER_SCORE(N)                                                                       \
-    score_tiles<Cache, N>(keys + first, values + first, next + first, end - first, dim, \
+    score_tiles<Cache, N>(keys + first, next + first, end - first, dim,       \
                           q + static_cast<std::ptrdiff_t>(row) * dim,                   \
                           scores + row * kSplit + first * kTileKeys)
                 ER_FOR_ROWS(n, ER_SCORE)
 #undef ER_SCORE
             }
-        look_past(index, all.first_tile(), all.end_tile(), is_last);
         for (int b = 0; b < blocks.count; ++b) {
             const int row = blocks.start(b), n = blocks.start(b + 1) - row;
             const Span span =
@@ -434,7 +403,7 @@ struct Attend {
                 softmax(i, visible(rows, i / rows.group, index), first, end, maximum + i, total + i);
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
 #define ER_WEIGH(N)                                                           \
-    weigh_tiles<Cache, N>(values + first, next + first, end - first, dim, \
+    weigh_tiles<Cache, N>(values + first, end - first, dim,               \
                           weights + row * kSplit + first * kTileKeys, to)
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
@@ -459,7 +428,7 @@ static void attend_in(const KVCacheView &cache, const AttentionRows &rows, int s
     Attend<Cache> attend(cache, rows, scratch);
     attend.prepare_q();
     for (int s = split0; s < split1; ++s) {
-        attend.split(s, s + 1 == split1, max_, sum, acc);
+        attend.split(s, max_, sum, acc);
         max_ += attend.count;
         sum += attend.count;
         acc += static_cast<std::ptrdiff_t>(attend.count) * attend.dim;

@@ -270,4 +270,74 @@ def linear_test(
 
     x [M, K], weights [N, K] each, outs [M, N] each: one per weight, or one per pair of weights for
     `silu_mul` and `gelu_mul`. Errors: ValueError for unknown names and shapes that do not fit.
+def attention_units() -> list[str]:
+    """Names of the instruction set units that this machine can run, fastest first."""
+
+def rows_test(
+    unit: str,
+    op: str,
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+    out: NDArray[np.float32],
+    a: float = 0.0,
+    b: float = 0.0,
+) -> None:
+    """One row-wise operation on one row, for tests.
+
+    `op`: rms_norm (weight y, eps a, offset b), add, scale (a), softcap (a), silu_mul,
+    gelu_tanh_mul, or the dtype to round to. Errors: ValueError for an unknown unit or operation,
+    or lengths that differ.
+    """
+
+def rope_test(
+    unit: str,
+    x: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    out: NDArray[np.float32],
+    head_dim: int,
+    interleaved: bool,
+) -> None:
+    """Rotates the heads of one row, for tests. Errors: ValueError for lengths that do not fit."""
+
+def to_bf16_test(unit: str, x: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
+    """A row as an operand of bf16 products, for tests; out is a multiple of 32 long."""
+
+def to_int8_test(
+    unit: str,
+    x: NDArray[np.float32],
+    q: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    scaled_sum: NDArray[np.float32],
+    sum16: NDArray[np.int32],
+) -> None:
+    """A row as an operand of int8 products, for tests; q is a multiple of 32 long."""
+
+def attention_test(
+    unit: str,
+    cache_dtype: str,
+    cache: NDArray[np.uint8],
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    positions: NDArray[np.int32],
+    query_start: NDArray[np.int32],
+    seq_len: NDArray[np.int32],
+    block_table: NDArray[np.int32],
+    slot: NDArray[np.int32],
+    out: NDArray[np.float32],
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dtype: str = "float32",
+    threads: int = 1,
+    repeats: int = 0,
+) -> float:
+    """Write a packed step's k and v to `cache` (one layer's blocks, end to end), run attention.
+
+    For tests. Attention runs `repeats` times; returns the seconds of the fastest. Errors:
+    ValueError for shapes that do not fit, or blocks and slots outside the cache.
     """

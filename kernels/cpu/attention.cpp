@@ -26,6 +26,7 @@ namespace engineroom {
 namespace {
 
 constexpr int kItemRows = 12;  // query rows of an item: what a register tile takes in two rounds
+constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
@@ -106,20 +107,33 @@ struct Shares {
     }
 };
 
-// Rows' state of the online softmax, or one split's results: maximum, sum [rows], acc [rows][dim].
-struct Partial {
+// Results of splits, one after another: maximum, sum [splits][rows], acc [splits][rows][dim]. Those
+// of the first become the rows' state of the online softmax.
+struct Partials {
+    int rows, dim;
     float *maximum, *sum, *acc;
-    Partial(float *at, int rows) : maximum(at), sum(at + rows), acc(at + 2 * rows) {}
+
+    Partials(float *at, int splits, int rows_, int dim_)
+        : rows(rows_), dim(dim_), maximum(at), sum(at + splits * rows), acc(at + 2 * splits * rows) {}
+    Partials from(int split) const {
+        Partials later = *this;
+        later.maximum += split * rows;
+        later.sum += split * rows;
+        later.acc += static_cast<std::ptrdiff_t>(split) * rows * dim;
+        return later;
+    }
+    static std::size_t floats(int splits, int rows, int dim) {
+        return static_cast<std::size_t>(splits) * static_cast<std::size_t>(rows) *
+               static_cast<std::size_t>(dim + 2);
+    }
 };
-std::size_t partial_floats(int rows, int dim) {
-    return static_cast<std::size_t>(rows) * static_cast<std::size_t>(dim + 2);
-}
 
 float exp_of(float x) { return static_cast<float>(std::exp(static_cast<double>(x))); }
 
 // Takes one split more, the next in order, into the state.
-void combine(const Kernels &kernels, const Partial &state, const Partial &split, int rows, int dim) {
-    for (int row = 0; row < rows; ++row) {
+void combine(const Kernels &kernels, const Partials &state, const Partials &split) {
+    const int dim = state.dim;
+    for (int row = 0; row < state.rows; ++row) {
         const float next = split.maximum[row];
         if (next == kNothing) continue;
         float *acc = state.acc + static_cast<std::ptrdiff_t>(row) * dim;
@@ -158,18 +172,10 @@ struct Runner {
 
     int rows_of(const Item &item) const { return item.num_tokens * group; }
 
-    // Scratch: two partial results, the tokens' positions, then the kernel's own.
-    Partial state(const Item &item) const {
-        return Partial(reinterpret_cast<float *>(scratch), rows_of(item));
-    }
-    Partial other(const Item &item) const {
-        return Partial(reinterpret_cast<float *>(scratch) + partial_floats(rows_of(item), dim),
-                       rows_of(item));
-    }
-
-    void attend(const Item &item, int split0, int split1, const Partial &to) const {
-        const int rows = rows_of(item);
-        std::uint8_t *after = scratch + 2 * partial_floats(rows, dim) * sizeof(float);
+    // Scratch: the state and results of kSplitsAtOnce, the tokens' positions, then the kernel's own.
+    void attend(const Item &item, int split0, int split1, const Partials &to) const {
+        std::uint8_t *after =
+            scratch + Partials::floats(1 + kSplitsAtOnce, rows_of(item), dim) * sizeof(float);
         std::int32_t *positions = reinterpret_cast<std::int32_t *>(after);
         after += static_cast<std::size_t>(item.num_tokens) * sizeof(std::int32_t);
         for (int i = 0; i < item.num_tokens; ++i) {
@@ -192,8 +198,8 @@ struct Runner {
         kernels.attend(attention.cache, view, split0, split1, to.maximum, to.sum, to.acc, after);
     }
 
-    void finish(const Item &item, const Partial &result) const {
-        for (int row = 0; row < rows_of(item); ++row) {
+    void finish(const Item &item, const Partials &result) const {
+        for (int row = 0; row < result.rows; ++row) {
             float *to = out + (item.first_token + row / group) * out_stride +
                         static_cast<std::ptrdiff_t>(item.kv_head * group + row % group) * dim;
             const float sum = result.sum[row];
@@ -207,22 +213,20 @@ struct Runner {
     }
 
     void run_whole(const Item &item) const {
-        const Partial result = state(item), next = other(item);
-        for (int s = item.split0; s < item.split1; ++s) {
-            attend(item, s, s + 1, s == item.split0 ? result : next);
-            if (s > item.split0) combine(kernels, result, next, rows_of(item), dim);
+        const Partials parts(reinterpret_cast<float *>(scratch), 1 + kSplitsAtOnce, rows_of(item), dim);
+        for (int s = item.split0; s < item.split1;) {
+            const int first = s == item.split0 ? 0 : 1;  // place 0 is the state
+            const int count = std::min(kSplitsAtOnce, item.split1 - s);
+            attend(item, s, s + count, parts.from(first));
+            for (int i = 1; i < first + count; ++i) combine(kernels, parts, parts.from(i));
+            s += count;
         }
-        finish(item, result);
+        finish(item, parts);
     }
 
-    void combine_stored(const Item &item, float *stored) const {
-        const int rows = rows_of(item);
-        const Partial result(stored, rows);
-        for (int s = item.split0 + 1; s < item.split1; ++s) {
-            stored += partial_floats(rows, dim);
-            combine(kernels, result, Partial(stored, rows), rows, dim);
-        }
-        finish(item, result);
+    void combine_stored(const Item &item, const Partials &stored) const {
+        for (int i = 1; i < item.split1 - item.split0; ++i) combine(kernels, stored, stored.from(i));
+        finish(item, stored);
     }
 };
 
@@ -230,10 +234,9 @@ std::size_t shared_bytes(const Attention &attention, int context, int threads) {
     const int keys = attention.window > 0
                          ? std::min(context, attention.window + item_tokens(attention) + 2 * kSplit)
                          : context;
-    const std::size_t splits = static_cast<std::size_t>(keys / kSplit + 1);
     // A share's boundary cuts at most one item.
-    return static_cast<std::size_t>(threads - 1) * splits * sizeof(float) *
-           partial_floats(item_rows(attention), attention.cache.head_dim);
+    return static_cast<std::size_t>(threads - 1) * sizeof(float) *
+           Partials::floats(keys / kSplit + 1, item_rows(attention), attention.cache.head_dim);
 }
 
 }  // namespace
@@ -256,7 +259,7 @@ std::size_t attention_shared_bytes(const Attention &attention, const StepView &s
 
 std::size_t attention_scratch_bytes(const Attention &attention) {
     const int rows = item_rows(attention), dim = attention.cache.head_dim;
-    return 2 * partial_floats(rows, dim) * sizeof(float) +
+    return Partials::floats(1 + kSplitsAtOnce, rows, dim) * sizeof(float) +
            static_cast<std::size_t>(item_tokens(attention)) * sizeof(std::int32_t) +
            attend_scratch_bytes(rows, dim);
 }
@@ -285,9 +288,9 @@ void run_attention(const Kernels &kernels, const Attention &attention, const Ste
             const int begin = shares.cut(item, start, share_begin);
             const int end = shares.cut(item, start, share_end);
             if (shares.is_divided(item, start)) {
-                divided(item, index++, stored, begin, end);
-                stored += static_cast<std::size_t>(item.split1 - item.split0) *
-                          partial_floats(runner.rows_of(item), runner.dim);
+                const int splits = item.split1 - item.split0, rows = runner.rows_of(item);
+                divided(item, index++, Partials(stored, splits, rows, runner.dim), begin, end);
+                stored += Partials::floats(splits, rows, runner.dim);
             } else if (begin < end) {
                 whole(item);
             }
@@ -298,12 +301,8 @@ void run_attention(const Kernels &kernels, const Attention &attention, const Ste
 
     const int num_divided = walk(
         [&](const Item &item) { runner.run_whole(item); },
-        [&](const Item &item, int, float *stored, int begin, int end) {
-            const int rows = runner.rows_of(item);
-            for (int s = begin; s < end; ++s)
-                runner.attend(item, s, s + 1,
-                              Partial(stored + (s - item.split0) * partial_floats(rows, runner.dim),
-                                      rows));
+        [&](const Item &item, int, const Partials &stored, int begin, int end) {
+            if (begin < end) runner.attend(item, begin, end, stored.from(begin - item.split0));
         });
     if (thread == 0) {  // rows behind the last sequence are padding
         const int width = attention.num_heads * runner.dim;
@@ -313,7 +312,7 @@ void run_attention(const Kernels &kernels, const Attention &attention, const Ste
     if (num_divided == 0) return;
     pool.barrier();
     walk([](const Item &) {},
-         [&](const Item &item, int index, float *stored, int, int) {
+         [&](const Item &item, int index, const Partials &stored, int, int) {
              if (index % threads == thread) runner.combine_stored(item, stored);
          });
 }

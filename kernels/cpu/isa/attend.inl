@@ -63,9 +63,14 @@ struct CacheF16 {
 
 // ------------------------------------------------------------------------------ the products
 
+// So few rows wait for memory: they ask for keys ahead of their use.
+constexpr int kPrefetchRows = 4;
+
 // Scores of kRows rows and kTiles tiles of keys: out[i][16 j] = sum over dims of q[i] * keys[j].
+// Asks for the tiles `next`.
 template <class Cache, int kRows, int kTiles>
-static void score(const typename Cache::Element *const *keys, int head_dim,
+static void score(const typename Cache::Element *const *keys,
+                  const typename Cache::Element *const *next, int head_dim,
                   const typename Cache::Operand *q, float *out) {
     using Element = typename Cache::Element;
     constexpr int kLine = kTileKeys * Cache::kStep;
@@ -83,6 +88,7 @@ static void score(const typename Cache::Element *const *keys, int head_dim,
         for (int j = 0; j < kTiles; ++j) {
             k[j] = Cache::load(key[j]);
             key[j] += kLine;
+            if (kRows <= kPrefetchRows) prefetch(next[j] + d / Cache::kStep * kLine);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < kRows; ++i) {
@@ -140,29 +146,29 @@ static void weigh(const typename Cache::Element *const *values, int tiles, int h
 
 // Scores of `tiles` tiles, for kRows rows.
 template <class Cache, int kRows>
-static void score_tiles(const typename Cache::Element *const *keys, int tiles, int head_dim,
+static void score_tiles(const typename Cache::Element *const *keys,
+                        const typename Cache::Element *const *next, int tiles, int head_dim,
                         const typename Cache::Operand *q, float *out) {
     int t = 0;
     for (; t + kAttendVectors <= tiles; t += kAttendVectors)
-        score<Cache, kRows, kAttendVectors>(keys + t, head_dim, q, out + t * kTileKeys);
+        score<Cache, kRows, kAttendVectors>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
     for (; t + 2 <= tiles; t += 2)
-        score<Cache, kRows, 2>(keys + t, head_dim, q, out + t * kTileKeys);
-    if (t < tiles) score<Cache, kRows, 1>(keys + t, head_dim, q, out + t * kTileKeys);
+        score<Cache, kRows, 2>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
+    if (t < tiles) score<Cache, kRows, 1>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
 }
 
 // All dims of the weighted values, for kRows rows.
 template <class Cache, int kRows>
-static void weigh_tiles(const typename Cache::Element *const *values, int tiles, int head_dim,
+static void weigh_tiles(const typename Cache::Element *const *values, int tiles, int dim,
                         const typename Cache::Operand *weight, float *out) {
     int d = 0;
-    for (; d + 16 * kAttendVectors <= head_dim; d += 16 * kAttendVectors)
-        weigh<Cache, kRows, kAttendVectors, false>(values, tiles, head_dim, d, 16, weight, out);
-    for (; d + 32 <= head_dim; d += 32)
-        weigh<Cache, kRows, 2, false>(values, tiles, head_dim, d, 16, weight, out);
-    for (; d + 16 <= head_dim; d += 16)
-        weigh<Cache, kRows, 1, false>(values, tiles, head_dim, d, 16, weight, out);
-    if (d < head_dim)
-        weigh<Cache, kRows, 1, true>(values, tiles, head_dim, d, head_dim - d, weight, out);
+    for (; d + 16 * kAttendVectors <= dim; d += 16 * kAttendVectors)
+        weigh<Cache, kRows, kAttendVectors, false>(values, tiles, dim, d, 16, weight, out);
+    for (; d + 32 <= dim; d += 32)
+        weigh<Cache, kRows, 2, false>(values, tiles, dim, d, 16, weight, out);
+    for (; d + 16 <= dim; d += 16)
+        weigh<Cache, kRows, 1, false>(values, tiles, dim, d, 16, weight, out);
+    if (d < dim) weigh<Cache, kRows, 1, true>(values, tiles, dim, d, dim - d, weight, out);
 }
 
 // Calls action<kRows>(...) for 1 <= rows <= kAttendRows.
@@ -233,6 +239,7 @@ struct Attend {
     Operand *weights;
     Element *gathered;  // keys, then values
     const Element *keys[kSplitTiles], *values[kSplitTiles];
+    const Element *next[kSplitTiles];  // keys to ask for while a tile's are in use
 
     Attend(const KVCacheView &c, const AttentionRows &r, std::uint8_t *scratch)
         : cache(c), rows(r), count(r.num_tokens * r.group), dim(c.head_dim) {
@@ -257,7 +264,7 @@ struct Attend {
     }
 
     // Points `keys` and `values` at the tiles first .. end-1 of a split; brings them into the order
-    // of tiles first where the cache does not hold tiles.
+    // of tiles first where the cache does not hold tiles. `next` is a register tile further on.
     void find_tiles(int split, int first, int end) {
         for (int t = first; t < end; ++t) {
             const int position = split * kSplit + t * kTileKeys;
@@ -275,6 +282,8 @@ struct Attend {
                 values[t] = v;
             }
         }
+        for (int t = first; t < end; ++t)
+            next[t] = keys[t + kAttendVectors < end ? t + kAttendVectors : t];
     }
 
     // Where key i of a tile has its dim d.
@@ -379,7 +388,8 @@ struct Attend {
                                                                         : span.end_tile();
                 if (first >= end) continue;
 #define ER_SCORE(N)                                                                       \
-    score_tiles<Cache, N>(keys + first, end - first, dim, q + static_cast<std::ptrdiff_t>(row) * dim, \
+    score_tiles<Cache, N>(keys + first, next + first, end - first, dim,       \
+                          q + static_cast<std::ptrdiff_t>(row) * dim,                   \
                           scores + row * kSplit + first * kTileKeys)
                 ER_FOR_ROWS(n, ER_SCORE)
 #undef ER_SCORE
@@ -393,7 +403,7 @@ struct Attend {
                 softmax(i, visible(rows, i / rows.group, index), first, end, maximum + i, total + i);
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
 #define ER_WEIGH(N)                                                           \
-    weigh_tiles<Cache, N>(values + first, end - first, dim,                   \
+    weigh_tiles<Cache, N>(values + first, end - first, dim,               \
                           weights + row * kSplit + first * kTileKeys, to)
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH

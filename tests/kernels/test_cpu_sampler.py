@@ -240,7 +240,7 @@ def test_the_largest_noise_lifts_a_token_exactly_as_far_as_it_reaches(
     noise = sampling.gumbel_f32(sampling.uniforms(7, 0, 8073, sampling.STREAM_GUMBEL, vocab))
     assert noise[lifted] == noise.max() > 22.87 and noise[top] == noise.min()
     border = noise[top] - noise[lifted]
-    steps = np.arange(-30, 31)
+    steps = np.arange(-30, 31, dtype=np.float32)
     levels = np.concatenate([border + steps * np.spacing(border), border + steps * 0.05])
     x = np.full((len(levels), vocab), -40, np.float32)
     x[:, top] = 0
@@ -276,7 +276,7 @@ def test_a_share_rounds_up_to_whole_weights() -> None:
     """2^40 of 2^40 + 65537 is just short of a share of 1 - 2^-24: the second token stays."""
     vocab, lifted, top = 40_000, 6642, 36406  # as above: the second token, where kept, wins
     near = np.float32(-np.log(2.0**40 / 65537))
-    candidates = near + np.arange(-40, 41) * np.spacing(near)
+    candidates = near + np.arange(-40, 41, dtype=np.float32) * np.spacing(near)
     second = candidates[sampling.weights(candidates) == 65537][0]
     share = np.float32(1 - 2.0**-24)
     assert sampling.share(2**40 + 65537, share) == 2**40 + 1

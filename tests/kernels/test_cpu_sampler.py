@@ -154,7 +154,7 @@ def parameters(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
     st.sampled_from(sorted(_KINDS)),
     st.integers(1, 3),
 )
-@settings(max_examples=count(reduced=700, full=40_000), deadline=None)
+@settings(max_examples=count(reduced=700, full=15_000), deadline=None)
 def test_every_field_equals_the_specification(
     seed: int, size: int, kind: str, threads: int
 ) -> None:

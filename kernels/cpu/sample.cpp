@@ -1,9 +1,9 @@
-// The sampling program of kernels/sampling.py, bit for bit: functions bear the names they have there.
+// The sampling program of kernels/sampling.py, bit for bit; functions bear the names used there.
 //
-// Each element takes the specification's IEEE operations in its order (the build forbids contraction
-// to fused multiply-add) and sums are of integers, so neither vector width nor threads show in a
-// result. What differs is how much is computed: a prefix in some order is found by buckets instead
-// of a sort, and noise is drawn only where it could make a token win.
+// Each element takes the specification's IEEE operations in its order (the build forbids
+// contraction to fused multiply-add) and sums are of integers, so neither vector width nor threads
+// show in a result. What differs is how much is computed: a prefix in some order is found by
+// buckets instead of a sort, and noise is drawn only where it could make a token win.
 #include "sample.hpp"
 
 #include <nanobind/nanobind.h>
@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 #include <string>
 
 #include "bindings.hpp"

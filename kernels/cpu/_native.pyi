@@ -247,6 +247,7 @@ def workspace_bound(
     threads: int,
 ) -> int:
     """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""
+
 def kernel_tables() -> list[str]:
     """Names of the kernels that this machine can run, fastest first."""
 
@@ -270,6 +271,8 @@ def linear_test(
 
     x [M, K], weights [N, K] each, outs [M, N] each: one per weight, or one per pair of weights for
     `silu_mul` and `gelu_mul`. Errors: ValueError for unknown names and shapes that do not fit.
+    """
+
 def attention_units() -> list[str]:
     """Names of the instruction set units that this machine can run, fastest first."""
 

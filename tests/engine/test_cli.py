@@ -80,6 +80,7 @@ def test_every_sampling_field_has_a_flag(
 ENGINE_VALUES = {
     "device": ("reference", "reference"),
     "dtype": ("float32", "float32"),
+    "activations": ("float32", "float32"),
     "kv_cache_dtype": ("bfloat16", "bfloat16"),
     "max_model_len": ("4k", 4000),
     "max_num_batched_tokens": ("1K", 1024),

@@ -12,7 +12,10 @@ constexpr int kTileVectors = kTileRows / 16;
 constexpr int kWordBytes = 4 * kTileRows;             // one 4-byte unit of every output
 constexpr int kNibbles = kGroup / 2 * kTileRows;      // a group's bytes of nibbles
 constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one bit plane
-constexpr int kAhead = 2560;         // bytes between what is multiplied and what is prefetched
+// Bytes between what is multiplied and what is fetched into the L2 meanwhile (measured: 10 KB let the
+// formats of few bits overlap arithmetic and memory, the others do best with the hardware's help).
+constexpr int kAhead = 4096;
+constexpr int kAheadNibbles = 10240;
 constexpr int kChunk = 256;          // columns that are unpacked at a time: they stay in the L1
 
 static_assert(kTileVectors % kVectors == 0, "register tiles cover a weight tile");
@@ -26,7 +29,7 @@ struct Fetch {
 };
 
 ER_INLINE void fetch_step(Fetch &fetch) {
-    for (int i = 0; i < fetch.lines; ++i) prefetch(fetch.next + 64 * i);
+    for (int i = 0; i < fetch.lines; ++i) prefetch_far(fetch.next + 64 * i);
     fetch.next += 64 * fetch.lines;
 }
 
@@ -38,6 +41,7 @@ struct QuantsU8 {
     static constexpr int kBytes = kGroup * kTileRows;
     static constexpr bool kSmall = false;
     static constexpr int kDirectRows = 8;
+    static constexpr int kDistance = kAhead;
     static constexpr int kRows = kInt8Rows;
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
         return i_load(group + k4 * kWordBytes + 64 * v);
@@ -54,6 +58,7 @@ struct QuantsNibbles {
     static constexpr int kBytes = kNibbles + kPlanes * kPlane;
     static constexpr bool kSmall = true;
     static constexpr int kDirectRows = 32 >> kPlanes;
+    static constexpr int kDistance = kAheadNibbles;
     static constexpr int kRows = least(kInt8Rows, 5 - kPlanes);  // more would not fit the registers
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
         const I pair = i_load(group + k4 / 2 * kWordBytes + 64 * v);
@@ -67,13 +72,14 @@ struct QuantsNibbles {
 
 // ----------------------------------------------------------------------------------- scales
 // scale(s, part, v): of part `part` of a tile's columns, kParts parts a group of 32; minimum(s,
-// group, v), what is added per unit of the activations' sum. `s`: the tile's scales.
+// group, v), what is added per unit of the activations' sum. `s`: the tile's scales; kBytes of a group.
 
 ER_INLINE const std::uint16_t *halves(const std::uint8_t *s) {
     return reinterpret_cast<const std::uint16_t *>(s);
 }
 
 struct ScaleHalf {
+    static constexpr int kBytes = 2 * kTileRows;
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = false;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
@@ -82,6 +88,7 @@ struct ScaleHalf {
 };
 
 struct ScaleHalfMin {
+    static constexpr int kBytes = 4 * kTileRows;
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = true;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
@@ -95,14 +102,15 @@ struct ScaleHalfMin {
 struct ScaleSuperMin {
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = true;
-    static constexpr int kBytes = 20 * kTileRows;  // of a super-block
+    static constexpr int kSuperBytes = 20 * kTileRows;
+    static constexpr int kBytes = kSuperBytes / 8;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
-        s += group / 8 * kBytes;
+        s += group / 8 * kSuperBytes;
         return f_mul(f_load_f16(halves(s) + 16 * v),
                      f_load_u8(s + (4 + 2 * (group % 8)) * kTileRows + 16 * v));
     }
     ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
-        s += group / 8 * kBytes;
+        s += group / 8 * kSuperBytes;
         return f_sub(f_zero(), f_mul(f_load_f16(halves(s) + kTileRows + 16 * v),
                                      f_load_u8(s + (5 + 2 * (group % 8)) * kTileRows + 16 * v)));
     }
@@ -111,9 +119,10 @@ struct ScaleSuperMin {
 struct ScaleSuperSigned {
     static constexpr int kParts = 2;
     static constexpr bool kHasMinimum = false;
-    static constexpr int kBytes = 18 * kTileRows;  // of a super-block
+    static constexpr int kSuperBytes = 18 * kTileRows;
+    static constexpr int kBytes = kSuperBytes / 8;
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
-        s += part / 16 * kBytes;
+        s += part / 16 * kSuperBytes;
         return f_mul(f_load_f16(halves(s) + 16 * v),
                      f_load_s8(reinterpret_cast<const std::int8_t *>(s) +
                                (2 + part % 16) * kTileRows + 16 * v));
@@ -166,6 +175,8 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
         const std::uint8_t *group = quants;
         for (int g = 0; g < groups; ++g, group += Quants::kBytes) {
             if (!kFetchesAhead && v0 == 0) fetch_step(fetch);
+            [[maybe_unused]] const std::uint8_t *ahead = fetch.next;
+            if constexpr (kFetchesAhead) fetch.next += Quants::kBytes + Scale::kBytes;
 #pragma GCC unroll 2
             for (int part = 0; part < Scale::kParts; ++part) {
                 std::int32_t start[R];
@@ -182,11 +193,13 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
 #pragma GCC unroll 8
                 for (int word = 0; word < kWords; ++word) {
                     const int k4 = part * kWords + word;
-                    if (kFetchesAhead && v0 == 0)
-#pragma GCC unroll 3
-                        for (int i = k4 * Quants::kBytes / 512; i < (k4 + 1) * Quants::kBytes / 512;
-                             ++i)
-                            prefetch(group + kAhead + 64 * i);
+                    if constexpr (kFetchesAhead) {
+                        constexpr int kLines = (Quants::kBytes + Scale::kBytes + 63) / 64;
+                        if (v0 == 0)
+#pragma GCC unroll 4
+                            for (int i = k4 * kLines / 8; i < (k4 + 1) * kLines / 8; ++i)
+                                prefetch_far(ahead + 64 * i);
+                    }
                     I w[kVectors];
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v) w[v] = Quants::word(group, k4, v0 + v);
@@ -300,7 +313,8 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
     if (rows <= Quants::kDirectRows) {
         int8_blocks<Quants, Scale, true>(
             quants + static_cast<std::ptrdiff_t>(k0 / kGroup) * Quants::kBytes,
-            scales, k0 / kGroup, k0, k1, w.bias, a, row0, rows, first, out, Fetch{nullptr, 0});
+            scales, k0 / kGroup, k0, k1, w.bias, a, row0, rows, first, out,
+            Fetch{scales + Quants::kDistance + k0 / kGroup * (Quants::kBytes + Scale::kBytes), 0});
         return;
     }
     using Ready = ScaleReady<Scale::kParts, Scale::kHasMinimum>;
@@ -426,7 +440,7 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
                 if (kFetchesAhead) {
 #pragma GCC unroll 3
                     for (int i = 0; i < (Step::kStepBytes + 63) / 64; ++i)
-                        prefetch(at + kAhead + 64 * i);
+                        prefetch_far(at + kAhead + 64 * i);
                 } else {
                     fetch_step(fetch);
                 }

@@ -290,6 +290,9 @@ ER_INLINE I i_byte(I a) {
             _mm256_and_si256(_mm256_srli_epi32(a.hi, 8 * byte), mask)};
 }
 ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+ER_INLINE void prefetch_far(const void *p) {  // into the L2
+    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1);
+}
 
 }  // namespace avx2
 }  // namespace engineroom

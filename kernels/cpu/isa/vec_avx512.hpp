@@ -179,6 +179,9 @@ ER_INLINE I i_byte(I a) {
     return _mm512_and_si512(_mm512_srli_epi32(a, 8 * byte), _mm512_set1_epi32(0xff));
 }
 ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+ER_INLINE void prefetch_far(const void *p) {  // into the L2
+    _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1);
+}
 
 }  // namespace avx512
 }  // namespace engineroom

@@ -236,6 +236,7 @@ ER_INLINE I i_byte(I a) {
     return (a >> (8 * byte)) & 0xff;
 }
 ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+ER_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }  // into the L2
 
 }  // namespace generic
 }  // namespace engineroom

@@ -497,8 +497,8 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
         const auto begin = std::chrono::steady_clock::now();
         pool.run([&](int thread) {
             const auto width = static_cast<std::ptrdiff_t>(q.shape(1));
-            run_attention(kernels, attention, step, q.data(), width, out.data(), width, pool, thread,
-                          shared.data(),
+            run_attention(kernels, attention, step, q.data(), width, out.data(), width, pool,
+                          thread, shared.data(),
                           scratch.data() + scratch_bytes * static_cast<std::size_t>(thread));
         });
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;

@@ -5,7 +5,7 @@
 // not see has the weight 0: adding 0 times a finite value changes nothing, so it does not matter
 // whether its tile was walked for a neighbour's sake. A value that is not finite (a slot past the
 // sequence's end may hold anything, a later token's value may be NaN) would change something: a row
-// whose result is not finite is made anew from a copy of its tiles with zeros where it sees nothing.
+// whose result is not finite is made anew from a copy of its tiles with zeros where it sees none.
 namespace engineroom {
 namespace ER_ISA {
 

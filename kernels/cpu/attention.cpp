@@ -114,7 +114,11 @@ struct Partials {
     float *maximum, *sum, *acc;
 
     Partials(float *at, int splits, int rows_, int dim_)
-        : rows(rows_), dim(dim_), maximum(at), sum(at + splits * rows), acc(at + 2 * splits * rows) {}
+        : rows(rows_),
+          dim(dim_),
+          maximum(at),
+          sum(at + splits * rows),
+          acc(at + 2 * splits * rows) {}
     Partials from(int split) const {
         Partials later = *this;
         later.maximum += split * rows;
@@ -172,7 +176,7 @@ struct Runner {
 
     int rows_of(const Item &item) const { return item.num_tokens * group; }
 
-    // Scratch: the state and results of kSplitsAtOnce, the tokens' positions, then the kernel's own.
+    // Scratch: state and results of kSplitsAtOnce, the tokens' positions, then the kernel's own.
     void attend(const Item &item, int split0, int split1, const Partials &to) const {
         std::uint8_t *after =
             scratch + Partials::floats(1 + kSplitsAtOnce, rows_of(item), dim) * sizeof(float);
@@ -190,7 +194,8 @@ struct Runner {
         view.num_tokens = item.num_tokens;
         view.group = group;
         view.kv_head = item.kv_head;
-        view.blocks = step.block_table + static_cast<std::ptrdiff_t>(item.sequence) * step.max_blocks;
+        view.blocks =
+            step.block_table + static_cast<std::ptrdiff_t>(item.sequence) * step.max_blocks;
         view.seq_len = step.seq_len[item.sequence];
         view.scale = attention.scale;
         view.window = attention.window;
@@ -206,14 +211,16 @@ struct Runner {
             if (sum == 0) {
                 std::fill(to, to + dim, 0.0f);
             } else {
-                kernels.scale(result.acc + static_cast<std::ptrdiff_t>(row) * dim, 1.0f / sum, to, dim);
+                const float *acc = result.acc + static_cast<std::ptrdiff_t>(row) * dim;
+                kernels.scale(acc, 1.0f / sum, to, dim);
                 kernels.round(to, dim, attention.dtype);
             }
         }
     }
 
     void run_whole(const Item &item) const {
-        const Partials parts(reinterpret_cast<float *>(scratch), 1 + kSplitsAtOnce, rows_of(item), dim);
+        const Partials parts(reinterpret_cast<float *>(scratch), 1 + kSplitsAtOnce, rows_of(item),
+                             dim);
         for (int s = item.split0; s < item.split1;) {
             const int first = s == item.split0 ? 0 : 1;  // place 0 is the state
             const int count = std::min(kSplitsAtOnce, item.split1 - s);
@@ -225,7 +232,8 @@ struct Runner {
     }
 
     void combine_stored(const Item &item, const Partials &stored) const {
-        for (int i = 1; i < item.split1 - item.split0; ++i) combine(kernels, stored, stored.from(i));
+        for (int i = 1; i < item.split1 - item.split0; ++i)
+            combine(kernels, stored, stored.from(i));
         finish(item, stored);
     }
 };
@@ -241,12 +249,11 @@ std::size_t shared_bytes(const Attention &attention, int context, int threads) {
 
 }  // namespace
 
-void write_kv(const Kernels &kernels, const KVCacheView &cache, const StepView &step, const float *k,
-              std::ptrdiff_t k_stride, const float *v, std::ptrdiff_t v_stride, int thread,
-              int threads) {
-    const int end = static_cast<int>(static_cast<std::int64_t>(step.num_tokens) * (thread + 1) / threads);
-    for (int t = static_cast<int>(static_cast<std::int64_t>(step.num_tokens) * thread / threads);
-         t < end; ++t)
+void write_kv(const Kernels &kernels, const KVCacheView &cache, const StepView &step,
+              const float *k, std::ptrdiff_t k_stride, const float *v, std::ptrdiff_t v_stride,
+              int thread, int threads) {
+    const std::int64_t tokens = step.num_tokens, end = tokens * (thread + 1) / threads;
+    for (std::int64_t t = tokens * thread / threads; t < end; ++t)
         if (step.slot[t] >= 0)
             kernels.kv_write(cache, step.slot[t], k + t * k_stride, v + t * v_stride);
 }
@@ -359,7 +366,8 @@ void rows_test(const std::string &unit, const std::string &op, In x, In y, Out o
     const Kernels &kernels = unit_of(unit);
     const int n = static_cast<int>(x.shape(0));
     check(out.shape(0) == x.shape(0), "out must be as long as x");
-    const bool binary = op == "rms_norm" || op == "add" || op == "silu_mul" || op == "gelu_tanh_mul";
+    const bool binary =
+        op == "rms_norm" || op == "add" || op == "silu_mul" || op == "gelu_tanh_mul";
     check(!binary || y.shape(0) == x.shape(0), "y must be as long as x");
     if (op == "rms_norm") {
         kernels.rms_norm(x.data(), y.data(), out.data(), n, a, b);
@@ -450,8 +458,8 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
         check(query_start(s) <= query_start(s + 1) &&
                   query_start(s + 1) <= static_cast<std::int64_t>(num_tokens),
               "query_start must ascend within the tokens");
-        const std::int64_t blocks = (static_cast<std::int64_t>(seq_len(s)) + block_size - 1) / block_size;
-        check(seq_len(s) >= 0 && blocks <= static_cast<std::int64_t>(block_table.shape(1)),
+        const std::int64_t length = seq_len(s), blocks = (length + block_size - 1) / block_size;
+        check(length >= 0 && blocks <= static_cast<std::int64_t>(block_table.shape(1)),
               "a sequence is longer than its blocks");
         for (std::size_t i = 0; i < static_cast<std::size_t>(blocks); ++i)
             check(block_table(s, i) >= 0 && block_table(s, i) < num_blocks,
@@ -488,9 +496,10 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
     for (int i = 0; i < std::max(1, repeats); ++i) {
         const auto begin = std::chrono::steady_clock::now();
         pool.run([&](int thread) {
-            run_attention(kernels, attention, step, q.data(), static_cast<std::ptrdiff_t>(q.shape(1)),
-                          out.data(), static_cast<std::ptrdiff_t>(out.shape(1)), pool, thread,
-                          shared.data(), scratch.data() + scratch_bytes * static_cast<std::size_t>(thread));
+            const auto width = static_cast<std::ptrdiff_t>(q.shape(1));
+            run_attention(kernels, attention, step, q.data(), width, out.data(), width, pool,
+                          thread, shared.data(),
+                          scratch.data() + scratch_bytes * static_cast<std::size_t>(thread));
         });
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         fastest = std::min(fastest, took.count());
@@ -523,7 +532,7 @@ void register_attention(nb::module_ &m) {
           nb::arg("out").noconvert(), nb::arg("scale"), nb::arg("window") = 0,
           nb::arg("softcap") = 0.0f, nb::arg("dtype") = "float32", nb::arg("threads") = 1,
           nb::arg("repeats") = 0,
-          "Writes a step's keys and values to a cache and runs attention, for tests; returns seconds.");
+          "Writes a step's k and v to a cache, runs attention and returns seconds, for tests.");
 }
 
 }  // namespace engineroom

@@ -164,7 +164,8 @@ def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
     score = np.where(hidden, -np.inf, score)
     weight = np.exp(score - score.max(-1, keepdims=True))
     weight /= weight.sum(-1, keepdims=True)
-    return (weight @ v.transpose(1, 0, 2)[:, None]).transpose(2, 0, 1, 3).reshape(n, -1)
+    out: np.ndarray = weight @ v.transpose(1, 0, 2)[:, None]
+    return out.transpose(2, 0, 1, 3).reshape(n, -1)
 
 
 def check(shape: Shape, sequences: Sequence[Tokens], got: Sequence[np.ndarray]) -> None:

@@ -5,7 +5,7 @@
 // not see has the weight 0: adding 0 times a finite value changes nothing, so it does not matter
 // whether its tile was walked for a neighbour's sake. A value that is not finite (a slot past the
 // sequence's end may hold anything, a later token's value may be NaN) would change something: a row
-// whose result is not finite is made anew from a copy of the tiles in which unseen values are zeros.
+// whose result is not finite is made anew from a copy of its tiles with zeros where it sees none.
 namespace engineroom {
 namespace ER_ISA {
 
@@ -171,7 +171,7 @@ static void weigh_tiles(const typename Cache::Element *const *values, int tiles,
     if (d < dim) weigh<Cache, kRows, 1, true>(values, tiles, dim, d, dim - d, weight, out);
 }
 
-// Calls action<kRows>(...) for 1 <= rows <= kAttendRows.
+// call(N) with N the constant `rows`, 1 <= rows <= kAttendRows.
 #define ER_FOR_ROWS(rows, call)                                   \
     switch (rows) {                                               \
         case 1: call(1); break;                                   \
@@ -272,8 +272,9 @@ struct Attend {
                 const std::int32_t block = rows.blocks[position / cache.block_size];
                 const std::ptrdiff_t at =
                     static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
-                keys[t] = reinterpret_cast<const Element *>(cache.keys(block, rows.kv_head)) + at;
-                values[t] = reinterpret_cast<const Element *>(cache.values(block, rows.kv_head)) + at;
+                const int head = rows.kv_head;
+                keys[t] = reinterpret_cast<const Element *>(cache.keys(block, head)) + at;
+                values[t] = reinterpret_cast<const Element *>(cache.values(block, head)) + at;
             } else {
                 Element *k = gathered + t * kTileKeys * dim;
                 Element *v = k + kSplit * dim;
@@ -301,7 +302,8 @@ struct Attend {
                 continue;
             }
             const std::int32_t block = rows.blocks[position / cache.block_size];
-            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
+            const std::ptrdiff_t at =
+                static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
             const Element *from_k =
                 reinterpret_cast<const Element *>(cache.keys(block, rows.kv_head)) + at;
             const Element *from_v =
@@ -371,7 +373,8 @@ struct Attend {
                 maximum[row] = -__builtin_inff();
                 total[row] = 0;
             }
-            for (std::ptrdiff_t i = 0; i < static_cast<std::ptrdiff_t>(count) * dim; ++i) acc[i] = 0;
+            const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(count) * dim;
+            for (std::ptrdiff_t i = 0; i < size; ++i) acc[i] = 0;
             return;
         }
         find_tiles(index, all.first_tile(), all.end_tile());
@@ -400,7 +403,8 @@ struct Attend {
                 visible_to_any(rows, row / rows.group, (row + n - 1) / rows.group, index);
             const int first = span.first_tile(), end = span.end_tile();
             for (int i = row; i < row + n; ++i)
-                softmax(i, visible(rows, i / rows.group, index), first, end, maximum + i, total + i);
+                softmax(i, visible(rows, i / rows.group, index), first, end, maximum + i,
+                        total + i);
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
 #define ER_WEIGH(N)                                                           \
     weigh_tiles<Cache, N>(values + first, end - first, dim,               \

@@ -30,8 +30,8 @@ ER_INLINE F exp_to_88(F x) {
     return f_scale2(f_add(small_expm1(less_ln2(x, n)), f_set(1.0f)), n);
 }
 
-// exp(x) for any x. Above 88.4 n is held at 127, where f_scale2 still has a power of two, at the cost
-// of up to 1e-4 of precision; from 88.73 on it is infinity.
+// exp(x) for any x. Above 88.4 n is held at 127, where f_scale2 still has a power of two, which
+// costs up to 1e-4 of precision; from 88.73 on it is infinity.
 ER_INLINE F exp_any(F x) {
     x = f_min(f_set(89.0f), f_max(f_set(-200.0f), x));
     const F n = f_min(f_round(f_mul(x, f_set(0x1.715476p+0f))), f_set(127.0f));

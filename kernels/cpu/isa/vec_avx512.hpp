@@ -71,7 +71,7 @@ ER_INLINE void f_store_f16_n(std::uint16_t *p, F x, int n) {
 ER_INLINE F f_of_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
-// To nearest even; NaN stays NaN. vcvtneps2bf16 flushes subnormals, so they are rounded as integers.
+// To nearest even; NaN stays NaN. vcvtneps2bf16 flushes subnormals: these are rounded as integers.
 ER_INLINE __m256i bf16_of_f(F x) {
     if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
         return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));

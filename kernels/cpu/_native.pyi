@@ -311,8 +311,11 @@ def to_int8_test(
     x: NDArray[np.float32],
     q: NDArray[np.int8],
     scale: NDArray[np.float32],
-    scaled_sum: NDArray[np.float32],
     sum16: NDArray[np.int32],
+    fine_q: NDArray[np.int8],
+    fine_scale: NDArray[np.float32],
+    fine_sum16: NDArray[np.int32],
+    scaled_sum: NDArray[np.float32],
 ) -> None:
     """A row as an operand of int8 products, for tests; q is a multiple of 32 long."""
 

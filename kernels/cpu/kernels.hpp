@@ -81,8 +81,32 @@ struct Activations {
     // x ~ scale * q, per group of 32: scale = max|x| / 127, q = round-to-even(x * (127 / max|x|)).
     const std::int8_t *q = nullptr;           // [rows][stride]
     const float *scale = nullptr;             // [rows][stride / 32]
-    const float *scaled_sum = nullptr;        // [rows][stride / 32]  scale * float(sum of q)
     const std::int32_t *sum16 = nullptr;      // [rows][stride / 16]  sum of q over 16
+    // A group that one value dominates (max^2 > kDominated * sum of squares) has a second digit:
+    // x ~ scale * q + fine_scale * fine_q, what the first left over, quantised in the same way. One
+    // digit would round the other 31 values to a few steps. fine_scale is 0 where there is none, and
+    // then the other two are unset.
+    const std::int8_t *fine_q = nullptr;      // [rows][stride]
+    const float *fine_scale = nullptr;        // [rows][stride / 32]
+    const std::int32_t *fine_sum16 = nullptr; // [rows][stride / 16]
+    // scale * float(sum of q), plus the same of the second digit
+    const float *scaled_sum = nullptr;        // [rows][stride / 32]
+};
+
+// One value has more than this share of its group's squares: about 11 groups in 100 of SmolLM2's
+// activations. Measured there, mean KL to unrounded activations: 0.0036 with one digit throughout,
+// 0.0008 with this, 0.0004 at 0.38 (32 groups in 100).
+constexpr float kDominated = 0.6328125f;
+
+// Where to_int8 writes one row; the members are those of Activations.
+struct Int8Row {
+    std::int8_t *q;
+    float *scale;
+    std::int32_t *sum16;
+    std::int8_t *fine_q;
+    float *fine_scale;
+    std::int32_t *fine_sum16;
+    float *scaled_sum;
 };
 
 // ------------------------------------------------------------------------------- activations' dtype
@@ -149,8 +173,7 @@ struct Kernels {
     void (*round)(float *x, int n, Dtype dtype);  // in place, to nearest even
     // -- activations: n = K; writes `stride` elements, zeros from n on
     void (*to_bf16)(const float *x, int n, int stride, std::uint16_t *out);
-    void (*to_int8)(const float *x, int n, int stride, std::int8_t *q, float *scale,
-                    float *scaled_sum, std::int32_t *sum16);
+    void (*to_int8)(const float *x, int n, int stride, const Int8Row &out);
     // -- one weight tile x rows, over columns [k0, k1); k0 and k1 are multiples of 256 or K's end.
     // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
     void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,

@@ -43,7 +43,7 @@ std::size_t prepared_bytes(Form form, int columns, int rows) {
     const std::size_t elements = stride_of(columns) * static_cast<std::size_t>(rows);
     const std::size_t bytes = padded(elements * element_bytes(form));
     if (form != Form::kInt8) return bytes;
-    return bytes + 2 * padded(elements / 32 * 4) + padded(elements / 16 * 4);
+    return 2 * bytes + 3 * padded(elements / 32 * 4) + 2 * padded(elements / 16 * 4);
 }
 
 Activations place_activations(Form form, int columns, int rows, std::uint8_t *memory) {
@@ -55,15 +55,22 @@ Activations place_activations(Form form, int columns, int rows, std::uint8_t *me
     switch (form) {
         case Form::kF32: a.f32 = reinterpret_cast<const float *>(memory); break;
         case Form::kBF16: a.bf16 = reinterpret_cast<const std::uint16_t *>(memory); break;
-        case Form::kInt8:
-            a.q = reinterpret_cast<const std::int8_t *>(memory);
-            memory += padded(elements);
-            a.scale = reinterpret_cast<const float *>(memory);
-            memory += padded(elements / 32 * 4);
-            a.scaled_sum = reinterpret_cast<const float *>(memory);
-            memory += padded(elements / 32 * 4);
-            a.sum16 = reinterpret_cast<const std::int32_t *>(memory);
+        case Form::kInt8: {
+            const auto take = [&memory](std::size_t bytes) {
+                std::uint8_t *at = memory;
+                memory += padded(bytes);
+                return at;
+            };
+            const std::size_t groups = elements / 32 * 4, halves = elements / 16 * 4;
+            a.q = reinterpret_cast<const std::int8_t *>(take(elements));
+            a.scale = reinterpret_cast<const float *>(take(groups));
+            a.sum16 = reinterpret_cast<const std::int32_t *>(take(halves));
+            a.fine_q = reinterpret_cast<const std::int8_t *>(take(elements));
+            a.fine_scale = reinterpret_cast<const float *>(take(groups));
+            a.fine_sum16 = reinterpret_cast<const std::int32_t *>(take(halves));
+            a.scaled_sum = reinterpret_cast<const float *>(take(groups));
             break;
+        }
     }
     return a;
 }
@@ -91,10 +98,15 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
                 kernels.to_bf16(from, columns, stride, const_cast<std::uint16_t *>(to.bf16) + at);
                 break;
             case Form::kInt8:
-                kernels.to_int8(from, columns, stride, const_cast<std::int8_t *>(to.q) + at,
-                                const_cast<float *>(to.scale) + at / 32,
-                                const_cast<float *>(to.scaled_sum) + at / 32,
-                                const_cast<std::int32_t *>(to.sum16) + at / 16);
+                kernels.to_int8(
+                    from, columns, stride,
+                    Int8Row{const_cast<std::int8_t *>(to.q) + at,
+                            const_cast<float *>(to.scale) + at / 32,
+                            const_cast<std::int32_t *>(to.sum16) + at / 16,
+                            const_cast<std::int8_t *>(to.fine_q) + at,
+                            const_cast<float *>(to.fine_scale) + at / 32,
+                            const_cast<std::int32_t *>(to.fine_sum16) + at / 16,
+                            const_cast<float *>(to.scaled_sum) + at / 32});
                 break;
         }
     }

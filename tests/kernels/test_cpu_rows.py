@@ -6,12 +6,15 @@ the formula's own roundings can add up to, with the two that exp and tanh are al
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from engineroom.kernels.cpu import _native
 
 UNITS = _native.attention_units()
+DOMINATED = 0.6328125  # kernels.hpp kDominated
 LENGTHS = (1, 15, 16, 17, 33, 64, 576)
 HOSTILE_SIZES = [0, 1e-45, 1e-38, 1e-20, 1e-4, 0.5, 1, 3, 10, 30, 80, 86, 88, 90, 200, 1e10, 3e38]
 HOSTILE = np.array([s * x for x in (*HOSTILE_SIZES, np.inf, np.nan) for s in (1, -1)], np.float32)
@@ -183,11 +186,41 @@ def test_bf16_operands(unit: str, n: int) -> None:
     assert not out[n:].any()
 
 
-def to_int8(unit: str, x: np.ndarray, stride: int) -> tuple[np.ndarray, ...]:
-    q, sum16 = np.full(stride, 9, np.int8), np.full(stride // 16, 9, np.int32)
-    scale, scaled_sum = np.full(stride // 32, 9.0, np.float32), np.full(stride // 32, 9, np.float32)
-    _native.to_int8_test(unit, x, q, scale, scaled_sum, sum16)
-    return q, scale, scaled_sum, sum16
+@dataclass(frozen=True)
+class Int8:
+    """What to_int8 makes of a row of `stride` places."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    sum16: np.ndarray
+    fine_q: np.ndarray
+    fine_scale: np.ndarray
+    fine_sum16: np.ndarray
+    scaled_sum: np.ndarray
+
+
+def to_int8(unit: str, x: np.ndarray, stride: int) -> Int8:
+    def full(per: int, dtype: type) -> np.ndarray:
+        return np.full(stride // per, 9, dtype)
+
+    out = Int8(
+        q=full(1, np.int8),
+        scale=full(32, np.float32),
+        sum16=full(16, np.int32),
+        fine_q=full(1, np.int8),
+        fine_scale=full(32, np.float32),
+        fine_sum16=full(16, np.int32),
+        scaled_sum=full(32, np.float32),
+    )
+    _native.to_int8_test(unit, x, *vars(out).values())
+    return out
+
+
+def digit(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(q, scale) of groups [G, 32], fp32."""
+    most = np.abs(groups).max(1)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return np.rint(groups * inverse[:, None]).astype(np.int8), most / np.float32(127)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -197,19 +230,33 @@ def test_int8_operands(unit: str, n: int) -> None:
     x = values(n)
     if n > 64:
         x[32:64] = 0
-        x[64] = -50
-    q, scale, scaled_sum, sum16 = to_int8(unit, x, stride)
+        x[64] = -50  # dominates its group
+    out = to_int8(unit, x, stride)
     padded = np.zeros(stride, np.float32)
     padded[:n] = x
     groups = padded.reshape(-1, 32)
-    most = np.abs(groups).max(1)
-    np.testing.assert_array_equal(scale, most / np.float32(127))
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    want = np.rint(groups * inverse[:, None]).astype(np.int8)
-    np.testing.assert_array_equal(q.reshape(-1, 32), want)
-    sums = want.astype(np.int32)
-    np.testing.assert_array_equal(sum16, sums.reshape(-1, 16).sum(1))
-    np.testing.assert_array_equal(scaled_sum, scale * sums.sum(1).astype(np.float32))
+    q, scale = digit(groups)
+    np.testing.assert_array_equal(out.scale, scale)
+    np.testing.assert_array_equal(out.q.reshape(-1, 32), q)
+    np.testing.assert_array_equal(out.sum16, q.astype(np.int32).reshape(-1, 16).sum(1))
+    share = np.square(groups, dtype=np.float64)
+    total = share.sum(1)
+    dominated = share.max(1) > DOMINATED * total
+    clear = np.abs(share.max(1) - DOMINATED * total) > 1e-5 * total  # not a matter of rounding
+    np.testing.assert_array_equal((out.fine_scale != 0)[clear], (dominated & (n > 1))[clear])
+    if n > 64:
+        assert out.fine_scale[2] != 0
+    sums = scale * q.astype(np.int32).sum(1).astype(np.float32)
+    for g in np.flatnonzero(out.fine_scale):
+        rest = groups[g].astype(np.float64) - q[g] * np.float64(scale[g])
+        half_step = np.abs(rest).max() / 127 / 2
+        fine = out.fine_q[32 * g : 32 * g + 32].astype(np.int32)
+        assert np.abs(rest - fine * out.fine_scale[g]).max() <= half_step * 1.01
+        np.testing.assert_array_equal(
+            out.fine_sum16[2 * g : 2 * g + 2], [fine[:16].sum(), fine[16:].sum()]
+        )
+        sums[g] += out.fine_scale[g] * np.float32(fine.sum())
+    np.testing.assert_array_equal(out.scaled_sum, sums)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -218,9 +265,9 @@ def test_int8_operands(unit: str, n: int) -> None:
 def test_int8_operands_spread_nan(unit: str, bad: float, place: int) -> None:
     x = values(96)
     x[32 + place] = bad
-    _, scale, scaled_sum, _ = to_int8(unit, x, 96)
-    np.testing.assert_array_equal(np.isnan(scale), [False, True, False])
-    np.testing.assert_array_equal(np.isnan(scaled_sum), [False, True, False])
+    out = to_int8(unit, x, 96)
+    np.testing.assert_array_equal(np.isnan(out.scale), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(out.scaled_sum), [False, True, False])
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -228,9 +275,9 @@ def test_int8_operands_spread_nan(unit: str, bad: float, place: int) -> None:
 def test_int8_operands_of_extreme_sizes_stay_in_range(unit: str, size: float) -> None:
     x = np.full(32, size, np.float32)
     x[1::2] *= -1
-    q, scale, _, sum16 = to_int8(unit, x, 32)
-    np.testing.assert_allclose(q * scale, x, rtol=0.01, atol=1e-36)
-    assert not sum16.any()
+    out = to_int8(unit, x, 32)
+    np.testing.assert_allclose(out.q * out.scale, x, rtol=0.01, atol=1e-36)
+    assert not out.sum16.any()
 
 
 @pytest.mark.parametrize("unit", UNITS)

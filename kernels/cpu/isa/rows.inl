@@ -162,12 +162,26 @@ static void to_bf16(const float *x, int n, int stride, std::uint16_t *out) {
         f_store_bf16(out + i, i < n ? f_load_n(x + i, n - i) : f_zero());
 }
 
+// One digit of a group (a, b): q = round(x * (127 / most)). Returns the scale, most / 127.
+ER_INLINE float int8_digit(F a, F b, float most, std::int8_t *q, std::int32_t *sum16) {
+    const F inverse = f_set(127.0f / most);
+    i_store_int8(q, f_mul(a, inverse));
+    i_store_int8(q + 16, f_mul(b, inverse));
+    sum16[0] = i_sum_int8_16(q);
+    sum16[1] = i_sum_int8_16(q + 16);
+    return most / 127.0f;
+}
+
+// Whether 127 / most is a number: not so for 0, magnitudes below 4e-37, NaN and infinity.
+ER_INLINE bool has_digit(float most) {
+    return most < __builtin_inff() && 127.0f / most < __builtin_inff();
+}
+
 // A group that holds a NaN or an infinity has the scale NaN, so that what is made of it is NaN. A
 // group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
-static void to_int8(const float *x, int n, int stride, std::int8_t *q, float *scale,
-                    float *scaled_sum, std::int32_t *sum16) {
+static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const F infinity = f_set(__builtin_inff());
-    for (int i = 0; i < stride; i += kGroup, q += kGroup, sum16 += 2) {
+    for (int i = 0, g = 0; i < stride; i += kGroup, ++g) {
         const int left = n - i;
         F a, b;
         if (left >= 32) {
@@ -177,24 +191,35 @@ static void to_int8(const float *x, int n, int stride, std::int8_t *q, float *sc
             a = left <= 0 ? f_zero() : f_load_n(x + i, left < 16 ? left : 16);
             b = left <= 16 ? f_zero() : f_load_n(x + i + 16, left - 16);
         }
+        std::int8_t *q = out.q + i;
+        std::int32_t *sum16 = out.sum16 + 2 * g;
+        out.fine_scale[g] = 0.0f;
         // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
         const float most =
             f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
-        const float inverse = 127.0f / most;
-        if (most < __builtin_inff() && inverse < __builtin_inff()) {
-            i_store_int8(q, f_mul(a, f_set(inverse)));
-            i_store_int8(q + 16, f_mul(b, f_set(inverse)));
-            sum16[0] = i_sum_int8_16(q);
-            sum16[1] = i_sum_int8_16(q + 16);
-            *scale = most / 127.0f;
-        } else {
+        if (!has_digit(most)) {
             i_store_int8(q, f_zero());
             i_store_int8(q + 16, f_zero());
             sum16[0] = sum16[1] = 0;
-            *scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
+            const float scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
+            out.scale[g] = scale;
+            out.scaled_sum[g] = scale * 0.0f;
+            continue;
         }
-        *scaled_sum++ = *scale * static_cast<float>(sum16[0] + sum16[1]);
-        ++scale;
+        const float scale = int8_digit(a, b, most, q, sum16);
+        out.scale[g] = scale;
+        float scaled_sum = scale * static_cast<float>(sum16[0] + sum16[1]);
+        if (most * most > kDominated * f_sum(f_fma(a, a, f_mul(b, b)))) {
+            const F step = f_set(scale);
+            const F rest_a = f_fnma(f_load_s8(q), step, a), rest_b = f_fnma(f_load_s8(q + 16), step, b);
+            const float rest = f_max_all(f_max(f_abs(rest_a), f_abs(rest_b)));
+            if (has_digit(rest)) {
+                std::int32_t *fine = out.fine_sum16 + 2 * g;
+                out.fine_scale[g] = int8_digit(rest_a, rest_b, rest, out.fine_q + i, fine);
+                scaled_sum += out.fine_scale[g] * static_cast<float>(fine[0] + fine[1]);
+            }
+        }
+        out.scaled_sum[g] = scaled_sum;
     }
 }
 

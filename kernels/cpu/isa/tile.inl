@@ -2,7 +2,7 @@
 //
 // Every output is one lane and its operations are fixed: per group of 32 (kSuperSigned: 16) in
 // ascending order, c is the exact integer product of quants and activations, t = d * scale,
-// f = fma(c, t, f), and where the format has minima f = fma(m, scaled_sum, f); for floats,
+// f = fma(c, t, f), the same for the activations' second digit where the group has one, and where the format has minima f = fma(m, scaled_sum, f); for floats,
 // f = fma(w, x, f) in ascending K. What varies with the number of rows (unpacking first or on the
 // way, how many rows share registers, blocks of K) leaves them as they are.
 namespace engineroom {
@@ -151,8 +151,11 @@ struct ScaleReady {
 struct Int8Rows {
     const std::int8_t *q;
     const float *scale;
-    const float *scaled_sum;
     const std::int32_t *sum16;
+    const std::int8_t *fine_q;
+    const float *fine_scale;
+    const std::int32_t *fine_sum16;
+    const float *scaled_sum;
     std::ptrdiff_t stride;        // of q; groups of 32 and 16 follow from it
 };
 
@@ -223,6 +226,31 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                     for (int v = 0; v < kVectors; ++v)
                         f[r][v] = f_fma(f_of_i(c[r][v]), f_mul(d[v], scale), f[r][v]);
                 }
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const float fine = a.fine_scale[r * groups32 + g];
+                    if (__builtin_expect(fine == 0.0f, 1)) continue;
+                    const std::int32_t *sums = a.fine_sum16 + r * groups16 + 2 * g;
+                    const std::int32_t from =
+                        correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
+                    I rest[kVectors];
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) rest[v] = i_set(from);
+                    for (int word = 0; word < kWords; ++word) {
+                        const int k4 = part * kWords + word;
+                        const I x = i_bcast4(a.fine_q + r * a.stride + g * kGroup + 4 * k4);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v) {
+                            const I w = Quants::word(group, k4, v0 + v);
+                            rest[v] = Quants::kSmall ? i_dot_small(rest[v], w, x)
+                                                     : i_dot8(rest[v], w, x);
+                        }
+                    }
+                    const F scale = f_set(fine);
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v)
+                        f[r][v] = f_fma(f_of_i(rest[v]), f_mul(d[v], scale), f[r][v]);
+                }
             }
             if constexpr (Scale::kHasMinimum) {
                 F m[kVectors];
@@ -270,9 +298,11 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
     for (int block = 0; block < blocks; ++block) {
         const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
         const std::ptrdiff_t row = row0 + begin;
-        const Int8Rows from{a.q + row * a.stride + k0, a.scale + (row * a.stride + k0) / 32,
-                            a.scaled_sum + (row * a.stride + k0) / 32,
-                            a.sum16 + (row * a.stride + k0) / 16, a.stride};
+        const std::ptrdiff_t at = row * a.stride + k0;
+        const Int8Rows from{a.q + at,           a.scale + at / 32,
+                            a.sum16 + at / 16,  a.fine_q + at,
+                            a.fine_scale + at / 32, a.fine_sum16 + at / 16,
+                            a.scaled_sum + at / 32, a.stride};
         int8_some<Quants, Scale, kFetchesAhead, Quants::kRows>(end - begin, quants, scales, g0,
                                                            groups, bias, from, first,
                                                            out + begin * kTileRows, ahead);

@@ -21,8 +21,8 @@
 namespace engineroom {
 namespace {
 
-// What bounds the blocks. Prepared rows of a block stay in a core's L2 while its tiles pass by (they
-// and two tiles' results take about half of 1 MB); columns of a block bound a tile's scratch.
+// What bounds the blocks. Prepared rows of a block stay in a core's L2 while its tiles pass by
+// (they and two tiles' results take about half of 1 MB); its columns bound a tile's scratch.
 constexpr std::size_t kBlockBytes = std::size_t{384} << 10;
 constexpr int kMaxRows = 512;
 constexpr int kMaxColumns = 2048;
@@ -185,8 +185,8 @@ std::size_t linear_scratch_bytes(int max_columns) {
            padded(tile_scratch_bytes(std::min(max_columns, kMaxColumns)));
 }
 
-void linear_tiles(const Kernels &kernels, const Linear &linear, const Activations &rows_in, int rows,
-                  int thread, int threads, std::uint8_t *scratch) {
+void linear_tiles(const Kernels &kernels, const Linear &linear, const Activations &rows_in,
+                  int rows, int thread, int threads, std::uint8_t *scratch) {
     if (rows == 0 || linear.num_parts == 0) return;
     const int step = is_paired(linear.epilogue) ? 2 : 1;
     const auto tile_bytes = [&](int part) {

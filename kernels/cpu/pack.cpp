@@ -122,7 +122,8 @@ void put_bits(std::uint8_t *plane, int n, std::uint32_t bits) {
     const int shift = 4 * (n % 2);
     plane += n / 2;
     for (int word = 0; word < 8; ++word) {
-        plane[word * (kTileRows / 2)] |= static_cast<std::uint8_t>(((bits >> 4 * word) & 15) << shift);
+        const std::uint32_t four = (bits >> 4 * word) & 15;
+        plane[word * (kTileRows / 2)] |= static_cast<std::uint8_t>(four << shift);
     }
 }
 
@@ -163,7 +164,8 @@ void pack_q5(const TileJob &t) {
     for (int g = 0; g < t.columns / kGroup; ++g)
         for (int n = 0; n < t.rows; ++n) {
             const std::uint8_t *block = t.from + n * t.row_bytes + g * (kHeader + 20);
-            std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * (kNibbleBytes + kPlaneBytes);
+            std::uint8_t *to = t.quants;
+            to += static_cast<std::size_t>(g) * (kNibbleBytes + kPlaneBytes);
             put_halves<kMinimum>(t, g, n, block);
             put_nibbles16(to + 4 * n, block + kHeader + 4);
             put_bits(to + kNibbleBytes, n, load4(block + kHeader));
@@ -236,7 +238,8 @@ void pack_q6_k(const TileJob &t) {
             std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kBytes;
             for (int g = 0; g < 8; ++g, to += kBytes) {
                 const int half = g / 4, quarter = g % 4;  // of 128 elements, of 32
-                put_nibbles32(to + 4 * n, block + 64 * half + 32 * (quarter % 2), 4 * (quarter / 2));
+                const std::uint8_t *low = block + 64 * half + 32 * (quarter % 2);
+                put_nibbles32(to + 4 * n, low, 4 * (quarter / 2));
                 const std::uint8_t *high = block + 128 + 32 * half;
                 put_bits(to + kNibbleBytes, n, gather_bits(high, 2 * quarter));
                 put_bits(to + kNibbleBytes + kPlaneBytes, n, gather_bits(high, 2 * quarter + 1));
@@ -341,7 +344,8 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
         case Elements::kF16: return half_at(q + 2 * at, 0);
         case Elements::kBF16: {
             std::uint16_t x;
-            std::memcpy(&x, q + 4 * (static_cast<std::size_t>(k / 2) * kTileRows + n) + k % 2 * 2, 2);
+            q += 4 * (static_cast<std::size_t>(k / 2) * kTileRows + n);
+            std::memcpy(&x, q + k % 2 * 2, 2);
             return generic::float_of_bits(static_cast<std::uint32_t>(x) << 16);
         }
         default: break;
@@ -355,7 +359,8 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             return half_at(s, n) * value + half_at(s + kHalfBytes, n);
         case Scaling::kSuperMin: {
             s += k / kSuper * kSuperMinBytes;
-            const std::uint8_t *small = s + 2 * kHalfBytes + k % kSuper / kGroup * 2 * kTileRows + n;
+            const std::uint8_t *small = s + 2 * kHalfBytes + n;
+            small += k % kSuper / kGroup * 2 * kTileRows;
             const float scale = half_at(s, n) * static_cast<float>(small[0]);
             return scale * value -
                    half_at(s + kHalfBytes, n) * static_cast<float>(small[kTileRows]);

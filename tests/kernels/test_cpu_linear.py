@@ -321,6 +321,7 @@ def test_gated_pairs(unit: str, dtype: str, epilogue: str) -> None:
             ]
             apart = run(unit, halves, both, "f32", epilogue=epilogue, dtype=dtype)
             assert_same_bits(fused[i], apart)
+            assert_same_bits(fused[i], rounded(fused[i], dtype))
             g = gate.astype(np.float64)
             u = g if epilogue == "silu_mul" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
             with np.errstate(over="ignore"):

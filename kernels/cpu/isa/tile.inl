@@ -12,8 +12,8 @@ constexpr int kTileVectors = kTileRows / 16;
 constexpr int kWordBytes = 4 * kTileRows;             // one 4-byte unit of every output
 constexpr int kNibbles = kGroup / 2 * kTileRows;      // a group's bytes of nibbles
 constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one bit plane
-// Bytes between what is multiplied and what is fetched into the L2 meanwhile (measured: 10 KB let the
-// formats of few bits overlap arithmetic and memory, the others do best with the hardware's help).
+// Bytes between what is multiplied and what is fetched into the L2 meanwhile. Measured: 10 KB let
+// formats of few bits overlap arithmetic and memory; the others gain most with 4 KB.
 constexpr int kAhead = 4096;
 constexpr int kAheadNibbles = 10240;
 constexpr int kChunk = 256;          // columns that are unpacked at a time: they stay in the L1
@@ -34,7 +34,7 @@ ER_INLINE void fetch_step(Fetch &fetch) {
 }
 
 // ----------------------------------------------------------------------------------- quants
-// How a group's integers are read: word(group, k4, v) is word k4 of the group, vector v of the tile.
+// How a group's integers are read: word(group, k4, v) is its word k4, vector v of the tile.
 // Up to kDirectRows rows they are unpacked in registers, for more rows once beforehand (measured).
 
 struct QuantsU8 {
@@ -72,7 +72,7 @@ struct QuantsNibbles {
 
 // ----------------------------------------------------------------------------------- scales
 // scale(s, part, v): of part `part` of a tile's columns, kParts parts a group of 32; minimum(s,
-// group, v), what is added per unit of the activations' sum. `s`: the tile's scales; kBytes of a group.
+// group, v): what is added per unit of the activations' sum. `s`: the tile's scales, kBytes a group.
 
 ER_INLINE const std::uint16_t *halves(const std::uint8_t *s) {
     return reinterpret_cast<const std::uint16_t *>(s);
@@ -450,8 +450,8 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     }
 };
 
-// out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows of
-// the same weights `next`, if any, is fetched instead.
+// out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows
+// of the same weights `fetch` says what is fetched instead.
 template <class Step, int R, bool kFetchesAhead>
 static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int steps,
                                                  const typename Step::X *x, std::ptrdiff_t stride,
@@ -598,9 +598,9 @@ static void tile_by_scaling(const PackedWeight &w, int tile, int k0, int k1, con
 template <class Step, int kRows>
 static void float_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Step::X *x,
                        std::ptrdiff_t stride, int row0, int rows, bool first, float *out) {
-    float_blocks<Step, kRows>(
-        w.data + tile * w.tile_bytes + static_cast<std::ptrdiff_t>(k0 / Step::kColumns) * Step::kStepBytes,
-        k1 - k0, x + row0 * stride + k0, stride, rows, true, first, out);
+    const std::uint8_t *from = w.data + tile * w.tile_bytes;
+    from += static_cast<std::ptrdiff_t>(k0 / Step::kColumns) * Step::kStepBytes;
+    float_blocks<Step, kRows>(from, k1 - k0, x + row0 * stride + k0, stride, rows, true, first, out);
 }
 
 static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,

@@ -220,8 +220,8 @@ ER_INLINE I i_high_nibbles(I a) {
 ER_INLINE __m256i add_bits(__m256i a, const std::uint8_t *p, std::uint8_t value) {
     std::int32_t bits;
     std::memcpy(&bits, p, 4);
-    const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2,
-                                          2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);  // byte i of the bits, eight times
     const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
     const __m256i here = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
     return _mm256_add_epi8(a, _mm256_and_si256(_mm256_cmpeq_epi8(here, bit),

@@ -312,12 +312,16 @@ def to_int8_test(
     q: NDArray[np.int8],
     scale: NDArray[np.float32],
     sum16: NDArray[np.int32],
+    scaled_sum: NDArray[np.float32],
+    fine_group: NDArray[np.int32],
     fine_q: NDArray[np.int8],
     fine_scale: NDArray[np.float32],
     fine_sum16: NDArray[np.int32],
-    scaled_sum: NDArray[np.float32],
-) -> None:
-    """A row as an operand of int8 products, for tests; q is a multiple of 32 long."""
+) -> int:
+    """A row as an operand of int8 products, for tests; q is a multiple of 32 long.
+
+    Returns how many groups have a second digit.
+    """
 
 def attention_test(
     unit: str,

@@ -409,18 +409,22 @@ void to_bf16_test(const std::string &unit, In x, Array<std::uint16_t> out) {
                           out.data());
 }
 
-void to_int8_test(const std::string &unit, In x, Array<std::int8_t> q, Out scale,
-                  Array<std::int32_t> sum16, Array<std::int8_t> fine_q, Out fine_scale,
-                  Array<std::int32_t> fine_sum16, Out scaled_sum) {
-    check(q.shape(0) >= x.shape(0) && q.shape(0) % kGroup == 0 && fine_q.shape(0) == q.shape(0),
+int to_int8_test(const std::string &unit, In x, Array<std::int8_t> q, Out scale,
+                 Array<std::int32_t> sum16, Out scaled_sum, Array<std::int32_t> fine_group,
+                 Array<std::int8_t> fine_q, Out fine_scale, Array<std::int32_t> fine_sum16) {
+    const std::size_t stride = q.shape(0);
+    check(stride >= x.shape(0) && stride % kGroup == 0 && fine_q.shape(0) == stride,
           "q must be a multiple of 32, no shorter than x, and fine_q as long");
-    check(scale.shape(0) == q.shape(0) / 32 && scaled_sum.shape(0) == q.shape(0) / 32 &&
-              fine_scale.shape(0) == q.shape(0) / 32 && sum16.shape(0) == q.shape(0) / 16 &&
-              fine_sum16.shape(0) == q.shape(0) / 16,
-          "scales and scaled_sum take one number per 32, sums one per 16");
-    unit_of(unit).to_int8(x.data(), static_cast<int>(x.shape(0)), static_cast<int>(q.shape(0)),
-                          Int8Row{q.data(), scale.data(), sum16.data(), fine_q.data(),
-                                  fine_scale.data(), fine_sum16.data(), scaled_sum.data()});
+    check(scale.shape(0) == stride / 32 && scaled_sum.shape(0) == stride / 32 &&
+              fine_scale.shape(0) == stride / 32 && fine_group.shape(0) == stride / 32 &&
+              sum16.shape(0) == stride / 16 && fine_sum16.shape(0) == stride / 16,
+          "scales, scaled_sum and fine_group take one number per 32, sums one per 16");
+    std::int32_t fine_count = 0;
+    unit_of(unit).to_int8(x.data(), static_cast<int>(x.shape(0)), static_cast<int>(stride),
+                          Int8Row{q.data(), scale.data(), sum16.data(), scaled_sum.data(),
+                                  &fine_count, fine_group.data(), fine_q.data(), fine_scale.data(),
+                                  fine_sum16.data()});
+    return fine_count;
 }
 
 // Writes k and v of a packed step to `cache` (one layer, blocks end to end), then runs attention.
@@ -525,8 +529,9 @@ void register_attention(nb::module_ &m) {
           nb::arg("out").noconvert(), "A row as an operand of bf16 products, for tests.");
     m.def("to_int8_test", &to_int8_test, nb::arg("unit"), nb::arg("x").noconvert(),
           nb::arg("q").noconvert(), nb::arg("scale").noconvert(), nb::arg("sum16").noconvert(),
+          nb::arg("scaled_sum").noconvert(), nb::arg("fine_group").noconvert(),
           nb::arg("fine_q").noconvert(), nb::arg("fine_scale").noconvert(),
-          nb::arg("fine_sum16").noconvert(), nb::arg("scaled_sum").noconvert());
+          nb::arg("fine_sum16").noconvert());
     m.def("attention_test", &attention_test, nb::arg("unit"), nb::arg("cache_dtype"),
           nb::arg("cache").noconvert(), nb::arg("block_size"), nb::arg("num_kv_heads"),
           nb::arg("head_dim"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),

@@ -82,15 +82,17 @@ struct Activations {
     const std::int8_t *q = nullptr;           // [rows][stride]
     const float *scale = nullptr;             // [rows][stride / 32]
     const std::int32_t *sum16 = nullptr;      // [rows][stride / 16]  sum of q over 16
-    // A group that one value dominates (max^2 > kDominated * sum of squares) has a second digit:
-    // x ~ scale * q + fine_scale * fine_q, what the first left over, quantised in the same way. One
-    // digit would round the other 31 values to a few steps. fine_scale is 0 where there is none, and
-    // then the other two are unset.
-    const std::int8_t *fine_q = nullptr;      // [rows][stride]
-    const float *fine_scale = nullptr;        // [rows][stride / 32]
-    const std::int32_t *fine_sum16 = nullptr; // [rows][stride / 16]
     // scale * float(sum of q), plus the same of the second digit
     const float *scaled_sum = nullptr;        // [rows][stride / 32]
+    // A group that one value dominates (max^2 > kDominated * sum of squares) has a second digit:
+    // x ~ scale * q + fine_scale * fine_q, what the first left over, quantised in the same way. One
+    // digit would round the other 31 values to a few steps. A row's second digits lie one after
+    // another, the j-th of them for group fine_group[j].
+    const std::int32_t *fine_count = nullptr;  // [rows]
+    const std::int32_t *fine_group = nullptr;  // [rows][stride / 32]
+    const std::int8_t *fine_q = nullptr;       // [rows][stride]
+    const float *fine_scale = nullptr;         // [rows][stride / 32]
+    const std::int32_t *fine_sum16 = nullptr;  // [rows][stride / 16]
 };
 
 // One value has more than this share of its group's squares: about 11 groups in 100 of SmolLM2's
@@ -103,10 +105,12 @@ struct Int8Row {
     std::int8_t *q;
     float *scale;
     std::int32_t *sum16;
+    float *scaled_sum;
+    std::int32_t *fine_count;
+    std::int32_t *fine_group;
     std::int8_t *fine_q;
     float *fine_scale;
     std::int32_t *fine_sum16;
-    float *scaled_sum;
 };
 
 // ------------------------------------------------------------------------------- activations' dtype
@@ -178,6 +182,9 @@ struct Kernels {
     // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
     void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch);
+    // Adds to out the products of the rows' second digits, if any: after every `tile` of all columns.
+    void (*tile_fine)(const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
+                      float *out);
     // -- attention: one token's K and V of every kv head, rounded to the cache's dtype
     void (*kv_write)(const KVCacheView &cache, std::int32_t slot, const float *k, const float *v);
     // Splits [split0, split1) of the rows' keys, each split s covering positions s*256 .. s*256+255.

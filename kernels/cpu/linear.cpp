@@ -43,7 +43,8 @@ std::size_t prepared_bytes(Form form, int columns, int rows) {
     const std::size_t elements = stride_of(columns) * static_cast<std::size_t>(rows);
     const std::size_t bytes = padded(elements * element_bytes(form));
     if (form != Form::kInt8) return bytes;
-    return 2 * bytes + 3 * padded(elements / 32 * 4) + 2 * padded(elements / 16 * 4);
+    return 2 * bytes + 4 * padded(elements / 32 * 4) + 2 * padded(elements / 16 * 4) +
+           padded(static_cast<std::size_t>(rows) * 4);
 }
 
 Activations place_activations(Form form, int columns, int rows, std::uint8_t *memory) {
@@ -65,10 +66,13 @@ Activations place_activations(Form form, int columns, int rows, std::uint8_t *me
             a.q = reinterpret_cast<const std::int8_t *>(take(elements));
             a.scale = reinterpret_cast<const float *>(take(groups));
             a.sum16 = reinterpret_cast<const std::int32_t *>(take(halves));
+            a.scaled_sum = reinterpret_cast<const float *>(take(groups));
+            a.fine_count =
+                reinterpret_cast<const std::int32_t *>(take(static_cast<std::size_t>(rows) * 4));
+            a.fine_group = reinterpret_cast<const std::int32_t *>(take(groups));
             a.fine_q = reinterpret_cast<const std::int8_t *>(take(elements));
             a.fine_scale = reinterpret_cast<const float *>(take(groups));
             a.fine_sum16 = reinterpret_cast<const std::int32_t *>(take(halves));
-            a.scaled_sum = reinterpret_cast<const float *>(take(groups));
             break;
         }
     }
@@ -103,10 +107,12 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
                     Int8Row{const_cast<std::int8_t *>(to.q) + at,
                             const_cast<float *>(to.scale) + at / 32,
                             const_cast<std::int32_t *>(to.sum16) + at / 16,
+                            const_cast<float *>(to.scaled_sum) + at / 32,
+                            const_cast<std::int32_t *>(to.fine_count) + row,
+                            const_cast<std::int32_t *>(to.fine_group) + at / 32,
                             const_cast<std::int8_t *>(to.fine_q) + at,
                             const_cast<float *>(to.fine_scale) + at / 32,
-                            const_cast<std::int32_t *>(to.fine_sum16) + at / 16,
-                            const_cast<float *>(to.scaled_sum) + at / 32});
+                            const_cast<std::int32_t *>(to.fine_sum16) + at / 16});
                 break;
         }
     }
@@ -136,6 +142,7 @@ struct Work {
             const int k1 = std::min(k0 + kMaxColumns, weight.num_columns);
             kernels.tile(weight, tile, k0, k1, from, row0, rows, k0 == 0, to, scratch);
         }
+        if (from.form == Form::kInt8) kernels.tile_fine(weight, tile, from, row0, rows, to);
         if (part.bias != nullptr) {
             const int outputs = std::min(kTileRows, weight.num_rows - tile * kTileRows);
             const float *bias = part.bias + tile * kTileRows;

@@ -103,21 +103,29 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return x.astype(np.float16).astype(np.float32) if dtype == "float16" else x
 
 
-def int8_values(x: np.ndarray) -> np.ndarray:
-    """What int8 rows mean, exactly: per 32, scale = max / 127 and q = rint(x * (127 / max))."""
-    groups = x.reshape(len(x), -1, 32)
-    most = np.abs(groups).max(axis=2, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(most > 0, np.float32(127) / most, np.float32(0))
-    q = np.rint(groups * inverse.astype(np.float32))
-    scale = most / np.float32(127)
-    return (scale.astype(np.float64) * q.astype(np.float64)).reshape(x.shape)
+def int8_values(unit: str, x: np.ndarray) -> np.ndarray:
+    """What the unit's int8 rows mean, exactly; test_cpu_rows.py holds them to their formula."""
+    k = x.shape[1]
+    out = np.empty(x.shape)
+    for row, values in zip(x, out, strict=True):
+        q, fine_q = np.zeros(k, np.int8), np.zeros(k, np.int8)
+        scale, fine_scale, sums = (np.zeros(k // 32, np.float32) for _ in range(3))
+        sum16, fine_sum16 = np.zeros(k // 16, np.int32), np.zeros(k // 16, np.int32)
+        group = np.zeros(k // 32, np.int32)
+        count = _native.to_int8_test(
+            unit, row, q, scale, sum16, sums, group, fine_q, fine_scale, fine_sum16
+        )
+        values[:] = np.repeat(scale.astype(np.float64), 32) * q
+        for j, g in enumerate(group[:count]):
+            digits = fine_q[32 * j : 32 * j + 32].astype(np.float64)
+            values[32 * g : 32 * g + 32] += np.float64(fine_scale[j]) * digits
+    return out
 
 
-def values_in(form: str, x: np.ndarray) -> np.ndarray:
+def values_in(form: str, unit: str, x: np.ndarray) -> np.ndarray:
     """The activations that the form multiplies, as float64."""
     if form == "int8":
-        return int8_values(x)
+        return int8_values(unit, x)
     return (to_bf16(x) if form == "bf16" else x).astype(np.float64)
 
 
@@ -145,7 +153,7 @@ def assert_close(
     to, so there the magnitude of a weight is that of both parts.
     """
     w, x = weight_of(name, data, n, k), activations(max(rows), k)
-    exact = values_in(form, x)
+    exact = values_in(form, unit, x)
     parts = np.abs(w)
     fields = data.view(block_dtype(FORMATS[name]))
     for field, largest in (("m", 1.0), ("dmin", 63.0)):
@@ -199,7 +207,7 @@ def test_largest_int8_products(unit: str, name: str) -> None:
         for signs in (np.ones(k), np.where(np.arange(k) % 4 < 2, 1, -1)):
             x = np.tile(signs.astype(np.float32), (9, 1))
             for rows in (x, -x):
-                exact = int8_values(rows)
+                exact = int8_values(unit, rows)
                 bound = 4 * 2.0**-24 * np.sqrt(k) * 4 * (np.abs(exact) @ np.abs(w).T + k)
                 got = run(unit, [pack(name, data, n, k)], rows, "int8")
                 assert np.all(np.abs(got - exact @ w.T) <= bound)

@@ -181,6 +181,7 @@ ER_INLINE bool has_digit(float most) {
 // group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
 static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const F infinity = f_set(__builtin_inff());
+    int fine = 0;
     for (int i = 0, g = 0; i < stride; i += kGroup, ++g) {
         const int left = n - i;
         F a, b;
@@ -193,7 +194,6 @@ static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
         }
         std::int8_t *q = out.q + i;
         std::int32_t *sum16 = out.sum16 + 2 * g;
-        out.fine_scale[g] = 0.0f;
         // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
         const float most =
             f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
@@ -214,13 +214,16 @@ static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
             const F rest_a = f_fnma(f_load_s8(q), step, a), rest_b = f_fnma(f_load_s8(q + 16), step, b);
             const float rest = f_max_all(f_max(f_abs(rest_a), f_abs(rest_b)));
             if (has_digit(rest)) {
-                std::int32_t *fine = out.fine_sum16 + 2 * g;
-                out.fine_scale[g] = int8_digit(rest_a, rest_b, rest, out.fine_q + i, fine);
-                scaled_sum += out.fine_scale[g] * static_cast<float>(fine[0] + fine[1]);
+                std::int32_t *sums = out.fine_sum16 + 2 * fine;
+                const float step2 = int8_digit(rest_a, rest_b, rest, out.fine_q + 32 * fine, sums);
+                scaled_sum += step2 * static_cast<float>(sums[0] + sums[1]);
+                out.fine_scale[fine] = step2;
+                out.fine_group[fine++] = g;
             }
         }
         out.scaled_sum[g] = scaled_sum;
     }
+    *out.fine_count = fine;
 }
 
 }  // namespace ER_ISA

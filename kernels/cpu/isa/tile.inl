@@ -3,7 +3,8 @@
 // Every output is one lane and its operations are fixed: per group of 32 (kSuperSigned: 16) in
 // ascending order, c is the exact integer product of quants and activations, t = d * scale,
 // f = fma(c, t, f), the same for the activations' second digit where the group has one, and where the format has minima f = fma(m, scaled_sum, f); for floats,
-// f = fma(w, x, f) in ascending K. What varies with the number of rows (unpacking first or on the
+// f = fma(w, x, f) in ascending K. The activations' second digits are added behind all of K, in the
+// same way. What varies with the number of rows (unpacking first or on the
 // way, how many rows share registers, blocks of K) leaves them as they are.
 namespace engineroom {
 namespace ER_ISA {
@@ -152,9 +153,6 @@ struct Int8Rows {
     const std::int8_t *q;
     const float *scale;
     const std::int32_t *sum16;
-    const std::int8_t *fine_q;
-    const float *fine_scale;
-    const std::int32_t *fine_sum16;
     const float *scaled_sum;
     std::ptrdiff_t stride;        // of q; groups of 32 and 16 follow from it
 };
@@ -226,31 +224,6 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                     for (int v = 0; v < kVectors; ++v)
                         f[r][v] = f_fma(f_of_i(c[r][v]), f_mul(d[v], scale), f[r][v]);
                 }
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const float fine = a.fine_scale[r * groups32 + g];
-                    if (__builtin_expect(fine == 0.0f, 1)) continue;
-                    const std::int32_t *sums = a.fine_sum16 + r * groups16 + 2 * g;
-                    const std::int32_t from =
-                        correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
-                    I rest[kVectors];
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v) rest[v] = i_set(from);
-                    for (int word = 0; word < kWords; ++word) {
-                        const int k4 = part * kWords + word;
-                        const I x = i_bcast4(a.fine_q + r * a.stride + g * kGroup + 4 * k4);
-#pragma GCC unroll 3
-                        for (int v = 0; v < kVectors; ++v) {
-                            const I w = Quants::word(group, k4, v0 + v);
-                            rest[v] = Quants::kSmall ? i_dot_small(rest[v], w, x)
-                                                     : i_dot8(rest[v], w, x);
-                        }
-                    }
-                    const F scale = f_set(fine);
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v)
-                        f[r][v] = f_fma(f_of_i(rest[v]), f_mul(d[v], scale), f[r][v]);
-                }
             }
             if constexpr (Scale::kHasMinimum) {
                 F m[kVectors];
@@ -299,10 +272,8 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
         const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
         const std::ptrdiff_t row = row0 + begin;
         const std::ptrdiff_t at = row * a.stride + k0;
-        const Int8Rows from{a.q + at,           a.scale + at / 32,
-                            a.sum16 + at / 16,  a.fine_q + at,
-                            a.fine_scale + at / 32, a.fine_sum16 + at / 16,
-                            a.scaled_sum + at / 32, a.stride};
+        const Int8Rows from{a.q + at, a.scale + at / 32, a.sum16 + at / 16, a.scaled_sum + at / 32,
+                            a.stride};
         int8_some<Quants, Scale, kFetchesAhead, Quants::kRows>(end - begin, quants, scales, g0,
                                                            groups, bias, from, first,
                                                            out + begin * kTileRows, ahead);
@@ -367,6 +338,59 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         else
             int8_blocks<QuantsU8, Ready, false>(group, from, 0, c0, c1, w.bias, a, row0, rows,
                                                 sets, out, fetch);
+    }
+}
+
+// out [rows][48] += the products of the rows' second digits. The tile was read just before: it comes
+// from the L2, and every row for itself is quick enough for the few groups that have one.
+template <class Quants, class Scale>
+static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
+                                                const std::uint8_t *scales, int bias,
+                                                const Activations &a, int row0, int rows,
+                                                float *out) {
+    constexpr int kWords = 8 / Scale::kParts;
+    const std::int32_t correction = (Quants::kSmall ? 0 : kBias8) - bias;
+    for (int row = row0; row < row0 + rows; ++row, out += kTileRows) {
+        const std::ptrdiff_t at = row * a.stride;
+        const int count = a.fine_count[row];
+        if (count == 0) continue;
+        for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
+            F f[kVectors];
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) f[v] = f_load(out + 16 * (v0 + v));
+            for (int j = 0; j < count; ++j) {
+                const int g = a.fine_group[at / 32 + j];
+                const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+                const std::int8_t *q = a.fine_q + at + kGroup * j;
+                const std::int32_t *sums = a.fine_sum16 + at / 16 + 2 * j;
+                const F step = f_set(a.fine_scale[at / 32 + j]);
+#pragma GCC unroll 2
+                for (int part = 0; part < Scale::kParts; ++part) {
+                    I c[kVectors];
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v)
+                        c[v] = i_set(correction *
+                                     (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
+#pragma GCC unroll 8
+                    for (int word = 0; word < kWords; ++word) {
+                        const int k4 = part * kWords + word;
+                        const I x = i_bcast4(q + 4 * k4);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v) {
+                            const I w = Quants::word(group, k4, v0 + v);
+                            c[v] = Quants::kSmall ? i_dot_small(c[v], w, x) : i_dot8(c[v], w, x);
+                        }
+                    }
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) {
+                        const F d = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
+                        f[v] = f_fma(f_of_i(c[v]), f_mul(d, step), f[v]);
+                    }
+                }
+            }
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) f_store(out + 16 * (v0 + v), f[v]);
+        }
     }
 }
 
@@ -567,32 +591,44 @@ static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, co
 
 // --------------------------------------------------------------------------------- dispatch
 
-template <class Quants, class Scale>
-static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
-                           int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    if (a.form == Form::kInt8)
-        int8_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
-    else
-        dequantised_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
-}
-
-template <class Quants>
-static void tile_by_scaling(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
-                            int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    switch (w.scaling) {
-        case Scaling::kHalf:
-            quantised_tile<Quants, ScaleHalf>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
-            break;
-        case Scaling::kHalfMin:
-            quantised_tile<Quants, ScaleHalfMin>(w, tile, k0, k1, a, row0, rows, first, out,
-                                                 scratch);
-            break;
-        case Scaling::kSuperMin:
-            quantised_tile<Quants, ScaleSuperMin>(w, tile, k0, k1, a, row0, rows, first, out,
-                                                  scratch);
-            break;
+// Calls use(Quants{}, Scale{}) with the types of a quantised weight.
+template <class Use>
+ER_INLINE void with_types(const PackedWeight &w, Use use) {
+    const auto with_scale = [&](auto quants) {
+        switch (w.scaling) {
+            case Scaling::kHalf: use(quants, ScaleHalf{}); break;
+            case Scaling::kHalfMin: use(quants, ScaleHalfMin{}); break;
+            case Scaling::kSuperMin: use(quants, ScaleSuperMin{}); break;
+            default: break;
+        }
+    };
+    switch (w.elements) {
+        case Elements::kU4: with_scale(QuantsNibbles<0>{}); break;
+        case Elements::kU5: with_scale(QuantsNibbles<1>{}); break;
+        case Elements::kU6: use(QuantsNibbles<2>{}, ScaleSuperSigned{}); break;
+        case Elements::kU8: use(QuantsU8{}, ScaleHalf{}); break;
         default: break;
     }
+}
+
+static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
+                           int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
+    with_types(w, [&](auto quants, auto scale) {
+        using Quants = decltype(quants);
+        using Scale = decltype(scale);
+        if (a.form == Form::kInt8)
+            int8_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+        else
+            dequantised_tile<Quants, Scale>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
+    });
+}
+
+static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
+                      float *out) {
+    with_types(w, [&](auto quants, auto scale) {
+        fine_rows<decltype(quants), decltype(scale)>(w.quants(tile), w.scales(tile), w.bias, a, row0,
+                                                     rows, out);
+    });
 }
 
 template <class Step, int kRows>
@@ -620,20 +656,7 @@ static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activati
                 float_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
                                                    first, out);
             break;
-        case Elements::kU4:
-            tile_by_scaling<QuantsNibbles<0>>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
-            break;
-        case Elements::kU5:
-            tile_by_scaling<QuantsNibbles<1>>(w, tile, k0, k1, a, row0, rows, first, out, scratch);
-            break;
-        case Elements::kU6:
-            quantised_tile<QuantsNibbles<2>, ScaleSuperSigned>(w, tile, k0, k1, a, row0, rows,
-                                                               first, out, scratch);
-            break;
-        case Elements::kU8:
-            quantised_tile<QuantsU8, ScaleHalf>(w, tile, k0, k1, a, row0, rows, first, out,
-                                                scratch);
-            break;
+        default: quantised_tile(w, tile, k0, k1, a, row0, rows, first, out, scratch); break;
     }
 }
 

@@ -240,6 +240,16 @@ def test_offline_without_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "the hub did not answer" in said
 
 
+def test_a_mistyped_path_that_could_be_a_hub_id_names_the_nearest_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = safetensors_folder(tmp_path / "models" / "llama")
+    use(_Hub(ConnectionError("no route"), tmp_path), monkeypatch, tmp_path)
+    said = refused("modles/llama", "E-MODEL-03")
+    assert f"nothing lies at {tmp_path}/modles/llama" in said
+    assert f"Nearest: {folder} (config.json, 2 safetensors)" in said
+
+
 def test_what_the_hub_refuses_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = _Hub([], tmp_path)
     refusal = hub.errors.HfHubHTTPError("404 Client Error: no such repository")

@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
     verbose = bool(os.environ.get("ENGINEROOM_DEBUG"))
     try:
+        command = next((a for a in arguments if not a.startswith("-")), None)
+        if command is not None and command not in _COMMANDS:
+            return _usage(_unknown_command(command))
         args, unknown = _parser(arguments).parse_known_args(arguments)
         if unknown:
             return _usage(_unknown_argument(args, unknown[0]))
@@ -105,6 +108,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(_usage(f"{message} (`{self.prog} --help` lists what there is)"))
+
+
+def _unknown_command(command: str) -> str:
+    from .config import unknown_name
+
+    return f"{unknown_name('command', command, _COMMANDS)} (`engineroom --help`)"
 
 
 def _unknown_argument(args: argparse.Namespace, argument: str) -> str:

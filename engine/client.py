@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .config import EngineConfig, ModelConfig
-from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+from .core.request import (
+    AdmissionError,
+    ParameterError,
+    RequestOutput,
+    SamplingParams,
+    as_prompt,
+    check_params,
+)
 
 log = logging.getLogger(__name__)
 
@@ -204,18 +211,9 @@ class EngineClient(ABC):
         """
         if not isinstance(request_id, str):
             raise ParameterError("request_id", f"request_id must be a string, not {request_id!r}")
-        if not isinstance(params, SamplingParams):
-            raise ParameterError(
-                "params", f"params must be SamplingParams, not {type(params).__name__}"
-            )
-        to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-        prompt = prompt if to_list is None else to_list()
-        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-            raise ParameterError(
-                "prompt", f"a prompt is text or token ids, not {type(prompt).__name__}"
-            )
-        # Ids are checked where the vocabulary is known.
-        prompt = prompt if isinstance(prompt, str) else tuple(prompt)
+        check_params(params)
+        given = as_prompt(prompt)
+        prompt = given if isinstance(given, str) else tuple(given)
         if not isinstance(cache_salt, bytes):
             raise ParameterError(
                 "cache_salt", f"cache_salt must be bytes, not {type(cache_salt).__name__}"

@@ -21,6 +21,8 @@ from .core.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    as_prompt,
+    check_params,
     check_token_ids,
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
@@ -105,6 +107,8 @@ class Engine:
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
+        check_params(params)
+        prompt = as_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
         ids = self._prompt_ids(prompt, params)
         bad_words = self._bad_word_ids(params)
@@ -113,7 +117,10 @@ class Engine:
         samples = self._samples(
             request_id, ids, params, seed, bad_words, priority=priority, cache_salt=cache_salt
         )
-        echo = (text if text is not None else self.tokenizer.decode(ids)) if params.echo else ""
+        echo = ""
+        if params.echo:  # what the model is given: a truncated prompt as its tokens spell it
+            whole = params.truncate_prompt_tokens is None
+            echo = text if whole and text is not None else self.tokenizer.decode(ids)
         group = OutputGroup(
             request_id,
             prompt=text,
@@ -197,7 +204,7 @@ class Engine:
 
     # --------------------------------------------------------------------------------- private
 
-    def _prompt_ids(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+    def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         if isinstance(prompt, str):
             try:
                 prompt.encode()
@@ -207,8 +214,7 @@ class Engine:
                 ) from None
             ids = self.tokenizer.encode(prompt)
         else:
-            to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-            ids = to_list() if to_list is not None else list(prompt)
+            ids = prompt
         keep = params.truncate_prompt_tokens
         return ids if keep is None else ids[-keep:]
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .config import EngineConfig
-from .core.request import RequestOutput, SamplingParams
+from .core.request import ParameterError, RequestOutput, SamplingParams, as_prompt, check_params
 from .engine import Engine, EngineStats
 from .load.tokenizer import Tokenizer
 
@@ -264,15 +264,15 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One text or one list of ids is one prompt; anything else is a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    many: list[Any] = list(prompts)
+    many: list[Any] = list(as_prompt(list(prompts) if isinstance(prompts, Iterator) else prompts))
     if many and all(isinstance(p, int) and not isinstance(p, bool) for p in many):
         return [many]
     for index, prompt in enumerate(many):
-        if not isinstance(prompt, str | Sequence):
-            raise TypeError(
-                f"prompt {index} is a {type(prompt).__name__}; a prompt is text or a list of "
-                "token ids"
-            )
+        try:
+            many[index] = as_prompt(prompt)
+        except ParameterError as error:
+            error.add_note(f"(prompt {index} of {len(many)})")
+            raise
     return many
 
 
@@ -281,6 +281,8 @@ def _as_params(params: Params, count: int) -> list[SamplingParams]:
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence):
+        check_params(params)
     many = list(params)
     if len(many) != count:
         raise ValueError(f"{len(many)} SamplingParams for {count} prompts: give one, or one each")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .sampling_params import ParameterError, SamplingParams, needs_history
 from .steplog import Timeline
@@ -28,6 +28,8 @@ __all__ = [
     "SamplingParams",
     "Timings",
     "Usage",
+    "as_prompt",
+    "check_params",
     "check_token_ids",
     "needs_history",
 ]
@@ -302,6 +304,30 @@ class Request:
             f"prompt={self.num_prompt_tokens}, output={self.num_output_tokens}, "
             f"pending={self.num_pending}, computed={self.num_computed}, "
             f"scheduled={self.num_scheduled}, blocks={len(self.block_ids)})"
+        )
+
+
+def as_prompt(prompt: object) -> str | list[Any]:
+    """Text as it is, or token ids as a list; what the ids are is for check_token_ids().
+
+    Errors: ParameterError("prompt") for anything else.
+    """
+    to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
+    listed = prompt if to_list is None else to_list()
+    if isinstance(listed, str):
+        return listed
+    if isinstance(listed, bytes | bytearray | memoryview) or not isinstance(listed, Sequence):
+        raise ParameterError(
+            "prompt", f"a prompt is text or a list of token ids, not {type(prompt).__name__}"
+        )
+    return list(listed)
+
+
+def check_params(params: object) -> None:
+    """Errors: ParameterError for what is no SamplingParams."""
+    if not isinstance(params, SamplingParams):
+        raise ParameterError(
+            "params", f"params must be SamplingParams, not {type(params).__name__}"
         )
 
 

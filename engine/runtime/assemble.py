@@ -16,7 +16,7 @@ from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from .load import open_model, raw_weights
-from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory
+from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory, too_long
 from .runner import Runner
 
 Progress = Callable[[str], None]
@@ -88,7 +88,9 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         imported()
         backend = create(choice, activation_dtype=config.dtype, threads=config.threads)
         # What is recorded may depend on the context served and on the dtype results are rounded to.
-        context = min(config.max_model_len or model.max_position, model.longest_context)
+        context = config.max_model_len or model.max_position
+        if context > model.longest_context:
+            raise ConfigError("max_model_len", f"{source.name}: {too_long(context, model)}")
         program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
         weights = raw_weights(checkpoint, module, model)
         memory = plan_memory(
@@ -102,7 +104,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         )
         if not memory.fits:
             raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
-        for note in (*checkpoint.notes, *model.notes, *memory.notes):
+        for note in (*checkpoint.notes, *model.notes, *memory.notes, f"memory: {memory.because}"):
             say(note)
         config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
         runner = Runner(

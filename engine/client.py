@@ -23,7 +23,9 @@ from .core.request import (
     RequestOutput,
     SamplingParams,
     as_prompt,
+    check_identity,
     check_params,
+    check_token_ids,
 )
 
 log = logging.getLogger(__name__)
@@ -207,17 +209,15 @@ class EngineClient(ABC):
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
-        AdmissionError("duplicate_id") while a request of this id lives; ParameterError.
+        AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
+        token id of any model; ParameterError.
         """
-        if not isinstance(request_id, str):
-            raise ParameterError("request_id", f"request_id must be a string, not {request_id!r}")
+        check_identity(request_id, priority, cache_salt)
         check_params(params)
-        given = as_prompt(prompt)
-        prompt = given if isinstance(given, str) else tuple(given)
-        if not isinstance(cache_salt, bytes):
-            raise ParameterError(
-                "cache_salt", f"cache_salt must be bytes, not {type(cache_salt).__name__}"
-            )
+        prompt = as_prompt(prompt)
+        if not isinstance(prompt, str):
+            check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
+            prompt = tuple(prompt)
         self._submit(request_id, prompt, params, priority, cache_salt, sink)
 
     def __enter__(self) -> EngineClient:

@@ -137,7 +137,7 @@ class ProcessClient(EngineClient):
                 "library face only (LLM, or AsyncLLM with client='thread')",
             )
         try:
-            frame = wire.encode(
+            frame = wire.encode_to_child(
                 wire.Submit(
                     request_id=request_id,
                     prompt=prompt,
@@ -251,7 +251,7 @@ class _Link:
         self._check_started()
         ticket = next(self._tickets)
         try:
-            frame = wire.encode(message(ticket))
+            frame = wire.encode_to_child(message(ticket))
         except wire.WireError as exc:
             raise ParameterError("messages", str(exc)) from exc
         answer: Future[Any] = Future()

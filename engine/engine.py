@@ -74,6 +74,7 @@ class Engine:
             ),
             clock=clock,
         )
+        self._closed = False
         self._clock = clock
         self._runner = loaded.runner
         self._groups: dict[str, OutputGroup] = {}
@@ -107,6 +108,8 @@ class Engine:
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
+        if self._closed:
+            raise RuntimeError("this engine was closed; make a new one")
         check_params(params)
         prompt = as_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
@@ -199,6 +202,7 @@ class Engine:
 
     def close(self) -> None:
         """Release the log, the template's helper process and the mapped file."""
+        self._closed = True
         self.log.close()
         self.loaded.close()
 

@@ -106,7 +106,7 @@ class LLM:
         add_generation_prompt, and the template's own variables) go to the template.
         Errors: TemplateError besides those of generate().
         """
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        several = isinstance(_first(messages), list | tuple)
         conversations: Sequence[Any] = messages if several else [messages]
         prompts = [self._engine.render_chat(c, **template_options) for c in conversations]
         return self._run(prompts, _as_params(params, len(prompts)), 0, use_tqdm)
@@ -118,7 +118,7 @@ class LLM:
 
         `prompt` is text, token ids, or a conversation. Closing the iterator aborts the request.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(_first(prompt), Mapping):
             ids: Prompt = self._engine.render_chat(prompt)  # type: ignore[arg-type]
         else:
             ids = prompt  # type: ignore[assignment]
@@ -258,6 +258,11 @@ class LLM:
             for request_id in request_ids:
                 self._inboxes.pop(request_id, None)
                 self._engine.abort(request_id)
+
+
+def _first(sequence: object) -> object:
+    """The first entry of a list or the like; None where there is none."""
+    return sequence[0] if isinstance(sequence, Sequence) and sequence else None
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -228,6 +228,26 @@ def test_what_is_no_prompt_is_named(llm, prompts):
         llm.generate(prompts, greedy(max_tokens=1))
 
 
+@pytest.mark.parametrize("messages", [None, 5, "hi", {"role": "user"}, [5], [None], [{}], []])
+def test_what_is_no_conversation_is_named(llm, messages):
+    with pytest.raises(TemplateError, match="messages"):
+        llm.chat(messages, greedy(max_tokens=1))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user"}, b"a"])
+def test_what_cannot_be_streamed_is_named(llm, prompt):
+    with pytest.raises(ParameterError, match="a prompt is text or a list of token ids, not"):
+        next(llm.stream(prompt))
+
+
+def test_a_closed_engine_says_so(make_llm):
+    llm = make_llm()
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="was closed; make a new one"):
+        llm.generate("a")
+
+
 @pytest.mark.parametrize("params", [5, {"top_p": 1}, [None], "greedy"])
 def test_what_is_no_params_is_named(llm, params):
     with pytest.raises(ValueError, match="SamplingParams"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .catalogue import CATALOGUE
+from .checkpoint import PICKLES
 from .fetch import FetchError, fetch
 
 
@@ -90,7 +91,8 @@ def _local(path: Path) -> ModelSource:
             "E-MODEL-02",
             f"{absolute} is {_kind(mode)}, not a file or a folder; a model is mapped from disk",
         )
-    if absolute.suffix.lower() != ".gguf":
+    # A pickle passes as well: `checkpoint` refuses it, and says how to convert it.
+    if absolute.suffix.lower() not in (".gguf", *PICKLES):
         raise SourceError(
             "E-MODEL-02",
             f"{absolute} is a file, but not a .gguf file. A safetensors model is given as its "
@@ -106,9 +108,7 @@ def _require_model_files(folder: Path) -> None:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
         raise SourceError("E-MODEL-02", f"{folder} cannot be read: {error.strerror}") from error
-    if any(
-        n == "config.json" or n.endswith((".gguf", ".safetensors", ".bin", ".pt")) for n in names
-    ):
+    if any(n == "config.json" or n.endswith((".gguf", ".safetensors", *PICKLES)) for n in names):
         return
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     inner = [n for n in names if _describe(folder / n)]

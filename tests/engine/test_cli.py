@@ -270,7 +270,7 @@ def test_a_failed_check_is_seen(
         (["complete", "x", "--max-num-seqs", "0"], "1..4096"),
         (["complete", "x", "--device", "tpu"], "auto, cpu, reference"),
         (["bogus"], "unknown command 'bogus' (known: chat, complete,"),
-        (["compelte", "x"], "did you mean 'complete'?"),
+        (["compelte", "x"], "did you mean complete?"),
         (["inspect"], "required"),
     ],
 )

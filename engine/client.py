@@ -145,6 +145,17 @@ class EngineInfo:
     pid: int
 
 
+@dataclass(frozen=True)
+class Submission:
+    """A request on its way to an engine, checked by EngineClient.submit()."""
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    params: SamplingParams
+    priority: int
+    cache_salt: bytes
+
+
 class EngineClient(ABC):
     """One engine, used from any thread. Use as a context manager, or call start() and close()."""
 
@@ -186,15 +197,7 @@ class EngineClient(ABC):
         """True from start() until the engine is closed or has failed."""
 
     @abstractmethod
-    def _submit(
-        self,
-        request_id: str,
-        prompt: str | tuple[int, ...],
-        params: SamplingParams,
-        priority: int,
-        cache_salt: bytes,
-        sink: Sink,
-    ) -> None: ...
+    def _submit(self, submission: Submission, sink: Sink) -> None: ...
 
     def submit(
         self,
@@ -218,7 +221,7 @@ class EngineClient(ABC):
         if not isinstance(prompt, str):
             check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
             prompt = tuple(prompt)
-        self._submit(request_id, prompt, params, priority, cache_salt, sink)
+        self._submit(Submission(request_id, prompt, params, priority, cache_salt), sink)
 
     def __enter__(self) -> EngineClient:
         self.start()
@@ -329,4 +332,5 @@ __all__ = [
     "RequestFailed",
     "RequestRefused",
     "Sink",
+    "Submission",
 ]

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 _DEFAULT_MODEL = "smollm2"
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
     verbose = bool(os.environ.get("ENGINEROOM_DEBUG"))
     try:
+        command = next((a for a in arguments if not a.startswith("-")), None)
+        if command is not None and command not in _COMMANDS:
+            return _usage(_unknown_command(command))
         args, unknown = _parser(arguments).parse_known_args(arguments)
         if unknown:
             return _usage(_unknown_argument(args, unknown[0]))
@@ -107,12 +110,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_usage(f"{message} (`{self.prog} --help` lists what there is)"))
 
 
-def _unknown_argument(args: argparse.Namespace, argument: str) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     import difflib
 
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown_command(command: str) -> str:
+    hint = _did_you_mean(command, _COMMANDS)
+    return f"unknown command {command!r}{hint} (known: {', '.join(_COMMANDS)})"
+
+
+def _unknown_argument(args: argparse.Namespace, argument: str) -> str:
     flag = argument.partition("=")[0]
-    near = difflib.get_close_matches(flag, getattr(args, "flags", ()), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = _did_you_mean(flag, getattr(args, "flags", ()))
     command = f" {args.command}" if args.command else ""
     return f"unknown argument {flag!r}{hint} (`engineroom{command} --help` lists them)"
 

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .config import EngineConfig, ModelConfig
-from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+from .core.request import (
+    AdmissionError,
+    ParameterError,
+    RequestOutput,
+    SamplingParams,
+    as_prompt,
+    check_identity,
+    check_params,
+    check_token_ids,
+)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +145,17 @@ class EngineInfo:
     pid: int
 
 
+@dataclass(frozen=True)
+class Submission:
+    """A request on its way to an engine, checked by EngineClient.submit()."""
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    params: SamplingParams
+    priority: int
+    cache_salt: bytes
+
+
 class EngineClient(ABC):
     """One engine, used from any thread. Use as a context manager, or call start() and close()."""
 
@@ -177,15 +197,7 @@ class EngineClient(ABC):
         """True from start() until the engine is closed or has failed."""
 
     @abstractmethod
-    def _submit(
-        self,
-        request_id: str,
-        prompt: str | tuple[int, ...],
-        params: SamplingParams,
-        priority: int,
-        cache_salt: bytes,
-        sink: Sink,
-    ) -> None: ...
+    def _submit(self, submission: Submission, sink: Sink) -> None: ...
 
     def submit(
         self,
@@ -200,27 +212,16 @@ class EngineClient(ABC):
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
-        AdmissionError("duplicate_id") while a request of this id lives; ParameterError.
+        AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
+        token id of any model; ParameterError.
         """
-        if not isinstance(request_id, str):
-            raise ParameterError("request_id", f"request_id must be a string, not {request_id!r}")
-        if not isinstance(params, SamplingParams):
-            raise ParameterError(
-                "params", f"params must be SamplingParams, not {type(params).__name__}"
-            )
-        to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-        prompt = prompt if to_list is None else to_list()
-        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-            raise ParameterError(
-                "prompt", f"a prompt is text or token ids, not {type(prompt).__name__}"
-            )
-        # Ids are checked where the vocabulary is known.
-        prompt = prompt if isinstance(prompt, str) else tuple(prompt)
-        if not isinstance(cache_salt, bytes):
-            raise ParameterError(
-                "cache_salt", f"cache_salt must be bytes, not {type(cache_salt).__name__}"
-            )
-        self._submit(request_id, prompt, params, priority, cache_salt, sink)
+        check_identity(request_id, priority, cache_salt)
+        check_params(params)
+        prompt = as_prompt(prompt)
+        if not isinstance(prompt, str):
+            check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
+            prompt = tuple(prompt)
+        self._submit(Submission(request_id, prompt, params, priority, cache_salt), sink)
 
     def __enter__(self) -> EngineClient:
         self.start()
@@ -331,4 +332,5 @@ __all__ = [
     "RequestFailed",
     "RequestRefused",
     "Sink",
+    "Submission",
 ]

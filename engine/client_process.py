@@ -40,9 +40,10 @@ from .client import (
     RequestRefused,
     Sink,
     Sinks,
+    Submission,
 )
 from .config import EngineConfig
-from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+from .core.request import AdmissionError, ParameterError, RequestOutput
 
 log = logging.getLogger(__name__)
 
@@ -121,34 +122,26 @@ class ProcessClient(EngineClient):
         self._link.close(drain, timeout)
         self._finalizer.detach()
 
-    def _submit(
-        self,
-        request_id: str,
-        prompt: str | tuple[int, ...],
-        params: SamplingParams,
-        priority: int,
-        cache_salt: bytes,
-        sink: Sink,
-    ) -> None:
-        if params.logits_processor is not None:
+    def _submit(self, submission: Submission, sink: Sink) -> None:
+        if submission.params.logits_processor is not None:
             raise ParameterError(
                 "logits_processor",
                 "logits_processor is a Python callable and does not cross to the engine's process: "
                 "library face only (LLM, or AsyncLLM with client='thread')",
             )
         try:
-            frame = wire.encode(
+            frame = wire.encode_to_child(
                 wire.Submit(
-                    request_id=request_id,
-                    prompt=prompt,
-                    params=wire.pack_params(params),
-                    priority=priority,
-                    cache_salt=cache_salt,
+                    request_id=submission.request_id,
+                    prompt=submission.prompt,
+                    params=wire.pack_params(submission.params),
+                    priority=submission.priority,
+                    cache_salt=submission.cache_salt,
                 )
             )
         except wire.WireError as exc:
             raise ParameterError("request", str(exc)) from exc
-        self._link.submit(request_id, frame, sink)
+        self._link.submit(submission.request_id, frame, sink)
 
 
 class _Link:
@@ -251,7 +244,7 @@ class _Link:
         self._check_started()
         ticket = next(self._tickets)
         try:
-            frame = wire.encode(message(ticket))
+            frame = wire.encode_to_child(message(ticket))
         except wire.WireError as exc:
             raise ParameterError("messages", str(exc)) from exc
         answer: Future[Any] = Future()

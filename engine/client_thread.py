@@ -29,25 +29,16 @@ from .client import (
     RequestRefused,
     Sink,
     Sinks,
+    Submission,
     describe,
     named_by,
     plain,
 )
-from .core.request import SamplingParams
 
 log = logging.getLogger(__name__)
 
 _NOT_LOADED = "the engine is not loaded: call start() first"
 _EXIT_SECONDS = 5.0  # what the interpreter's end waits for a step
-
-
-@dataclass(frozen=True)
-class _Submit:
-    request_id: str
-    prompt: str | tuple[int, ...]
-    params: SamplingParams
-    priority: int
-    cache_salt: bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class _Close:
     drain: bool
 
 
-_Command = _Submit | _Abort | _Call | _Close
+_Command = Submission | _Abort | _Call | _Close
 
 
 class ThreadClient(EngineClient):
@@ -119,17 +110,8 @@ class ThreadClient(EngineClient):
         self._turner.close(drain, timeout)
         self._finalizer.detach()
 
-    def _submit(
-        self,
-        request_id: str,
-        prompt: str | tuple[int, ...],
-        params: SamplingParams,
-        priority: int,
-        cache_salt: bytes,
-        sink: Sink,
-    ) -> None:
-        command = _Submit(request_id, prompt, params, priority, cache_salt)
-        self._turner.submit(command, sink)
+    def _submit(self, submission: Submission, sink: Sink) -> None:
+        self._turner.submit(submission, sink)
 
 
 class _Turner:
@@ -172,7 +154,7 @@ class _Turner:
             raise EngineError(_NOT_LOADED)
         return engine
 
-    def submit(self, command: _Submit, sink: Sink) -> None:
+    def submit(self, command: Submission, sink: Sink) -> None:
         if self._thread is None:
             raise EngineError(_NOT_LOADED)
         with self.sinks.lock:
@@ -261,7 +243,7 @@ class _Turner:
                 command = self.commands.get(block=wait)
                 wait = False
                 match command:
-                    case _Submit():
+                    case Submission():
                         self._admit(engine, command)
                     case _Abort(request_id):
                         engine.abort(request_id)
@@ -276,7 +258,7 @@ class _Turner:
         except queue.Empty:
             return
 
-    def _admit(self, engine: EngineLike, command: _Submit) -> None:
+    def _admit(self, engine: EngineLike, command: Submission) -> None:
         rid = command.request_id
         try:
             engine.add_request(

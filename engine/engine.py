@@ -21,6 +21,8 @@ from .core.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    as_prompt,
+    check_params,
     check_token_ids,
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
@@ -72,6 +74,7 @@ class Engine:
             ),
             clock=clock,
         )
+        self._closed = False
         self._clock = clock
         self._runner = loaded.runner
         self._groups: dict[str, OutputGroup] = {}
@@ -107,6 +110,10 @@ class Engine:
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
+        if self._closed:
+            raise RuntimeError("this engine was closed; make a new one")
+        check_params(params)
+        prompt = as_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
         ids = self._prompt_ids(prompt, params)
         bad_words = self._bad_word_ids(params)
@@ -115,7 +122,10 @@ class Engine:
         samples = self._samples(
             request_id, ids, params, seed, bad_words, priority=priority, cache_salt=cache_salt
         )
-        echo = (text if text is not None else self.tokenizer.decode(ids)) if params.echo else ""
+        echo = ""
+        if params.echo:  # what the model is given: a truncated prompt as its tokens spell it
+            whole = params.truncate_prompt_tokens is None
+            echo = text if whole and text is not None else self.tokenizer.decode(ids)
         group = OutputGroup(
             request_id,
             prompt=text,
@@ -195,12 +205,13 @@ class Engine:
 
     def close(self) -> None:
         """Release the log, the template's helper process and the mapped file."""
+        self._closed = True
         self.log.close()
         self.loaded.close()
 
     # --------------------------------------------------------------------------------- private
 
-    def _prompt_ids(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+    def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         if isinstance(prompt, str):
             try:
                 prompt.encode()
@@ -210,8 +221,7 @@ class Engine:
                 ) from None
             ids = self.tokenizer.encode(prompt)
         else:
-            to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-            ids = to_list() if to_list is not None else list(prompt)
+            ids = prompt
         keep = params.truncate_prompt_tokens
         return ids if keep is None else ids[-keep:]
 

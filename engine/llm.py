@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .config import EngineConfig
-from .core.request import RequestOutput, SamplingParams
+from .core.request import ParameterError, RequestOutput, SamplingParams, as_prompt, check_params
 from .engine import Engine, EngineStats
 from .load.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ class LLM:
         add_generation_prompt, and the template's own variables) go to the template.
         Errors: TemplateError besides those of generate().
         """
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        several = isinstance(_first(messages), list | tuple)
         conversations: Sequence[Any] = messages if several else [messages]
         prompts = [self._engine.render_chat(c, **template_options) for c in conversations]
         return self._run(prompts, _as_params(params, len(prompts)), 0, use_tqdm)
@@ -117,7 +117,7 @@ class LLM:
 
         `prompt` is text, token ids, or a conversation. Closing the iterator aborts the request.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(_first(prompt), Mapping):
             ids: Prompt = self._engine.render_chat(prompt)  # type: ignore[arg-type]
         else:
             ids = prompt  # type: ignore[assignment]
@@ -268,19 +268,24 @@ def _progress_bar(total: int) -> Any:
     return tqdm(total=total, desc="generating", unit="req")
 
 
+def _first(sequence: object) -> object:
+    """The first entry of a list or the like; None where there is none."""
+    return sequence[0] if isinstance(sequence, Sequence) and sequence else None
+
+
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One text or one list of ids is one prompt; anything else is a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
-    many: list[Any] = list(prompts)
+    many: list[Any] = list(as_prompt(list(prompts) if isinstance(prompts, Iterator) else prompts))
     if many and all(isinstance(p, int) and not isinstance(p, bool) for p in many):
         return [many]
     for index, prompt in enumerate(many):
-        if not isinstance(prompt, str | Sequence):
-            raise TypeError(
-                f"prompt {index} is a {type(prompt).__name__}; a prompt is text or a list of "
-                "token ids"
-            )
+        try:
+            many[index] = as_prompt(prompt)
+        except ParameterError as error:
+            error.add_note(f"(prompt {index} of {len(many)})")
+            raise
     return many
 
 
@@ -289,6 +294,8 @@ def _as_params(params: Params, count: int) -> list[SamplingParams]:
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence):
+        check_params(params)
     many = list(params)
     if len(many) != count:
         raise ValueError(f"{len(many)} SamplingParams for {count} prompts: give one, or one each")

@@ -248,6 +248,19 @@ def encode(message: ToChild | ToParent) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
+def encode_to_child(message: ToChild) -> bytes:
+    """encode() for what callers gave: read back, since what the child cannot read ends its process.
+
+    Errors: WireError.
+    """
+    frame = encode(message)
+    try:
+        _to_child.decode(memoryview(frame)[_LENGTH.size :])
+    except (ValueError, RecursionError) as exc:
+        raise WireError(f"{type(message).__name__} cannot be sent: {exc}") from exc
+    return frame
+
+
 def decode_to_child(payload: bytes) -> ToChild:
     """A message that only a parent sends. Errors: WireError."""
     return typing.cast(ToChild, _decode(_to_child, payload))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .sampling_params import ParameterError, SamplingParams, needs_history
 from .steplog import Timeline
@@ -28,10 +28,14 @@ __all__ = [
     "SamplingParams",
     "Timings",
     "Usage",
+    "as_prompt",
+    "check_identity",
+    "check_params",
     "check_token_ids",
     "needs_history",
 ]
 
+MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
 _MAX_ID_LENGTH = 256
 _MAX_SALT = 256
 _MAX_PRIORITY = (1 << 31) - 1
@@ -147,7 +151,7 @@ class Request:
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
-        _check_identity(request_id, priority, arrival, cache_salt)
+        check_identity(request_id, priority, cache_salt, arrival)
         if params.min_tokens > max_tokens:
             raise ParameterError(
                 "min_tokens",
@@ -305,22 +309,48 @@ class Request:
         )
 
 
+def as_prompt(prompt: object) -> str | list[Any]:
+    """Text as it is, or token ids as a list; what the ids are is for check_token_ids().
+
+    Errors: ParameterError("prompt") for anything else.
+    """
+    to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
+    listed = prompt if to_list is None else to_list()
+    if isinstance(listed, str):
+        return listed
+    if isinstance(listed, bytes | bytearray | memoryview) or not isinstance(listed, Sequence):
+        raise ParameterError(
+            "prompt", f"a prompt is text or a list of token ids, not {type(prompt).__name__}"
+        )
+    return list(listed)
+
+
+def check_params(params: object) -> None:
+    """Errors: ParameterError for what is no SamplingParams."""
+    if not isinstance(params, SamplingParams):
+        raise ParameterError(
+            "params", f"params must be SamplingParams, not {type(params).__name__}"
+        )
+
+
 def check_token_ids(
     params: SamplingParams,
     prompt_token_ids: Sequence[int],
-    vocab_size: int,
+    vocab_size: int = MAX_VOCAB_SIZE,
     *,
     bad_word_ids: Sequence[Sequence[int]] = (),
 ) -> None:
     """The one place where token ids meet the vocabulary: every id must be in 0..vocab_size - 1.
 
+    Without the vocabulary at hand: that they are ids at all.
     Errors: AdmissionError("token_id") for the prompt, ParameterError for a parameter's ids.
     """
+    of_this_model = "" if vocab_size == MAX_VOCAB_SIZE else " of this model"
     bad = _first_bad(prompt_token_ids, vocab_size)
     if bad is not None:
         raise AdmissionError(
             "token_id",
-            f"prompt token {bad} is {_cut(prompt_token_ids[bad])}; token ids of this model are "
+            f"prompt token {bad} is {_cut(prompt_token_ids[bad])}; token ids{of_this_model} are "
             f"integers in 0..{vocab_size - 1}",
         )
     for name, ids in (
@@ -333,7 +363,7 @@ def check_token_ids(
         if bad is not None:
             raise ParameterError(
                 name,
-                f"{name} names token {_cut(ids[bad])}; token ids of this model are 0.."
+                f"{name} names token {_cut(ids[bad])}; token ids{of_this_model} are 0.."
                 f"{vocab_size - 1}",
             )
 
@@ -353,7 +383,8 @@ def _cut(value: object) -> str:
     return repr(value)[:80]
 
 
-def _check_identity(request_id: str, priority: int, arrival: float, salt: bytes) -> None:
+def check_identity(request_id: str, priority: int, cache_salt: bytes, arrival: float = 0.0) -> None:
+    """What comes with a request beside its prompt and parameters. Errors: ParameterError."""
     if not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH:
         raise ParameterError(
             "request_id",
@@ -372,9 +403,9 @@ def _check_identity(request_id: str, priority: int, arrival: float, salt: bytes)
         or not math.isfinite(arrival)
     ):
         raise ParameterError("arrival", f"arrival must be finite seconds, not {_cut(arrival)}")
-    if not isinstance(salt, bytes) or len(salt) > _MAX_SALT:
+    if not isinstance(cache_salt, bytes) or len(cache_salt) > _MAX_SALT:
         raise ParameterError(
-            "cache_salt", f"cache_salt must be at most {_MAX_SALT} bytes, not {_cut(salt)}"
+            "cache_salt", f"cache_salt must be at most {_MAX_SALT} bytes, not {_cut(cache_salt)}"
         )
 
 

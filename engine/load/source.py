@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .catalogue import CATALOGUE
+from .checkpoint import PICKLES
 from .fetch import FetchError, fetch
 
 
@@ -90,7 +91,8 @@ def _local(path: Path) -> ModelSource:
             "E-MODEL-02",
             f"{absolute} is {_kind(mode)}, not a file or a folder; a model is mapped from disk",
         )
-    if absolute.suffix.lower() != ".gguf":
+    # A pickle passes as well: `checkpoint` refuses it, and says how to convert it.
+    if absolute.suffix.lower() not in (".gguf", *PICKLES):
         raise SourceError(
             "E-MODEL-02",
             f"{absolute} is a file, but not a .gguf file. A safetensors model is given as its "
@@ -106,9 +108,7 @@ def _require_model_files(folder: Path) -> None:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
         raise SourceError("E-MODEL-02", f"{folder} cannot be read: {error.strerror}") from error
-    if any(
-        n == "config.json" or n.endswith((".gguf", ".safetensors", ".bin", ".pt")) for n in names
-    ):
+    if any(n == "config.json" or n.endswith((".gguf", ".safetensors", *PICKLES)) for n in names):
         return
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     inner = [n for n in names if _describe(folder / n)]
@@ -133,15 +133,21 @@ def _kind(mode: int) -> str:
 
 
 def _nothing_there(model: str, path: Path) -> str:
+    parts = [f"No model at {path.absolute()} (does not exist).", *_nearest(model, path)]
+    return " ".join([*parts, _how_to_name_one()])
+
+
+def _nearest(model: str, path: Path) -> list[str]:
+    """A sentence for each thing that could have been meant: a path here, a short name."""
     nearest = _nearest_path(path)
     names = difflib.get_close_matches(model.lower(), CATALOGUE, n=1)
-    parts = [f"No model at {path.absolute()} (does not exist)."]
+    parts = []
     if nearest is not None:
         what = _describe(nearest)
         parts.append(f"Nearest: {nearest}{f' ({what})' if what else ''}.")
     if names:
         parts.append(f"Nearest short name: {names[0]}.")
-    return " ".join([*parts, _how_to_name_one()])
+    return parts
 
 
 def _nearest_path(path: Path) -> Path | None:
@@ -199,11 +205,12 @@ def _looks_like_hub_id(model: str, path: Path) -> bool:
 
 def _hub(model: str, revision: str | None) -> ModelSource:
     tried = f"{model!r}: nothing lies at {Path(model).absolute()}, and as a Hugging Face id "
+    meant = " ".join([*_nearest(model, Path(model)), _how_to_name_one()])
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(
             "E-MODEL-03",
             tried + "it needs huggingface_hub, which is not installed.\n"
-            "Install it: pip install 'engineroom[hub]'. " + _how_to_name_one(),
+            "Install it: pip install 'engineroom[hub]'. " + meant,
         )
     import huggingface_hub
 
@@ -216,8 +223,7 @@ def _hub(model: str, revision: str | None) -> ModelSource:
         raise SourceError(
             "E-MODEL-03",
             tried + f"it could not be fetched: {type(error).__name__}: {first[:300]}\n"
-            "Check the spelling, the network, and for a gated model `hf auth login`. "
-            + _how_to_name_one(),
+            "Check the spelling, the network, and for a gated model `hf auth login`. " + meant,
         ) from error
     return ModelSource(folder, model, f"the Hugging Face id {model}")
 

@@ -18,7 +18,7 @@ from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from ..models import Family
 from .load import open_model, raw_weights
-from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory
+from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory, too_long
 from .runner import Runner
 
 Progress = Callable[[str], None]
@@ -134,11 +134,14 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         if template is not None:
             template.start()
         imported()
+        context = config.max_model_len or model.max_position
+        if context > model.longest_context:
+            raise ConfigError("max_model_len", f"{source.name}: {too_long(context, model)}")
         plan = plan_load(config, checkpoint, module, model, choice)
         config, memory = plan.config, plan.memory
         if not memory.fits:
             raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
-        for note in (*checkpoint.notes, *model.notes, *memory.notes):
+        for note in (*checkpoint.notes, *model.notes, *memory.notes, f"memory: {memory.because}"):
             say(note)
         config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
         runner = Runner(

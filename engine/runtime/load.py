@@ -23,6 +23,7 @@ from ..load.checkpoint import Checkpoint
 from ..load.mapped import CheckpointError
 from ..models import Family, Source, WeightSpec, find_by_gguf, find_by_hf
 
+_SENSES = ("vision_config", "audio_config", "mm_vision_tower")  # of a multimodal config.json
 MAX_CONFIG_TENSOR = 1 << 16  # elements: rope divisors have a few dozen
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -34,12 +35,18 @@ def open_model(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     key that is missing, wrong or not supported.
     """
     if checkpoint.kind == "gguf":
-        module = find_by_gguf(checkpoint.architecture)
+        try:
+            module = find_by_gguf(checkpoint.architecture)
+        except ConfigError as error:
+            raise ConfigError(error.field, f"{checkpoint.path}: {error}") from None
         config = module.config_from_gguf(
             checkpoint.metadata, checkpoint.tensor_names, _config_tensors(checkpoint, module)
         )
         return module, config.replace(dtype=checkpoint.float_dtype)
-    module = find_by_hf(checkpoint.architecture)
+    try:
+        module = find_by_hf(checkpoint.architecture)
+    except ConfigError as error:
+        raise ConfigError(error.field, _not_known(checkpoint, error)) from None
     config = module.config_from_hf(checkpoint.metadata)
     notes = list(config.notes)
     if config.dtype != checkpoint.float_dtype:
@@ -49,6 +56,17 @@ def open_model(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         eos_token_ids=_with_generation_eos(checkpoint, config),
         notes=tuple(notes),
     )
+
+
+def _not_known(checkpoint: Checkpoint, error: ConfigError) -> str:
+    """Where an architecture that is not known was read, and what config.json says of why."""
+    reasons = list(checkpoint.notes)
+    senses = [key for key in checkpoint.metadata if key.endswith(_SENSES)]
+    if senses and "multimodal" not in str(error):
+        reasons.insert(
+            0, f"it is multimodal ({', '.join(senses)}): images and sound are not supported yet"
+        )
+    return "; ".join([f"{checkpoint.path / 'config.json'}: {error}", *reasons])
 
 
 def raw_weights(

@@ -104,11 +104,7 @@ def plan_memory(
         f"({num_blocks} blocks of {kv.block_size} tokens) + workspace {show_bytes(workspace_bytes)}"
     )
     if asked is not None and asked > model.longest_context:
-        fits, because = (
-            False,
-            f"max_model_len={asked} is more than the {model.longest_context} tokens that the model "
-            f"was made for; use at most {model.longest_context}",
-        )
+        fits, because = False, too_long(asked, model)
     elif num_blocks > affordable:
         fits, because = (
             False,
@@ -140,6 +136,14 @@ def plan_memory(
         fits=fits,
         because=because,
         notes=tuple(notes),
+    )
+
+
+def too_long(context: int, model: ModelConfig) -> str:
+    """The message for a max_model_len beyond what the model was made for."""
+    return (
+        f"max_model_len={context} is more than the {model.longest_context} tokens that the model "
+        f"was made for; use at most {model.longest_context}"
     )
 
 

@@ -123,7 +123,8 @@ class World:
         self.scheduler.check_integrity()
         for w in self.live.values():
             waited = self.turn - w.since - self.num_faults
-            assert waited <= w.bound, f"{w.request} has not ended after {waited} turns"
+            ended = w.request.is_finished  # this world drains an abort when it likes
+            assert ended or waited <= w.bound, f"{w.request} has not ended after {waited} turns"
 
     def _arrive(self) -> None:
         rng = self.rng

@@ -270,7 +270,8 @@ def test_a_failed_check_is_seen(
         (["complete", "x", "--logit-bias", "5"], "ID=NUMBER"),
         (["complete", "x", "--max-num-seqs", "0"], "1..4096"),
         (["complete", "x", "--device", "tpu"], "auto, cpu, reference"),
-        (["bogus"], "invalid choice"),
+        (["bogus"], "unknown command 'bogus' (known: chat, complete,"),
+        (["compelte", "x"], "did you mean complete?"),
         (["inspect"], "required"),
     ],
 )

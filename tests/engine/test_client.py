@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -176,6 +177,13 @@ def test_a_forgotten_request_ends(client: EngineClient) -> None:
         ({"prompt": 3}, "prompt"),
         ({"params": {"temperature": 1}}, "params"),
         ({"cache_salt": "text"}, "cache_salt"),
+        ({"cache_salt": b"x" * 257}, "cache_salt"),
+        ({"request_id": ""}, "request_id"),
+        ({"request_id": "a" * 257}, "request_id"),
+        ({"priority": "1"}, "priority"),
+        ({"priority": None}, "priority"),
+        ({"priority": float("nan")}, "priority"),
+        ({"priority": 2**63}, "priority"),
     ],
 )
 def test_wrong_types_are_refused_at_once(
@@ -185,6 +193,23 @@ def test_wrong_types_are_refused_at_once(
     with pytest.raises(ParameterError) as refused:
         client.submit(**arguments, sink=Collector())
     assert refused.value.field == field
+    assert submit(client, "t").output().finished  # the engine lives
+
+
+@pytest.mark.parametrize("ids", [[None], [1.5], [True], ["a"], [[1]], [-1], [2**63], [2**70]])
+def test_what_is_no_token_id_is_refused_at_once(client: EngineClient, ids: list[Any]) -> None:
+    with pytest.raises(AdmissionError, match="prompt token 0 is") as refused:
+        submit(client, "t", ids)
+    assert refused.value.code == "token_id"
+    assert submit(client, "t").output().finished
+
+
+@pytest.mark.parametrize("messages", [None, 5, [5], [None], [{1: 2}], [{"role": object()}]])
+def test_hostile_messages_end_nobody(client: EngineClient, messages: Any) -> None:
+    with contextlib.suppress(ParameterError, EngineError):  # the fake's template takes a good deal
+        client.render_chat(messages)
+    assert client.is_alive
+    assert submit(client, "t").output().finished
 
 
 def test_an_id_that_runs_is_taken(client: EngineClient) -> None:
@@ -421,8 +446,6 @@ def test_a_callable_does_not_cross(make: Make) -> None:
     with pytest.raises(ParameterError, match="library face only") as refused:
         submit(client, "r", params=SamplingParams(logits_processor=lambda *a: a))
     assert refused.value.field == "logits_processor"
-    with pytest.raises(ParameterError, match="cannot be sent"):
-        submit(client, "r", [2**70])
     with pytest.raises(ParameterError, match="cannot be sent"):
         submit(client, "r", "\ud800")
     with pytest.raises(ParameterError, match="cannot be sent"):

@@ -31,11 +31,22 @@ HOSTILE = st.one_of(
     st.lists(st.text(max_size=3), max_size=4),
     st.dictionaries(st.integers(-2, 300), st.floats(-200, 200), max_size=4),
 )
-PARAMS = st.dictionaries(st.sampled_from(FIELDS), HOSTILE, min_size=1, max_size=4)
+PARAMS = st.one_of(  # half of them sound, so that what comes with them is looked at
+    st.just({}), st.dictionaries(st.sampled_from(FIELDS), HOSTILE, min_size=1, max_size=4)
+)
 PROMPT = st.one_of(
     st.lists(st.integers(-2, 262), max_size=12),
     st.text(max_size=20),
     st.sampled_from([[], [2**63], [True], [None], ["a"], [1.5], [0] * 600, "\ud800"]),
+    st.sampled_from([None, 5, math.nan, b"ab", {"a": 1}, {1}, [[1]], object()]),
+)
+AROUND = st.fixed_dictionaries(
+    {},
+    optional={
+        "request_id": st.sampled_from(["", "a" * 257, None, 5, "calm", "\ud800"]),
+        "priority": st.sampled_from([None, 2**63, -(2**63), math.nan, True, "1", 1, -1]),
+        "cache_salt": st.sampled_from([None, "text", b"x" * 257, 5, b"\x00"]),
+    },
 )
 
 
@@ -49,7 +60,7 @@ def undisturbed(llm):
     return llm.generate([NEIGHBOUR], CALM)[0].outputs[0]
 
 
-@given(options=PARAMS, prompt=PROMPT)
+@given(options=PARAMS, prompt=PROMPT, around=AROUND)
 @settings(
     max_examples=count(reduced=200, full=3000),
     deadline=None,
@@ -57,15 +68,15 @@ def undisturbed(llm):
     suppress_health_check=list(HealthCheck),
 )
 @seed(7)
-def test_hostile_requests(options, prompt, llm, undisturbed):
+def test_hostile_requests(options, prompt, around, llm, undisturbed):
     engine = llm.engine
     engine.add_request("calm", NEIGHBOUR, CALM)
-    admitted = False
+    admitted = None
     try:
         params = SamplingParams.from_dict(options)
         params = params.replace(max_tokens=min(params.max_tokens or 4, 4), min_tokens=0)
-        engine.add_request("hostile", prompt, params)
-        admitted = True
+        around = {"request_id": "hostile", **around}
+        admitted = engine.add_request(prompt=prompt, params=params, **around).request_id
     except (ParameterError, AdmissionError) as error:
         assert 10 < len(str(error)) < 2000
     finished: dict = {}
@@ -77,7 +88,7 @@ def test_hostile_requests(options, prompt, llm, undisturbed):
         engine.scheduler.check_integrity()
         if not engine.has_work:
             break
-    assert set(finished) == ({"calm", "hostile"} if admitted else {"calm"})
+    assert set(finished) == {"calm", admitted or "calm"}
     calm = finished["calm"].outputs[0]
     assert calm.token_ids == undisturbed.token_ids
     assert [{t: e.logprob for t, e in p.items()} for p in calm.logprobs] == [

@@ -222,6 +222,52 @@ def test_refusals_name_the_numbers_and_leave_nothing(llm):
         llm.generate([[1]], [greedy(), greedy()])
 
 
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", {"prompt": "a"}, [None], ["a", 5], [b"a"]])
+def test_what_is_no_prompt_is_named(llm, prompts):
+    with pytest.raises(ParameterError, match="a prompt is text or a list of token ids, not"):
+        llm.generate(prompts, greedy(max_tokens=1))
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hi", {"role": "user"}, [5], [None], [{}], []])
+def test_what_is_no_conversation_is_named(llm, messages):
+    with pytest.raises(TemplateError, match="messages"):
+        llm.chat(messages, greedy(max_tokens=1))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user"}, b"a"])
+def test_what_cannot_be_streamed_is_named(llm, prompt):
+    with pytest.raises(ParameterError, match="a prompt is text or a list of token ids, not"):
+        next(llm.stream(prompt))
+
+
+def test_a_closed_engine_says_so(make_llm):
+    llm = make_llm()
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="was closed; make a new one"):
+        llm.generate("a")
+
+
+@pytest.mark.parametrize("params", [5, {"top_p": 1}, [None], "greedy"])
+def test_what_is_no_params_is_named(llm, params):
+    with pytest.raises(ValueError, match="SamplingParams"):
+        llm.generate("a", params)
+
+
+def test_arrays_of_token_ids_are_prompts(llm):
+    lists = llm.generate([PROMPT, PROMPT[:3]], greedy(max_tokens=2))
+    arrays = llm.generate([np.array(PROMPT), np.array(PROMPT[:3])], greedy(max_tokens=2))
+    single = llm.generate(np.array(PROMPT), greedy(max_tokens=2))
+    tokens = [out.outputs[0].token_ids for out in lists]
+    assert [out.outputs[0].token_ids for out in arrays] == tokens
+    assert [out.outputs[0].token_ids for out in single] == tokens[:1]
+
+
+def test_echo_of_a_truncated_prompt_is_what_was_kept(llm):
+    params = greedy(max_tokens=1, echo=True, truncate_prompt_tokens=4)
+    assert llm.generate("Once upon a time", params)[0].outputs[0].text.startswith("time")
+
+
 def test_truncate_prompt_tokens_keeps_the_last(llm):
     out = llm.generate([PROMPT], greedy(max_tokens=1, truncate_prompt_tokens=4))[0]
     assert out.prompt_token_ids == tuple(PROMPT[-4:])

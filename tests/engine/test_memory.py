@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engineroom.engine.config import EngineConfig, ModelConfig, RopeConfig, parse_bytes
+from engineroom.engine.config import ConfigError, EngineConfig, ModelConfig, RopeConfig, parse_bytes
 from engineroom.engine.runtime.memory import available_memory, kv_spec, plan_memory
 from engineroom.kernels.backend import KVSpec
 
@@ -101,6 +101,28 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     monkeypatch.setattr(assemble, "Runner", None)  # would be called to load
     with pytest.raises(DoesNotFit, match="budget"):
         LLM(str(golden_model), memory_budget="100KiB")
+
+
+@pytest.mark.torch
+def test_a_context_beyond_the_models_is_an_option_out_of_range(golden_model):
+    pytest.importorskip("torch", reason="the reference backend needs torch")
+    from engineroom import LLM
+
+    with pytest.raises(ConfigError, match="max_model_len=5000 is more than the 512") as error:
+        LLM(str(golden_model), max_model_len=5000)
+    assert error.value.field == "max_model_len"
+
+
+@pytest.mark.torch
+def test_the_plan_is_told_at_load(golden_model):
+    pytest.importorskip("torch", reason="the reference backend needs torch")
+    from engineroom.engine.runtime.assemble import load_model
+
+    said: list[str] = []
+    loaded = load_model(EngineConfig(model=str(golden_model), max_num_seqs=2), said.append)
+    loaded.close()
+    assert said[-1] == f"memory: {loaded.memory.because}"
+    assert "KV" in said[-1] and "workspace" in said[-1] and "budget" in said[-1]
 
 
 @pytest.mark.torch

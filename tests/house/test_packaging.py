@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import engineroom
+from tests.counts import FULL
 
 from .tree import ROOMS, ROOT
 
@@ -167,6 +169,40 @@ def test_a_wheel_would_hold_every_room() -> None:
         if file.suffix in (".cpp", ".hpp", ".h", ".txt"):
             target = f"engineroom/kernels/cpu/{file.name}"
             assert any(Path(target).match(pattern) for pattern in wheel["exclude"]), target
+
+
+# What an installed wheel must do, in an interpreter that knows nothing of the editable install.
+_FROM_THE_WHEEL = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+sys.path.append(sys.argv[2])
+import engineroom
+from engineroom.engine.cli import main
+from engineroom.engine.load.gguf import GgufFile
+from engineroom.kernels.cpu import _native
+from engineroom.quant.gguf import dequantise
+for module in (sys.modules["engineroom"], sys.modules[main.__module__], _native):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+sys.exit(main(["models"]))
+"""
+
+
+def test_a_wheel_is_built_and_works(tmp_path: Path) -> None:
+    """From a copy of the tree: what pip makes of it answers from its own files alone."""
+    if not FULL:
+        pytest.skip("a build in isolation takes 20 s and a package index: only in `make test-all`")
+    source, site = tmp_path / "source", tmp_path / "site"
+    kept_out = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=kept_out, symlinks=True)
+    pip = ("-m", "pip", "--disable-pip-version-check")
+    python(*pip, "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source))
+    (wheel,) = tmp_path.glob("engineroom-*.whl")
+    python(*pip, "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    assert (site / "engineroom" / "py.typed").is_file()
+    assert not [p for p in site.rglob("*") if p.suffix in (".cpp", ".hpp", ".h")]
+    libraries = sysconfig.get_path("platlib")
+    said = python("-I", "-S", "-c", _FROM_THE_WHEEL, str(site), libraries)
+    assert "smollm2" in said and "LlamaForCausalLM" in said
 
 
 def test_the_ci_runs_what_a_contributor_runs() -> None:

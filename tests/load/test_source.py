@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.load.fetch import FetchError
+from engineroom.engine.load.mapped import CheckpointError
 from engineroom.engine.load.source import SourceError, resolve
 
 
@@ -122,6 +124,15 @@ def test_a_weights_file_names_its_folder(tmp_path: Path) -> None:
     folder = safetensors_folder(tmp_path / "model")
     said = refused(str(folder / "model-1.safetensors"), "E-MODEL-02")
     assert said.endswith(str(folder))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.PTH", "model.ckpt"])
+def test_a_pickle_is_left_to_the_one_who_says_how_to_convert_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    for path in (tmp_path / name, tmp_path):
+        if path.is_file() or name.islower():
+            with pytest.raises(CheckpointError, match="pickle"):
+                open_checkpoint(resolve(str(path)).path)
 
 
 def test_special_files_are_refused_without_being_opened(tmp_path: Path) -> None:
@@ -238,6 +249,16 @@ def test_offline_without_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = refused("someone/model", "E-MODEL-03")
     assert f"nothing lies at {tmp_path}/someone/model" in said
     assert "the hub did not answer" in said
+
+
+def test_a_mistyped_path_that_could_be_a_hub_id_names_the_nearest_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = safetensors_folder(tmp_path / "models" / "llama")
+    use(_Hub(ConnectionError("no route"), tmp_path), monkeypatch, tmp_path)
+    said = refused("modles/llama", "E-MODEL-03")
+    assert f"nothing lies at {tmp_path}/modles/llama" in said
+    assert f"Nearest: {folder} (config.json, 2 safetensors)" in said
 
 
 def test_what_the_hub_refuses_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

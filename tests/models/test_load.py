@@ -64,6 +64,21 @@ def load(path: Path) -> dict[str, RawWeight]:
     return raw_weights(checkpoint, *open_model(checkpoint))
 
 
+def test_an_architecture_that_is_not_known_says_where_and_why(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", {})
+    for keys, words in (
+        ({"vision_config": {}}, r"multimodal \(vision_config\): images .* not supported"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "code of its own .*never run"),
+        ({}, "known: Gemma2ForCausalLM"),
+    ):
+        config = {"architectures": ["LlavaForConditionalGeneration"], **keys}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=words) as error:
+            open_model(open_checkpoint(tmp_path))
+        assert str(error.value).startswith(f"{tmp_path}/config.json: unknown model architecture")
+        assert error.value.field == "architectures"
+
+
 def test_rows_of_fused_tensors(tmp_path: Path) -> None:
     path, tensors = folder(tmp_path, "Phi-4-mini")
     weights = load(path)

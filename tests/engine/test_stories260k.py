@@ -12,12 +12,9 @@ from tests.data import data_path
 from tests.engine.twins import write_twin
 from tests.load.stories260k import convert
 
-pytestmark = pytest.mark.torch
-
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pytest.importorskip("torch", reason="the reference backend needs torch")
     folder = data_path("stories260K/stories260K.bin").parent
     return convert(folder, tmp_path_factory.mktemp("stories260K"))
 
@@ -29,20 +26,28 @@ def expected() -> str:
     return re.search(r"-t 0\.0\n(.*?)\n```", page, re.S)[1]
 
 
-def greedy(path: Path, **options) -> tuple[str, tuple[int, ...]]:
-    with LLM(str(path), dtype="float32", max_num_seqs=4, **options) as llm:
+DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.torch)]
+
+
+def greedy(path: Path, device: str) -> tuple[str, tuple[int, ...]]:
+    fp32 = {"dtype": "float32", "activations": "float32", "kv_cache_dtype": "float32"}
+    if device == "reference":
+        pytest.importorskip("torch", reason="the reference backend needs torch")
+    with LLM(str(path), device=device, max_num_seqs=4, **fp32) as llm:
         out = llm.generate("", SamplingParams(temperature=0, max_tokens=256), use_tqdm=False)[0]
         return out.outputs[0].text, out.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["hf", "F32", "F16"])
-def test_the_exact_story(form, forms, expected):
-    text, _ = greedy(forms[form])
+def test_the_exact_story(form, device, forms, expected):
+    text, _ = greedy(forms[form], device)
     assert text.strip() == expected.strip()
 
 
-def test_q8_0_equals_its_own_dequantised_twin(forms, tmp_path):
-    _, quantised = greedy(forms["Q8_0"])
-    _, twin = greedy(write_twin(forms["Q8_0"], tmp_path / "twin.gguf"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_q8_0_equals_its_own_dequantised_twin(device, forms, tmp_path):
+    _, quantised = greedy(forms["Q8_0"], device)
+    _, twin = greedy(write_twin(forms["Q8_0"], tmp_path / "twin.gguf"), device)
     assert quantised == twin
     assert len(quantised) > 100

@@ -295,6 +295,7 @@ ER_INLINE F p_dot(F acc, P a, P b) {
     return f_fma(f_odd(a), f_odd(b), f_fma(f_even(a), f_even(b), acc));
 }
 ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+ER_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }  // into the L2
 
 #undef ER_MAP1
 #undef ER_MAP2

@@ -1,9 +1,9 @@
 // A program that holds every table of kernels which this machine can run to plain double precision.
 //
-// It needs neither Python nor nanobind, so that it also runs where neither does: under an emulator of
-// another processor, cross-compiled, or under a sanitizer (tests/kernels/test_cpu_machines.py). It
-// prints the tables, then one line a check, and exits with 1 if any failed. Names given as arguments
-// choose checks: `selftest pool linear`.
+// It needs neither Python nor nanobind, so that it also runs where neither does: under an emulator
+// of another processor, cross-compiled, or under a sanitizer (tests/kernels/test_cpu_machines.py).
+// It prints the tables, then one line a check, and exits with 1 if any failed. Names given as
+// arguments choose checks: `selftest pool linear`.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -23,6 +23,7 @@
 #include "linear.hpp"
 #include "pack.hpp"
 #include "pool.hpp"
+#include "sample.hpp"
 
 using namespace engineroom;
 
@@ -181,6 +182,12 @@ const char *name_of(Dtype dtype) {
     return dtype == Dtype::kF32 ? "f32" : dtype == Dtype::kBF16 ? "bf16" : "f16";
 }
 
+double silu(double x) { return x / (1 + std::exp(-x)); }
+double gelu(double x) {
+    const double u = std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x);
+    return x / (1 + std::exp(-2 * u));
+}
+
 // -------------------------------------------------------------------------------------- rows
 
 const int kLengths[] = {1, 7, 15, 16, 17, 32, 33, 64, 100, 255, 576, 2049};
@@ -207,7 +214,7 @@ void check_norm(const Kernels &k) {
 
 void check_elementwise(const Kernels &k) {
     Check add(k.name, "add"), scale(k.name, "scale"), softcap(k.name, "softcap", 1e-6),
-        silu(k.name, "silu_mul", 2e-6), gelu(k.name, "gelu_tanh_mul", 3e-5);
+        silu_mul(k.name, "silu_mul", 2e-6), gelu_mul(k.name, "gelu_tanh_mul", 3e-5);
     Random random{2};
     for (int n : kLengths) {
         std::vector<float> a = random.normals(n), b = random.normals(n);
@@ -232,14 +239,13 @@ void check_elementwise(const Kernels &k) {
         }
         k.silu_mul(a.data(), b.data(), out.data(), n);
         for (int i = 0; i < n; ++i) {
-            const double want = a[i] / (1 + std::exp(-static_cast<double>(a[i]))) * b[i];
-            silu.near(out[i], want, std::fabs(want) + 1e-30, "out", i);
+            const double want = silu(a[i]) * b[i];
+            silu_mul.near(out[i], want, std::fabs(want) + 1e-30, "out", i);
         }
         k.gelu_tanh_mul(a.data(), b.data(), out.data(), n);
         for (int i = 0; i < n; ++i) {
-            const double x = a[i], u = std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x);
-            const double want = x / (1 + std::exp(-2 * u)) * b[i];
-            gelu.near(out[i], want, std::fabs(want) + 1e-20, "out", i);
+            const double want = gelu(a[i]) * b[i];
+            gelu_mul.near(out[i], want, std::fabs(want) + 1e-20, "out", i);
         }
     }
 }
@@ -285,13 +291,19 @@ std::vector<float> numbers_to_round(Random &random, int n) {
                                      : std::ldexp(1.0f, random.below(44) - 26);
         value = random.normal() * unit;
         // A tie: a 16-bit number and a half of its last place.
-        if (kind == 2) value = std::ldexp(static_cast<float>(2 * random.below(2048) + 1), random.below(24) - 25);
-        if (kind == 3) value = bf16_value(static_cast<std::uint16_t>(random.below(0x7f80))) * 0x1.01p0f;
+        const int odd = 2 * random.below(2048) + 1, last = random.below(24) - 25;
+        const std::uint16_t any = static_cast<std::uint16_t>(random.below(0x7f80));
+        if (kind == 2) value = std::ldexp(static_cast<float>(odd), last);
+        if (kind == 3) value = bf16_value(any) * 0x1.01p0f;
     }
-    const float edges[] = {0.0f, -0.0f, kInfinity, -kInfinity, kNaN, 65504.0f, 65519.996f, 65520.0f,
-                           -65520.0f, 65536.0f, 0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1.8p-24f,
-                           0x1p-14f, 0x1.ffcp-15f, 0x1.ffep-15f, 0x1.fffp-15f, 0x1.fffffep127f,
-                           0x1.fep127f, 0x1.fefffep127f, 0x1.ffp127f, 0x1p-126f, 0x1p-133f, 0x1p-149f};
+    const float edges[] = {
+        0.0f, -0.0f, kInfinity, -kInfinity, kNaN,
+        65504.0f, 65519.996f, 65520.0f, -65520.0f, 65536.0f,
+        0x1p-14f, 0x1.ffcp-15f, 0x1.ffep-15f, 0x1.fffp-15f,
+        0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1.8p-24f,
+        0x1.fep127f, 0x1.fefffep127f, 0x1.ffp127f, 0x1.fffffep127f,
+        0x1p-126f, 0x1p-133f, 0x1p-149f,
+    };
     for (std::size_t i = 0; i < sizeof edges / sizeof *edges && i < x.size(); ++i) x[i] = edges[i];
     return x;
 }
@@ -306,7 +318,8 @@ void check_rounding(const Kernels &k) {
             k.round(out.data(), n, dtype);
             for (int i = 0; i < n; ++i) {
                 check.same(out[i], rounded(x[i], dtype), "out", i);
-                if (x[i] == x[i]) check.truth(std::signbit(out[i]) == std::signbit(x[i]), "sign", i);
+                if (!std::isnan(x[i]))
+                    check.truth(std::signbit(out[i]) == std::signbit(x[i]), "sign", i);
             }
         }
     }
@@ -412,8 +425,9 @@ struct Weight {
                 block[i] = static_cast<std::uint8_t>(random.next());
             for (int at : info.halves) {
                 if (at < 0) continue;
-                const float d = random.between(0.01f, 0.05f) * (random.below(8) == 0 ? -1.0f : 1.0f);
-                const std::uint16_t bits = f16_bits(static_cast<float>(rounded(d, Dtype::kF16)));
+                double d = rounded(random.between(0.01f, 0.05f), Dtype::kF16);
+                if (random.below(8) == 0) d = -d;
+                const std::uint16_t bits = f16_bits(static_cast<float>(d));
                 std::memcpy(block + at, &bits, 2);
             }
         }
@@ -551,7 +565,8 @@ void check_linear(const Kernels &k) {
         while (std::strcmp(info->name, c.format) != 0) ++info;
         const int columns = 512, outputs = 500, rows = c.rows;
         const bool paired = c.epilogue == Epilogue::kSiluMul || c.epilogue == Epilogue::kGeluMul;
-        const Weight a(*info, outputs, columns, random), b(*info, paired ? outputs : 77, columns, random);
+        const Weight a(*info, outputs, columns, random);
+        const Weight b(*info, paired ? outputs : 77, columns, random);
         const std::vector<float> x = random.normals(rows * columns), bias = random.normals(outputs);
         const std::vector<float> residual = random.normals(rows * outputs);
         const Rows from(k, c.form, x, rows, columns);
@@ -597,11 +612,7 @@ void check_linear(const Kernels &k) {
                     unit = std::max(unit, 1.0);
                 } else if (paired) {
                     const Product up = product(b, n, from, r);
-                    const double u =
-                        std::sqrt(2 / 3.14159265358979323846) * (want + 0.044715 * want * want * want);
-                    const double gate = c.epilogue == Epilogue::kSiluMul
-                                            ? want / (1 + std::exp(-want))
-                                            : want / (1 + std::exp(-2 * u));
+                    const double gate = c.epilogue == Epilogue::kSiluMul ? silu(want) : gelu(want);
                     want = gate * up.sum;
                     unit = unit * std::fabs(up.sum) + std::fabs(gate) * up.size + up.size;
                 }
@@ -612,7 +623,8 @@ void check_linear(const Kernels &k) {
 
 // --------------------------------------------------------------------------------- attention
 
-struct Cache {
+class Cache {
+  public:
     KVCacheView view;
     Memory memory;
 
@@ -629,6 +641,15 @@ struct Cache {
         view.block_stride = view.head_bytes * num_kv_heads;
     }
 
+    // Dim i of all heads' dims.
+    double key(int slot, int i) const {
+        return element(false, slot, i / view.head_dim, i % view.head_dim);
+    }
+    double value(int slot, int i) const {
+        return element(true, slot, i / view.head_dim, i % view.head_dim);
+    }
+
+  private:
     // By the layout that kernels.hpp states.
     double element(bool is_value, int slot, int head, int d) const {
         const int size = view.block_size, dim = view.head_dim, s = slot % size;
@@ -675,7 +696,8 @@ void check_attention(const Kernels &k) {
                       c.block_size, c.head_dim);
         // The weights of a bf16 cache's values are bf16 too.
         const double tolerance = c.dtype == Dtype::kBF16 ? 4e-3 : 2e-6;
-        Check written(k.name, std::string("kv_write") + (title + 9)), check(k.name, title, tolerance);
+        Check written(k.name, std::string("kv_write") + (title + 9));
+        Check check(k.name, title, tolerance);
         const int dim = c.head_dim, heads = c.kv_heads * c.group, kv_width = c.kv_heads * dim;
         int max_blocks = 0, num_blocks = 0, num_tokens = padding;
         for (int s = 0; s < num_sequences; ++s) {
@@ -690,7 +712,8 @@ void check_attention(const Kernels &k) {
             shuffled[i] = i;
             std::swap(shuffled[i], shuffled[random.below(i + 1)]);
         }
-        std::vector<std::int32_t> positions(num_tokens, 0), slots(num_tokens, -1), starts = {0}, lens;
+        std::vector<std::int32_t> positions(num_tokens, 0), slots(num_tokens, -1);
+        std::vector<std::int32_t> starts = {0}, lens;
         std::vector<std::vector<float>> keys, values;  // by sequence [length][kv_width]
         std::vector<char> taken(static_cast<std::size_t>(num_blocks) * c.block_size, 0);
         int next_block = 0, token = 0;
@@ -709,8 +732,8 @@ void check_attention(const Kernels &k) {
                     const std::size_t at = static_cast<std::size_t>(p) * kv_width + i;
                     keys[s][at] = static_cast<float>(rounded(keys[s][at], c.dtype));
                     values[s][at] = static_cast<float>(rounded(values[s][at], c.dtype));
-                    written.same(cache.element(false, slot, i / dim, i % dim), keys[s][at], "key", i);
-                    written.same(cache.element(true, slot, i / dim, i % dim), values[s][at], "value", i);
+                    written.same(cache.key(slot, i), keys[s][at], "key", i);
+                    written.same(cache.value(slot, i), values[s][at], "value", i);
                 }
                 if (p >= lengths[s] - queries[s]) {
                     positions[token] = p;
@@ -723,8 +746,8 @@ void check_attention(const Kernels &k) {
         for (std::size_t slot = 0; slot < taken.size(); ++slot)  // nothing else was written
             for (int i = 0; i < kv_width && !taken[slot]; ++i) {
                 const int at = static_cast<int>(slot);
-                written.truth(std::isnan(cache.element(false, at, i / dim, i % dim)), "free key", at);
-                written.truth(std::isnan(cache.element(true, at, i / dim, i % dim)), "free value", at);
+                written.truth(std::isnan(cache.key(at, i)), "free key", at);
+                written.truth(std::isnan(cache.value(at, i)), "free value", at);
             }
         starts.back() = num_tokens;  // the padding rows count to the last sequence
 
@@ -753,12 +776,12 @@ void check_attention(const Kernels &k) {
             const std::size_t bytes = (attention_scratch_bytes(attention) + 63) / 64 * 64;
             std::vector<std::unique_ptr<Memory>> scratch;
             for (int i = 0; i < threads; ++i) scratch.push_back(std::make_unique<Memory>(bytes));
-            check.truth(attention_shared_bytes(attention, step, threads) <=
-                            attention_shared_bound(attention, num_tokens, num_sequences, 530, threads),
-                        "bound of shared bytes", threads);
+            const std::size_t bound =
+                attention_shared_bound(attention, num_tokens, num_sequences, 530, threads);
+            check.truth(shared.size() <= bound, "bound of shared bytes", threads);
             pool.run([&](int thread) {
-                run_attention(k, attention, step, q.data(), heads * dim, out.data(), heads * dim, pool,
-                              thread, shared.data(), scratch[thread]->data());
+                run_attention(k, attention, step, q.data(), heads * dim, out.data(), heads * dim,
+                              pool, thread, shared.data(), scratch[thread]->data());
             });
             if (threads == 1) first_out = out;
             check.same_bits(out.data(), first_out.data(), 4 * out.size(), "threads", threads);
@@ -778,7 +801,8 @@ void check_attention(const Kernels &k) {
                     for (int p = begin; p <= positions[t]; ++p) {
                         const float *key = keys[s].data() + p * kv_width + h / c.group * dim;
                         double score = 0;
-                        for (int d = 0; d < dim; ++d) score += static_cast<double>(from[d]) * key[d];
+                        for (int d = 0; d < dim; ++d)
+                            score += static_cast<double>(from[d]) * key[d];
                         score *= attention.scale;
                         if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
                         weight.push_back(score);
@@ -792,6 +816,121 @@ void check_attention(const Kernels &k) {
                     }
                     for (int d = 0; d < dim; ++d) check.near(to[d], sum[d] / total, 4, "out", t);
                 }
+    }
+}
+
+// ----------------------------------------------------------------------------------- sampling
+
+// What every machine must answer, to the bit: tokens and logprobs of check_sampler, FNV-1a. Another
+// number is right only where kernels/sampling.py has changed.
+constexpr std::uint64_t kSampled = 0xfa2363f9abd8b1c4u;
+
+void check_sampler() {
+    Check check("-", "sampler", 2e-5);
+    constexpr int kVocab = 999, kRows = 24, kTop = 5;
+    Random random{9};
+    std::vector<float> logits = random.normals(kRows * kVocab);
+    for (float &x : logits) x *= 3;
+    // Rows by remainder of 6: greedy, the first alone, sampled from most of the mass, a failure, a
+    // given token, greedy with the largest token banned.
+    const auto kind = [](int r) { return r % 6; };
+    const auto row = [&](int r) { return logits.data() + r * kVocab; };
+    const auto first = [&](int r) {
+        return static_cast<int>(std::max_element(row(r), row(r) + kVocab) - row(r));
+    };
+    std::vector<float> temperature(kRows, 1), top_p(kRows, 1), one(kRows, 1), zero(kRows, 0);
+    std::vector<std::int32_t> top_k(kRows, 0), target(kRows, -1), num(kRows, kTop), mask(kRows, 0);
+    std::vector<std::uint64_t> seed(kRows, 77);
+    std::vector<std::uint32_t> index(kRows, 0), position(kRows), table((kVocab + 31) / 32, ~0u);
+    std::vector<std::int32_t> none(kRows + 1, 0), ban_start(1, 0), ban_ids;
+    for (int r = 0; r < kRows; ++r) {
+        position[r] = static_cast<std::uint32_t>(r);
+        if (kind(r) == 0 || kind(r) == 5) temperature[r] = 0;
+        if (kind(r) == 1) top_k[r] = 1;
+        if (kind(r) == 2) top_p[r] = 0.8f;
+        if (kind(r) == 3) row(r)[500] = kNaN;
+        if (kind(r) == 4) target[r] = 7;
+        if (kind(r) == 5) ban_ids.push_back(first(r));
+        ban_start.push_back(static_cast<std::int32_t>(ban_ids.size()));
+    }
+    SampleRows rows = {};
+    rows.count = kRows;
+    rows.temperature = temperature.data();
+    rows.top_k = top_k.data();
+    rows.top_p = top_p.data();
+    rows.min_p = zero.data();
+    rows.typical_p = one.data();
+    rows.top_n_sigma = zero.data();
+    rows.xtc_probability = zero.data();
+    rows.xtc_threshold = zero.data();
+    rows.repetition_penalty = one.data();
+    rows.presence_penalty = zero.data();
+    rows.frequency_penalty = zero.data();
+    rows.seed = seed.data();
+    rows.sample_index = index.data();
+    rows.position = position.data();
+    rows.target = target.data();
+    rows.num_logprobs = num.data();
+    rows.history_start = none.data();
+    rows.bias_start = none.data();
+    rows.ban_start = ban_start.data();
+    rows.ban_ids = ban_ids.data();
+    rows.mask_row = mask.data();
+    rows.mask_table = table.data();
+    rows.mask_words = table.size();
+
+    std::vector<std::int32_t> tokens(kRows), ranks(kRows), top_ids(kRows * kTop), first_tokens;
+    std::vector<float> logprobs(kRows), top(kRows * kTop), all(kRows * kVocab);
+    std::uint64_t hash = 0;
+    for (int threads = 1; threads <= 3; ++threads) {
+        RowSampler sampler(kVocab, std::make_shared<Pool>(threads));
+        sampler.run(logits.data(), kVocab, rows,
+                    SampleAnswers{tokens.data(), logprobs.data(), ranks.data(), top_ids.data(),
+                                  top.data(), kTop});
+        sampler.log_softmax(logits.data(), kVocab, kRows, all.data());
+        std::uint64_t bits = 0xcbf29ce484222325u;
+        const auto take = [&bits](const void *from, std::size_t bytes) {
+            for (std::size_t i = 0; i < bytes; ++i)
+                bits = (bits ^ static_cast<const std::uint8_t *>(from)[i]) * 0x100000001b3u;
+        };
+        for (int r = 0; r < kRows; ++r) {
+            if (kind(r) == 3) continue;  // NaN has many bits
+            take(&tokens[r], 4);
+            take(&logprobs[r], 4);
+            take(all.data() + r * kVocab, 4 * kVocab);
+        }
+        check.truth(threads == 1 || bits == hash, "the same on threads", threads);
+        hash = bits;
+    }
+    char text[80];
+    std::snprintf(text, sizeof text, "bits are %#llx", static_cast<unsigned long long>(hash));
+    check.truth(hash == kSampled, text);
+
+    for (int r = 0; r < kRows; ++r) {
+        const float *x = row(r);
+        if (kind(r) == 3) {
+            check.same(tokens[r], -1, "a row with NaN", r);
+            continue;
+        }
+        std::vector<int> order(kVocab);
+        for (int i = 0; i < kVocab; ++i) order[i] = i;
+        std::stable_sort(order.begin(), order.end(), [x](int a, int b) { return x[a] > x[b]; });
+        double total = 0, before = 0;
+        for (int i = 0; i < kVocab; ++i) total += std::exp(static_cast<double>(x[i]));
+        for (int i = 0; i < kVocab; ++i)
+            check.near(all[r * kVocab + i], x[i] - std::log(total), 1, "log_softmax", i);
+        if (kind(r) == 0 || kind(r) == 1) check.same(tokens[r], order[0], "the first", r);
+        if (kind(r) == 4) check.same(tokens[r], 7, "the target", r);
+        if (kind(r) == 5) check.same(tokens[r], order[1], "the second", r);
+        for (int i = 0; i < kTop; ++i) {
+            check.same(top_ids[r * kTop + i], order[i], "top", r);
+            check.same_bits(&top[r * kTop + i], &all[r * kVocab + order[i]], 4, "top logprob", r);
+        }
+        int rank = 0;
+        while (order[rank] != tokens[r]) before += std::exp(static_cast<double>(x[order[rank++]]));
+        check.same(ranks[r], rank + 1, "rank", r);
+        check.same_bits(&logprobs[r], &all[r * kVocab + tokens[r]], 4, "logprob", r);
+        if (kind(r) == 2) check.truth(before / total < 0.8001, "beyond the mass", r);
     }
 }
 
@@ -822,7 +961,7 @@ void check_pool() {
             }
         };
         int rounds = 0;
-        while (rounds < (size <= 2 ? 200 : 50)) run(rounds++);  // with fewer cores a barrier is slow
+        while (rounds < (size <= 2 ? 200 : 50)) run(rounds++);  // slow where cores are fewer
         for (int i = 0; i < 12; ++i) {  // workers go to sleep after 2 ms; some wake at that moment
             std::this_thread::sleep_for(std::chrono::microseconds(1800 + 100 * i));
             run(rounds++);
@@ -874,6 +1013,7 @@ int main(int argc, char **argv) {
         if (wanted("linear")) check_linear(k);
         if (wanted("attention")) check_attention(k);
     }
+    if (wanted("sampler")) check_sampler();
     if (wanted("pool")) check_pool();
     std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
     return failures ? 1 : 0;

@@ -1,4 +1,4 @@
-// Sixteen lanes on NEON with the dot product instructions: four registers. Interface: vec_generic.hpp.
+// Sixteen lanes on NEON with dot products: four registers. Interface: that of vec_generic.hpp.
 #pragma once
 
 #include <arm_neon.h>
@@ -213,8 +213,8 @@ ER_INLINE I i_bcast4(const std::int8_t *p) {
     std::memcpy(&four, p, 4);
     return i_set(four);
 }
-// One number in every lane, from memory. Inline assembly, volatile: from intrinsics GCC 12 merges the
-// equal starting values of several accumulators, copies them, and spills the register tile.
+// One number in every lane, from memory. Inline assembly, volatile: from intrinsics GCC 12 merges
+// the equal starting values of several accumulators, copies them, and spills the register tile.
 ER_INLINE int32x4_t q_bcast(const std::int32_t *p) {
     int32x4_t x;
     __asm__ volatile("ld1r {%0.4s}, %1" : "=w"(x) : "Q"(*p));

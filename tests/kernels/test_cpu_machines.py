@@ -199,6 +199,15 @@ def test_arm(model: str, want: list[str]) -> None:
     assert tables(run([emulator, "-cpu", model, str(program)])) == want
 
 
+@full
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_clang() -> None:
+    """The compiler of macOS: other vector extensions, other inlining."""
+    compiler = found("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+    assert tables(run([str(Compilation("clang", compiler).program())]))[-1] == "generic"
+
+
 # -------------------------------------------------------------------------------------- sanitizers
 
 

@@ -79,7 +79,7 @@ class Compilation:
         def compiled(source: str) -> Path:
             target = folder / f"{Path(source).stem}.o"
             options = [*OPTIONS, *(unit_options(source) if source.startswith("isa/") else [])]
-            command = [self.compiler, "-std=c++17", *options, *self.more]
+            command = [self.compiler, "-std=c++17", "-fPIC", *options, *self.more]
             command += ["-c", str(CPU / source), "-o", str(target)]
             digest = base.copy()
             digest.update("\0".join(command).encode() + (CPU / source).read_bytes())

@@ -335,33 +335,41 @@ void check_rounding(const Kernels &k) {
 }
 
 void check_int8(const Kernels &k) {
-    Check check(k.name, "to_int8", 2e-6);
+    Check check(k.name, "to_int8", 2e-6), second(k.name, "to_int8, second digits", 1e-3);
     Random random{5};
     for (int n : {1, 16, 17, 31, 32, 33, 64, 100, 1000}) {
-        const int stride = (n + 31) / 32 * 32 + (n == 64 ? 32 : 0);
+        const int stride = (n + 31) / 32 * 32 + (n == 64 ? 32 : 0), groups = stride / 32;
         std::vector<float> x = random.normals(n);
         for (int i = 0; i < n; ++i) x[i] *= std::ldexp(1.0f, i / 32 % 40 - 20);
+        for (int i = 5; i < n; i += 96) x[i] *= 30;  // groups that one value dominates
         if (n == 1000) {
             std::fill(x.begin() + 320, x.begin() + 352, 0.0f);
             x[400] = kNaN;
             x[480] = -kInfinity;
         }
-        std::vector<std::int8_t> q(stride, 99);
-        std::vector<float> scale(stride / 32, kNaN), scaled(stride / 32, kNaN);
-        std::vector<std::int32_t> sums(stride / 16, -1);
-        k.to_int8(x.data(), n, stride, q.data(), scale.data(), scaled.data(), sums.data());
-        for (int g = 0; g < stride / 32; ++g) {
-            double most = 0;
+        std::vector<std::int8_t> q(stride, 99), fine_q(stride, 99);
+        std::vector<float> scale(groups, kNaN), scaled(groups, kNaN), fine_scale(groups, kNaN);
+        std::vector<std::int32_t> sums(2 * groups, -1), fine_sums = sums, fine_group(groups);
+        std::int32_t fine_count = -1;
+        k.to_int8(x.data(), n, stride,
+                  Int8Row{q.data(), scale.data(), sums.data(), scaled.data(), &fine_count,
+                          fine_group.data(), fine_q.data(), fine_scale.data(), fine_sums.data()});
+        int fine = 0;
+        for (int g = 0; g < groups; ++g) {
+            double most = 0, squares = 0, rest = 0;
             bool odd = false;
             int total = 0;
             for (int i = 32 * g; i < 32 * g + 32; ++i) {
                 const double value = i < n ? x[i] : 0;
                 odd |= std::isnan(value) || std::isinf(value);
                 most = std::max(most, std::fabs(value));
+                squares += value * value;
                 total += q[i];
+                rest = std::max(rest, std::fabs(value - static_cast<double>(scale[g]) * q[i]));
             }
+            const bool has_fine = fine < fine_count && fine_group[fine] == g;
             if (odd) {  // what is made of it must not look like a number
-                check.truth(std::isnan(scale[g]), "a group with NaN or infinity", g);
+                check.truth(std::isnan(scale[g]) && !has_fine, "a group with NaN or infinity", g);
                 continue;
             }
             check.near(scale[g], most / 127, most / 127 + 1e-30, "scale", g);
@@ -374,9 +382,33 @@ void check_int8(const Kernels &k) {
                 for (int i = 16 * h; i < 16 * h + 16; ++i) sum += q[i];
                 check.same(sums[h], sum, "sum16", h);
             }
-            check.near(scaled[g], static_cast<double>(scale[g]) * total,
-                       std::fabs(static_cast<double>(scale[g]) * total) + 1e-30, "scaled_sum", g);
+            double scaled_sum = static_cast<double>(scale[g]) * total, unit = std::fabs(scaled_sum);
+            if (most * most < 0.999 * kDominated * squares)
+                second.truth(!has_fine, "a group that nothing dominates", g);
+            // A rest of rounding errors alone may count as nothing.
+            if (most * most > 1.001 * kDominated * squares && rest > 1e-3 * scale[g])
+                second.truth(has_fine, "a dominated group", g);
+            if (has_fine) {
+                const double step = fine_scale[fine];
+                int sum[2] = {0, 0};
+                second.near(step, rest / 127, rest / 127 + 1e-5 * scale[g], "fine_scale", g);
+                for (int i = 0; i < 32; ++i) {
+                    const int at = 32 * g + i, digit = fine_q[32 * fine + i];
+                    const double all = at < n ? x[at] : 0;
+                    const double left = all - static_cast<double>(scale[g]) * q[at];
+                    second.truth(std::fabs(digit * step - left) <= 0.501 * step + 1e-5 * scale[g],
+                                 "fine_q", at);
+                    sum[i / 16] += digit;
+                }
+                for (int h = 0; h < 2; ++h)
+                    second.same(fine_sums[2 * fine + h], sum[h], "fine_sum16", g);
+                scaled_sum += step * (sum[0] + sum[1]);
+                unit += std::fabs(step * (sum[0] + sum[1]));
+                ++fine;
+            }
+            check.near(scaled[g], scaled_sum, unit + 1e-30, "scaled_sum", g);
         }
+        second.same(fine, fine_count, "fine_count", n);
     }
 }
 
@@ -459,6 +491,15 @@ struct Rows {
                     value = static_cast<double>(ready.scale[(r * ready.stride + i) / 32]) *
                             ready.q[r * ready.stride + i];
             }
+        for (int r = 0; r < rows && form == Form::kInt8; ++r)
+            for (int j = 0; j < ready.fine_count[r]; ++j) {
+                const std::ptrdiff_t at = r * (ready.stride / 32) + j;
+                const int first = 32 * ready.fine_group[at];
+                const double step = ready.fine_scale[at];
+                for (int i = first; i < std::min(first + 32, columns); ++i)
+                    values[static_cast<std::size_t>(r) * columns + i] +=
+                        step * ready.fine_q[32 * at + i - first];
+            }
     }
 };
 
@@ -498,13 +539,16 @@ void check_tiles(const Kernels &k) {
             for (int num_columns : columns) {
                 const int num_rows = 48 + 1 + random.below(47), rows = 13;
                 const Weight w(info, num_rows, num_columns, random);
-                const Rows x(k, form, random.normals(static_cast<std::size_t>(rows) * num_columns),
-                             rows, num_columns);
+                std::vector<float> inputs = random.normals(rows * num_columns);
+                for (std::size_t i = 9; i < inputs.size(); i += 150) inputs[i] *= 30;
+                const Rows x(k, form, inputs, rows, num_columns);
                 const Memory scratch(tile_scratch_bytes(num_columns));
                 for (int tile = 0; tile < w.packed.num_tiles(); ++tile) {
                     std::vector<float> all(rows * kTileRows, kNaN);
                     k.tile(w.packed, tile, 0, num_columns, x.ready, 0, rows, true, all.data(),
                            scratch.data());
+                    if (form == Form::kInt8)
+                        k.tile_fine(w.packed, tile, x.ready, 0, rows, all.data());
                     for (int r = 0; r < rows; ++r)
                         for (int n = 0; n < kTileRows; ++n) {
                             const int output = tile * kTileRows + n;
@@ -521,6 +565,8 @@ void check_tiles(const Kernels &k) {
                         for (int k0 = 0; k0 < num_columns; k0 += kSuper)
                             k.tile(w.packed, tile, k0, std::min(k0 + kSuper, num_columns), x.ready,
                                    begin, count, k0 == 0, some.data(), scratch.data());
+                        if (form == Form::kInt8)
+                            k.tile_fine(w.packed, tile, x.ready, begin, count, some.data());
                         check.same_bits(some.data(), all.data() + begin * kTileRows,
                                         4 * some.size(), "rows apart and blocks of K", begin);
                         begin += count;

@@ -168,7 +168,6 @@ def test_here() -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("model", "want"), [("Nehalem", ["generic"]), ("Haswell", ["avx2", "generic"])]
@@ -182,7 +181,6 @@ def test_older_x86(model: str, want: list[str]) -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("model", "want"),
@@ -200,7 +198,6 @@ def test_arm(model: str, want: list[str]) -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_clang() -> None:
     """The compiler of macOS: other vector extensions, other inlining."""
@@ -212,7 +209,6 @@ def test_clang() -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_memory_and_undefined_behaviour() -> None:
     more = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -220,7 +216,6 @@ def test_memory_and_undefined_behaviour() -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_threads_share_no_memory_unordered() -> None:
     """Without target_clones: their resolvers run before the sanitizer has begun."""
@@ -233,7 +228,6 @@ def test_threads_share_no_memory_unordered() -> None:
 
 
 @full
-@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_cmake_builds_it_too(tmp_path: Path) -> None:
     cmake = found("cmake")

@@ -1,0 +1,15 @@
+// The kernels on neon with the dot product instructions.
+#define ER_ISA neon
+#define ER_NAME "neon"
+#include "vec_neon.hpp"
+
+#include "../kernels.hpp"
+#include "rows.inl"
+#include "tile.inl"
+#include "attend.inl"
+#include "table.inl"
+
+namespace engineroom {
+extern const Kernels kernels_neon;
+const Kernels kernels_neon = neon::table;
+}  // namespace engineroom

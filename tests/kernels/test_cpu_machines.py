@@ -1,0 +1,311 @@
+"""The CPU kernels on machines other than this one, and what their objects may contain.
+
+`kernels/cpu/selftest.cpp` holds every table that a machine can run to plain double precision. Here
+it is compiled with the options of `kernels/cpu/CMakeLists.txt` and run: on this machine, under
+emulators of older and other processors, and under sanitizers. `make test` runs what needs neither
+an emulator nor a second compilation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.counts import FULL
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = ROOT / "kernels" / "cpu"
+LISTS = (CPU / "CMakeLists.txt").read_text("utf-8")
+BUILD = ROOT / "build" / "machines"  # objects are kept there and made again when a source changes
+
+X86 = ("isa/generic.cpp", "isa/avx2.cpp", "isa/avx512.cpp")
+ARM = ("isa/generic.cpp", "isa/neon.cpp")
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+HERE = X86 if IS_X86 else ARM
+
+full = pytest.mark.skipif(not FULL, reason="make test-all runs it")
+
+
+def cmake_set(name: str) -> list[str]:
+    found = re.search(rf"^set\({name}\s+([^()]*)\)", LISTS, re.MULTILINE)
+    assert found is not None, f"CMakeLists.txt has no set({name} ...)"
+    return found[1].split()
+
+
+def unit_options(unit: str) -> list[str]:
+    pattern = (
+        rf"set_source_files_properties\({re.escape(unit)} PROPERTIES COMPILE_OPTIONS\s+\"([^\"]*)\""
+    )
+    found = re.search(pattern, LISTS)
+    assert found is not None or unit == "isa/generic.cpp", (
+        f"CMakeLists.txt has no options of {unit}"
+    )
+    return found[1].split(";") if found else []
+
+
+SOURCES, OPTIONS = cmake_set("SOURCES"), cmake_set("OPTIONS")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A compiler, its processor's units, and what is added to the options of CMakeLists.txt."""
+
+    name: str
+    compiler: str
+    units: tuple[str, ...] = HERE
+    more: tuple[str, ...] = ()
+
+    def objects(self, sources: Iterable[str]) -> dict[str, Path]:
+        """The object of each source, compiled if it or a header has changed."""
+        folder = BUILD / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        base = hashlib.sha256()
+        version = subprocess.run([self.compiler, "--version"], capture_output=True, check=True)
+        base.update(version.stdout)
+        for header in sorted([*CPU.glob("*.hpp"), *CPU.glob("isa/*.hpp"), *CPU.glob("isa/*.inl")]):
+            base.update(header.read_bytes())
+
+        def compiled(source: str) -> Path:
+            target = folder / f"{Path(source).stem}.o"
+            options = [*OPTIONS, *(unit_options(source) if source.startswith("isa/") else [])]
+            command = [self.compiler, "-std=c++17", "-fPIC", *options, *self.more]
+            command += ["-c", str(CPU / source), "-o", str(target)]
+            digest = base.copy()
+            digest.update("\0".join(command).encode() + (CPU / source).read_bytes())
+            stamp = target.with_suffix(".key")
+            if not (target.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest()):
+                stamp.unlink(missing_ok=True)
+                run(command)
+                stamp.write_text(digest.hexdigest())
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip(sources, pool.map(compiled, sources), strict=True))
+
+    def program(self, *link: str) -> Path:
+        objects = self.objects([*self.units, *SOURCES, "selftest.cpp"])
+        target = (
+            BUILD / self.name / ("selftest-" + "".join(c for c in "".join(link) if c.isalnum()))
+        )
+        run(
+            [
+                self.compiler,
+                *self.more,
+                *link,
+                *map(str, objects.values()),
+                "-pthread",
+                "-o",
+                str(target),
+            ]
+        )
+        return target
+
+
+def run(command: list[str], **more: str) -> str:
+    """What the command prints; fails, showing its output, where it does not end with 0."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **more})
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if not re.search(r"\s ok\s", line)]
+        shown = "\n".join([*lines[-40:], done.stderr[-8000:]])
+        pytest.fail(f"{' '.join(command)}\nended with {done.returncode}\n{shown}", pytrace=False)
+    return done.stdout
+
+
+def tables(said: str) -> list[str]:
+    """The tables that a run of the self-test went through; each must have been checked."""
+    first, *lines = said.splitlines()
+    assert first.startswith("tables: ")
+    names = first.split()[1:]
+    for name in names:
+        assert sum(line.startswith(f"{name} ") for line in lines) >= 60, name
+    assert lines[-1] == "all checks passed"
+    return names
+
+
+def found(*programs: str) -> str:
+    """The first of the programs that is installed; skips where none is."""
+    for program in programs:
+        path = shutil.which(program)
+        if path is not None:
+            return path
+    pytest.skip(f"{programs[0]} is not installed")
+
+
+def compiler_here() -> str:
+    if os.environ.get("CXX"):
+        return found(os.environ["CXX"])
+    return found("c++", "g++", "clang++")
+
+
+def x86_only() -> None:
+    if not (IS_X86 and sys.platform == "linux"):
+        pytest.skip("the objects of x86-64 Linux are looked into")
+
+
+# ------------------------------------------------------------------------------------ this machine
+
+
+@pytest.mark.timeout(900)
+def test_here() -> None:
+    said = run([str(Compilation("here", compiler_here()).program())])
+    names = tables(said)
+    assert names[-1] == "generic"
+    assert set(names) <= {Path(unit).stem for unit in HERE}
+
+
+# ---------------------------------------------------------------------------------- other machines
+
+
+@full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("model", "want"), [("Nehalem", ["generic"]), ("Haswell", ["avx2", "generic"])]
+)
+def test_older_x86(model: str, want: list[str]) -> None:
+    """Nehalem has no AVX, Haswell no AVX-512: any such instruction ends the run."""
+    x86_only()
+    emulator = found("qemu-x86_64-static", "qemu-x86_64")
+    program = Compilation("here", compiler_here()).program("-static")
+    assert tables(run([emulator, "-cpu", model, str(program)])) == want
+
+
+@full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("model", "want"),
+    [
+        ("max", ["neon", "generic"]),
+        ("cortex-a76", ["neon", "generic"]),  # dot products, but neither BF16 nor I8MM
+        ("cortex-a72", ["generic"]),  # no dot products
+    ],
+)
+def test_arm(model: str, want: list[str]) -> None:
+    emulator = found("qemu-aarch64-static", "qemu-aarch64")
+    compiler = found("aarch64-linux-gnu-g++")
+    program = Compilation("aarch64", compiler, ARM).program("-static")
+    assert tables(run([emulator, "-cpu", model, str(program)])) == want
+
+
+@full
+@pytest.mark.timeout(1800)
+def test_clang() -> None:
+    """The compiler of macOS: other vector extensions, other inlining."""
+    compiler = found("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+    assert tables(run([str(Compilation("clang", compiler).program())]))[-1] == "generic"
+
+
+# -------------------------------------------------------------------------------------- sanitizers
+
+
+@full
+@pytest.mark.timeout(1800)
+def test_memory_and_undefined_behaviour() -> None:
+    more = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    tables(run([str(Compilation("address", compiler_here(), more=more).program())]))
+
+
+@full
+@pytest.mark.timeout(1800)
+def test_threads_share_no_memory_unordered() -> None:
+    """Without target_clones: their resolvers run before the sanitizer has begun."""
+    more = ("-O1", "-g", "-fsanitize=thread", "-Dtarget_clones(...)=unused")
+    program = Compilation("thread", compiler_here(), more=more).program()
+    said = run(
+        [str(program), "linear", "attention", "sampler", "pool"], TSAN_OPTIONS="halt_on_error=1"
+    )
+    assert said.splitlines()[-1] == "all checks passed"
+
+
+@full
+@pytest.mark.timeout(1800)
+def test_cmake_builds_it_too(tmp_path: Path) -> None:
+    cmake = found("cmake")
+    run([cmake, "-S", str(CPU), "-B", str(tmp_path), "-DENGINEROOM_SELFTEST=ON"])
+    run([cmake, "--build", str(tmp_path), "--parallel", str(os.cpu_count() or 1)])
+    tables(run([str(tmp_path / "selftest")]))
+
+
+# ---------------------------------------------------------------------------------------- objects
+
+# Encodings of AVX and later: mnemonics that begin with v, those of mask registers, wide registers.
+AVX = re.compile(
+    r"^\s*[0-9a-f]+:\s+(?:\{\w+\} )?"
+    r"(?:v[a-z0-9]+|k(?:mov|and|or|xor|not|test|shift|add|unpck)\w*)\s"
+    r"|%[yz]mm"
+)
+CLONE = re.compile(r"\.(avx2|avx512f)(\.|$)")  # of target_clones, which the loader chooses by CPUID
+
+
+@pytest.mark.timeout(900)
+def test_only_units_use_more_than_the_default() -> None:
+    """A machine without AVX may run everything but the units of AVX2 and AVX-512."""
+    x86_only()
+    objdump = found("objdump")
+    objects = Compilation("here", compiler_here()).objects([*X86, *SOURCES])
+    wide = {"isa/avx2.cpp", "isa/avx512.cpp"}
+    for source, path in objects.items():
+        users = set()
+        function = ""
+        for line in run([objdump, "-d", "--no-show-raw-insn", str(path)]).splitlines():
+            if line.endswith(">:"):
+                function = line.split("<", 1)[1][:-2]
+            elif AVX.search(line) and not CLONE.search(function):
+                users.add(function)
+        if source in wide:
+            assert users  # or the pattern finds nothing
+        else:
+            assert not users, f"{source} uses AVX in {sorted(users)}"
+
+
+@pytest.mark.timeout(900)
+def test_units_share_nothing_with_other_units() -> None:
+    """A function that two units define is kept once: perhaps as the unit of AVX-512 compiled it.
+
+    So a unit may give the linker its table, and functions of its own namespace.
+    """
+    x86_only()
+    nm = found("nm")
+    objects = Compilation("here", compiler_here()).objects(X86)
+    for source, path in objects.items():
+        name = Path(source).stem
+        own = re.compile(rf"^_Z[A-Z]*?10engineroom{len(name)}{name}\w")
+        table = f"_ZN10engineroom{len('kernels_' + name)}kernels_{name}E"
+        defined = [
+            line.split()[-2:] for line in run([nm, "--defined-only", str(path)]).splitlines()
+        ]
+        shared = {symbol for kind, symbol in defined if kind.isupper() or kind in "uvw"}
+        local = {symbol for kind, symbol in defined} - shared
+        assert table in shared
+        strangers = {symbol for symbol in shared - {table} if not own.match(symbol)}
+        assert not strangers, f"{source} shares {sorted(strangers)}"
+        # Code of a unit runs when its table is called, never at start.
+        assert not any(symbol.startswith("_GLOBAL__sub_I") for symbol in local), source
+
+
+def test_vectors_have_one_interface() -> None:
+    """What isa/*.inl are written over: every unit's vectors have all that the generic ones have."""
+    pattern = re.compile(r"^(?:ER_INLINE [^(]*?[ *]|constexpr int )(\w+)(?= ?[(=])", re.MULTILINE)
+
+    def names(header: Path) -> set[str]:
+        return set(pattern.findall(header.read_text("utf-8")))
+
+    headers = {header.stem: names(header) for header in CPU.glob("isa/vec_*.hpp")}
+    interface = {
+        name
+        for name in headers["vec_generic"]
+        if name.startswith(("f_", "i_", "p_", "k", "prefetch"))
+    }
+    assert len(interface) > 50
+    for header, has in headers.items():
+        assert interface <= has, f"{header}.hpp lacks {sorted(interface - has)}"

@@ -1,0 +1,176 @@
+// What the machine can do at this moment: barrier latency, read bandwidth, int8 and bf16 dot peaks.
+// Prints one JSON object. A peak that this processor has no instruction for is null.
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+using Clock = std::chrono::steady_clock;
+static double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// A sense-reversing barrier that spins: what two threads of an engine pay at each meeting.
+struct Barrier {
+  explicit Barrier(int n) : threads(n) {}
+  void wait() {
+    int turn = phase.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.store(turn + 1, std::memory_order_release);
+    } else {
+      while (phase.load(std::memory_order_acquire) == turn) {
+      }
+    }
+  }
+  const int threads;
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> phase{0};
+};
+
+template <class F> static void together(int threads, F body) {
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; i++) pool.emplace_back(body, i);
+  body(0);
+  for (auto& t : pool) t.join();
+}
+
+static double barrier_ns(int threads) {
+  Barrier barrier(threads);
+  double best = 1e18;
+  for (int repeat = 0; repeat < 5; repeat++) {
+    const int rounds = 20000;
+    double took = 0;
+    together(threads, [&](int me) {
+      for (int i = 0; i < 100; i++) barrier.wait();
+      auto start = Clock::now();
+      for (int i = 0; i < rounds; i++) barrier.wait();
+      if (me == 0) took = seconds_since(start);
+    });
+    if (took / rounds * 1e9 < best) best = took / rounds * 1e9;
+  }
+  return best;
+}
+
+static volatile uint64_t sink;
+
+static double read_gbs(int threads) {
+  const size_t bytes = size_t(192) << 20;  // well above the last-level cache
+  char* memory = static_cast<char*>(std::aligned_alloc(4096, bytes));
+  std::memset(memory, 1, bytes);
+  Barrier barrier(threads);
+  double best = 0;
+  for (int repeat = 0; repeat < 4; repeat++) {
+    double took = 0;
+    together(threads, [&](int me) {
+      const uint64_t* from = reinterpret_cast<uint64_t*>(memory + bytes / threads * me);
+      const size_t count = bytes / threads / 8 / 32 * 32;
+      barrier.wait();
+      auto start = Clock::now();
+      uint64_t sums[32] = {};
+      for (size_t i = 0; i < count; i += 32)
+        for (int j = 0; j < 32; j++) sums[j] += from[i + j];
+      uint64_t total = 0;
+      for (uint64_t s : sums) total += s;
+      sink = total;
+      barrier.wait();
+      if (me == 0) took = seconds_since(start);
+    });
+    double rate = bytes / took / 1e9;
+    if (rate > best) best = rate;
+  }
+  std::free(memory);
+  return best;
+}
+
+// Sixteen independent accumulators hide the latency of a dot instruction; 0 where it is missing.
+template <class F> static double peak(int threads, double ops_per_call, F dots) {
+  Barrier barrier(threads);
+  double best = 0;
+  for (int repeat = 0; repeat < 3; repeat++) {
+    const long rounds = 200000;
+    double took = 0;
+    together(threads, [&](int me) {
+      barrier.wait();
+      auto start = Clock::now();
+      dots(rounds);
+      barrier.wait();
+      if (me == 0) took = seconds_since(start);
+    });
+    double rate = ops_per_call * rounds * threads / took / 1e9;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+#if defined(__AVX512VNNI__)
+static void int8_dots(long rounds) {
+  __m512i a = _mm512_set1_epi32(int(sink) | 0x01010101), b = _mm512_set1_epi8(1);
+  __m512i c[16];
+  for (auto& x : c) x = _mm512_setzero_si512();
+  for (long i = 0; i < rounds; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) asm volatile("vpdpbusd %2, %1, %0" : "+v"(c[j]) : "v"(a), "v"(b));
+  for (int j = 1; j < 16; j++) c[0] = _mm512_add_epi32(c[0], c[j]);
+  sink = uint64_t(_mm512_reduce_add_epi32(c[0]));
+}
+#elif defined(__AVXVNNI__)
+static void int8_dots(long rounds) {
+  __m256i a = _mm256_set1_epi32(int(sink) | 0x01010101), b = _mm256_set1_epi8(1);
+  __m256i c[12];
+  for (auto& x : c) x = _mm256_setzero_si256();
+  for (long i = 0; i < rounds; i++)
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; j++)
+      asm volatile("{vex} vpdpbusd %2, %1, %0" : "+x"(c[j]) : "x"(a), "x"(b));
+  for (int j = 1; j < 12; j++) c[0] = _mm256_add_epi32(c[0], c[j]);
+  sink = uint64_t(_mm256_extract_epi64(c[0], 0));
+}
+#endif
+#if defined(__AVX512BF16__)
+static void bf16_dots(long rounds) {
+  __m512i a = _mm512_set1_epi32(int(sink) & 1), b = _mm512_set1_epi32(0x3f803f80);
+  __m512 c[16];
+  for (auto& x : c) x = _mm512_setzero_ps();
+  for (long i = 0; i < rounds; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++)
+      asm volatile("vdpbf16ps %2, %1, %0" : "+v"(c[j]) : "v"(a), "v"(b));
+  for (int j = 1; j < 16; j++) c[0] = _mm512_add_ps(c[0], c[j]);
+  sink = uint64_t(_mm512_reduce_add_ps(c[0]));
+}
+#endif
+
+static void show(const char* name, double value, const char* end) {
+  if (value > 0)
+    std::printf("\"%s\": %.1f%s", name, value, end);
+  else
+    std::printf("\"%s\": null%s", name, end);
+}
+
+int main(int argc, char** argv) {
+  int threads = argc > 1 ? std::atoi(argv[1]) : 2;
+  if (threads < 1) threads = 1;
+  double int8 = 0, bf16 = 0;
+#if defined(__AVX512VNNI__)
+  int8 = peak(threads, 16 * 64 * 2, int8_dots);
+#elif defined(__AVXVNNI__)
+  int8 = peak(threads, 12 * 32 * 2, int8_dots);
+#endif
+#if defined(__AVX512BF16__)
+  bf16 = peak(threads, 16 * 32 * 2, bf16_dots);
+#endif
+  std::printf("{\"threads\": %d, ", threads);
+  show("barrier_ns", barrier_ns(threads), ", ");
+  show("read_gbs", read_gbs(threads), ", ");
+  show("int8_gops", int8, ", ");
+  show("bf16_gflops", bf16, "}\n");
+  return 0;
+}

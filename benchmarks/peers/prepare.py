@@ -117,6 +117,12 @@ def install_torch(places: Places, peer: str) -> None:
                 raise
 
 
+def remove_torchvision(places: Places, peer: str) -> None:
+    """A dependency that no text model needs; a build for CUDA beside a torch for CPUs breaks
+    every import of transformers."""
+    call(places, peer, [places.python(peer), "-m", "pip", "uninstall", "-y", "torchvision"])
+
+
 # --------------------------------------------------------------------------------------- steps
 
 
@@ -182,7 +188,9 @@ def llama_python(places: Places) -> None:
     elif libraries.is_dir():
         shutil.rmtree(libraries)
     libraries.symlink_to(places.llama_build / "bin")
-    call(places, step, [places.python(step), "-c", "import llama_cpp; print(llama_cpp.__version__)"])
+    call(
+        places, step, [places.python(step), "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+    )
 
 
 def ggufs(places: Places) -> None:
@@ -236,6 +244,9 @@ def openvino(places: Places) -> None:
     step = "openvino"
     install_torch(places, step)
     install(places, step, f"torch=={TORCH}", "openvino-genai", "optimum-intel[openvino]", "numpy")
+    remove_torchvision(places, step)
+    check = "import openvino_genai, transformers.modeling_utils; print(openvino_genai.__version__)"
+    call(places, step, [places.python(step), "-c", check])
 
 
 def openvino_models(places: Places) -> None:
@@ -254,11 +265,10 @@ def openvino_models(places: Places) -> None:
 
 
 def vllm(places: Places) -> None:
-    """torchvision goes again: where it has no CPU build, vLLM imports only without it."""
     step = "vllm"
     install_torch(places, step)
     install(places, step, f"torch=={TORCH}", VLLM, "py-cpuinfo")
-    call(places, step, [places.python(step), "-m", "pip", "uninstall", "-y", "torchvision"])
+    remove_torchvision(places, step)
     call(places, step, [places.python(step), "-c", "import vllm; print(vllm.__version__)"])
 
 
@@ -307,5 +317,7 @@ def prepare(folder: Path, only: Sequence[str] = (), steps: Sequence[Step] = STEP
         marker.write_text(f"{time.strftime('%Y-%m-%d')}\n")
         print(f"{step.name}: done in {time.monotonic() - started:.0f} s", flush=True)
     if missing:
-        print(f"\nnot prepared: {', '.join(missing)}. Mend that and run `prepare` again: it goes on.")
+        print(
+            f"\nnot prepared: {', '.join(missing)}. Mend that and run `prepare` again: it goes on."
+        )
     return len(missing)

@@ -58,12 +58,18 @@ def prompts(count: int, length: int, vocab: int, seed: int) -> list[Ids]:
 
 
 def peak_mib() -> float:
-    """VmHWM: the most memory that was resident at once, mapped files included, MiB."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    raise NotImplementedError("/proc/self/status has no VmHWM")
+    """The most memory that was resident at once, mapped files included, in MiB: VmHWM, summed over
+    this process and its children (a worker leads a process group of its own)."""
+    group, total = os.getpgrp(), 0
+    for entry in os.listdir("/proc"):
+        try:
+            if not entry.isdigit() or os.getpgid(int(entry)) != group:
+                continue
+            with open(f"/proc/{entry}/status", encoding="utf-8") as status:
+                total += sum(int(x.split()[1]) for x in status if x.startswith("VmHWM:"))
+        except OSError:  # it ended meanwhile
+            continue
+    return total / 1024
 
 
 def log_softmax(rows: Any) -> Any:

@@ -22,9 +22,11 @@ Standard library only at import: each peer has its own environment.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -130,8 +132,17 @@ def answer(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"unknown request {do!r}")
 
 
+def end_with_parent() -> None:
+    """Linux: a parent that is killed takes its worker along, even a paused one."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass
+
+
 def serve(kind: type[Engine]) -> None:
     """Load what the argument says and answer until standard input ends."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library that prints must not speak in the worker's name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -80,8 +81,12 @@ class Places:
     @property
     def probe(self) -> Path:
         """The compiled probe, named by its source so that a changed one is built anew."""
-        digest = hashlib.sha256((HERE / "probe.cpp").read_bytes()).hexdigest()[:12]
-        return self.folder / f"probe-{digest}"
+        return self.folder / f"probe-{_probe_digest()}"
+
+
+@functools.cache
+def _probe_digest() -> str:
+    return hashlib.sha256((HERE / "probe.cpp").read_bytes()).hexdigest()[:12]
 
 
 def sha256(path: Path) -> str:

@@ -117,10 +117,11 @@ def install_torch(places: Places, peer: str) -> None:
                 raise
 
 
-def remove_torchvision(places: Places, peer: str) -> None:
-    """A dependency that no text model needs; a build for CUDA beside a torch for CPUs breaks
-    every import of transformers."""
-    call(places, peer, [places.python(peer), "-m", "pip", "uninstall", "-y", "torchvision"])
+def remove_media(places: Places, peer: str) -> None:
+    """Dependencies that no text model needs: where they have no build for this torch, they break
+    every import of transformers or vLLM."""
+    media = ("torchvision", "torchaudio", "torchcodec")
+    call(places, peer, [places.python(peer), "-m", "pip", "uninstall", "-y", *media])
 
 
 # --------------------------------------------------------------------------------------- steps
@@ -244,7 +245,7 @@ def openvino(places: Places) -> None:
     step = "openvino"
     install_torch(places, step)
     install(places, step, f"torch=={TORCH}", "openvino-genai", "optimum-intel[openvino]", "numpy")
-    remove_torchvision(places, step)
+    remove_media(places, step)
     check = "import openvino_genai, transformers.modeling_utils; print(openvino_genai.__version__)"
     call(places, step, [places.python(step), "-c", check])
 
@@ -268,8 +269,10 @@ def vllm(places: Places) -> None:
     step = "vllm"
     install_torch(places, step)
     install(places, step, f"torch=={TORCH}", VLLM, "py-cpuinfo")
-    remove_torchvision(places, step)
-    call(places, step, [places.python(step), "-c", "import vllm; print(vllm.__version__)"])
+    remove_media(places, step)
+    call(
+        places, step, [places.python(step), "-c", "import vllm; print(vllm.__version__, vllm.LLM)"]
+    )
 
 
 STEPS = (

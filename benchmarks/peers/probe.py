@@ -24,7 +24,7 @@ def build(places: Places) -> None:
     if shutil.which(compiler[0]) is None:
         raise NotPrepared(f"{compiler[0]} is not on the path: the probe needs a C++ compiler")
     places.folder.mkdir(parents=True, exist_ok=True)
-    part = places.probe.with_suffix(".part")
+    part = places.probe.with_suffix(f".{os.getpid()}")
     flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
     done = subprocess.run(
         [*compiler, *flags, str(HERE / "probe.cpp"), "-o", str(part)],

@@ -306,6 +306,8 @@ def test_modes_and_the_text() -> None:
         "far",
         "busy",
     ]
+    assert probe.mode(40.0, 0.05) == "near"
+    assert probe.mode(40.0, 0.5) == "busy"
     assert "n/a" in probe.show({"barrier_ns": None})
     assert len(kl.text().split()) > 3000  # enough words for 2,000 tokens, whatever the tokenizer
 

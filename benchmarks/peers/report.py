@@ -124,7 +124,8 @@ def markdown(result: Mapping[str, Any], plot: str = "") -> str:
         lines += [f"![Ours beside the peers, as ratios to the best peer]({plot})", ""]
     lines.append(
         "Medians, with the least and the greatest of the rounds. Ratio: ours to the best peer of "
-        "the class, above 1 where ours is better. Mode: of the machine when it was measured "
+        "the class, then to the peer with the same file where that is another; above 1 where ours is "
+        "better. Mode: of the machine when it was measured "
         "(near, far: [where the two cores share a cache, or do not](#beside-the-peers))."
     )
     for kind in CLASSES:
@@ -204,10 +205,14 @@ def _class_table(result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
                 continue
             of = ""
             if name in ours and against is not None:
-                other = cells[against]
-                assert other is not None
-                number = ratio(found.median, other.median, metric.more_is_better)
-                of = f"{number:.2f} of {against}"
+                same = [n for n in theirs if _format(n) == _format(name) and n != against]
+                parts = []
+                for peer in (against, *same):
+                    other = cells[peer]
+                    if other is not None and other.values:
+                        number = ratio(found.median, other.median, metric.more_is_better)
+                        parts.append(f"{number:.2f} of {peer}")
+                of = "; ".join(parts)
             elif name == against:
                 of = "best peer"
             spread = f"{_number(min(found.values))} .. {_number(max(found.values))}"
@@ -217,6 +222,10 @@ def _class_table(result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
                 f"{near} |"
             )
     return lines
+
+
+def _format(name: str) -> str:
+    return name.rsplit(" ", 1)[-1].lower()
 
 
 def _number(value: float) -> str:

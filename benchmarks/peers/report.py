@@ -124,8 +124,8 @@ def markdown(result: Mapping[str, Any], plot: str = "") -> str:
         lines += [f"![Ours beside the peers, as ratios to the best peer]({plot})", ""]
     lines.append(
         "Medians, with the least and the greatest of the rounds. Ratio: ours to the best peer of "
-        "the class, then to the peer with the same file where that is another; above 1 where ours is "
-        "better. Mode: of the machine when it was measured "
+        "the class, then to the peer with the same file where that is another; above 1 where ours "
+        "is better. Mode: of the machine when it was measured "
         "(near, far: [where the two cores share a cache, or do not](#beside-the-peers))."
     )
     for kind in CLASSES:

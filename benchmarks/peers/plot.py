@@ -25,7 +25,7 @@ def svg(result: Mapping[str, Any]) -> str:
     """Bars are ratios to the best peer of the class, which is 1: longer is better, whatever the
     unit, and the figure itself stands beside each bar."""
     body: list[str] = []
-    y = 64.0
+    y = 76.0
     for kind in CLASSES:
         entries = entries_of(result, kind)
         if not entries:
@@ -53,6 +53,11 @@ def svg(result: Mapping[str, Any]) -> str:
             body.append(_text(WIDTH - 16, y + 10, f"{metric.unit}, {better}", end=True, grey=True))
             y += 16
             top = y
+            one = LABEL + scale
+            body.append(
+                f'<line x1="{one:.1f}" y1="{top - 3:.1f}" x2="{one:.1f}" y2="{top + BAR * len(known) + 1:.1f}" '
+                'stroke="#111827" stroke-width="1" stroke-dasharray="3 2"/>'
+            )
             for name in known:
                 found = cells[name]
                 assert found is not None
@@ -64,13 +69,8 @@ def svg(result: Mapping[str, Any]) -> str:
                 )
                 digits = 0 if found.median >= 100 else 1 if found.median >= 10 else 2
                 shown = f"{found.median:.{digits}f}  ({ratios[name]:.2f})"
-                body.append(_text(LABEL + width + 6, y + BAR - 4, shown))
+                body.append(_text(LABEL + width + 6, y + BAR - 4, shown, halo=True))
                 y += BAR
-            one = LABEL + scale
-            body.append(
-                f'<line x1="{one:.1f}" y1="{top - 3:.1f}" x2="{one:.1f}" y2="{y + 1:.1f}" '
-                'stroke="#111827" stroke-width="1" stroke-dasharray="3 2"/>'
-            )
             y += GAP
         y += 12
     title = "engineroom beside the peers"
@@ -107,10 +107,12 @@ def _text(
     weight: str = "normal",
     end: bool = False,
     grey: bool = False,
+    halo: bool = False,
 ) -> str:
     anchor = ' text-anchor="end"' if end else ""
+    behind = ' paint-order="stroke" stroke="#fbfbf9" stroke-width="3"' if halo else ""
     colour = "#52525b" if grey else "#18181b"
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
-        f'fill="{colour}"{anchor}>{escape(said)}</text>'
+        f'fill="{colour}"{anchor}{behind}>{escape(said)}</text>'
     )

@@ -53,9 +53,9 @@ def svg(result: Mapping[str, Any]) -> str:
             body.append(_text(WIDTH - 16, y + 10, f"{metric.unit}, {better}", end=True, grey=True))
             y += 16
             top = y
-            one = LABEL + scale
+            one, bottom = LABEL + scale, top + BAR * len(known) + 1
             body.append(
-                f'<line x1="{one:.1f}" y1="{top - 3:.1f}" x2="{one:.1f}" y2="{top + BAR * len(known) + 1:.1f}" '
+                f'<line x1="{one:.1f}" y1="{top - 3:.1f}" x2="{one:.1f}" y2="{bottom:.1f}" '
                 'stroke="#111827" stroke-width="1" stroke-dasharray="3 2"/>'
             )
             for name in known:

@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 # The package is installed editable: only these make an install stale.
-NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.hpp kernels/cpu/*.h) kernels/cpu/CMakeLists.txt
+NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.hpp kernels/cpu/isa/*) kernels/cpu/CMakeLists.txt
 
 export TORCH TORCH_CPU_INDEX
 # value: a "$" in a prompt reaches the command as it was typed.
@@ -48,16 +48,17 @@ $(VENV)/.made:
 	@.ci/make-venv "$(VENV)"
 	@touch $@
 
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt $(NATIVE)
+	@echo 'installing engineroom into $(VENV)'
+	@$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+# The reference backend, which the tests hold the others to, computes with torch.
 $(VENV)/.torch: $(VENV)/.made constraints.txt .ci/install-torch
 	@.ci/install-torch "$(PY)" constraints.txt "$(CONSTRAINTS)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	@echo 'installing engineroom into $(VENV)'
-	@$(PIP) install --quiet -c "$(CONSTRAINTS)" -e .
-	@touch $@
-
-$(VENV)/.test: $(VENV)/.installed
+$(VENV)/.test: $(VENV)/.installed $(VENV)/.torch
 	@echo 'installing what the tests need into $(VENV)'
 	@$(PIP) install --quiet -c "$(CONSTRAINTS)" --group test
 	@touch $@

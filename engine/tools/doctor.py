@@ -24,7 +24,7 @@ _OK, _NO_BACKEND, _FAILED = 0, 7, 9
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as plain values. Loads torch where it is installed: the self-check needs it."""
+    """Everything, as plain values. Loads no torch."""
     backend, backends = _backend()
     return {
         "engineroom": _version("engineroom"),

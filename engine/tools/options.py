@@ -54,7 +54,7 @@ SAMPLING_HELP = {
 }
 
 ENGINE_HELP = {
-    "device": "auto, cpu or reference",
+    "device": "auto (native kernels on the CPU), cpu, or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "quantising on load is not supported yet: None",
     "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "

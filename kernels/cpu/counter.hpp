@@ -1,8 +1,6 @@
 // Counter-based random numbers: Philox4x32-10, laid out as kernels/sampling.py specifies.
 #pragma once
 
-#include <nanobind/nanobind.h>
-
 #include <cstddef>
 #include <cstdint>
 
@@ -52,8 +50,5 @@ inline __attribute__((always_inline)) float uniform_of_word(std::uint32_t word) 
 
 // out[i] = the uniform of token id i, for i in [0, count): fp32 strictly inside (0, 1).
 void philox_uniform(const Draw &draw, float *out, std::size_t count);
-
-// Adds philox_uniform to the native module.
-void register_counter(nanobind::module_ &m);
 
 }  // namespace engineroom

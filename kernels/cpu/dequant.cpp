@@ -12,7 +12,7 @@
 // One more copy of each loop for AVX2, chosen by the dynamic loader from what the processor
 // reports, so that no machine meets an instruction it lacks. Needs glibc's indirect functions.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
-    !defined(__clang__)
+    !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define ER_VERSIONS __attribute__((target_clones("avx2", "default")))
 #else
 #define ER_VERSIONS

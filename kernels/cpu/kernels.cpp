@@ -28,7 +28,7 @@ std::vector<const Kernels *> usable() {
         tables.push_back(&kernels_avx512);
     if (has({"avx2", "fma", "f16c"})) tables.push_back(&kernels_avx2);
 #elif defined(__aarch64__)
-    if (has({"neon", "dotprod"})) tables.push_back(&kernels_neon);
+    if (has({"neon", "fp16", "dotprod"})) tables.push_back(&kernels_neon);
 #endif
     tables.push_back(&kernels_generic);
     return tables;

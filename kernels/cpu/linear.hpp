@@ -47,6 +47,10 @@ enum class Epilogue : std::uint8_t {
     kGeluMul,      // the same with the tanh form of gelu
 };
 
+inline bool is_paired(Epilogue epilogue) {
+    return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
+}
+
 struct Linear {
     const LinearPart *parts = nullptr;  // all of the same K, reading the same rows
     int num_parts = 0;

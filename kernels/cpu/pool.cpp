@@ -25,12 +25,13 @@ inline void pause() {
 #endif
 }
 
-// Spins until done(); gives the core away now and then, in case a thread that it waits for has none.
+// Spins until done(). After some 100 us it gives the core away between looks: a thread that it waits
+// for may have none.
 template <class Done>
 void spin_until(Done done) {
     for (int i = 1; !done(); ++i) {
         pause();
-        if (i % 4096 == 0) std::this_thread::yield();
+        if (i > 4096) std::this_thread::yield();
     }
 }
 

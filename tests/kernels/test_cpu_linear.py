@@ -411,7 +411,7 @@ def unit_object(tmp_path_factory) -> Path:
     sources = Path(__file__).resolve().parents[2] / "kernels" / "cpu"
     build = (sources / "CMakeLists.txt").read_text()
     isa = re.search(r'isa/avx512.cpp PROPERTIES COMPILE_OPTIONS\s+"([^"]*)"', build)
-    common = re.search(r"target_compile_options\(_native PRIVATE ([^)]*)\)", build)
+    common = re.search(r"set\(OPTIONS ([^)]*)\)", build)
     assert isa and common, "CMakeLists.txt no longer says how the unit is compiled"
     out = tmp_path_factory.mktemp("unit") / "avx512.o"
     options = ["-std=c++17", "-fPIC", *common[1].split(), *isa[1].split(";"), "-w"]

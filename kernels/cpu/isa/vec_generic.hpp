@@ -77,7 +77,7 @@ ER_INLINE float f_max_all(F a) {
 // Lanes from..to-1 of x, the others `fill`; any int for from and to.
 ER_INLINE F f_keep(F x, int from, int to, F fill) {
     const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (lane >= from) & (lane < to) ? x : fill;
+    return ((lane >= from) & (lane < to)) ? x : fill;
 }
 
 // --------------------------------------------------------------------------- 16-bit floats

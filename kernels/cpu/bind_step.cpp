@@ -1,0 +1,287 @@
+// The Python face of the step program, its pool and its cache.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "bindings.hpp"
+#include "operations.hpp"
+#include "step.hpp"
+
+namespace nb = nanobind;
+
+namespace engineroom {
+
+namespace {
+
+using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Slot = std::tuple<std::size_t, int, bool>;  // a Value: column, width, per logit row
+
+Value value_of(const Slot &slot) { return {std::get<0>(slot), std::get<1>(slot), std::get<2>(slot)}; }
+
+template <class T>
+T one_of(const std::string &name, std::initializer_list<std::pair<const char *, T>> known) {
+    std::string names;
+    for (const auto &[key, value] : known) {
+        if (name == key) return value;
+        names += std::string(names.empty() ? "" : ", ") + key;
+    }
+    throw std::invalid_argument("'" + name + "' is none of " + names);
+}
+
+Dtype dtype_of(const std::string &name) {
+    return one_of<Dtype>(
+        name, {{"float32", Dtype::kF32}, {"bfloat16", Dtype::kBF16}, {"float16", Dtype::kF16}});
+}
+
+// The StepProgram and the Python objects whose memory its operations point into.
+class BoundProgram {
+  public:
+    BoundProgram(const std::string &isa, std::shared_ptr<Pool> pool, std::shared_ptr<KVCache> cache,
+                 int vocab_size, std::size_t token_columns, std::size_t row_columns, Slot result)
+        : cache_(std::move(cache)),
+          program_(kernels_named(isa), std::move(pool), cache_, vocab_size, token_columns, row_columns,
+                   value_of(result)) {}
+
+    void embedding(bool barrier, Slot out, nb::list parts, const std::string &dtype) {
+        std::vector<TablePart> table;
+        const Value to = value_of(out);
+        int begin = 0;
+        for (nb::handle item : parts) {
+            const auto part = nb::cast<std::tuple<std::string, Bytes, int>>(item);
+            const DequantFormat *format = find_dequant_format(std::get<0>(part).c_str());
+            const int rows = std::get<2>(part);
+            if (format == nullptr || to.width % static_cast<int>(format->block_elements) != 0)
+                throw std::invalid_argument("an embedding table of " + std::get<0>(part) + " cannot have rows of " +
+                                            std::to_string(to.width));
+            const std::size_t row_bytes =
+                static_cast<std::size_t>(to.width) / format->block_elements * format->block_bytes;
+            if (std::get<1>(part).shape(0) != row_bytes * static_cast<std::size_t>(rows))
+                throw std::invalid_argument("an embedding table's bytes do not match its rows");
+            table.push_back({format, std::get<1>(part).data(), begin, begin + rows, row_bytes});
+            begin += rows;
+            kept_.append(item);
+        }
+        add(barrier, std::make_unique<Embedding>(to, std::move(table), dtype_of(dtype)));
+    }
+
+    void rms_norm(bool barrier, Slot x, Slot out, Floats weight, float eps, float offset,
+                  const std::string &dtype) {
+        add(barrier, std::make_unique<Normalise>(value_of(x), value_of(out), keep(weight),
+                                                 static_cast<int>(weight.shape(0)), eps, offset,
+                                                 dtype_of(dtype)));
+    }
+
+    void map(bool barrier, const std::string &name, Slot a, Slot b, Slot out, float parameter,
+             const std::string &dtype) {
+        const Elementwise kind = one_of<Elementwise>(name, {{"add", Elementwise::kAdd},
+                                                            {"scale", Elementwise::kScale},
+                                                            {"softcap", Elementwise::kSoftcap},
+                                                            {"silu_mul", Elementwise::kSiluMul},
+                                                            {"gelu_tanh_mul", Elementwise::kGeluMul}});
+        add(barrier, std::make_unique<Map>(kind, value_of(a), value_of(b), value_of(out), parameter,
+                                           dtype_of(dtype)));
+    }
+
+    void select_rows(bool barrier, Slot x, Slot out) {
+        add(barrier, std::make_unique<SelectRows>(value_of(x), value_of(out)));
+    }
+
+    void rotations(bool barrier, Slot out, std::vector<float> inv_freq, float factor) {
+        add(barrier, std::make_unique<Rotations>(value_of(out), std::move(inv_freq), factor));
+    }
+
+    void rope(bool barrier, Slot x, Slot rotations, Slot out, int head_dim, bool interleaved,
+              const std::string &dtype) {
+        add(barrier, std::make_unique<Rope>(value_of(x), value_of(rotations), value_of(out), head_dim,
+                                            interleaved, dtype_of(dtype)));
+    }
+
+    void kv_write(bool barrier, Slot k, Slot v, int layer) {
+        add(barrier, std::make_unique<WriteKV>(value_of(k), value_of(v), cache_->layer(layer)));
+    }
+
+    void attention(bool barrier, Slot q, Slot out, int layer, int num_heads, float scale, int window,
+                   float softcap, const std::string &dtype) {
+        Attention attention;
+        attention.cache = cache_->layer(layer);
+        attention.num_heads = num_heads;
+        attention.scale = scale;
+        attention.window = window;
+        attention.softcap = softcap;
+        attention.dtype = dtype_of(dtype);
+        add(barrier, std::make_unique<Attend>(value_of(q), value_of(out), attention));
+    }
+
+    // weights: (PackedMatrix, bias or None, value of the result, first column there)
+    void linear(bool barrier, Slot x, const std::string &form, std::optional<Floats> norm, float eps,
+                float offset, nb::list weights, const std::string &epilogue,
+                std::optional<Slot> residual, const std::string &norm_dtype,
+                const std::string &dtype) {
+        InputNorm input;
+        if (norm) input = {keep(*norm), eps, offset, dtype_of(norm_dtype)};
+        std::vector<LinearWeight> all;
+        for (nb::handle item : weights) {
+            using Entry = std::tuple<std::shared_ptr<PackedMatrix>, std::optional<Floats>, Slot, int>;
+            auto entry = nb::cast<Entry>(item);
+            if (std::get<0>(entry)->weight().num_columns != std::get<1>(x))
+                throw std::invalid_argument("a weight's columns differ from its input's width");
+            const std::optional<Floats> &bias = std::get<1>(entry);
+            all.push_back({std::get<0>(entry), bias ? keep(*bias) : nullptr,
+                           value_of(std::get<2>(entry)), std::get<3>(entry)});
+        }
+        if (all.empty() || all.size() > LinearLayer::kMaxParts)
+            throw std::invalid_argument("a linear layer of " + std::to_string(all.size()) +
+                                        " weights; it takes 1 to " +
+                                        std::to_string(LinearLayer::kMaxParts));
+        std::optional<Value> added;
+        if (residual) added = value_of(*residual);
+        add(barrier,
+            std::make_unique<LinearLayer>(
+                value_of(x),
+                one_of<Form>(form, {{"float32", Form::kF32}, {"bfloat16", Form::kBF16}, {"int8", Form::kInt8}}),
+                input, std::move(all),
+                one_of<Epilogue>(epilogue, {{"store", Epilogue::kStore},
+                                            {"add", Epilogue::kAddResidual},
+                                            {"silu_mul", Epilogue::kSiluMul},
+                                            {"gelu_tanh_mul", Epilogue::kGeluMul}}),
+                added, dtype_of(dtype)));
+    }
+
+    nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Ints token_ids, Ints positions, Ints query_start,
+                                                   Ints seq_len, Table block_table, Ints slot,
+                                                   Ints logit_rows) {
+        StepView step;
+        step.num_tokens = static_cast<int>(token_ids.shape(0));
+        step.num_sequences = static_cast<int>(seq_len.shape(0));
+        step.num_rows = static_cast<int>(logit_rows.shape(0));
+        step.max_blocks = static_cast<int>(block_table.shape(1));
+        const std::size_t tokens = token_ids.shape(0), sequences = seq_len.shape(0);
+        if (positions.shape(0) != tokens || slot.shape(0) != tokens ||
+            query_start.shape(0) != sequences + 1 || block_table.shape(0) != sequences)
+            throw std::invalid_argument("the arrays of a step disagree about T or S");
+        step.token_ids = token_ids.data();
+        step.positions = positions.data();
+        step.query_start = query_start.data();
+        step.seq_len = seq_len.data();
+        step.block_table = block_table.data();
+        step.slot = slot.data();
+        step.logit_rows = logit_rows.data();
+        const float *result;
+        {
+            nb::gil_scoped_release unlocked;
+            result = program_.run(step);
+        }
+        const std::size_t shape[2] = {logit_rows.shape(0),
+                                      static_cast<std::size_t>(program_.result_width())};
+        return nb::ndarray<nb::numpy, float, nb::ndim<2>>(const_cast<float *>(result), 2, shape,
+                                                          nb::find(*this));
+    }
+
+    std::size_t workspace_bytes() const { return program_.workspace_bytes(); }
+
+  private:
+    static const Kernels *kernels_named(const std::string &isa) {
+        const Kernels *kernels = find_kernels(isa.empty() ? nullptr : isa.c_str());
+        if (kernels == nullptr)
+            throw std::invalid_argument("this machine cannot run the kernels '" + isa + "'");
+        return kernels;
+    }
+    const float *keep(const Floats &array) {
+        kept_.append(nb::cast(array));
+        return array.data();
+    }
+    void add(bool barrier, std::unique_ptr<Operation> operation) {
+        operation->barrier_before = barrier;
+        program_.append(std::move(operation));
+    }
+
+    std::shared_ptr<KVCache> cache_;
+    StepProgram program_;
+    nb::list kept_;
+};
+
+// Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most.
+std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, int widest,
+                            int num_heads, int num_kv_heads, int head_dim, int max_tokens,
+                            int max_rows, int max_context, int threads) {
+    const std::size_t arenas = sizeof(float) * (token_columns * static_cast<std::size_t>(max_tokens) +
+                                                row_columns * static_cast<std::size_t>(max_rows));
+    Attention attention;
+    attention.num_heads = num_heads;
+    attention.cache.num_kv_heads = num_kv_heads;
+    attention.cache.head_dim = head_dim;
+    const std::size_t shared =
+        num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0;
+    const std::size_t linear = padded(sizeof(float) * static_cast<std::size_t>(widest)) +
+                               padded(engineroom::prepared_bytes(Form::kF32, widest, kPreparedAlone)) +
+                               linear_scratch_bytes(widest);
+    const std::size_t scratch =
+        padded(std::max(linear, num_heads ? attention_scratch_bytes(attention) : 0)) + 4096;
+    const std::size_t slack = 5 * (std::size_t{2} << 20);  // five mappings end on whole huge pages
+    return arenas + engineroom::prepared_bytes(Form::kF32, widest, std::max(max_tokens, max_rows)) +
+           shared + scratch * static_cast<std::size_t>(threads) + slack;
+}
+
+}  // namespace
+
+void register_step(nb::module_ &m) {
+    nb::class_<Pool>(m, "Pool")
+        .def(nb::init<int>(), nb::arg("threads"))
+        .def_prop_ro("size", &Pool::size);
+    m.def("usable_cores", &usable_cores);
+    m.def("packed_bytes", [](const std::string &format, int num_rows, int num_columns) {
+        return packed_bytes(packed_layout(format.c_str(), num_rows, num_columns));
+    });
+    m.def("workspace_bound", &workspace_bound);
+    nb::class_<KVCache>(m, "KVCache")
+        .def("__init__",
+             [](KVCache *self, const std::string &dtype, int num_layers, int num_kv_heads, int head_dim,
+                int block_size, int num_blocks) {
+                 if (num_layers < 1 || num_kv_heads < 1 || head_dim < 2 || head_dim % 2 != 0 ||
+                     block_size < 1 || num_blocks < 1)
+                     throw std::invalid_argument("a KV cache needs positive sizes and an even head_dim");
+                 new (self) KVCache(dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
+                                    num_blocks);
+             })
+        .def_prop_ro("num_layers", &KVCache::num_layers)
+        .def_prop_ro("num_kv_heads", [](const KVCache &c) { return c.layer(0).num_kv_heads; })
+        .def_prop_ro("head_dim", [](const KVCache &c) { return c.layer(0).head_dim; })
+        .def_prop_ro("nbytes", &KVCache::bytes);
+    nb::class_<BoundProgram>(m, "StepProgram")
+        .def(nb::init<const std::string &, std::shared_ptr<Pool>, std::shared_ptr<KVCache>, int,
+                      std::size_t, std::size_t, Slot>(),
+             nb::arg("isa"), nb::arg("pool"), nb::arg("cache").none(), nb::arg("vocab_size"),
+             nb::arg("token_columns"), nb::arg("row_columns"), nb::arg("result"))
+        .def("embedding", &BoundProgram::embedding)
+        .def("rms_norm", &BoundProgram::rms_norm)
+        .def("map", &BoundProgram::map)
+        .def("select_rows", &BoundProgram::select_rows)
+        .def("rotations", &BoundProgram::rotations)
+        .def("rope", &BoundProgram::rope)
+        .def("kv_write", &BoundProgram::kv_write)
+        .def("attention", &BoundProgram::attention)
+        .def_prop_ro("workspace_bytes", &BoundProgram::workspace_bytes)
+        .def("linear", &BoundProgram::linear, nb::arg("barrier"), nb::arg("x"), nb::arg("form"),
+             nb::arg("norm").none(), nb::arg("eps"), nb::arg("offset"), nb::arg("weights"),
+             nb::arg("epilogue"), nb::arg("residual").none(), nb::arg("norm_dtype"), nb::arg("dtype"))
+        .def("run", &BoundProgram::run, nb::arg("token_ids").noconvert(),
+             nb::arg("positions").noconvert(), nb::arg("query_start").noconvert(),
+             nb::arg("seq_len").noconvert(), nb::arg("block_table").noconvert(),
+             nb::arg("slot").noconvert(), nb::arg("logit_rows").noconvert());
+}
+
+}  // namespace engineroom

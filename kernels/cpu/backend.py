@@ -163,15 +163,13 @@ class CpuBackend:
         """
         _check(program, weights, kv)
         lowered = lower(program, lambda name: self._form(weights[name]))
-        vocab = next(
-            (program.handles[op.inputs[0]].shape[0] for op in program if op.name == "embedding"),  # type: ignore[index]
-            1,
-        )
+        tables = [op.inputs[0] for op in program if op.name == "embedding"]
+        vocab = min((program.handles[i].shape[0] for i in tables if i is not None), default=1)
         native = _native.StepProgram(
             self.isa,
             self._pool,
             kv,
-            vocab,
+            int(vocab),
             lowered.token_columns,
             lowered.row_columns,
             lowered.result.slot,
@@ -402,7 +400,9 @@ class _Binder:
 
     def _packed(self, part: RawWeight, keep: bool) -> Any:
         data = part.data.view(np.ndarray)
-        tiles = _native.pack(part.format.name, data, *part.shape, self._backend._pool.size)
+        tiles = _native.pack(
+            part.format.name, data, part.shape[0], part.shape[1], self._backend._pool.size
+        )
         if not keep:
             _release_pages(data)
         return tiles

@@ -49,7 +49,7 @@ def test_smollm2_on_the_cpu_backend_is_the_references_model():
 
     def logprobs(**options: Any) -> np.ndarray:
         with LLM(str(source), max_model_len=256, max_num_seqs=1, **options) as llm:
-            rows = [rows for _, rows in llm.score_stream(TEXT[: 4 * count(120, 900)])]
+            rows = [rows for _, rows in llm.score_stream(TEXT[: 4 * count(reduced=120, full=900)])]
         return np.concatenate(rows).astype(np.float64)
 
     exact = logprobs(device="reference", kv_cache_dtype="float32")

@@ -80,7 +80,10 @@ NOT_HERE = {"numpy": ("kernels.ops", "engine.core", "engine.models")}
 # Imports inside functions: the command's late ones, optional packages, and the doors to torch.
 LOCAL_ANYTHING = ("", "engine.cli")
 LOCAL_OURS = {
-    "kernels.backend": ("engineroom.kernels.reference", "engineroom.kernels.cpu"),
+    "kernels.backend": (
+        "engineroom.kernels.reference",
+        "engineroom.kernels.cpu.backend",
+    ),
     # The doctor must be able to say that the native module is missing.
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }

@@ -240,7 +240,6 @@ class _Binder:
         self._dtype = backend._dtype
         self._fp32 = lowered.program.fp32_values()
         self._tiles: dict[str, list[Any]] = {}  # one PackedMatrix for each part of a weight
-        self._tables = {n for n, uses in _uses(self._program).items() if "embedding" in uses}
 
     def bind(self) -> None:
         for node in self._lowered.nodes:
@@ -388,9 +387,7 @@ class _Binder:
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
         if name not in self._tiles:
-            self._tiles[name] = [
-                self._packed(part, keep=name in self._tables) for part in weight.parts
-            ]
+            self._tiles[name] = [self._packed(part) for part in weight.parts]
         entries, at = [], 0
         for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
             stop = at + part.shape[0]
@@ -398,13 +395,12 @@ class _Binder:
             at = stop
         return entries
 
-    def _packed(self, part: RawWeight, keep: bool) -> Any:
+    def _packed(self, part: RawWeight) -> Any:
         data = part.data.view(np.ndarray)
         tiles = _native.pack(
             part.format.name, data, part.shape[0], part.shape[1], self._backend._pool.size
         )
-        if not keep:
-            _release_pages(data)
+        _release_pages(data)
         return tiles
 
 

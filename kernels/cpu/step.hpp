@@ -54,7 +54,9 @@ class Operation {
     bool barrier_before = false;  // it reads what other threads may still be writing
 };
 
-// The cache of all layers, zeroed: [layer][block][kv head][keys, values].
+// The cache of all layers, zeroed: [block][layer][kv head][keys, values]. A block's layers lie together
+// so that memory is taken as blocks are first used: huge pages of a layer's own would be one a layer
+// for the first token.
 class KVCache {
   public:
     KVCache(Dtype dtype, int num_layers, int num_kv_heads, int head_dim, int block_size,
@@ -63,7 +65,7 @@ class KVCache {
     int num_layers() const { return num_layers_; }
     int num_blocks() const { return num_blocks_; }
     int block_size() const { return view_.block_size; }
-    std::size_t bytes() const { return layer_bytes_ * static_cast<std::size_t>(num_layers_); }
+    std::size_t bytes() const { return view_.block_stride * static_cast<std::size_t>(num_blocks_); }
 
   private:
     KVCacheView view_;

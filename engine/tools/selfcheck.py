@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ...kernels.backend import Backend, KVSpec, StepInputs
 from ...kernels.cpu import _native
+from ...kernels.cpu.backend import CpuBackend
 from ...kernels.sampling import philox4x32
 from ...kernels.sampling_vectors import PHILOX, UNIFORM
 from ...kernels.weights import F32, FORMATS, RawWeight
@@ -29,9 +31,11 @@ def run_checks(backend: Backend | None) -> list[dict[str, Any]]:
     ]
     if backend is not None:
         made = backend
-        checks.append(
-            ("a tiny model: whole prompt = token by token = beside neighbours", lambda: pure(made))
-        )
+        tiny = "a tiny model: whole prompt = token by token = beside neighbours"
+        checks.append((tiny, lambda: pure(made)))
+        if made.name == "cpu":
+            tables = _native.kernel_tables()
+            checks += [(f"the same on {isa} kernels", partial(_pure_on, isa)) for isa in tables]
     results = []
     for name, check in checks:
         started = time.perf_counter()
@@ -48,6 +52,10 @@ def run_checks(backend: Backend | None) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def _pure_on(isa: str) -> str:
+    return pure(CpuBackend(isa=isa))
 
 
 def native_equals_specification() -> str:

@@ -84,7 +84,7 @@ struct Activations {
     const std::int32_t *sum16 = nullptr;      // [rows][stride / 16]  sum of q over 16
     // scale * float(sum of q), plus the same of the second digit
     const float *scaled_sum = nullptr;        // [rows][stride / 32]
-    // A group that one value dominates (max^2 > kDominated * sum of squares) has a second digit:
+    // A group with an outlier (max^2 > kOutlier * the row's mean square) has a second digit:
     // x ~ scale * q + fine_scale * fine_q, what the first left over, quantised in the same way. One
     // digit would round the other 31 values to a few steps. A row's second digits lie one after
     // another, the j-th of them for group fine_group[j].
@@ -95,10 +95,9 @@ struct Activations {
     const std::int32_t *fine_sum16 = nullptr;  // [rows][stride / 16]
 };
 
-// One value has more than this share of its group's squares: about 20 groups in 100 of SmolLM2's
-// activations. Measured there (docs/performance.md), mean KL to unrounded activations: 0.0046 with
-// one digit throughout, 0.0008 at 0.63 (12 groups in 100), 0.0007 with this.
-constexpr float kDominated = 0.5f;
+// Beyond five times the row's root mean square: about 12 groups in 100 of SmolLM2's activations.
+// docs/performance.md has what other rules gave.
+constexpr float kOutlier = 25.0f;
 
 // Where to_int8 writes one row; the members are those of Activations.
 struct Int8Row {

@@ -19,7 +19,6 @@ def golden_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_llm(golden_model: Path) -> Iterator[Callable[..., Any]]:
     """make_llm(**options) -> an LLM of the golden model; all are closed at the end."""
-    pytest.importorskip("torch", reason="the reference backend needs torch")
     from engineroom import LLM
 
     made: list[Any] = []

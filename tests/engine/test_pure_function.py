@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +14,6 @@ from hypothesis import strategies as st
 from engineroom import SamplingParams
 from tests.counts import count
 from tests.engine import golden
-
-pytestmark = pytest.mark.torch
 
 EXAMPLES = count(reduced=8, full=100)
 RUN = {
@@ -56,10 +56,18 @@ def bits(out: Any) -> tuple:
     return sample.token_ids, tuple(logprobs)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.torch)])
+def make(make_llm: Callable[..., Any], request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """make(**options) -> an LLM of the golden model on the device of this run of the tests."""
+    if request.param == "reference":
+        pytest.importorskip("torch", reason="the reference backend needs torch")
+    return partial(make_llm, device=request.param)
+
+
 @pytest.fixture(scope="module")
-def alone(make_llm):
+def alone(make):
     """The yardstick: one request at a time, no prefix cache, prompts in one piece."""
-    llm = make_llm(enable_prefix_caching=False, max_num_batched_tokens=512, block_size=16)
+    llm = make(enable_prefix_caching=False, max_num_batched_tokens=512, block_size=16)
     return lambda request: run(llm, [request])[0]
 
 
@@ -71,8 +79,8 @@ def test_neighbours_change_nothing(requests, alone, crowd):
 
 
 @pytest.fixture(scope="module")
-def crowd(make_llm):
-    return make_llm(max_num_seqs=64)
+def crowd(make):
+    return make(max_num_seqs=64)
 
 
 @pytest.mark.parametrize("neighbours", count(reduced=[63], full=[1, 2, 7, 15, 16, 17, 31, 63]))
@@ -94,12 +102,12 @@ def test_chunking_changes_nothing(requests, budget, alone, chunked):
 
 
 @pytest.fixture(scope="module")
-def chunked(make_llm):
+def chunked(make):
     made: dict[int, Any] = {}
 
     def llm(budget: int) -> Any:
         if budget not in made:
-            made[budget] = make_llm(
+            made[budget] = make(
                 max_num_batched_tokens=budget, max_num_seqs=4, enable_prefix_caching=False
             )
         return made[budget]
@@ -137,9 +145,9 @@ def test_the_cramped_pool_does_preempt(cramped):
 
 
 @pytest.fixture(scope="module")
-def cramped(make_llm):
+def cramped(make):
     """Eight blocks: three requests of this size cannot all stay."""
-    return make_llm(num_blocks=8, block_size=16, max_model_len=128, max_num_seqs=8)
+    return make(num_blocks=8, block_size=16, max_model_len=128, max_num_seqs=8)
 
 
 @given(request=REQUEST, block_size=st.sampled_from([1, 8, 32, 64]))
@@ -150,30 +158,28 @@ def test_block_size_changes_nothing(request, block_size, alone, blocked):
 
 
 @pytest.fixture(scope="module")
-def blocked(make_llm):
+def blocked(make):
     made: dict[int, Any] = {}
 
     def llm(size: int) -> Any:
         if size not in made:
-            made[size] = make_llm(block_size=size, max_model_len=256, max_num_seqs=4)
+            made[size] = make(block_size=size, max_model_len=256, max_num_seqs=4)
         return made[size]
 
     return llm
 
 
-def test_threads_change_nothing(alone, make_llm):
+def test_threads_change_nothing(alone, make):
     request = ([9, 8, 7] * 20, {"temperature": 0.9, "seed": 5, "max_tokens": 24})
     expected = alone(request)
     for threads in (1, 2):
-        assert run(make_llm(threads=threads), [request])[0] == expected
+        assert run(make(threads=threads), [request])[0] == expected
 
 
-def test_the_golden_tokens(make_llm):
+def test_the_golden_tokens(make):
     """The engine's greedy tokens are those of a float64 forward pass written independently."""
     prompt = list(b"The engine room")
     expected, margin = golden.greedy(prompt, 24)
     assert margin > 1e-3, "the golden model has a near-tie; its seed must change"
-    out = make_llm().generate(
-        [prompt], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    )
+    out = make().generate([prompt], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     assert list(out[0].outputs[0].token_ids) == expected

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.data import model_path
+
 from .tree import ROOT
 
 THIRD_PARTY = {
@@ -68,6 +70,18 @@ def test_models_and_inspect_load_no_torch() -> None:
     assert not {"torch", "transformers"} & {name.split(".")[0] for name in modules}
     modules = loaded("import engineroom.engine.tools.inspect")
     assert not {"torch", "transformers"} & {name.split(".")[0] for name in modules}
+
+
+def test_an_answer_on_a_cpu_loads_no_torch() -> None:
+    """It costs a second and 200 MB, three times what the answer itself takes."""
+    path = model_path("smollm2")
+    code = (
+        "from engineroom.engine.cli import main; "
+        f"assert main(['complete', '-m', {str(path)!r}, 'hi', '--max-tokens', '1']) == 0"
+    )
+    tops = {name.split(".")[0] for name in loaded(code)}
+    assert "tokenizers" in tops
+    assert not {"torch", "transformers", "triton", "bitsandbytes", "tqdm"} & tops
 
 
 def test_the_count_can_fail() -> None:

@@ -181,6 +181,12 @@ ER_INLINE bool has_digit(float most) {
 // group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
 static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const F infinity = f_set(__builtin_inff());
+    F squares = f_zero();
+    for (int i = 0; i < n; i += 16) {
+        const F v = n - i >= 16 ? f_load(x + i) : f_load_n(x + i, n - i);
+        squares = f_fma(v, v, squares);
+    }
+    const float outlier = kOutlier * (f_sum(squares) / static_cast<float>(n));
     int fine = 0;
     for (int i = 0, g = 0; i < stride; i += kGroup, ++g) {
         const int left = n - i;
@@ -209,7 +215,7 @@ static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
         const float scale = int8_digit(a, b, most, q, sum16);
         out.scale[g] = scale;
         float scaled_sum = scale * static_cast<float>(sum16[0] + sum16[1]);
-        if (most * most > kDominated * f_sum(f_fma(a, a, f_mul(b, b)))) {
+        if (most * most > outlier) {
             const F step = f_set(scale);
             const F rest_a = f_fnma(f_load_s8(q), step, a), rest_b = f_fnma(f_load_s8(q + 16), step, b);
             const float rest = f_max_all(f_max(f_abs(rest_a), f_abs(rest_b)));

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -192,6 +192,48 @@ class Choice:
 
 class BackendUnavailable(RuntimeError):
     """No backend can serve the asked device; the message says what was tried and how to mend it."""
+
+
+def check_program(
+    backend: str,
+    program: Program,
+    weights: Mapping[str, Any],
+    cache: KVSpec | None,
+    operations: Collection[str],
+) -> None:
+    """What every backend's `lower` holds its arguments to; `weights` are whatever has a shape.
+
+    Errors: ValueError that names what is unfinished, missing, unknown, or does not fit together.
+    """
+    if program.result is None:
+        raise ValueError("the program is not finished: call program.finish(result) first")
+    missing = sorted(set(program.weights) - set(weights))
+    if missing:
+        raise ValueError(f"the program reads weights that were not given: {', '.join(missing)}")
+    for name, handle in program.weights.items():
+        if tuple(weights[name].shape) != handle.shape:
+            raise ValueError(
+                f"weight {name!r} is {list(weights[name].shape)}, "
+                f"the program reads it as {list(handle.shape)}"
+            )
+    for op in program:
+        if op.name not in operations:
+            raise ValueError(
+                f"the {backend} backend has no operation {op.name!r}; "
+                f"it has {', '.join(sorted(operations))}"
+            )
+        if op.name not in ("kv_write", "attention"):
+            continue
+        if cache is None:
+            raise ValueError(f"the program has {op.name} but no KV cache was given")
+        want = (op.attrs["num_kv_heads"], op.attrs["head_dim"])
+        have = (cache.num_kv_heads, cache.head_dim)
+        layer = op.attrs["layer"]
+        if want != have or not 0 <= layer < cache.num_layers:  # type: ignore[operator]
+            raise ValueError(
+                f"{op.name} of layer {layer} has {want[0]} kv heads of {want[1]}; the KV cache "
+                f"has {cache.num_layers} layers of {have[0]} kv heads of {have[1]}"
+            )
 
 
 DEVICES = ("auto", "cpu", "reference")

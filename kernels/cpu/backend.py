@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..backend import DTYPE_BYTES, KVSpec, StepInputs
+from ..backend import DTYPE_BYTES, KVSpec, StepInputs, check_program
 from ..program import Op, Program
 from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
-from .lower import Lowered, Node, lower
+from .lower import OPERATIONS, Lowered, Node, lower
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
@@ -29,6 +29,14 @@ class CpuWeight:
     @property
     def name(self) -> str:
         return "+".join(part.name for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """A paged cache in native memory."""
+
+    spec: KVSpec
+    native: _native.KVCache
 
 
 class CpuBackend:
@@ -113,9 +121,9 @@ class CpuBackend:
 
     # ----------------------------------------------------------------------------------- cache
 
-    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> Any:
+    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> CpuCache:
         """A zeroed cache of num_blocks; pages are taken as they are written."""
-        return _native.KVCache(
+        native = _native.KVCache(
             spec.dtype,
             spec.num_layers,
             spec.num_kv_heads,
@@ -123,6 +131,7 @@ class CpuBackend:
             spec.block_size,
             num_blocks,
         )
+        return CpuCache(spec, native)
 
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
         """bfloat16 beside weights of 16 bits or fewer, else the activations' own."""
@@ -156,19 +165,21 @@ class CpuBackend:
             )
         )
 
-    def lower(self, program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> CpuExecutable:
+    def lower(
+        self, program: Program, weights: Mapping[str, CpuWeight], kv: CpuCache | None
+    ) -> CpuExecutable:
         """Bind a finished Program to its weights (by canonical name) and its cache.
 
         Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
         """
-        _check(program, weights, kv)
+        check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
         lowered = lower(program, lambda name: self._form(weights[name]))
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         vocab = min((program.handles[i].shape[0] for i in tables if i is not None), default=1)
         native = _native.StepProgram(
             self.isa,
             self._pool,
-            kv,
+            None if kv is None else kv.native,
             int(vocab),
             lowered.token_columns,
             lowered.row_columns,
@@ -441,47 +452,3 @@ def _release_pages(data: np.ndarray) -> None:
     end = (start - first + data.nbytes) // page * page
     if end > begin:
         base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-
-def _check(program: Program, weights: Mapping[str, CpuWeight], kv: Any) -> None:
-    """Errors: ValueError that names what does not fit together."""
-    missing = sorted(set(program.weights) - set(weights))
-    if missing:
-        raise ValueError(f"the program reads weights that were not given: {', '.join(missing)}")
-    for name, handle in program.weights.items():
-        if tuple(weights[name].shape) != handle.shape:
-            raise ValueError(
-                f"weight {name!r} is {list(weights[name].shape)}, "
-                f"the program reads it as {list(handle.shape)}"
-            )
-    known = ("linear", "select_rows", "attention", *_MAPS)
-    for op in program:
-        if op.name not in known:
-            raise ValueError(
-                f"the CPU backend has no operation {op.name!r}; it has {', '.join(known)}"
-            )
-        if op.name not in ("kv_write", "attention"):
-            continue
-        if kv is None:
-            raise ValueError(f"the program has {op.name} but no KV cache was given")
-        want = (op.attrs["num_kv_heads"], op.attrs["head_dim"])
-        have = (kv.num_kv_heads, kv.head_dim)
-        layer = op.attrs["layer"]
-        if want != have or not 0 <= layer < kv.num_layers:  # type: ignore[operator]
-            raise ValueError(
-                f"{op.name} of layer {layer} has {want[0]} kv heads of {want[1]}; the KV cache "
-                f"has {kv.num_layers} layers of {have[0]} kv heads of {have[1]}"
-            )
-
-
-_MAPS: Sequence[str] = (
-    "add",
-    "embedding",
-    "gelu_tanh_mul",
-    "kv_write",
-    "rms_norm",
-    "rope",
-    "scale",
-    "silu_mul",
-    "softcap",
-)

@@ -257,9 +257,6 @@ void register_step(nb::module_ &m) {
                  new (self) KVCache(dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
                                     num_blocks);
              })
-        .def_prop_ro("num_layers", &KVCache::num_layers)
-        .def_prop_ro("num_kv_heads", [](const KVCache &c) { return c.layer(0).num_kv_heads; })
-        .def_prop_ro("head_dim", [](const KVCache &c) { return c.layer(0).head_dim; })
         .def_prop_ro("nbytes", &KVCache::bytes);
     nb::class_<BoundProgram>(m, "StepProgram")
         .def(nb::init<const std::string &, std::shared_ptr<Pool>, std::shared_ptr<KVCache>, int,

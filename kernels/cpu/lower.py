@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from ..fuse import Step, early_rows, fuse
 from ..program import Op, Program, R
 
-__all__ = ["Lowered", "Node", "Place", "lower"]
+__all__ = ["OPERATIONS", "Lowered", "Node", "Place", "lower"]
 
 _IN_PLACE = frozenset(("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope"))
 _BY_ROWS = _IN_PLACE | {"embedding", "rms_norm", "kv_write", "rotations"}
+OPERATIONS = tuple(sorted({"linear", "select_rows", "attention"} | _BY_ROWS - {"rotations"}))
 _ALIGN = 16  # columns: a value's rows may begin a cache line
 
 

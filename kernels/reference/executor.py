@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backend import StepInputs
+from ..backend import StepInputs, check_program
 from ..program import Program
 from . import attention as att
 from . import elementwise as ew
@@ -32,7 +32,7 @@ class ReferenceExecutable:
         activation_dtype: torch.dtype,
         workers: lin.Workers,
     ) -> None:
-        _check(program, weights, kv)
+        check_program("reference", program, weights, kv.spec if kv else None, _OPERATIONS)
         assert program.result is not None
         self._program = program
         self._result = program.result.id
@@ -166,36 +166,3 @@ _OPERATIONS: dict[str, Callable[..., torch.Tensor | None]] = {
     "silu_mul": _silu_mul,
     "softcap": _softcap,
 }
-
-
-def _check(program: Program, weights: Mapping[str, Any], kv: att.KVCache | None) -> None:
-    """Errors: ValueError that names what does not fit together."""
-    if program.result is None:
-        raise ValueError("the program is not finished: call program.finish(result) first")
-    missing = sorted(set(program.weights) - set(weights))
-    if missing:
-        raise ValueError(f"the program reads weights that were not given: {', '.join(missing)}")
-    for name, handle in program.weights.items():
-        if tuple(weights[name].shape) != handle.shape:
-            raise ValueError(
-                f"weight {name!r} is {list(weights[name].shape)}, "
-                f"the program reads it as {list(handle.shape)}"
-            )
-    for op in program:
-        if op.name not in _OPERATIONS:
-            raise ValueError(
-                f"the reference backend has no operation {op.name!r}; "
-                f"it has {', '.join(sorted(_OPERATIONS))}"
-            )
-        if op.name not in ("kv_write", "attention"):
-            continue
-        if kv is None:
-            raise ValueError(f"the program has {op.name} but no KV cache was given")
-        want = (op.attrs["num_kv_heads"], op.attrs["head_dim"])
-        have = (kv.spec.num_kv_heads, kv.spec.head_dim)
-        layer = op.attrs["layer"]
-        if want != have or not 0 <= layer < kv.spec.num_layers:  # type: ignore[operator]
-            raise ValueError(
-                f"{op.name} of layer {layer} has {want[0]} kv heads of {want[1]}; the KV cache "
-                f"has {kv.spec.num_layers} layers of {have[0]} kv heads of {have[1]}"
-            )

@@ -146,7 +146,7 @@ def render(report: dict[str, Any]) -> str:
         f"  weights        {show_bytes(memory['weights'])}",
         f"  KV cache       {show_bytes(memory['kv'])}: {memory['kv_tokens']:,} tokens "
         f"at {kv_per_token} each",
-        f"  workspace      {show_bytes(memory['workspace'])} (the backend settles it at load)",
+        f"  workspace      {show_bytes(memory['workspace'])}",
         f"  total          {show_bytes(memory['total'])} of a budget of "
         f"{show_bytes(memory['budget'])} ({show_bytes(memory['available'])} available)",
     ]

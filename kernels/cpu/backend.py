@@ -194,7 +194,11 @@ class CpuBackend:
 
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log."""
-        quantised = "int8 activations in groups of 32" if self._int8 else "activations as they are"
+        quantised = (
+            "int8 activations in groups of 32, two digits for groups with outliers"
+            if self._int8
+            else "activations as they are"
+        )
         return {
             "backend": self.name,
             "kernels": f"{self.isa} (this machine runs {', '.join(_native.kernel_tables())})",

@@ -48,7 +48,7 @@ def test_smollm2_on_the_cpu_backend_is_the_references_model():
     assert greedy(source, "cpu") == greedy(source, "reference")
 
     def logprobs(**options: Any) -> np.ndarray:
-        with LLM(str(source), max_model_len=256, max_num_seqs=1, **options) as llm:
+        with LLM(str(source), max_model_len=1024, max_num_seqs=1, **options) as llm:
             rows = [rows for _, rows in llm.score_stream(TEXT[: 4 * count(reduced=120, full=900)])]
         return np.concatenate(rows).astype(np.float64)
 

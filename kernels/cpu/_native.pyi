@@ -267,9 +267,6 @@ def linear_test(
     `silu_mul` and `gelu_mul`. Errors: ValueError for unknown names and shapes that do not fit.
     """
 
-def attention_units() -> list[str]:
-    """Names of the instruction set units that this machine can run, fastest first."""
-
 def rows_test(
     unit: str,
     op: str,

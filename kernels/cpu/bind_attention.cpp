@@ -46,12 +46,6 @@ Dtype dtype_of(const std::string &name) {
     refuse("unknown dtype '" + name + "'; supported: float32, bfloat16, float16");
 }
 
-std::vector<std::string> attention_units() {
-    std::vector<std::string> names;
-    for (int i = 0; usable_kernels(i) != nullptr; ++i) names.push_back(usable_kernels(i)->name);
-    return names;
-}
-
 void rows_test(const std::string &unit, const std::string &op, In x, In y, Out out, float a,
                float b) {
     const Kernels &kernels = unit_of(unit);
@@ -208,8 +202,6 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
 }  // namespace
 
 void register_attention(nb::module_ &m) {
-    m.def("attention_units", &attention_units,
-          "Names of the instruction set units that this machine can run, fastest first.");
     m.def("rows_test", &rows_test, nb::arg("unit"), nb::arg("op"), nb::arg("x").noconvert(),
           nb::arg("y").noconvert(), nb::arg("out").noconvert(), nb::arg("a") = 0.0f,
           nb::arg("b") = 0.0f, "One row-wise operation on one row, for tests.");

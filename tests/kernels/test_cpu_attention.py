@@ -18,7 +18,7 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 
-UNITS = _native.attention_units()
+UNITS = _native.kernel_tables()
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "bfloat16": 2.0**-9 + 1e-5}
 

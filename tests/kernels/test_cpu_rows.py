@@ -13,7 +13,7 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 
-UNITS = _native.attention_units()
+UNITS = _native.kernel_tables()
 OUTLIER = 25  # kernels.hpp kOutlier
 LENGTHS = (1, 15, 16, 17, 33, 64, 576)
 HOSTILE_SIZES = [0, 1e-45, 1e-38, 1e-20, 1e-4, 0.5, 1, 3, 10, 30, 80, 86, 88, 90, 200, 1e10, 3e38]

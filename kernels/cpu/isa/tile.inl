@@ -2,7 +2,7 @@
 //
 // Every output is one lane and its operations are fixed: per group of 32 (kSuperSigned: 16) in
 // ascending order, c is the exact integer product of quants and activations, t = d * scale,
-// f = fma(c, t, f), the same for the activations' second digit where the group has one, and where the format has minima f = fma(m, scaled_sum, f); for floats,
+// f = fma(c, t, f), and where the format has minima f = fma(m, scaled_sum, f); for floats,
 // f = fma(w, x, f) in ascending K. The activations' second digits are added behind all of K, in the
 // same way. What varies with the number of rows (unpacking first or on the
 // way, how many rows share registers, blocks of K) leaves them as they are.

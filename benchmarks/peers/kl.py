@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .engines import OURS, Entry
-from .places import Places, sha256
+from .places import WORKERS, Places, sha256
 from .worker import Refused, Worker, WorkerFailed
 
 # Prose that every Python installation carries. Its tokens are named by their hash in the results.
@@ -72,10 +72,12 @@ def divergence(
 ) -> dict[str, Any]:
     """{"kl", "top1", "rows"}, or {"why"} where the engine gives no logits or failed.
 
-    A peer's answer is kept by the hashes of weights, text and reference; ours is always anew.
+    A peer's answer is kept by the hashes of its worker, weights, text and reference; ours is
+    always anew.
     """
     cache = places.results / "kl.json"
-    key = " ".join((entry.name, sha256(entry.weights(places))[:16], against.stem))
+    worker = sha256(WORKERS / (entry.start or entry.worker))[:16]
+    key = " ".join((entry.name, worker, sha256(entry.weights(places))[:16], against.stem))
     known = json.loads(cache.read_text()) if cache.exists() else {}
     if entry.engine != OURS and key in known:
         return dict(known[key])

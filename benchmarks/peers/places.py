@@ -50,8 +50,9 @@ class Places:
         return self.folder / f"{step}.log"
 
     def gguf(self, format: str) -> Path:
-        """One of Q4_1 (as it ships), Q4_0, Q8_0, BF16."""
-        return self.folder / "models" / f"smollm2-{format}.gguf"
+        """SmolLM2 as Q4_1 (as it ships), Q4_0, Q8_0 or BF16; Gemma 3 270M as Q4_K_M."""
+        name = "gemma3-270m" if format == "Q4_K_M" else "smollm2"
+        return self.folder / "models" / f"{name}-{format}.gguf"
 
     @property
     def twin(self) -> Path:

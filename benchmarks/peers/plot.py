@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -10,9 +12,10 @@ from .engines import CLASSES, OURS
 from .report import CLASS_TITLES, best, cell, entries_of, metrics, ratio
 
 LABEL, WIDTH, BAR, GAP = 300, 1000, 15, 14
+PANEL = 340
 PLOT = WIDTH - LABEL - 110
 # Ours in one colour with shades; the peers in colours that differ in lightness too.
-OUR_COLOURS = ("#c2410c", "#ea8c55")
+OUR_COLOURS = ("#c2410c", "#ea8c55", "#7c2d12")
 COLOURS = {
     "llama.cpp": ("#1d4ed8", "#7da2f0"),
     "OpenVINO GenAI": ("#0f766e",),
@@ -30,7 +33,7 @@ def svg(result: Mapping[str, Any]) -> str:
         entries = entries_of(result, kind)
         if not entries:
             continue
-        body.append(_text(16, y, CLASS_TITLES[kind], size=16, weight="bold"))
+        body.append(text(16, y, CLASS_TITLES[kind], size=16, weight="bold"))
         y += 22
         colours = _colours(entries)
         for metric in metrics(result):
@@ -48,9 +51,9 @@ def svg(result: Mapping[str, Any]) -> str:
                 assert found is not None
                 ratios[name] = ratio(found.median, other.median, metric.more_is_better)
             scale = PLOT / max(1.25, *ratios.values())
-            body.append(_text(16, y + 10, metric.title, size=12, weight="bold"))
+            body.append(text(16, y + 10, metric.title, size=12, weight="bold"))
             better = "more is better" if metric.more_is_better else "less is better"
-            body.append(_text(WIDTH - 16, y + 10, f"{metric.unit}, {better}", end=True, grey=True))
+            body.append(text(WIDTH - 16, y + 10, f"{metric.unit}, {better}", end=True, grey=True))
             y += 16
             top = y
             one, bottom = LABEL + scale, top + BAR * len(known) + 1
@@ -62,29 +65,84 @@ def svg(result: Mapping[str, Any]) -> str:
                 found = cells[name]
                 assert found is not None
                 width = max(1.0, ratios[name] * scale)
-                body.append(_text(LABEL - 8, y + BAR - 4, name, end=True))
+                body.append(text(LABEL - 8, y + BAR - 4, name, end=True))
                 body.append(
                     f'<rect x="{LABEL}" y="{y:.1f}" width="{width:.1f}" height="{BAR - 2}" '
                     f'fill="{colours[name]}"/>'
                 )
                 digits = 0 if found.median >= 100 else 1 if found.median >= 10 else 2
                 shown = f"{found.median:.{digits}f}  ({ratios[name]:.2f})"
-                body.append(_text(LABEL + width + 6, y + BAR - 4, shown, halo=True))
+                body.append(text(LABEL + width + 6, y + BAR - 4, shown, halo=True))
                 y += BAR
             y += GAP
         y += 12
     title = "engineroom beside the peers"
     note = f"{result['machine']}, {result['date']}; bars are ratios to the best peer (dashed)"
+    return page(title, note, y, body)
+
+
+def page(title: str, note: str, height: float, body: Sequence[str]) -> str:
+    """A whole SVG: its title and note take the first 56 pixels."""
     head = [
         '<?xml version="1.0" encoding="UTF-8"?>',
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y:.0f}" '
-        f'viewBox="0 0 {WIDTH} {y:.0f}" font-family="Helvetica, Arial, sans-serif" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
+        f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="Helvetica, Arial, sans-serif" '
+        'role="img">',
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="#fbfbf9"/>',
-        _text(16, 26, title, size=18, weight="bold"),
-        _text(16, 44, note, size=12, grey=True),
+        text(16, 26, title, size=18, weight="bold"),
+        text(16, 44, note, size=12, grey=True),
     ]
     return "\n".join([*head, *body, "</svg>"]) + "\n"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of `axes`: its points, joined; `dashed` ones carry no dots and no name."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+def axes(title: str, unit: str, left: float, top: float, lines: Sequence[Line]) -> list[str]:
+    """Curves over two logarithmic axes, ticks at the first line's x and at 1, 2 and 5 of y, as the
+    parts of a `page`: PANEL pixels square below the title, with names at the curves' ends."""
+    points = [point for line in lines for point in line.points]
+    low, high = min(y for _, y in points) / 1.2, max(y for _, y in points) * 1.2
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = math.log(x / first) / math.log(last / first) if last > first else 0.5
+        return left + PANEL * across, top + PANEL * math.log(high / y) / math.log(high / low)
+
+    out = [text(left, top - 12, f"{title}, {unit}", size=13, weight="bold")]
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high))):
+        for tick in (10.0**power * step for step in (1, 2, 5)):
+            if low <= tick <= high:
+                _, y = at(first, tick)
+                out.append(
+                    f'<line x1="{left}" y1="{y:.1f}" x2="{left + PANEL}" y2="{y:.1f}" '
+                    'stroke="#e4e4e0"/>'
+                )
+                out.append(text(left - 6, y + 4, f"{tick:g}", end=True))
+    for tick, _ in lines[0].points:
+        x, _ = at(tick, low)
+        out.append(text(x - 4, top + PANEL + 16, f"{tick:g}"))
+    for line in lines:
+        places = [at(x, y) for x, y in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"{dash}/>'
+        )
+        if not line.dashed:
+            out += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.colour}"/>' for x, y in places
+            ]
+            out.append(text(places[-1][0] + 8, places[-1][1] + 4, line.name, halo=True))
+    return out
 
 
 def _colours(entries: list[Mapping[str, Any]]) -> dict[str, str]:
@@ -98,7 +156,7 @@ def _colours(entries: list[Mapping[str, Any]]) -> dict[str, str]:
     return out
 
 
-def _text(
+def text(
     x: float,
     y: float,
     said: str,

@@ -127,8 +127,8 @@ def remove_media(places: Places, peer: str) -> None:
 # --------------------------------------------------------------------------------------- steps
 
 
-def model(places: Places) -> None:
-    """The file that the project itself fetches, linked under the name that the rest uses."""
+def fetched(name: str, to: Path) -> None:
+    """A file that the project itself fetches, copied to where the rest looks for it."""
     try:
         from engineroom.engine.load.catalogue import CATALOGUE
         from engineroom.engine.load.fetch import FetchError, fetch
@@ -137,13 +137,22 @@ def model(places: Places) -> None:
             error
         )
     try:
-        found = fetch(CATALOGUE["smollm2"], progress=sys.stderr)
+        found = fetch(CATALOGUE[name], progress=sys.stderr)
     except FetchError as error:
         raise StepFailed(str(error)) from error
-    link = places.gguf("Q4_1")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    shutil.copyfile(found, link)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_suffix(".part")
+    shutil.copyfile(found, part)
+    part.rename(to)
+
+
+def model(places: Places) -> None:
+    fetched("smollm2", places.gguf("Q4_1"))
+
+
+def gemma(places: Places) -> None:
+    """Its terms must have been accepted: `engineroom models --fetch gemma3-270m` says how."""
+    fetched("gemma3-270m", places.gguf("Q4_K_M"))
 
 
 def llamacpp(places: Places) -> None:
@@ -277,6 +286,7 @@ def vllm(places: Places) -> None:
 
 STEPS = (
     Step("model", "SmolLM2-135M-Instruct, Q4_1 as it ships", model),
+    Step("gemma", "Gemma 3 270M, Q4_K_M as it ships", gemma),
     Step("llamacpp", "llama.cpp, built for this processor", llamacpp),
     Step("llama-python", "llama-cpp-python over it", llama_python, ("llamacpp",)),
     Step("ggufs", "the model as Q4_0, Q8_0 and BF16", ggufs, ("model", "llamacpp")),

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cost import Cost
 from .engines import CLASSES, OURS
 from .run import SCHEMA, show_kl
 
 CLASS_TITLES = {"4bit": "4-bit weights", "8bit": "8-bit weights", "bf16": "16-bit weights"}
+CLASS_TITLES |= {"gemma": "Gemma 3 270M (Q4_K_M)"}
 
 
 class BadReport(Exception):
@@ -68,7 +70,9 @@ def load(paths: Sequence[Path]) -> dict[str, Any]:
         merged["kl"] |= {
             k: v for k, v in result["kl"].items() if "kl" in v or k not in merged["kl"]
         }
-        merged["versions"] |= result["versions"]
+        for key in ("versions", "costs", "left_out"):
+            merged[key] |= result[key]
+        merged["minutes"] += result["minutes"]
         if result["command"] not in merged["command"]:
             merged["command"] += "; " + result["command"]
     if merged is None:
@@ -101,6 +105,34 @@ def cell(result: Mapping[str, Any], entry: str, metric: Metric) -> Cell | None:
     )
 
 
+def limit_s(result: Mapping[str, Any], row: Mapping[str, Any], metric: Metric) -> float | None:
+    """The least that this figure could have been at the row's own moment, in seconds: of a prompt's
+    first token, or of one step of one stream. None where no such limit is known."""
+    told = result["costs"].get(row["entry"])
+    if told is None or metric.workload not in ("decode", "prompt", "long"):
+        return None
+    sizes = result["sizes"]
+    cost = Cost.of(told)
+    if metric.name == "first":
+        tokens = sizes["prompt"] if metric.workload == "prompt" else sizes["long"][0]
+        return cost.prompt_s(tokens, row["probe"])
+    prompt, out = sizes[metric.workload]
+    return cost.decode_s(1, prompt + out // 2, row["probe"])
+
+
+def share(result: Mapping[str, Any], entry: str, metric: Metric) -> float | None:
+    """How much of the machine's own limit was reached, 1 being all; the median of the rounds."""
+    shares = []
+    for row in result["rows"]:
+        value = row.get("values", {}).get(metric.name)
+        if row["entry"] != entry or row["workload"] != metric.workload or value is None:
+            continue
+        least = limit_s(result, row, metric)
+        if least is not None:
+            shares.append(least * value if metric.more_is_better else least / value)
+    return statistics.median(shares) if shares else None
+
+
 def entries_of(result: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
     return [entry for entry in result["entries"] if entry["kind"] == kind]
 
@@ -126,7 +158,10 @@ def markdown(result: Mapping[str, Any], plot: str = "") -> str:
         "Medians, with the least and the greatest of the rounds. Ratio: ours to the best peer of "
         "the class, then to the peer with the same file where that is another; above 1 where ours "
         "is better. Mode: of the machine when it was measured "
-        "(near, far: [where the two cores share a cache, or do not](#beside-the-peers))."
+        "(near, far: [where the two cores share a cache, or do not](#beside-the-peers)). Of the "
+        "limit: the time that a step's bytes take at the read bandwidth, or its operations at the "
+        "dot peaks, both measured just before, as a share of the time that it took. What took over "
+        f"{result['patience']:g} s was measured once, and so was the memory."
     )
     for kind in CLASSES:
         found = entries_of(result, kind)
@@ -140,6 +175,9 @@ def markdown(result: Mapping[str, Any], plot: str = "") -> str:
     ]
     if failed:
         lines += ["", "### What failed", "", *dict.fromkeys(failed)]
+    if result["left_out"]:
+        lines += ["", "### What was left out", ""]
+        lines += [f"* {why.splitlines()[0]}" for why in result["left_out"].values()]
     silent = [
         f"* {name}: {found['why'].splitlines()[0]}"
         for name, found in result["kl"].items()
@@ -159,7 +197,8 @@ def header(result: Mapping[str, Any]) -> str:
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     probes = [row["probe"] for row in result["rows"] if row.get("probe")]
     lines = [
-        f"{result['machine']}; {result['threads']} threads; {result['date']}; "
+        f"{result['machine']}; {result['threads']} threads; {result['date']}, "
+        f"{result['minutes']:.0f} minutes; "
         f"Python {result['python']}; {said or 'no versions'}",
         f"`{result['command']}`",
     ]
@@ -184,8 +223,8 @@ def header(result: Mapping[str, Any]) -> str:
 
 def _class_table(result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| workload | engine | median | min .. max | ratio | mode | KL to 16-bit |",
-        "|---|---|---|---|---|---|---|",
+        "| workload | engine | median | min .. max | ratio | of the limit | mode | KL to 16-bit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ours = [e["name"] for e in entries if e["engine"] == OURS]
     theirs = [e["name"] for e in entries if e["engine"] != OURS]
@@ -201,7 +240,7 @@ def _class_table(result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
             near = show_kl(result["kl"].get(name))
             title = f"{metric.title}, {metric.unit}"
             if not found.values:
-                lines.append(f"| {title} | {shown} | failed | | | | {near} |")
+                lines.append(f"| {title} | {shown} | failed | | | | | {near} |")
                 continue
             of = ""
             if name in ours and against is not None:
@@ -216,10 +255,14 @@ def _class_table(result: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
             elif name == against:
                 of = "best peer"
             spread = f"{_number(min(found.values))} .. {_number(max(found.values))}"
+            if len(found.values) == 1:
+                spread = "once"
+            reached = share(result, name, metric)
+            part = "" if reached is None else f"{reached:.0%}"
             modes = ", ".join(f"{m} {n}" for m, n in sorted(Counter(found.modes).items()))
             lines.append(
-                f"| {title} | {shown} | {_number(found.median)} | {spread} | {of} | {modes} | "
-                f"{near} |"
+                f"| {title} | {shown} | {_number(found.median)} | {spread} | {of} | {part} | "
+                f"{modes} | {near} |"
             )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from . import kl, probe
-from .engines import Entry
+from .engines import CLASSES, OURS, Entry
 from .places import NotPrepared, Places
 from .worker import Refused, Worker, WorkerFailed
 
-SCHEMA = 1
+SCHEMA = 2
 GIVE_UP = 3  # an entry whose worker failed so often is left out of the rest of the run
 
 
@@ -46,6 +47,7 @@ class Workload:
     name: str
     title: str
     metrics: tuple[tuple[str, str, bool], ...]  # (name, unit, more is better)
+    once: bool = False  # it does not vary: measured in the first round alone
 
 
 def workloads(sizes: Sizes) -> tuple[Workload, ...]:
@@ -61,7 +63,10 @@ def workloads(sizes: Sizes) -> tuple[Workload, ...]:
         Workload("batch32", f"{many} x ({many_in} in, {many_out} out), whole run", rate),
         Workload("start", "process start to first token", (("first", "s", False),)),
         Workload(
-            "memory", f"peak resident memory, context {sizes.context}", (("peak", "MiB", False),)
+            "memory",
+            f"peak resident memory, context {sizes.context}",
+            (("peak", "MiB", False),),
+            once=True,
         ),
         Workload(
             "long",
@@ -93,6 +98,7 @@ class Residents:
     workers: dict[str, Worker] = field(default_factory=dict)
     warmed: set[tuple[str, str]] = field(default_factory=set)
     versions: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of ours
 
     def environment(self, entry: Entry) -> dict[str, str]:
         threads = str(self.threads)
@@ -109,6 +115,9 @@ class Residents:
             worker = Worker(command, self.environment(entry))
             self.versions[entry.name] = str(worker.receive(self.timeout).get("version"))
             self.workers[entry.name] = worker
+            if entry.engine == OURS:
+                told = worker.ask(self.timeout, do="cost")
+                self.costs[entry.name] = {**told, "products": entry.products}
             self.warmed = {(name, what) for name, what in self.warmed if name != entry.name}
         worker.go()
         return worker
@@ -118,15 +127,20 @@ class Residents:
             worker.close()
         self.workers.clear()
 
-    def measure(self, entry: Entry, workload: str, seed: int) -> dict[str, float]:
-        """The workload's metrics. Errors: WorkerFailed, Refused."""
+    def measure(self, entry: Entry, workload: str, seed: int) -> tuple[dict[str, float], float]:
+        """The workload's metrics, and the seconds it took, loading and warming up left out.
+
+        Errors: WorkerFailed, Refused.
+        """
+        started = time.perf_counter()
         if workload in ("start", "memory"):
-            return self._fresh(entry, workload, seed)
+            return self._fresh(entry, workload, seed), time.perf_counter() - started
         worker = self.get(entry)
         try:
-            if (entry.name, workload) not in self.warmed:
+            if not entry.warm and (entry.name, workload) not in self.warmed:
                 self._ask(worker, workload, seed + 500, warm=True)
                 self.warmed.add((entry.name, workload))
+            started = time.perf_counter()
             repeats = self.sizes.repeats if workload in ("decode", "prompt") else 1
             answers = [self._ask(worker, workload, seed + i) for i in range(repeats)]
         except Refused:
@@ -135,15 +149,9 @@ class Residents:
         except WorkerFailed:
             self.workers.pop(entry.name, None)
             raise
+        took = time.perf_counter() - started
         worker.pause()
-        if workload == "decode":
-            return {"rate": statistics.median(decode_rate(a) for a in answers)}
-        if workload == "prompt":
-            return {"first": statistics.median(a["first_s"] for a in answers)}
-        (answer,) = answers
-        if workload == "long":
-            return {"first": answer["first_s"], "rate": decode_rate(answer)}
-        return {"rate": answer["tokens"] / answer["total_s"]}
+        return _values(workload, answers), took
 
     def _ask(self, worker: Worker, workload: str, seed: int, warm: bool = False) -> dict[str, Any]:
         sizes = self.sizes
@@ -180,6 +188,17 @@ class Residents:
             return {"peak": worker.ask(60, do="memory")["peak_mib"]}
 
 
+def _values(workload: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    if workload == "decode":
+        return {"rate": statistics.median(decode_rate(a) for a in answers)}
+    if workload == "prompt":
+        return {"first": statistics.median(a["first_s"] for a in answers)}
+    (answer,) = answers
+    if workload == "long":
+        return {"first": answer["first_s"], "rate": decode_rate(answer)}
+    return {"rate": answer["tokens"] / answer["total_s"]}
+
+
 # ------------------------------------------------------------------------------------- whole run
 
 
@@ -193,32 +212,42 @@ class Plan:
     threads: int
     timeout: float
     with_kl: bool = True
+    patience: float = 15  # seconds: what takes longer is measured in the first round alone
+    minutes: float = 25  # no measurement starts later
 
 
-def chosen(entries: Sequence[Entry], plan: Plan) -> list[Entry]:
-    wanted = [e.lower() for e in plan.engines]
+def chosen(
+    entries: Sequence[Entry], engines: Sequence[str], classes: Sequence[str] = CLASSES
+) -> list[Entry]:
+    """Those of the classes whose names contain one of `engines`; empty: all of them."""
+    wanted = [e.lower() for e in engines]
     return [
         entry
         for entry in entries
-        if entry.kind in plan.classes
+        if entry.kind in classes
         and (not wanted or any(part in entry.name.lower() for part in wanted))
     ]
 
 
-def ready(places: Places, entries: Sequence[Entry], say: Callable[[str], None]) -> list[Entry]:
-    """Those that are prepared; the others are named. Errors: NotPrepared where no peer is."""
-    out, missing = [], []
+def ready(
+    places: Places, entries: Sequence[Entry], say: Callable[[str], None]
+) -> tuple[list[Entry], dict[str, str]]:
+    """Those that can run, and why the others cannot. Errors: NotPrepared where no peer can that was
+    asked for, or nothing at all."""
+    out, missing = [], {}
     for entry in entries:
         try:
             entry.check(places)
             out.append(entry)
         except NotPrepared as error:
-            missing.append(str(error))
-    if missing and not any(entry.peer for entry in out):
-        raise NotPrepared("no peer is prepared:\n" + "\n".join(missing))
-    for line in missing:
+            missing[entry.name] = str(error)
+    if any(e.peer for e in entries) and not any(e.peer for e in out):
+        raise NotPrepared("\n".join(("no peer is prepared:", *missing.values())))
+    if not out:
+        raise NotPrepared("\n".join(("none of these can run here:", *missing.values())))
+    for line in missing.values():
         say(f"left out: {line}")
-    return out
+    return out, missing
 
 
 def run(
@@ -229,7 +258,8 @@ def run(
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> dict[str, Any]:
     """Measure, printing each figure as it comes; the result is written after every one."""
-    picked = ready(places, chosen(entries, plan), say)
+    picked, left_out = ready(places, chosen(entries, plan.engines, plan.classes), say)
+    started = time.monotonic()
     probe.build(places)
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -238,19 +268,25 @@ def run(
         "command": shown_command(),
         "python": platform.python_version(),
         "threads": plan.threads,
+        "rounds": plan.rounds,
+        "patience": plan.patience,
+        "sizes": dataclasses.asdict(plan.sizes),
         "workloads": [
             {"name": w.name, "title": w.title, "metrics": [list(m) for m in w.metrics]}
             for w in workloads(plan.sizes)
             if w.name in plan.workloads
         ],
         "entries": [{"name": e.name, "engine": e.engine, "kind": e.kind} for e in picked],
+        "left_out": left_out,
         "versions": {},
+        "costs": {},
         "types": types(places),
         "kl": {},
         "rows": [],
     }
 
     def save() -> None:
+        result["minutes"] = (time.monotonic() - started) / 60
         if file is not None:
             part = file.with_name(file.name + ".part")
             part.write_text(json.dumps(result, indent=1))
@@ -260,21 +296,31 @@ def run(
         _divergences(places, entries, picked, plan, result, say)
         save()
     residents = Residents(places, plan.sizes, plan.threads, plan.timeout)
-    result["versions"] = residents.versions
+    result["versions"], result["costs"] = residents.versions, residents.costs
     failures: dict[str, int] = {}
+    done: set[tuple[str, str]] = set()  # what is not measured again
     try:
         for round_ in range(plan.rounds):
             for workload in workloads(plan.sizes):
                 if workload.name not in plan.workloads:
                     continue
-                say(f"\nround {round_ + 1}: {workload.title}")
-                for entry in picked:
+                turn = [e for e in picked if (e.name, workload.name) not in done]
+                turn = [e for e in turn if not e.only or workload.name in e.only]
+                if turn:
+                    say(f"\nround {round_ + 1}: {workload.title}")
+                for entry in turn:
                     if failures.get(entry.name, 0) >= GIVE_UP:
                         continue
-                    _measure(residents, entry, workload, round_, result, failures, say)
+                    if time.monotonic() - started > 60 * plan.minutes:
+                        say(f"stopped after {plan.minutes:g} minutes; --minutes allows more")
+                        return result
+                    took = _measure(residents, entry, workload, round_, result, failures, say)
+                    if workload.once or took > plan.patience:
+                        done.add((entry.name, workload.name))
                     save()
     finally:
         residents.close()
+    say(f"\n{result['minutes']:.1f} minutes")
     return result
 
 
@@ -286,11 +332,13 @@ def _measure(
     result: dict[str, Any],
     failures: dict[str, int],
     say: Callable[[str], None],
-) -> None:
+) -> float:
+    """One row of the result. Returns the seconds that its measurement took."""
+    took = 0.0
     row: dict[str, Any] = {"entry": entry.name, "workload": workload.name, "round": round_}
     moment = probe.measure(residents.places, residents.threads)
     try:
-        row["values"] = residents.measure(entry, workload.name, seed=1000 * round_ + 1)
+        row["values"], took = residents.measure(entry, workload.name, seed=1000 * round_ + 1)
         figures = ", ".join(
             f"{row['values'][name]:9.2f} {unit:5}" for name, unit, _ in workload.metrics
         )
@@ -305,6 +353,7 @@ def _measure(
     result["rows"].append(row)
     near = show_kl(result["kl"].get(entry.name))
     say(f"  {entry.name:32} {figures} | KL {near} | {probe.show(moment)}")
+    return took
 
 
 def _divergences(
@@ -324,9 +373,12 @@ def _divergences(
     say(f"KL to the 16-bit model (transformers, fp32) over {len(ids)} tokens of docstrings")
     result["text"] = {"tokens": len(ids), "hash": kl.ids_hash(ids)}
     for entry in picked:
-        found = kl.divergence(
-            places, entry, ids, against, threads=plan.threads, timeout=plan.timeout
-        )
+        if entry.has_twin:
+            found = kl.divergence(
+                places, entry, ids, against, threads=plan.threads, timeout=plan.timeout
+            )
+        else:
+            found = {"why": "there is no 16-bit model of this file to compare it with"}
         result["kl"][entry.name] = found
         more = f", top-1 {found['top1']:.3f}" if "top1" in found else f" ({found['why']})"
         say(f"  {entry.name:32} {show_kl(found)}{more}")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import kl, plot, prepare, probe, report, run
+from benchmarks.peers import kl, plot, prepare, probe, report, run, scaling
+from benchmarks.peers.cost import Cost
 from benchmarks.peers.engines import table
 from benchmarks.peers.places import WORKERS, NotPrepared, Places
 from benchmarks.peers.worker import Refused, Worker, WorkerFailed
@@ -25,7 +26,7 @@ def row(entry: str, workload: str, round_: int, mode: str = "near", **values: fl
         "barrier_ns": 40.0,
         "read_gbs": 33.0,
         "int8_gops": 900.0,
-        "bf16_gflops": None,
+        "bf16_gflops": 450.0,
         "mode": mode,
     }
     return {
@@ -35,6 +36,10 @@ def row(entry: str, workload: str, round_: int, mode: str = "near", **values: fl
         "values": values,
         "probe": moment,
     }
+
+
+# 66 MB of weights are 2 ms at the 33 GB/s of the rows above, 512 x 9 MOP 5.12 ms at 900 GOP/s.
+COST = Cost(66_000_000, 0, 9_000_000, 0, 0, (0, 4), "int8_gops")
 
 
 def canned() -> dict[str, Any]:
@@ -69,6 +74,11 @@ def canned() -> dict[str, Any]:
         "entries": [
             {"name": n, "engine": n.rsplit(" ", 1)[0], "kind": "8bit", "format": ""} for n in names
         ],
+        "minutes": 2.4,
+        "patience": 15.0,
+        "sizes": dataclasses.asdict(run.Sizes()),
+        "left_out": {"engineroom int4": "engineroom int4: not available: quantization='int4'"},
+        "costs": {names[0]: dataclasses.asdict(COST)},
         "versions": {names[0]: "0.1.0", names[1]: "0.3.36"},
         "types": {"Q8_0": {"tensors": {}, "embedding": "Q8_0", "head": "tied to the embedding"}},
         "kl": {names[0]: {"kl": 0.01234, "top1": 0.9}, names[2]: {"why": "it gives none"}},
@@ -87,7 +97,7 @@ def test_medians_ranges_and_ratios() -> None:
     text = report.markdown(canned())
     (ours,) = lines_of(text, "| one stream", "**engineroom Q8_0**")
     assert "| 250 | 200 .. 300 | 2.00 of OpenVINO GenAI int8; 2.27 of llama.cpp Q8_0 |" in ours
-    assert ours.endswith("| far 1, near 2 | 0.0123 |")
+    assert ours.endswith("| 50% | far 1, near 2 | 0.0123 |")  # 2 of the 4 ms that a token took
     (peer,) = lines_of(text, "| one stream", "OpenVINO GenAI int8", "best peer |")
     assert "| 125 | 120 .. 130 |" in peer
     assert peer.endswith("| n/a |")
@@ -95,7 +105,7 @@ def test_medians_ranges_and_ratios() -> None:
     assert "best peer" not in other
     # Less is better: half the time is twice as good.
     (ours,) = lines_of(text, "| prompt of 512", "**engineroom Q8_0**")
-    assert "| 0.50 | 0.40 .. 0.60 | 1.80 of llama.cpp Q8_0 |" in ours
+    assert "| 0.50 | 0.40 .. 0.60 | 1.80 of llama.cpp Q8_0 | 1% |" in ours  # 5.12 of 500 ms
 
 
 def test_the_header_names_the_machine_the_date_the_command_and_the_versions() -> None:
@@ -103,7 +113,11 @@ def test_the_header_names_the_machine_the_date_the_command_and_the_versions() ->
     for part in ("2 cores", "2026-01-02", "`python -m benchmarks.peers run`", "llama.cpp 0.3.36"):
         assert part in text
     assert "40 .. 40 ns barrier" in text
-    assert "bf16" not in text  # no probe had the instruction
+    assert "450 .. 450 bf16 GFLOP/s" in text
+    result = canned()
+    for measured in result["rows"]:
+        measured["probe"]["bf16_gflops"] = None
+    assert "bf16" not in report.header(result)  # no probe had the instruction
     assert "Q8_0: embedding Q8_0" in text
 
 
@@ -112,11 +126,12 @@ def test_what_failed_and_what_is_missing_is_said() -> None:
     assert lines_of(text, "| OpenVINO GenAI int8 | failed |")
     assert "* OpenVINO GenAI int8, prompt, round 1: no answer in 9 s" in text
     assert "* OpenVINO GenAI int8: it gives none" in text
+    assert "* engineroom int4: not available: quantization='int4'" in text
     result = canned()
     result["rows"] = [r for r in result["rows"] if r["entry"].startswith("engineroom")]
     alone = report.markdown(result)
     (ours,) = lines_of(alone, "| one stream", "**engineroom Q8_0**")
-    assert "| 250 | 200 .. 300 |  | far" in ours  # no peer: no ratio
+    assert "| 250 | 200 .. 300 |  | 50% | far" in ours  # no peer: no ratio
     assert "llama.cpp Q8_0 |" not in alone
 
 
@@ -165,6 +180,86 @@ def test_the_report_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFi
     assert "none.json" in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------- limit and scaling
+
+MOMENT = {"read_gbs": 10.0, "int8_gops": 100.0, "bf16_gflops": 50.0}
+
+
+def test_the_least_time_is_of_the_bytes_or_of_the_operations() -> None:
+    cost = Cost(
+        weight_bytes=10**9,
+        kv_bytes=10**6,
+        linear_ops=10**9,
+        head_ops=10**8,
+        attention_ops=10**6,
+        windows=(0, 100),
+        products="int8_gops",
+    )
+    # Two requests, 150 keys in the first layer and 100 in the second: 500 MB beside the weights.
+    assert cost.decode_s(2, 150, MOMENT) == pytest.approx(0.15)
+    # Sixty-four: 70.4 GOP of products and 3.2 of attention are longer than 7.4 GB at 10 GB/s.
+    assert cost.decode_s(64, 25, MOMENT) == pytest.approx(0.704 + 0.064)
+    # A prompt's keys: 150 x 151 / 2 in full; in the window 100 x 101 / 2 and then 100 each.
+    keys = 11325 + 5050 + 5000
+    assert cost.prompt_s(150, MOMENT) == pytest.approx(1.5 + 0.001 + keys * 1e6 / 50e9)
+    assert cost.prompt_s(150, MOMENT | {"bf16_gflops": None}) is None
+
+
+def scaled() -> dict[str, Any]:
+    rows = [
+        {
+            "entry": "engineroom <8>",
+            "axis": axis,
+            "value": value,
+            "round": round_,
+            "step_s": 0.001 * value * (round_ + 1),
+            "least_s": 0.0005 * value,
+            "probe": {},
+        }
+        for axis, values in (("batch", (1, 2, 4)), ("context", (128, 256)))
+        for value in values
+        for round_ in range(3)
+    ]
+    return {
+        "machine": "A <fast> machine",
+        "date": "2026-01-02",
+        "command": "python -m benchmarks.peers scaling",
+        "threads": 2,
+        "entries": ["engineroom <8>"],
+        "rows": rows,
+    }
+
+
+def test_scaling_says_medians_and_shares_and_draws_both() -> None:
+    text = scaling.markdown(scaled(), "s.svg")
+    assert "| batch | engineroom <8> | least | share |" in text
+    assert "| 4 | 8.00 | 2.00 | 25% |" in text
+    assert "| 256 | 512.00 | 128.00 | 25% |" in text
+    root = ElementTree.fromstring(scaling.svg(scaled()))
+    space = "{http://www.w3.org/2000/svg}"
+    curves = list(root.iter(f"{space}polyline"))
+    assert [c.get("stroke-dasharray") is not None for c in curves] == [False, True] * 2
+    assert len(list(root.iter(f"{space}circle"))) == 5
+    wide, high = float(root.get("width", 0)), float(root.get("height", 0))
+    for curve in curves:
+        for point in (curve.get("points") or "").split():
+            x, y = map(float, point.split(","))
+            assert 0 < x < wide
+            assert 0 < y < high
+    unknown = scaled()
+    for measured in unknown["rows"]:
+        measured["least_s"] = None
+    assert "| 4 | 8.00 | n/a | n/a |" in scaling.markdown(unknown, "s.svg")
+    assert len(list(ElementTree.fromstring(scaling.svg(unknown)).iter(f"{space}polyline"))) == 2
+
+
+def test_a_scaling_point_is_a_batch_or_a_context() -> None:
+    points = scaling.Points()
+    assert points.request("batch", 32) == (32, 64, 32)
+    count, prompt, out = points.request("context", 8192)
+    assert (count, prompt + out) == (1, 8192)  # the last step has the context's length
+
+
 # ------------------------------------------------------------------------------------- workers
 
 FAKE = """
@@ -180,6 +275,7 @@ class Fake:
         if self.how == "dies": sys.exit("no such weights")
         if self.how == "hangs": time.sleep(60)
     def version(self): return "1"
+    def cost(self): return {"weight_bytes": 1}
     def run(self, prompts, out):
         print("last words", file=sys.stderr, flush=True)
         if self.how == "dies later": os._exit(7)
@@ -251,7 +347,7 @@ def test_a_failing_worker_costs_its_rows_alone(
     bad = dataclasses.replace(good, engine="peer", format="bad", options={"how": "dies later"})
     monkeypatch.setattr(probe, "build", lambda places: None)
     monkeypatch.setattr(probe, "measure", lambda places, threads: {"barrier_ns": 1.0})
-    monkeypatch.setattr(run, "ready", lambda places, entries, say: list(entries))
+    monkeypatch.setattr(run, "ready", lambda places, entries, say: (list(entries), {}))
     plan = run.Plan(4, ("4bit",), (), ("decode",), run.QUICK, 1, 20, with_kl=False)
     said: list[str] = []
     file = tmp_path / "out.json"
@@ -263,6 +359,15 @@ def test_a_failing_worker_costs_its_rows_alone(
     assert len(failed) == run.GIVE_UP  # then it is left out
     assert all("last words" in r["error"] for r in failed)
     assert any("left out from here on" in line for line in said)
+    assert result["costs"] == {good.name: {"weight_bytes": 1, "products": "int8_gops"}}
+    # What takes longer than the patience is measured once; what it has no workload for, never.
+    plan = dataclasses.replace(plan, patience=0)
+    short = dataclasses.replace(good, engine="peer", only=("long",))
+    rows = run.run(Places(tmp_path), [good, short], plan, None, said.append)["rows"]
+    assert [r["entry"] for r in rows] == [good.name]
+    plan = dataclasses.replace(plan, minutes=0)
+    assert run.run(Places(tmp_path), [good], plan, None, said.append)["rows"] == []
+    assert said[-1].startswith("stopped after 0 minutes")
 
 
 # ----------------------------------------------------------------------------------- the rest
@@ -275,6 +380,21 @@ def test_nothing_prepared_names_prepare(tmp_path: Path, capsys: pytest.CaptureFi
     assert "python -m benchmarks.peers prepare" in error
     with pytest.raises(NotPrepared, match=r"vLLM bf16: vllm, twin not in"):
         next(e for e in table({}) if e.engine == "vLLM").check(Places(tmp_path))
+
+
+def test_an_option_that_is_not_there_leaves_its_row_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Places, "marker", lambda self, step: tmp_path)
+    (plain,) = run.chosen(table({}), ["engineroom Q8_0"])
+    later = dataclasses.replace(plain, format="later", options={"quantization": "int1"})
+    said: list[str] = []
+    ready, left_out = run.ready(Places(tmp_path), [plain, later], said.append)
+    assert ready == [plain]
+    assert "engineroom later: not available: quantization='int1'" in left_out["engineroom later"]
+    assert said == [f"left out: {left_out['engineroom later']}"]
+    with pytest.raises(NotPrepared, match="none of these can run here:\nengineroom later"):
+        run.ready(Places(tmp_path), [later], said.append)
 
 
 def test_prepare_goes_on_after_a_failure_and_keeps_what_is_done(

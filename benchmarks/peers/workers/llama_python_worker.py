@@ -1,6 +1,6 @@
 """llama-cpp-python behind the worker protocol: process start, and logits for the divergence.
 
-Options: {"logits": true} keeps the logits of every position.
+Options: {"logits": true} keeps the logits of every position; {"kv": the cache's type}.
 """
 
 from __future__ import annotations
@@ -15,13 +15,25 @@ from protocol import Ids, serve
 
 
 class LlamaPython:
-    def __init__(self, model: str, threads: int, max_len: int, max_seqs: int, logits: bool = False):
+    def __init__(
+        self,
+        model: str,
+        threads: int,
+        max_len: int,
+        max_seqs: int,
+        logits: bool = False,
+        kv: str = "f16",
+    ):
+        cache = getattr(llama_cpp, f"GGML_TYPE_{kv.upper()}")
         self._llm = llama_cpp.Llama(
             model_path=model,
             n_ctx=max_len,
             n_threads=threads,
             n_threads_batch=threads,
             logits_all=logits,
+            flash_attn=True,
+            type_k=cache,
+            type_v=cache,
             verbose=False,
         )
         self.vocab = self._llm.n_vocab()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,8 @@ from protocol import Ids, serve
 
 import engineroom
 from engineroom import LLM, SamplingParams
+from engineroom.engine.runtime.load import open_model, raw_weights
+from engineroom.kernels.program import T
 
 
 class Ours:
@@ -49,6 +53,44 @@ class Ours:
         # Row j of a chunk at `position` is of the token there, given those before it.
         for position, rows in self._llm.score_stream(ids):
             yield position - 1, rows
+
+    def steps(self, prompts: list[Ids], out: int) -> dict[str, Any]:
+        """Seconds of a whole step, by the step log, over the steps that decode every prompt."""
+        log = self._llm.engine.log
+        before = log.num_steps
+        params = SamplingParams(temperature=0, max_tokens=out, ignore_eos=True)
+        self._llm.generate(prompts, params, use_tqdm=False)
+        times = [
+            r.t_schedule_s + r.t_build_s + r.t_execute_s + r.t_commit_s
+            for r in log.records[before - log.num_steps :]
+            if len(r.requests) == len(prompts) and all(kind == "decode" for *_, kind in r.requests)
+        ]
+        if not times:
+            raise ValueError(f"no step decoded all {len(prompts)}: {out} tokens are too few")
+        return {"step_s": statistics.median(times), "steps": len(times)}
+
+    def cost(self) -> dict[str, Any]:
+        """From the recorded program: a table that is only looked up costs a step no bytes."""
+        engine = self._llm.engine
+        model, program = engine.model_config, engine.loaded.program
+        checkpoint = engine.loaded.checkpoint
+        weights = raw_weights(checkpoint, open_model(checkpoint)[0], model)
+        linear = {True: 0, False: 0}  # by whether it runs for every token
+        tables = 0
+        for op in program.ops:
+            operands = [program.handles[i] for i in op.inputs if i is not None]
+            if op.name == "linear":
+                linear[operands[0].shape[0] == T] += 2 * math.prod(operands[1].shape)
+            elif op.name == "embedding":
+                tables += weights[operands[0].name].nbytes
+        return {
+            "weight_bytes": engine.memory.weights - tables,
+            "kv_bytes": engine.memory.kv_bytes_per_token // model.num_layers,
+            "linear_ops": linear[True],
+            "head_ops": linear[False],
+            "attention_ops": 4 * model.num_heads * model.head_dim,
+            "windows": model.windows,
+        }
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ It answers {"ready": ...} once the model is loaded and then one line per line as
     {"do": "kl", "ids": [...], "reference": "logits.npy"} -> {"kl": ..., "top1": ..., "rows": n}
     {"do": "logits", "ids": [...], "out": "logits.npy"}   -> {}    the reference itself
     {"do": "memory"} -> {"peak_mib": ...}
+Ours alone answers two more, which the peers do not tell:
+    {"do": "steps", "count": 8, "prompt": 64, "out": 32, "seed": 1}
+        -> {"step_s": ..., "steps": 20}    median of the steps that decode all of them
+    {"do": "cost"} -> the fields of cost.Cost, `products` left out
 An answer {"error": ...} is a refusal or a failure; the worker goes on. Standard output belongs to
 the protocol: whatever else prints there is sent to standard error.
 
@@ -51,6 +55,10 @@ class Engine(Protocol):
 
     def logits(self, ids: Ids) -> Iterator[tuple[int, Any]]:
         """(position, fp32 [n, V]): rows are logits (up to a constant) given ids[:position + 1]."""
+
+    def steps(self, prompts: list[Ids], out: int) -> dict[str, Any]: ...
+
+    def cost(self) -> dict[str, Any]: ...
 
 
 def prompts(count: int, length: int, vocab: int, seed: int) -> list[Ids]:
@@ -123,6 +131,11 @@ def answer(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
         many = prompts(asked["count"], asked["prompt"], engine.vocab, asked["seed"])
         _, total, tokens = engine.run(many, asked["out"])
         return {"total_s": total, "tokens": tokens}
+    if do == "steps":
+        many = prompts(asked["count"], asked["prompt"], engine.vocab, asked["seed"])
+        return dict(engine.steps(many, asked["out"]))
+    if do == "cost":
+        return dict(engine.cost())
     if do == "memory":
         return {"peak_mib": getattr(engine, "peak_mib", peak_mib)()}
     if do == "kl":

@@ -141,7 +141,11 @@ def axes(title: str, unit: str, left: float, top: float, lines: Sequence[Line]) 
             out += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.colour}"/>' for x, y in places
             ]
-            out.append(text(places[-1][0] + 8, places[-1][1] + 4, line.name, halo=True))
+    ends = [(at(*line.points[-1]), line.name) for line in lines if not line.dashed]
+    below = -math.inf
+    for (x, y), name in sorted(ends, key=lambda end: end[0][1]):
+        below = max(y, below + 13)  # names of curves that meet stand under one another
+        out.append(text(x + 8, below + 4, name, halo=True))
     return out
 
 

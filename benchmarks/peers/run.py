@@ -212,7 +212,7 @@ class Plan:
     threads: int
     timeout: float
     with_kl: bool = True
-    patience: float = 15  # seconds: what takes longer is measured in the first round alone
+    patience: float = 10  # seconds: what takes longer is measured in the first round alone
     minutes: float = 25  # no measurement starts later
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -12,7 +13,8 @@ from protocol import Ids, serve
 
 import engineroom
 from engineroom import LLM, SamplingParams
-from engineroom.engine.runtime.load import open_model, raw_weights
+from engineroom.engine.runtime.assemble import plan_load
+from engineroom.engine.runtime.load import open_model
 from engineroom.kernels.program import T
 
 
@@ -70,22 +72,22 @@ class Ours:
         return {"step_s": statistics.median(times), "steps": len(times)}
 
     def cost(self) -> dict[str, Any]:
-        """From the recorded program: a table that is only looked up costs a step no bytes."""
+        """From what loading planned. Looking up a row of a table costs a step next to nothing, so
+        the program is counted without its lookups."""
         engine = self._llm.engine
-        model, program = engine.model_config, engine.loaded.program
-        checkpoint = engine.loaded.checkpoint
-        weights = raw_weights(checkpoint, open_model(checkpoint)[0], model)
-        linear = {True: 0, False: 0}  # by whether it runs for every token
-        tables = 0
+        loaded = engine.loaded
+        module, model = open_model(loaded.checkpoint)
+        plan = plan_load(engine.config, loaded.checkpoint, module, model, loaded.backend_choice)
+        program = copy.copy(plan.program)
+        program.ops = [op for op in program.ops if op.name != "embedding"]
+        linear = {True: 0, False: 0}  # operations, by whether they are done for every token
         for op in program.ops:
-            operands = [program.handles[i] for i in op.inputs if i is not None]
             if op.name == "linear":
-                linear[operands[0].shape[0] == T] += 2 * math.prod(operands[1].shape)
-            elif op.name == "embedding":
-                tables += weights[operands[0].name].nbytes
+                x, weight = (program.handles[i] for i in op.inputs[:2] if i is not None)
+                linear[x.shape[0] == T] += 2 * math.prod(weight.shape)
         return {
-            "weight_bytes": engine.memory.weights - tables,
-            "kv_bytes": engine.memory.kv_bytes_per_token // model.num_layers,
+            "weight_bytes": plan.backend.weights_bytes(program, plan.weights),
+            "kv_bytes": plan.kv.bytes_per_token // model.num_layers,
             "linear_ops": linear[True],
             "head_ops": linear[False],
             "attention_ops": 4 * model.num_heads * model.head_dim,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import EngineConfig
-from .core.detokenize import TextStream
+from .core.detokenize import TextStream, TokenPieces
 from .core.outputs import OutputGroup
 from .core.plan import StepOutcome, StepPlan
 from .core.request import (
@@ -77,6 +77,7 @@ class Engine:
         self._closed = False
         self._clock = clock
         self._runner = loaded.runner
+        self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
         self._groups: dict[str, OutputGroup] = {}
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -255,7 +256,7 @@ class Engine:
                     bad_word_ids=bad_words,
                     dry_breaker_ids=self._dry_breaker_ids(params),
                     text=TextStream(
-                        self._token_bytes,
+                        self._pieces.__getitem__,
                         stop=params.stop,
                         include_stop=params.include_stop_str_in_output,
                         skip_ids=skip,
@@ -267,12 +268,6 @@ class Engine:
                 )
             )
         return samples
-
-    # A model's head may have more rows than its tokenizer has tokens (padding): they spell nothing.
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        known = token_id < self.tokenizer.vocab_size
-        return self.tokenizer.token_bytes(token_id) if known else b""
 
     def _token_text(self, token_id: int) -> str:
         known = token_id < self.tokenizer.vocab_size
@@ -303,17 +298,19 @@ class Engine:
     def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
         touched: dict[str, OutputGroup] = {}
         for update in updates:
+            request_id = update.request.request_id
             self._num_generated_tokens += len(update.new_token_ids)
-            group = self._groups.get(update.request.request_id)
-            if group is not None:
+            group = self._groups.get(request_id)
+            if group is not None and (update.finished or not group.final_only):
                 group.take(update)
-                touched[group.request_id] = group
+                touched[request_id] = group
         outputs = []
         for group in touched.values():
-            finished = group.finished
-            if finished or not group.final_only:
-                outputs.append(group.output())
-            if finished:
+            if group.final_only and not group.finished:
+                continue
+            output = group.output()
+            outputs.append(output)
+            if output.finished:
                 del self._groups[group.request_id]
                 self._runner.observers.pop(group.samples[0].key, None)
         return outputs
@@ -326,7 +323,7 @@ class Engine:
         schedule_s: float,
         commit_s: float,
     ) -> None:
-        stats = self.scheduler.stats()
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
         self._num_steps += 1
         self.log.append(
             StepRecord(
@@ -338,15 +335,12 @@ class Engine:
                 t_commit_s=commit_s,
                 num_tokens=plan.num_tokens,
                 num_logit_rows=plan.num_logit_rows,
-                num_running=stats.num_running,
-                num_waiting=stats.num_waiting,
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
                 num_preempted=len(plan.preempted),
-                free_blocks=stats.free_blocks,
-                cached_blocks=stats.cached_blocks,
-                requests=tuple(
-                    (*s.request.key, s.num_tokens, "decode" if s.decodes else "prefill")
-                    for s in plan.requests
-                ),
+                free_blocks=blocks.num_free - blocks.num_cached,
+                cached_blocks=blocks.num_cached,
+                requests=tuple([s.log_entry for s in plan.requests]),
                 backend=self._runner.backend.name,
             )
         )

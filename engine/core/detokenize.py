@@ -6,7 +6,23 @@ from codecs import utf_8_decode
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "TokenPieces"]
+
+
+class TokenPieces(dict[int, bytes]):
+    """Token id -> the bytes it adds to a text, asked of a tokenizer once each.
+
+    A model's head may have more rows than its tokenizer has tokens (padding): they spell nothing.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], vocab_size: int) -> None:
+        super().__init__()
+        self._token_bytes = token_bytes
+        self._vocab_size = vocab_size
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = self[token_id] = self._token_bytes(token_id) if token_id < self._vocab_size else b""
+        return piece
 
 
 class TextStream:

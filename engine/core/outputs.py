@@ -35,13 +35,14 @@ class OutputGroup:
         """final_only: nobody reads before the end, so nothing is made before it."""
         self.request_id = request_id
         self.samples = tuple(samples)
+        self._prompt_token_ids = samples[0].prompt_token_ids
         self._prompt = prompt
         self._params = params
         self._decode_token = decode_token
         self.final_only = final_only
         self._echo = echo_text
+        self._shows_parts = not (final_only or self.ranked)
         self._deltas = [echo_text] * len(samples)
-        self._sent = [0] * len(samples)
 
     @property
     def finished(self) -> bool:
@@ -59,23 +60,25 @@ class OutputGroup:
     def output(self) -> RequestOutput:
         """Everything so far, with `deltas` since the last call."""
         finished = self.finished
+        shown = self.samples
         if self.ranked:
             shown = self._best() if finished else ()
-            deltas = [self._echo + _text(s) for s in shown]
-        else:
-            shown = self.samples
+        outputs = tuple([self._completion(i, s) for i, s in enumerate(shown)])
+        if self._shows_parts:
             deltas, self._deltas = self._deltas, [""] * len(self.samples)
+        else:
+            deltas = [output.text for output in outputs]
         first = self.samples[0]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
-            prompt_token_ids=first.prompt_token_ids,
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=self._prompt_logprobs(first),
-            outputs=tuple(self._completion(i, s) for i, s in enumerate(shown)),
+            outputs=outputs,
             finished=finished,
             usage=Usage(
                 prompt_tokens=first.num_prompt_tokens,
-                completion_tokens=sum(s.num_output_tokens for s in self.samples),
+                completion_tokens=sum([s.num_output_tokens for s in self.samples]),
                 cached_tokens=first.num_cached_tokens,
             ),
             timings=first.timings(),

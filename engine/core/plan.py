@@ -45,11 +45,21 @@ class ScheduledRequest(NamedTuple):
     @property
     def decodes(self) -> bool:
         """True where all that is computed is the last token generated."""
+        request, start, tokens, _, _, targets = self
         return (
-            self.samples
-            and len(self.token_ids) == 1
-            and self.start >= self.request.num_prompt_tokens
+            start >= request.num_prompt_tokens
+            and len(tokens) == 1
+            and bool(targets)
+            and targets[-1] == SAMPLE
         )
+
+    @property
+    def log_entry(self) -> tuple[str, int, int, str]:
+        """Its part of StepRecord.requests; one object for every decoding step of a request."""
+        request = self.request
+        if self.decodes:
+            return request.decode_entry
+        return (*request.key, len(self.token_ids), "prefill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +72,11 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.requests)
+        return sum([len(s.token_ids) for s in self.requests])
 
     @property
     def num_logit_rows(self) -> int:
-        return sum(len(s.logit_offsets) for s in self.requests)
+        return sum([len(s.targets) for s in self.requests])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +89,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What one logit row gave: the sampled (or target) token, and logprobs where asked."""
 
     token_id: int

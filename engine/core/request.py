@@ -92,6 +92,7 @@ class Request:
         "bad_word_ids",
         "block_ids",
         "cache_salt",
+        "decode_entry",
         "decodes",
         "dry_breaker_ids",
         "eos_token_ids",
@@ -99,6 +100,7 @@ class Request:
         "finish_reason",
         "first_token_ns",
         "in_flight",
+        "key",
         "keys",
         "leader",
         "logprobs",
@@ -197,6 +199,8 @@ class Request:
         self.first_token_ns: int | None = None  # on the timeline's clock
 
         # Fixed for life and read every step, so worked out once.
+        self.key = (request_id, sample_index)  # unique among the scheduler's live requests
+        self.decode_entry = (request_id, sample_index, 1, "decode")  # see StepRecord.requests
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
         self.waits = needs_history(params)
@@ -248,11 +252,6 @@ class Request:
         self.timeline.close(now)
 
     @property
-    def key(self) -> tuple[str, int]:
-        """(request_id, sample_index): unique among the scheduler's live requests."""
-        return (self.request_id, self.sample_index)
-
-    @property
     def num_tokens(self) -> int:
         """Prompt, output, and tokens still being sampled."""
         return len(self.token_ids)
@@ -293,11 +292,11 @@ class Request:
         line = self.timeline
         first = self.first_token_ns
         return Timings(
-            queued_s=line.seconds("queued", "preempted"),
-            prefill_s=line.seconds("prefill"),
-            decode_s=line.seconds("decode"),
-            total_s=line.total_ns / 1e9,
-            time_to_first_token_s=None if first is None else (first - line.start_ns) / 1e9,
+            line.seconds("queued", "preempted"),
+            line.seconds("prefill"),
+            line.seconds("decode"),
+            line.total_ns / 1e9,
+            None if first is None else (first - line.start_ns) / 1e9,
         )
 
     def __repr__(self) -> str:

@@ -408,14 +408,14 @@ class Scheduler:
         self._in_flight.popleft()
         now = self._clock()
         updates = self.drain_finished()
-        errors = outcome.errors or {}
+        errors = outcome.errors
         for index, (scheduled, rows) in enumerate(zip(plan.requests, outcome.rows, strict=True)):
-            request = scheduled.request
+            request = scheduled[0]
             request.in_flight -= 1
             if request.state is _FINISHED:
                 if request.in_flight == 0:
                     self._leave(request)
-            elif index in errors:
+            elif errors and index in errors:
                 updates.append(self._end(request, FinishReason.ERROR, now, error=errors[index]))
             else:
                 update = self._settle(scheduled, rows, now)
@@ -481,8 +481,10 @@ class Scheduler:
         request.num_pending -= 1
         if not request.decodes:
             self._mark_decode(request, now)
-        logprobs = () if row.logprob is None else (row.logprob,)
-        request.logprobs += logprobs
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if row.logprob is not None:
+            logprobs = (row.logprob,)
+            request.logprobs.append(row.logprob)
         num_output = len(tokens) - request.num_prompt_tokens - request.num_pending
         delta = ""
         stop: str | int | None = None

@@ -158,9 +158,11 @@ class Timeline:
 
     def seconds(self, *states: str) -> float:
         """Time spent in these states."""
-        spent = sum([self._spent.get(state, 0) for state in states])
-        state, since = self._marks[-1]
-        return (spent + self._now - since if state in states else spent) / 1e9
+        current, since = self._marks[-1]
+        spent = self._now - since if current in states else 0
+        for state in states:
+            spent += self._spent.get(state, 0)
+        return spent / 1e9
 
     def _advance(self, now: float) -> int:
         if not self._closed:

@@ -2,66 +2,103 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import numpy as np
 
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
-from ..core.plan import SAMPLE, ScheduledRequest, StepPlan
+from ..core.plan import SAMPLE, StepPlan
 from ..core.request import Request, SamplingParams
 
 
-def step_inputs(plan: StepPlan, block_size: int) -> StepInputs:
-    """Pack a plan's tokens in order; shapes and meanings are StepInputs' own."""
-    token_ids: list[int] = []
-    logit_rows: list[int] = []
-    query_start = [0]
-    for s in plan.requests:
-        first = len(token_ids)
-        token_ids.extend(s.token_ids)
-        logit_rows.extend(first + offset for offset in s.logit_offsets)
-        query_start.append(len(token_ids))
-    counts = np.array([s.num_tokens for s in plan.requests], dtype=np.int32)
-    starts = np.array([s.start for s in plan.requests], dtype=np.int32)
-    starts_of_token = np.repeat(starts - np.array(query_start[:-1], dtype=np.int32), counts)
-    positions = np.arange(len(token_ids), dtype=np.int32) + starts_of_token
-    widest = max(len(s.block_ids) for s in plan.requests)
-    block_table = np.zeros((len(plan.requests), widest), dtype=np.int32)
-    for row, s in enumerate(plan.requests):
-        block_table[row, : len(s.block_ids)] = s.block_ids
-    owner = np.repeat(np.arange(len(plan.requests)), counts)
-    block_of_token = block_table[owner, positions // block_size]
-    return StepInputs(
-        token_ids=np.array(token_ids, dtype=np.int32),
-        positions=positions,
-        query_start=np.array(query_start, dtype=np.int32),
-        seq_len=starts + counts,
-        block_table=block_table,
-        slot=block_of_token * np.int32(block_size) + positions % np.int32(block_size),
-        logit_rows=np.array(logit_rows, dtype=np.int32),
-    )
+class StepInputsBuilder:
+    """Packs plans; remembers the block tables of the one before, of which few change."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._tables = _BlockTables()
+
+    def build(self, plan: StepPlan) -> StepInputs:
+        """The plan's tokens in order; shapes and meanings are StepInputs' own."""
+        _, starts, tokens, tables, offsets, _ = zip(*plan.requests, strict=True)
+        num_seqs, block_size = len(starts), np.int32(self._block_size)
+        start = np.array(starts, dtype=np.int32)
+        query_start = np.zeros(num_seqs + 1, dtype=np.int32)
+        np.cumsum(list(map(len, tokens)), out=query_start[1:])
+        token_ids = np.array(list(chain.from_iterable(tokens)), dtype=np.int32)
+        counts = query_start[1:] - query_start[:-1]
+        owner = np.repeat(np.arange(num_seqs), counts)
+        positions = np.arange(len(token_ids), dtype=np.int32) + (start - query_start[:-1])[owner]
+        block_table = self._tables.of(tables)
+        rows = [
+            first + offset
+            for first, wanted in zip(query_start.tolist(), offsets, strict=False)
+            for offset in wanted
+        ]
+        return StepInputs(
+            token_ids=token_ids,
+            positions=positions,
+            query_start=query_start,
+            seq_len=start + counts,
+            block_table=block_table,
+            slot=block_table[owner, positions // block_size] * block_size + positions % block_size,
+            logit_rows=np.array(rows, dtype=np.int32),
+        )
 
 
-@dataclass(frozen=True)
+class _BlockTables:
+    """The requests' tables as one array. A table only grows: while the same lists come, what is
+    there stays, and what they grew by is added."""
+
+    def __init__(self) -> None:
+        self._tables: Sequence[Sequence[int]] = ()
+        self._lengths: list[int] = []  # what the array holds of each
+        self._array = np.zeros((0, 0), dtype=np.int32)
+
+    def of(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
+        """[S, longest], zero behind a table's end; valid until the next call."""
+        lengths = list(map(len, tables))
+        same = len(tables) == len(self._tables) and all(map(is_, tables, self._tables))
+        if same and lengths == self._lengths:
+            return self._array
+        known = self._lengths if same else [0] * len(tables)
+        width = max(lengths)
+        if not same or width > self._array.shape[1]:
+            wider = np.zeros((len(tables), width), dtype=np.int32)
+            if same:
+                wider[:, : self._array.shape[1]] = self._array
+            self._array = wider
+        for row, (table, first) in enumerate(zip(tables, known, strict=True)):
+            if first < len(table):
+                self._array[row, first : len(table)] = table[first:]
+        self._tables, self._lengths = tables, lengths
+        return self._array
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
-    """One logit row: whose it is, the position of the token it predicts, and what to do there."""
+    """One logit row: whose it is, and whether it samples (or scores a prompt token)."""
 
     request: Request
-    position: int
-    target: int
+    samples: bool
 
 
 @dataclass(frozen=True)
 class _Constants:
-    """What does not change from step to step while the same requests sample the same rows."""
+    """What does not change from step to step while the same requests want the same rows."""
 
-    rows: tuple[tuple[Request, bool], ...]  # whose each row is, and whether it samples
+    requests: Sequence[Request]
+    targets: Sequence[Sequence[int]]
+    rows: Sequence[_Row]
     fields: dict[str, np.ndarray]
-    history: bool  # whether any row may have entries of that kind
-    bias: bool
+    bias: bool  # whether any row may have entries of that kind
     bans: bool
 
 
@@ -71,46 +108,57 @@ class SamplingInputsBuilder:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._masks: dict[Request, np.ndarray] = {}
+        self._seen: dict[Request, _Seen] = {}
         self._constants: _Constants | None = None
 
-    def build(self, plan: StepPlan) -> SamplingInputs:
-        """Rows in packed order; see SamplingInputs."""
-        rows = [
-            _Row(s.request, s.start + offset + 1, target)
-            for s in plan.requests
-            for offset, target in zip(s.logit_offsets, s.targets, strict=True)
-        ]
-        constants = self._constants_of(plan, rows)
-        none: Sequence[_Entries] = [()] * len(rows)
-        return SamplingInputs(
-            **constants.fields,
-            position=np.array([row.position for row in rows], dtype=np.uint32),
-            target=np.array([row.target for row in rows], dtype=np.int32),
-            **_csr("history", map(_history, rows) if constants.history else none, count=np.int32),
-            **_csr("bias", map(_bias, rows) if constants.bias else none, values=np.float32),
-            **_csr("ban", map(_bans, rows) if constants.bans else none),
-        )
+    def build(self, plan: StepPlan, step: StepInputs) -> SamplingInputs:
+        """Rows in packed order; `step` are the plan's own inputs. See SamplingInputs."""
+        constants = self._constants_of(plan)
+        changing: dict[str, np.ndarray] = {}
+        if self._seen:
+            changing |= self._history(constants.rows)
+        if constants.bias:
+            changing |= _csr("bias", map(_bias, constants.rows), values=np.float32)
+        if constants.bans:
+            changing |= _csr("ban", map(_bans, constants.rows))
+        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
+        return SamplingInputs(position=position, **(constants.fields | changing))
 
-    def _constants_of(self, plan: StepPlan, rows: Sequence[_Row]) -> _Constants:
-        owners = tuple([(row.request, row.target == SAMPLE) for row in rows])
-        if self._constants is None or self._constants.rows != owners:
-            self._constants = _Constants(owners, self._columns(plan, rows), *_entries_wanted(rows))
-        return self._constants
+    def _constants_of(self, plan: StepPlan) -> _Constants:
+        requests, _, _, _, _, targets = zip(*plan.requests, strict=True)
+        known = self._constants
+        if known is None or known.requests != requests or known.targets != targets:
+            rows = [
+                _Row(request, target == SAMPLE)
+                for request, wanted in zip(requests, targets, strict=True)
+                for target in wanted
+            ]
+            params = [row.request.params for row in rows if row.samples]
+            self._seen = {
+                row.request: self._seen.get(row.request) or _Seen(row.request)
+                for row in rows
+                if row.samples and _penalised(row.request.params)
+            }
+            known = self._constants = _Constants(
+                requests,
+                targets,
+                rows,
+                self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
+                any(p.logit_bias or p.dry_multiplier for p in params),
+                any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
+            )
+        return known
 
-    def _columns(self, plan: StepPlan, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
-        samples = [row.target == SAMPLE for row in rows]
-
+    def _columns(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
         def column(name: str, off: float, dtype: Any) -> np.ndarray:
             return np.array(
-                [
-                    getattr(row.request.params, name) if sampled else off
-                    for row, sampled in zip(rows, samples, strict=True)
-                ],
+                [getattr(row.request.params, name) if row.samples else off for row in rows],
                 dtype=dtype,
             )
 
-        mask_row, mask_table = self._mask(plan, rows)
+        mask_row, mask_table = self._mask(rows)
         f32, i32 = np.float32, np.int32
+        none: Sequence[_Entries] = [()] * len(rows)
         return {
             "temperature": column("temperature", 0.0, f32),
             "top_k": column("top_k", 0, i32),
@@ -128,45 +176,55 @@ class SamplingInputsBuilder:
             "num_logprobs": np.array([_num_logprobs(row) for row in rows], dtype=i32),
             "mask_row": mask_row,
             "mask_table": mask_table,
+            **_csr("history", none, count=i32),
+            **_csr("bias", none, values=f32),
+            **_csr("ban", none),
         }
 
-    def _mask(self, plan: StepPlan, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
+    def _history(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
+        seen = [self._seen.get(row.request) if row.samples else None for row in rows]
+        ids: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
+        for entry in filter(None, seen):
+            entry.catch_up()
+            ids.append(np.frombuffer(entry.ids, np.int32))
+            counts.append(np.frombuffer(entry.counts, np.int32))
+        starts = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum([len(entry.ids) if entry else 0 for entry in seen], out=starts[1:])
+        return {
+            "history_start": starts,
+            "history_ids": np.concatenate(ids),
+            "history_count": np.concatenate(counts),
+        }
+
+    def _mask(self, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray]:
         words = -(-self._vocab_size // 32)
         live: dict[Request, np.ndarray] = {}
-        for s in plan.requests:
-            if s.samples and s.request.params.allowed_token_ids is not None:
-                known = self._masks.get(s.request)
-                live[s.request] = _bitmask(s, words) if known is None else known
+        for row in rows:
+            request = row.request
+            if row.samples and request.params.allowed_token_ids is not None:
+                known = self._masks.get(request)
+                live[request] = _bitmask(request, words) if known is None else known
         self._masks = live
         place = {request: i + 1 for i, request in enumerate(live)}
         everything = np.full(words, 0xFFFFFFFF, dtype=np.uint32)
-        mask_row = [place.get(row.request, 0) if row.target == SAMPLE else 0 for row in rows]
+        mask_row = [place.get(row.request, 0) if row.samples else 0 for row in rows]
         return np.array(mask_row, dtype=np.int32), np.stack([everything, *live.values()])
-
-
-def _entries_wanted(rows: Sequence[_Row]) -> tuple[bool, bool, bool]:
-    """Whether any row may have history, bias or ban entries."""
-    params = [row.request.params for row in rows if row.target == SAMPLE]
-    return (
-        any(_penalised(p) for p in params),
-        any(p.logit_bias or p.dry_multiplier for p in params),
-        any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
-    )
 
 
 def _penalised(p: SamplingParams) -> bool:
     return bool(p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty)
 
 
-def _bitmask(scheduled: ScheduledRequest, words: int) -> np.ndarray:
+def _bitmask(request: Request, words: int) -> np.ndarray:
     bits = np.zeros(words * 32, dtype=np.uint8)
-    bits[list(scheduled.request.params.allowed_token_ids or ())] = 1
+    bits[list(request.params.allowed_token_ids or ())] = 1
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def _num_logprobs(row: _Row) -> int:
     params = row.request.params
-    if row.target != SAMPLE:
+    if not row.samples:
         return params.prompt_logprobs or 0
     if params.logprobs is not None:
         return params.logprobs
@@ -177,17 +235,35 @@ def _num_logprobs(row: _Row) -> int:
 _Entries = Sequence[tuple[int, float]]
 
 
-def _history(row: _Row) -> _Entries:
-    p = row.request.params
-    if row.target != SAMPLE or not _penalised(p):
-        return ()
-    counts = history.token_counts(row.request.prompt_token_ids, row.request.output_token_ids)
-    return sorted(counts.items())
+class _Seen:
+    """What history.token_counts() says of a request, kept as the request grows: counting anew
+    would take every step as long as its sequence."""
+
+    def __init__(self, request: Request) -> None:
+        output = request.output_token_ids
+        counts = history.token_counts(request.prompt_token_ids, output)
+        self._request = request
+        self._num_output = len(output)
+        self.ids = array("i", counts)  # ascending
+        self.counts = array("i", counts.values())
+
+    def catch_up(self) -> None:
+        """Count the tokens known since."""
+        request, known = self._request, self._num_output
+        self._num_output = request.num_output_tokens
+        start = request.num_prompt_tokens
+        for token in request.token_ids[start + known : start + self._num_output]:
+            place = bisect_left(self.ids, token)
+            if place < len(self.ids) and self.ids[place] == token:
+                self.counts[place] += 1
+            else:
+                self.ids.insert(place, token)
+                self.counts.insert(place, 1)
 
 
 def _bias(row: _Row) -> _Entries:
     p = row.request.params
-    if row.target != SAMPLE or not (p.logit_bias or p.dry_multiplier):
+    if not row.samples or not (p.logit_bias or p.dry_multiplier):
         return ()
     bias = dict(p.logit_bias or {})
     if p.dry_multiplier:
@@ -200,7 +276,7 @@ def _bias(row: _Row) -> _Entries:
 
 def _bans(row: _Row) -> _Entries:
     request, p = row.request, row.request.params
-    if row.target != SAMPLE:
+    if not row.samples:
         return ()
     banned: set[int] = set()
     if request.num_output_tokens < p.min_tokens:
@@ -214,6 +290,10 @@ def _bans(row: _Row) -> _Entries:
 
 def _tokens(row: _Row) -> list[int]:
     return row.request.known_token_ids
+
+
+def _int32(values: Iterable[int]) -> np.ndarray:
+    return np.array(list(values), dtype=np.int32)
 
 
 def _csr(prefix: str, rows: Iterable[_Entries], **values: Any) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ...kernels.program import Program
 from ...kernels.weights import RawWeight
 from ..config import ModelConfig
 from ..core.plan import RowResult, ScheduledRequest, StepOutcome, StepPlan, TokenLogprob
-from .inputs import SamplingInputsBuilder, step_inputs
+from .inputs import SamplingInputsBuilder, StepInputsBuilder
 
 # Called with a request's first row position and its full-vocabulary logprobs [rows, V].
 LogprobObserver = Callable[[int, np.ndarray], None]
@@ -42,20 +43,20 @@ class Runner:
         num_blocks: int,
     ) -> None:
         self.backend = backend
-        self._block_size = kv.block_size
         self._cache = backend.allocate_kv(kv, num_blocks)
         self.kv_nbytes = num_blocks * kv.bytes_per_block
         packed = {name: backend.pack(weight) for name, weight in weights.items()}
         self._executable = backend.lower(program, packed, self._cache)
         self._sampler = backend.sampler(config.vocab_size)
+        self._inputs = StepInputsBuilder(kv.block_size)
         self._sampling = SamplingInputsBuilder(config.vocab_size)
         self.observers: dict[tuple[str, int], LogprobObserver] = {}
 
     def execute(self, plan: StepPlan) -> Execution:
         """Run the model and the sampling program over one plan."""
         t0 = time.perf_counter()
-        step = step_inputs(plan, self._block_size)
-        rows = self._sampling.build(plan)
+        step = self._inputs.build(plan)
+        rows = self._sampling.build(plan, step)
         t1 = time.perf_counter()
         logits = self._executable.run(step)
         errors: dict[int, str] = {}
@@ -71,7 +72,7 @@ class Runner:
 
     def _host_processors(self, plan: StepPlan, logits, errors: dict[int, str]):  # type: ignore[no-untyped-def]
         """Apply the library face's Python logits processors to their own rows."""
-        if not any(s.samples and s.request.params.logits_processor for s in plan.requests):
+        if not any(s.request.params.logits_processor for s in plan.requests):
             return logits
         host = logits.numpy()
         for index, (s, first) in enumerate(_first_rows(plan)):
@@ -117,9 +118,7 @@ def _rows(
     tokens = result.tokens.tolist()
     wanted = num_logprobs.tolist()
 
-    def logprob(row: int) -> TokenLogprob | None:
-        if wanted[row] < 0:
-            return None
+    def logprob(row: int) -> TokenLogprob:
         top = tuple(
             zip(
                 result.top_ids[row, : wanted[row]].tolist(),
@@ -129,10 +128,10 @@ def _rows(
         )
         return TokenLogprob(tokens[row], float(result.logprobs[row]), int(result.ranks[row]), top)
 
-    return tuple(
-        tuple(
-            RowResult(tokens[row], logprob(row))
-            for row in range(first, first + len(s.logit_offsets))
-        )
-        for s, first in _first_rows(plan)
+    found = iter(
+        [
+            RowResult(token, logprob(row) if wanted[row] >= 0 else None)
+            for row, token in enumerate(tokens)
+        ]
     )
+    return tuple([tuple(islice(found, len(s.targets))) for s in plan.requests])

@@ -103,7 +103,8 @@ class Residents:
     def environment(self, entry: Entry) -> dict[str, str]:
         threads = str(self.threads)
         binding = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
-        return {"OMP_NUM_THREADS": threads, **binding, **entry.environment}
+        compiled = {"PYTHONDONTWRITEBYTECODE": ""}  # kept from the warm-up, as installers leave it
+        return {"OMP_NUM_THREADS": threads, **binding, **compiled, **entry.environment}
 
     def get(self, entry: Entry) -> Worker:
         worker = self.workers.get(entry.name)

@@ -130,9 +130,9 @@ class Fields:
 
     def unused(self) -> list[str]:
         """Keys under the prefix that have a value and that nothing has read."""
-        left = (k for k, value in self.values.items() if value is not None and k not in self.read)
+        named = (k for k in self.values if isinstance(k, str) and k.startswith(self.prefix))
         return sorted(
-            show(k)[1:-1] for k in left if isinstance(k, str) and k.startswith(self.prefix)
+            show(k)[1:-1] for k in named if k not in self.read and self.values[k] is not None
         )
 
     def bad(self, key: str, value: object, wanted: str) -> ConfigError:

@@ -71,6 +71,9 @@ constexpr float kLogPoly[] = {0.3333331346511841f,   -0.25000008940696716f, 0.20
 // Noise lies strictly below; adding either bound rounds as monotonically as adding the noise.
 constexpr float kNoiseBelow = 23.0f;
 
+// Where more words than these (one in sixteen) may decide, a chunk's noise is made as a whole.
+constexpr std::uint32_t kManyWords = 1u << 28;
+
 ER_INLINE float float_of_bits(std::int32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -360,11 +363,45 @@ void keep_first(Kept &kept, int n, SampleWork &work) {
     keep_to_border(kept, work.key.data(), border, [](int) { return 1; }, n);
 }
 
+ER_VERSIONS std::int64_t mass_within(const std::uint32_t *ER_RESTRICT key,
+                                     const std::int64_t *ER_RESTRICT weight, int n,
+                                     std::uint32_t limit) {
+    std::int64_t mass = 0;
+    for (int i = 0; i < n; ++i) mass += weight[i] & -static_cast<std::int64_t>(key[i] <= limit);
+    return mass;
+}
+
+// Drops all whose key is above `limit`, with their keys and weights.
+void keep_within(Kept &kept, std::uint32_t limit, SampleWork &work) {
+    std::uint32_t *key = work.key.data();
+    std::int64_t *weight = work.weight.data();
+    int n = 0;
+    visit_groups(key, kept.n, limit, [&](int start, int end) {
+        for (int i = start; i < end; ++i) {
+            const bool stays = key[i] <= limit;
+            kept.ids[n] = kept.ids[i];
+            kept.z[n] = kept.z[i];
+            weight[n] = weight[i];
+            key[n] = key[i];
+            n += stays;
+        }
+    });
+    kept.n = n;
+}
+
 // In the order (|z + h|, id), by work.weight.
 void keep_mass(Kept &kept, float h, std::int64_t total, float p, SampleWork &work) {
     const auto weight = [w = work.weight.data()](int i) { return w[i]; };
     keys_of_distance(kept.z, kept.n, h, work.key.data());
     const std::int64_t needed = share(total, p);
+    for (const float reach : {4.0f, 12.0f}) {  // few tokens hold most of the weight, as a rule
+        const std::uint32_t limit = key_of(reach);
+        const std::int64_t mass = mass_within(work.key.data(), work.weight.data(), kept.n, limit);
+        if (mass > 0 && mass >= needed) {
+            keep_within(kept, limit, work);
+            break;
+        }
+    }
     const Border border =
         find_border(work.key.data(), kept.n, weight, needed, work.mass.data());
     keep_to_border(kept, work.key.data(), border, weight, needed);
@@ -473,20 +510,36 @@ float noise_of(const Draw &draw, std::int32_t id) {
     return gumbel_f32(uniform_of_word(block.word[id % 4]));
 }
 
-ER_VERSIONS bool any_may_reach(const float *z, int n, float score) {
-    int any = 0;
-    for (int i = 0; i < n; ++i) any |= z[i] + kNoiseBelow >= score;
-    return any != 0;
+ER_VERSIONS float largest_of(const float *z, int n) {
+    std::int32_t largest = ordered(-kInfinity);  // of floats GCC makes no vector maximum
+    for (int i = 0; i < n; ++i) {
+        const std::int32_t key = ordered(z[i]);
+        largest = key > largest ? key : largest;
+    }
+    return float_of_bits(largest ^ ((largest >> 31) & 0x7fffffff));
 }
 
-// score[i] = z[i] + noise of token id 4 * block + i, for a whole chunk of words but n of z.
-ER_VERSIONS void add_noise(const Draw &draw, std::uint32_t block, const float *ER_RESTRICT z, int n,
-                           std::uint32_t (*ER_RESTRICT words)[kChunk / 4],
-                           float *ER_RESTRICT score) {
+// words[j][i] = word of token id 4 * (block + i) + j.
+ER_VERSIONS void draw_words(const Draw &draw, std::uint32_t block,
+                            std::uint32_t (*ER_RESTRICT words)[kChunk / 4]) {
     for (int i = 0; i < kChunk / 4; ++i) {
         const PhiloxBlock drawn = philox4x32(draw, block + static_cast<std::uint32_t>(i));
         for (int j = 0; j < 4; ++j) words[j][i] = drawn.word[j];
     }
+}
+
+// No word above this gives noise that lifts z <= 0 to a score: the noise is -log(-log(1 - u)),
+// hence at most -log(u); kSlack is far beyond what rounding adds to it.
+std::uint32_t highest_word(float z, float score) {
+    constexpr double kSlack = 0.01;
+    const double u = std::exp(static_cast<double>(z) - score + kSlack);
+    return static_cast<std::uint32_t>(std::min(u * 0x1p32, 0x1p32 - 1));
+}
+
+// score[i] = z[i] + noise of the chunk's token i.
+ER_VERSIONS void add_noise(const float *ER_RESTRICT z, int n,
+                           const std::uint32_t (*ER_RESTRICT words)[kChunk / 4],
+                           float *ER_RESTRICT score) {
     for (int i = 0; i < kChunk / 4; ++i) {
         for (int j = 0; j < 4; ++j) score[4 * i + j] = uniform_of_word(words[j][i]);
     }
@@ -500,15 +553,31 @@ int draw_from_all(const float *z, int n, const Draw &draw, SampleWork &work) {
     const float floor = z[top] + noise_of(draw, top);  // the winner has this much at least
     float best = -kInfinity;
     int winner = kFailed;
+    const auto meet = [&](int id, float score) {  // of equal scores the lowest id's wins
+        if (score < best || (score == best && id > winner)) return;
+        best = score;
+        winner = id;
+    };
     for (int start = 0; start < n; start += kChunk) {
         const int size = std::min(kChunk, n - start);
-        if (!any_may_reach(z + start, size, std::max(floor, best))) continue;
-        add_noise(draw, static_cast<std::uint32_t>(start) / 4, z + start, size, work.words,
-                  work.score);
-        const int place = first_largest(work.score, size);
-        if (place >= 0 && work.score[place] > best) {
-            best = work.score[place];
-            winner = start + place;
+        const float needed = std::max(floor, best), highest = largest_of(z + start, size);
+        if (highest + kNoiseBelow < needed) continue;
+        draw_words(draw, static_cast<std::uint32_t>(start) / 4, work.words);
+        const std::uint32_t limit = highest_word(highest, needed);
+        if (limit > kManyWords) {
+            add_noise(z + start, size, work.words, work.score);
+            const int place = first_largest(work.score, size);
+            if (place >= 0) meet(start + place, work.score[place]);
+            continue;
+        }
+        for (int j = 0; j < 4; ++j) {
+            const std::uint32_t *words = work.words[j];
+            if (least_key(words, kChunk / 4) > limit) continue;
+            for (int i = 0; i < kChunk / 4; ++i) {
+                const int id = start + 4 * i + j;
+                if (words[i] > limit || id >= n) continue;
+                meet(id, z[id] + gumbel_f32(uniform_of_word(words[i])));
+            }
         }
     }
     return winner;

@@ -245,6 +245,9 @@ def workspace_bound(
 def kernel_tables() -> list[str]:
     """Names of the kernels that this machine can run, fastest first."""
 
+def absent_tables() -> dict[str, str]:
+    """Kernels of this build that this machine cannot run: name -> the features that it lacks."""
+
 def linear_test(
     isa_name: str,
     weights: list[PackedMatrix],

@@ -17,6 +17,7 @@ from .lower import OPERATIONS, Lowered, Node, lower
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
+UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +202,7 @@ class CpuBackend:
         )
         return {
             "backend": self.name,
-            "kernels": f"{self.isa} (this machine runs {', '.join(_native.kernel_tables())})",
+            "kernels": f"{self.isa} ({_tables()})",
             "numerics": (
                 f"fp32 inside each operation, results rounded to {self._dtype}; quantised weights "
                 f"multiply {quantised}"
@@ -209,6 +210,17 @@ class CpuBackend:
             "activations": self._dtype,
             "threads": str(self._pool.size),
         }
+
+
+def _tables() -> str:
+    """Which kernels run on this machine, and what it lacks for the others of this build."""
+    names = [_called(name) for name in _native.kernel_tables()]
+    absent = [f"{_called(name)} lacks {it}" for name, it in _native.absent_tables().items()]
+    return "; ".join([f"this machine runs {', '.join(names)}", *absent])
+
+
+def _called(name: str) -> str:
+    return f"{name} [unverified on hardware]" if name in UNVERIFIED else name
 
 
 class CpuExecutable:

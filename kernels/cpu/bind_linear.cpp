@@ -152,11 +152,20 @@ std::vector<std::string> kernel_tables() {
     return names;
 }
 
+nb::dict absent_tables() {
+    nb::dict tables;
+    const char *lacks = nullptr;
+    for (int i = 0; const char *name = unusable_kernels(i, &lacks); ++i) tables[name] = lacks;
+    return tables;
+}
+
 }  // namespace
 
 void register_linear(nanobind::module_ &m) {
     m.def("kernel_tables", &kernel_tables,
           "Names of the kernels that this machine can run, fastest first.");
+    m.def("absent_tables", &absent_tables,
+          "Kernels of this build that this machine cannot run, and the features that it lacks.");
     m.def("linear_test", &linear_test, nb::arg("isa_name"), nb::arg("weights"),
           nb::arg("x").noconvert(), nb::arg("form") = "f32", nb::arg("epilogue") = "store",
           nb::arg("dtype") = "float32",

@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -38,6 +42,16 @@ std::uint64_t xgetbv0() {
 
 bool bit(std::uint32_t word, int i) { return (word >> i) & 1; }
 
+// Whether this process may use the tile registers: Linux gives it their 8 KB a thread on request.
+bool tiles_granted() {
+#if defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 std::vector<CpuFeature> cpu_features() {
@@ -45,7 +59,8 @@ std::vector<CpuFeature> cpu_features() {
     const std::uint64_t saved = bit(one.ecx, 27) ? xgetbv0() : 0;
     const bool ymm = (saved & 0x6) == 0x6;               // SSE and AVX state
     const bool zmm = ymm && (saved & 0xe0) == 0xe0;      // mask registers, both ZMM halves
-    const bool tiles = (saved & 0x60000) == 0x60000;     // AMX configuration and data
+    const bool tiles = (saved & 0x60000) == 0x60000 &&   // AMX configuration and data
+                       bit(seven.edx, 24) && tiles_granted();
     const bool avx512f = zmm && bit(seven.ebx, 16);
     return {
         {"sse4_2", bit(one.ecx, 20)},
@@ -61,6 +76,7 @@ std::vector<CpuFeature> cpu_features() {
         {"avx512_vnni", avx512f && bit(seven.ecx, 11)},
         {"avx512_bf16", avx512f && bit(seven_one.eax, 5)},
         {"avx512_fp16", avx512f && bit(seven.edx, 23)},
+        {"amx_tile", tiles},
         {"amx_bf16", tiles && bit(seven.edx, 22)},
         {"amx_int8", tiles && bit(seven.edx, 25)},
     };

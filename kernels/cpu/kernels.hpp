@@ -208,6 +208,13 @@ extern const Kernels kernels_generic;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;    // AVX2, FMA, F16C
 extern const Kernels kernels_avx512;  // AVX-512 F BW VL DQ VNNI BF16
+#if defined(ENGINEROOM_AMX)
+namespace amx {
+// `tile` of the table "amx", which else is kernels_avx512. AMX TILE INT8 BF16.
+void product(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
+             int rows, bool first, float *out, std::uint8_t *scratch);
+}  // namespace amx
+#endif
 #endif
 #if defined(__aarch64__)
 extern const Kernels kernels_neon;  // with the dot product instructions
@@ -217,5 +224,8 @@ extern const Kernels kernels_neon;  // with the dot product instructions
 const Kernels *find_kernels(const char *name);
 // The i-th table that this machine can run, fastest first, or nullptr past the last.
 const Kernels *usable_kernels(int i);
+// The i-th table of this build that this machine cannot run, and which of cpu_features() it lacks,
+// separated by commas; nullptr past the last.
+const char *unusable_kernels(int i, const char **lacks);
 
 }  // namespace engineroom

@@ -585,6 +585,43 @@ void check_tiles(const Kernels &k) {
     }
 }
 
+// Any number of rows from any row on has the bits that the same rows have beside many others: of
+// int8 in `other`'s table, for tables whose multiply-add rounds once agree in every bit; of bf16,
+// which each table sums in its own way, in the same table.
+void check_numbers_of_rows(const Kernels &k, const Kernels &other) {
+    Random random{8};
+    for (const FormatInfo &info : kFormats) {
+        const int block = static_cast<int>(find_dequant_format(info.name)->block_elements);
+        const bool is_bf16 = std::strcmp(info.name, "BF16") == 0;
+        if (block == 1 && !is_bf16) continue;
+        const Kernels &oracle = is_bf16 ? k : other;
+        Check check(k.name, std::string("rows of ") + info.name + " as in " + oracle.name);
+        for (int num_columns : {(is_bf16 ? 33 : 1) * block, (is_bf16 ? 64 : 3) * block,
+                                (is_bf16 ? 561 : 17) * block}) {
+            constexpr int kMost = 67;
+            const Weight w(info, 48 + 1 + random.below(47), num_columns, random);
+            const Rows x(other, is_bf16 ? Form::kBF16 : Form::kInt8,
+                         random.normals(kMost * num_columns), kMost, num_columns);
+            const Memory scratch(tile_scratch_bytes(num_columns));
+            const auto product = [&](const Kernels &kernels, int tile, int row0, int rows) {
+                std::vector<float> out(rows * kTileRows, kNaN);
+                for (int k0 = 0; k0 < num_columns; k0 += 2 * kSuper)
+                    kernels.tile(w.packed, tile, k0, std::min(k0 + 2 * kSuper, num_columns), x.ready,
+                                 row0, rows, k0 == 0, out.data(), scratch.data());
+                return out;
+            };
+            for (int tile = 0; tile < w.packed.num_tiles(); ++tile) {
+                const std::vector<float> want = product(oracle, tile, 0, kMost);
+                for (int rows = 1; rows <= 64; rows += num_columns > 100 ? 9 : 1) {
+                    const std::vector<float> got = product(k, tile, 3, rows);
+                    check.same_bits(got.data(), want.data() + 3 * kTileRows, 4 * got.size(), "rows",
+                                    rows);
+                }
+            }
+        }
+    }
+}
+
 // ----------------------------------------------------------------------------- linear layers
 
 void check_linear(const Kernels &k) {
@@ -1057,6 +1094,10 @@ int main(int argc, char **argv) {
             check_int8(k);
         }
         if (wanted("tiles")) check_tiles(k);
+        if (wanted("numbers")) {  // generic, the last table, rounds its multiply-adds twice
+            const bool has_peer = usable_kernels(i + 1) != nullptr && usable_kernels(i + 2) != nullptr;
+            check_numbers_of_rows(k, has_peer ? *usable_kernels(i + 1) : k);
+        }
         if (wanted("linear")) check_linear(k);
         if (wanted("attention")) check_attention(k);
     }

@@ -30,6 +30,7 @@ LISTS = (CPU / "CMakeLists.txt").read_text("utf-8")
 BUILD = ROOT / "build" / "machines"  # objects are kept there and made again when a source changes
 
 X86 = ("isa/generic.cpp", "isa/avx2.cpp", "isa/avx512.cpp")
+AMX = "isa/amx.cpp"  # beside X86, where the compiler knows it
 ARM = ("isa/generic.cpp", "isa/neon.cpp")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 HERE = X86 if IS_X86 else ARM
@@ -142,6 +143,13 @@ def found(*programs: str) -> str:
     pytest.skip(f"{programs[0]} is not installed")
 
 
+def units_here() -> tuple[str, ...]:
+    """The units of x86-64 that the compiler here knows: AMX came with GCC 11 and Clang 11."""
+    command = [compiler_here(), *unit_options(AMX), "-xc++", "-fsyntax-only", os.devnull]
+    knows = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return (*X86, AMX) if knows else X86
+
+
 def compiler_here() -> str:
     if os.environ.get("CXX"):
         return found(os.environ["CXX"])
@@ -162,6 +170,33 @@ def test_here() -> None:
     names = tables(said)
     assert names[-1] == "generic"
     assert set(names) <= {Path(unit).stem for unit in HERE}
+
+
+@pytest.mark.timeout(900)
+def test_tile_registers_in_software() -> None:
+    """AMX's products over a model of its instructions: int8 of any number of rows as AVX-512's.
+
+    The model aborts where the processor would fault: shapes that do not fit, tiles without one.
+    """
+    x86_only()
+    model = Compilation(
+        "model", compiler_here(), more=("-DENGINEROOM_AMX", "-DENGINEROOM_TILE_MODEL")
+    )
+    objects = {
+        **Compilation("here", compiler_here()).objects([*X86, *SOURCES, "selftest.cpp"]),
+        **model.objects([AMX, "kernels.cpp"]),
+    }
+    program = BUILD / "model" / "selftest"
+    linked = ["-pthread", "-o", str(program)]
+    run([model.compiler, *map(str, objects.values()), *linked])
+    first, *lines = run([str(program), "tiles", "numbers", "linear"]).splitlines()
+    if "avx512" not in first.split():
+        pytest.skip("the unit of AMX needs AVX-512 beside it")
+    assert first.split()[1:3] == ["amx", "avx512"]
+    assert lines[-1] == "all checks passed"
+    same = [line for line in lines if re.match(r"amx +rows of \S+ as in avx512 +ok", line)]
+    assert len(same) == 8, "one line for each quantised format"
+    assert any(re.match(r"amx +rows of BF16 as in amx +ok", line) for line in lines)
 
 
 # ---------------------------------------------------------------------------------- other machines
@@ -249,11 +284,11 @@ CLONE = re.compile(r"\.(avx2|avx512f)(\.|$)")  # of target_clones, which the loa
 
 @pytest.mark.timeout(900)
 def test_only_units_use_more_than_the_default() -> None:
-    """A machine without AVX may run everything but the units of AVX2 and AVX-512."""
+    """A machine without AVX may run everything but the units of AVX2, AVX-512 and AMX."""
     x86_only()
     objdump = found("objdump")
-    objects = Compilation("here", compiler_here()).objects([*X86, *SOURCES])
-    wide = {"isa/avx2.cpp", "isa/avx512.cpp"}
+    objects = Compilation("here", compiler_here()).objects([*units_here(), *SOURCES])
+    wide = {"isa/avx2.cpp", "isa/avx512.cpp", AMX}
     for source, path in objects.items():
         users = set()
         function = ""
@@ -272,11 +307,12 @@ def test_only_units_use_more_than_the_default() -> None:
 def test_units_share_nothing_with_other_units() -> None:
     """A function that two units define is kept once: perhaps as the unit of AVX-512 compiled it.
 
-    So a unit may give the linker its table, and functions of its own namespace.
+    So a unit may give the linker its table (AMX: a function of a table), and functions of its own
+    namespace.
     """
     x86_only()
     nm = found("nm")
-    objects = Compilation("here", compiler_here()).objects(X86)
+    objects = Compilation("here", compiler_here()).objects(units_here())
     for source, path in objects.items():
         name = Path(source).stem
         own = re.compile(rf"^_Z[A-Z]*?10engineroom{len(name)}{name}\w")
@@ -286,11 +322,39 @@ def test_units_share_nothing_with_other_units() -> None:
         ]
         shared = {symbol for kind, symbol in defined if kind.isupper() or kind in "uvw"}
         local = {symbol for kind, symbol in defined} - shared
-        assert table in shared
+        assert table in shared or source == AMX
         strangers = {symbol for symbol in shared - {table} if not own.match(symbol)}
         assert not strangers, f"{source} shares {sorted(strangers)}"
         # Code of a unit runs when its table is called, never at start.
         assert not any(symbol.startswith("_GLOBAL__sub_I") for symbol in local), source
+
+
+@pytest.mark.timeout(900)
+def test_tile_registers_and_no_spills() -> None:
+    """What AMX's unit is made of: a sum that spills would cost most of what the tiles gain."""
+    x86_only()
+    objdump = found("objdump")
+    if AMX not in units_here():
+        pytest.skip("the compiler does not know AMX")
+    path = Compilation("here", compiler_here()).objects([AMX])[AMX]
+    code: dict[str, list[str]] = {}
+    function = ""
+    for line in run([objdump, "-d", "-C", "--no-show-raw-insn", str(path)]).splitlines():
+        if line.endswith(">:"):
+            function = line.split("<", 1)[1]
+        elif "\t" in line:
+            code.setdefault(function, []).append(line.split("\t", 1)[1])
+    every = [line for lines in code.values() for line in lines]
+    for name in ("ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tdpbssd", "tdpbf16ps"):
+        assert any(line.startswith(name) for line in every), name
+    # One entry for each way in which a group is scaled: a scale, a scale and a minimum, two scales.
+    hot = [lines for name, lines in code.items() if "int8_block<" in name]
+    assert len(hot) == 3
+    for lines in hot:
+        assert sum(line.startswith("tdpbssd") for line in lines) == 2
+        # Sixteen rows of two parts: converted, scaled and added in registers.
+        assert sum(line.startswith("vcvtdq2ps") for line in lines) == 32
+        assert not [line for line in lines if re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm", line)]
 
 
 def test_vectors_have_one_interface() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import mmap
@@ -86,7 +87,8 @@ def test_what_is_missing_is_added(tmp_path: Path, parts: list[RawWeight]) -> Non
 
 
 def test_rows_of_one_tensor_are_told_apart(tmp_path: Path, parts: list[RawWeight]) -> None:
-    halves = [parts[0].rows(0, 35), parts[0].rows(35, 70)]
+    rows = [parts[0].rows(0, 35), parts[0].rows(35, 70)]
+    halves = [dataclasses.replace(half, name="one name") for half in rows]
     path = tmp_path / "tiles"
     _, want = start(path, halves)
     assert want[0] != want[1]

@@ -238,6 +238,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_waiting: int = 1024
     threads: int | None = None
+    packed_cache: bool = False
     chat_template: str | None = None
     step_log: str | None = None
     tensor_parallel_size: int = 1

@@ -12,6 +12,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -305,17 +306,26 @@ def create(
     activation_dtype: str,
     threads: int | None = None,
     activations: str = "auto",
+    packed_cache: tuple[Path, str] | None = None,
 ) -> Backend:
     """Construct the chosen backend. activation_dtype is a key of DTYPE_BYTES.
 
-    activations: what multiplies quantised weights, "auto", "int8" or "float32". Errors:
+    activations: what multiplies quantised weights, "auto", "int8" or "float32". packed_cache: a
+    file for the weights as the backend lays them out, and what they are made of. Errors:
     BackendUnavailable where the backend has no such thing.
     """
     if choice.name == "cpu":
         from .cpu.backend import CpuBackend  # late: the reference needs none of it
 
         return CpuBackend(
-            activation_dtype=activation_dtype, threads=threads, activations=activations
+            activation_dtype=activation_dtype,
+            threads=threads,
+            activations=activations,
+            packed_cache=packed_cache,
+        )
+    if packed_cache is not None:
+        raise BackendUnavailable(
+            "packed_cache: the reference backend packs nothing; use device='cpu', or leave it out"
         )
     if activations == "int8":
         raise BackendUnavailable(

@@ -62,6 +62,10 @@ class Checkpoint(Protocol):
         """One tensor as a view of the mapped file. Errors: CheckpointError for an unknown name."""
         ...
 
+    def fingerprint(self) -> str:
+        """Of the files that hold the weights; see MappedFile.fingerprint."""
+        ...
+
     def close(self) -> None:
         """Release the maps (views that are still held keep theirs alive)."""
         ...
@@ -117,6 +121,9 @@ class GgufCheckpoint:
     def tensor(self, name: str) -> RawWeight:
         return self._file.tensor(name)
 
+    def fingerprint(self) -> str:
+        return self._file.file.fingerprint()
+
     def close(self) -> None:
         self._file.close()
 
@@ -156,6 +163,9 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> RawWeight:
         return self._file_of(name).tensor(name)
+
+    def fingerprint(self) -> str:
+        return " ".join(f.file.fingerprint() for f in self._files.values())
 
     def close(self) -> None:
         for file in self._files.values():

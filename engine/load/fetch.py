@@ -47,13 +47,17 @@ _NO_SPACE = re.compile(r"No space left on device|Errno 28\b|Disk quota exceeded"
 
 
 def models_dir() -> Path:
-    """Where fetched models lie: $ENGINEROOM_CACHE, else $XDG_CACHE_HOME/engineroom, else
-    ~/.cache/engineroom; in it the folder models."""
+    """Where fetched models lie: the folder models in `cache_dir`."""
+    return cache_dir() / "models"
+
+
+def cache_dir() -> Path:
+    """$ENGINEROOM_CACHE, else $XDG_CACHE_HOME/engineroom, else ~/.cache/engineroom."""
     base = os.environ.get("ENGINEROOM_CACHE")
     if not base:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         base = os.path.join(home, "engineroom")
-    return Path(base).absolute() / "models"
+    return Path(base).absolute()
 
 
 def cached(entry: CatalogueEntry) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import mmap
 import os
 import stat
@@ -39,7 +40,8 @@ class MappedFile:
         self.name = path.name
         fd = _open_regular(path)
         try:
-            self.size = os.fstat(fd).st_size
+            status = os.fstat(fd)
+            self.size, self._changed_ns = status.st_size, status.st_mtime_ns
             if not self.size:
                 raise CheckpointError("file", f"{path} is empty (0 bytes); fetch it again")
             self._map: mmap.mmap | None = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
@@ -57,6 +59,13 @@ class MappedFile:
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """Bytes [offset, offset + nbytes) as uint8, a view; the caller checks the range."""
         return np.frombuffer(self.buffer, dtype=np.uint8, count=nbytes, offset=offset)
+
+    def fingerprint(self) -> str:
+        """What tells this file from others and from itself changed: its size, its time of change
+        and a SHA-256 of 64 pages spread over it."""
+        pages = range(0, self.size, max(4096, self.size // 64))
+        digest = hashlib.sha256(b"".join(self.buffer[at : at + 4096] for at in pages))
+        return f"{self.size}.{self._changed_ns}.{digest.hexdigest()}"
 
     def close(self) -> None:
         """Release the map: at once, or when the last view of it is dropped. Twice does nothing."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...kernels.backend import Backend, Choice, KVSpec, choose, create, preload
 from ...kernels.program import Program
@@ -14,6 +17,7 @@ from .. import models
 from ..config import ConfigError, EngineConfig, ModelConfig
 from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
 from ..load.checkpoint import Checkpoint, open_checkpoint
+from ..load.fetch import cache_dir
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from ..models import Family
@@ -88,6 +92,7 @@ def plan_load(
         activation_dtype=config.dtype,
         threads=config.threads,
         activations=config.activations,
+        packed_cache=_packed_cache(checkpoint) if config.packed_cache else None,
     )
     kv = kv_spec(config, model, backend.kv_dtype(config.dtype, checkpoint.quantised))
     config = config.replace(kv_cache_dtype=kv.dtype)
@@ -105,6 +110,13 @@ def plan_load(
         kv=kv,
     )
     return LoadPlan(config, backend, program, weights, kv, memory)
+
+
+def _packed_cache(checkpoint: Checkpoint) -> tuple[Path, str]:
+    """Where a checkpoint's packed weights are kept, one file for each path, and its fingerprint."""
+    path = checkpoint.path.resolve()
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    return cache_dir() / "packed" / f"{path.stem}-{digest[:16]}", checkpoint.fingerprint()
 
 
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:

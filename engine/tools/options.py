@@ -70,6 +70,8 @@ ENGINE_HELP = {
     "enable_prefix_caching": "share the KV cache of equal prompt beginnings",
     "max_waiting": "requests that may wait; one more is refused",
     "threads": "CPU threads; None is the number of cores this process may use",
+    "packed_cache": "keep the packed weights in the cache folder, as large as the model: the next "
+    "start maps them instead of packing again",
     "chat_template": "a file with a Jinja chat template in place of the checkpoint's own",
     "step_log": "a file that gets one JSON line per engine step",
     "tensor_parallel_size": "only 1: several devices are not supported yet",

@@ -1,5 +1,7 @@
 """Types of the native module; kernels/cpu/module.cpp and counter.cpp define it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -241,6 +243,22 @@ def workspace_bound(
     threads: int,
 ) -> int:
     """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""
+
+def tiles_layout(matrix: PackedMatrix) -> list[int]:
+    """Elements, scaling, bias, rows, columns, bytes of a tile's scales and of a tile."""
+
+def tiles_of(matrix: PackedMatrix) -> NDArray[np.uint8]:
+    """The bytes of a matrix's tiles: a read-only view that keeps the matrix alive."""
+
+def map_tiles(
+    fd: int, num_bytes: int, entries: Sequence[tuple[str, Sequence[int], int]]
+) -> list[PackedMatrix]:
+    """Matrices in an open file of num_bytes: (format, tiles_layout, offset of its tiles) each.
+
+    The file is mapped whole, read-only and shared, and stays mapped while a matrix lives.
+    Errors: ValueError for another size or tiles beyond the end; RuntimeError where it cannot be
+    mapped.
+    """
 
 def kernel_tables() -> list[str]:
     """Names of the kernels that this machine can run, fastest first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..program import Op, Program
 from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
 from .lower import OPERATIONS, Lowered, Node, lower
+from .packed_cache import PackedCache, mapping_of
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
@@ -46,8 +48,9 @@ class CpuBackend:
     activation_dtype: a key of DTYPE_BYTES; each operation computes in fp32 and rounds its result
     once to it. activations: what multiplies a quantised weight: "int8" (groups of 32, also
     "auto") or "float32", the activations themselves. threads: None takes the physical cores that
-    this process may use. isa: a table of kernels, None for the fastest that runs here. No result
-    depends on threads; results of different isa differ in last bits.
+    this process may use. isa: a table of kernels, None for the fastest that runs here.
+    packed_cache: the file that `lower` keeps tiles in and what they are made of (see PackedCache).
+    No result depends on threads or on the cache; results of different isa differ in last bits.
 
     Errors: ValueError for a value that does not exist here.
     """
@@ -61,6 +64,7 @@ class CpuBackend:
         threads: int | None = None,
         activations: str = "auto",
         isa: str | None = None,
+        packed_cache: tuple[Path, str] | None = None,
     ) -> None:
         if activation_dtype not in DTYPE_BYTES:
             raise ValueError(
@@ -79,6 +83,7 @@ class CpuBackend:
         self.isa = isa or tables[0]
         self._dtype = activation_dtype
         self._int8 = activations != "float32"
+        self._packed_cache = packed_cache
         self._pool = _native.Pool(threads or _native.usable_cores())
 
     # --------------------------------------------------------------------------------- weights
@@ -186,7 +191,10 @@ class CpuBackend:
             lowered.row_columns,
             lowered.result.slot,
         )
-        _Binder(self, lowered, weights, native).bind()
+        cache = None if self._packed_cache is None else PackedCache(*self._packed_cache)
+        _Binder(self, lowered, weights, native, cache).bind()
+        if cache is not None:
+            cache.save()
         return CpuExecutable(native)
 
     def sampler(self, vocab_size: int) -> CpuSampler:
@@ -258,12 +266,14 @@ class _Binder:
         lowered: Lowered,
         weights: Mapping[str, CpuWeight],
         native: Any,
+        cache: PackedCache | None,
     ) -> None:
         self._backend = backend
         self._lowered = lowered
         self._program = lowered.program
         self._weights = weights
         self._native = native
+        self._cache = cache
         self._dtype = backend._dtype
         self._fp32 = lowered.program.fp32_values()
         self._tiles: dict[str, list[Any]] = {}  # one PackedMatrix for each part of a weight
@@ -414,7 +424,10 @@ class _Binder:
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
         if name not in self._tiles:
-            self._tiles[name] = [self._packed(part) for part in weight.parts]
+            self._tiles[name] = [
+                self._packed(part) if self._cache is None else self._cache.tiles(part, self._packed)
+                for part in weight.parts
+            ]
         entries, at = [], 0
         for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
             stop = at + part.shape[0]
@@ -454,17 +467,12 @@ def _uses(program: Program) -> dict[str, set[str]]:
 
 def _release_pages(data: np.ndarray) -> None:
     """Let go of the mapped pages that lie wholly within `data`; they are read again if need be."""
-    base: Any = data
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    mapping = mapping_of(data)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = data.__array_interface__["data"][0]
-    first = np.frombuffer(base, np.uint8, 1).__array_interface__["data"][0]
+    mapped, start = mapping
     page = mmap.PAGESIZE
-    begin = -(-(start - first) // page) * page
-    end = (start - first + data.nbytes) // page * page
+    begin = -(-start // page) * page
+    end = (start + data.nbytes) // page * page
     if end > begin:
-        base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

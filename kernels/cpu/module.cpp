@@ -67,6 +67,7 @@ NB_MODULE(_native, m) {
           "Instruction set extensions that this processor and operating system can run.");
     engineroom::register_counter(m);
     engineroom::register_pack(m);
+    engineroom::register_packed_file(m);
     engineroom::register_linear(m);
     engineroom::register_attention(m);
     engineroom::register_sample(m);

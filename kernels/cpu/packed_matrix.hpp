@@ -10,11 +10,12 @@
 namespace engineroom {
 
 // Rows of one format in tiles. Copies share the memory. Matrices packed one after another lie in
-// the same large mapping, so that small ones get huge pages too and are read as one stream.
+// the same large mapping, so that small ones get huge pages too and are read as one stream; those of
+// a packed file share its mapping.
 class PackedMatrix {
   public:
-    PackedMatrix(const char *format, const PackedWeight &weight, std::shared_ptr<Pages> pages)
-        : format_(format), weight_(weight), pages_(std::move(pages)) {}
+    PackedMatrix(const char *format, const PackedWeight &weight, std::shared_ptr<const void> memory)
+        : format_(format), weight_(weight), memory_(std::move(memory)) {}
 
     const PackedWeight &weight() const { return weight_; }
     const char *format() const { return format_; }  // of static storage
@@ -22,7 +23,7 @@ class PackedMatrix {
   private:
     const char *format_;
     PackedWeight weight_;
-    std::shared_ptr<Pages> pages_;
+    std::shared_ptr<const void> memory_;  // keeps the tiles alive
 };
 
 // Packs the rows at `from` on up to `threads` threads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -51,3 +52,27 @@ def test_q8_0_equals_its_own_dequantised_twin(device, forms, tmp_path):
     _, twin = greedy(write_twin(forms["Q8_0"], tmp_path / "twin.gguf"), device)
     assert quantised == twin
     assert len(quantised) > 100
+
+
+def test_packed_cache_changes_no_token(forms, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ENGINEROOM_CACHE", str(tmp_path))
+    params = SamplingParams(temperature=0, max_tokens=64)
+
+    def tokens(path: Path, **options: bool) -> tuple[int, ...]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "engineroom"), LLM(str(path), **options) as llm:
+            return llm.generate("", params, use_tqdm=False)[0].outputs[0].token_ids
+
+    want = tokens(forms["Q8_0"])
+    assert not (tmp_path / "packed").exists()
+    assert tokens(forms["Q8_0"], packed_cache=True) == want
+    assert "written to" in caplog.text
+    assert tokens(forms["Q8_0"], packed_cache=True) == want
+    assert "mapped from" in caplog.text
+    # The same bytes with another time of change may be another checkpoint.
+    other = tmp_path / "other.gguf"
+    other.write_bytes(forms["Q8_0"].read_bytes())
+    for _ in range(2):
+        assert tokens(other, packed_cache=True) == want
+        assert "written to" in caplog.text
+        other.touch()

@@ -398,6 +398,19 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 // How the weights of a step are multiplied: kColumns columns of kStepBytes bytes; add(f, w, x, ...)
 // adds to f [R][kVectors] the products of rows x, `stride` elements apart.
 
+#define ER_MEMBER inline __attribute__((always_inline))
+
+template <int R>
+ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const std::uint16_t *x,
+                         std::ptrdiff_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const P pair = p_bcast(x + r * stride);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], w[v], pair);
+    }
+}
+
 struct StepBF16 {  // pairs of bf16 with pairs of bf16
     using X = std::uint16_t;
     static constexpr int kColumns = 2;
@@ -408,12 +421,7 @@ struct StepBF16 {  // pairs of bf16 with pairs of bf16
         P p[kVectors];
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const P pair = p_bcast(x + r * stride);
-#pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], p[v], pair);
-        }
+        add_pairs<R>(f, p, x, stride);
     }
 };
 
@@ -474,12 +482,84 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     }
 };
 
+// Columns 2 q and 2 q + 1 of 8 of kCompactBF16, from one vector's bytes.
+ER_INLINE P compact_pairs(const std::uint8_t *w, int q, I table) {
+    const I low = i_load(w + 64 * (q / 2)), both = i_load(w + 128);
+    const I places = q / 2 ? i_high_nibbles(both) : i_and(both, i_set_bytes(15));
+    const I high = i_lookup(table, places);
+    return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
+}
+
+// Columns of kCompactBF16, unpacked in their order to the words of kBF16.
+struct CompactReader {
+    I table;
+    const Exception *next;  // the first that was not reached
+    int columns;            // that were unpacked
+
+    // From column k0 on of a tile, whose scales these are.
+    ER_MEMBER CompactReader(const std::uint8_t *scales, int k0)
+        : table(i_bcast16(scales)),
+          next(reinterpret_cast<const Exception *>(scales + kTableBytes)),
+          columns(k0) {
+        while (next->at < static_cast<std::uint32_t>(k0) * kTileRows) ++next;
+    }
+
+    // The next `count` columns of the tile, at w, as kBF16 at `to`.
+    ER_MEMBER void unpack(const std::uint8_t *w, int count, std::uint8_t *to) {
+        std::uint16_t *words = reinterpret_cast<std::uint16_t *>(to);
+        for (int c = 0; c < count; c += kCompactColumns, w += kCompactBytes)
+#pragma GCC unroll 4
+            for (int q = 0; q < kCompactColumns / 2; ++q, to += kWordBytes)
+#pragma GCC unroll 3
+                for (int v = 0; v < kTileVectors; ++v)
+                    i_store(to + 64 * v, compact_pairs(w + 192 * v, q, table));
+        const std::uint32_t begin = static_cast<std::uint32_t>(columns) * kTileRows;
+        columns += count;
+        const std::uint32_t end = static_cast<std::uint32_t>(columns) * kTileRows;
+        for (; next->at < end; ++next) words[next->at - begin] = next->bits;
+    }
+};
+
+// kCompactBF16 unpacked in registers, multiplied as StepBF16 does; 8 columns that have an exception
+// are unpacked to memory first.
+struct StepCompactBF16 {
+    using X = std::uint16_t;
+    static constexpr int kColumns = kCompactColumns;
+    static constexpr int kStepBytes = kCompactBytes;
+    CompactReader reader;
+    std::uint8_t *unpacked;  // 8 columns of kBF16
+
+    template <int R>
+    ER_MEMBER void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
+                       std::ptrdiff_t stride) {
+        const int end = reader.columns + kColumns;
+        if (__builtin_expect(reader.next->at < static_cast<std::uint32_t>(end) * kTileRows, 0)) {
+            reader.unpack(w, kColumns, unpacked);
+            for (int q = 0; q < kColumns / 2; ++q)
+                StepBF16::add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
+            return;
+        }
+        reader.columns = end;
+#pragma GCC unroll 4
+        for (int q = 0; q < kColumns / 2; ++q) {
+            P p[kVectors];
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v)
+                p[v] = compact_pairs(w + 192 * (v0 + v), q, reader.table);
+            add_pairs<R>(f, p, x + 2 * q, stride);
+        }
+    }
+};
+
+#undef ER_MEMBER
+
 // out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows
 // of the same weights `fetch` says what is fetched instead.
 template <class Step, int R, bool kFetchesAhead>
-static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int steps,
-                                                 const typename Step::X *x, std::ptrdiff_t stride,
-                                                 bool first, float *out, Fetch fetch) {
+static __attribute__((noinline)) void float_rows(const Step &start, const std::uint8_t *w,
+                                                 int steps, const typename Step::X *x,
+                                                 std::ptrdiff_t stride, bool first, float *out,
+                                                 Fetch fetch) {
     for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
         F f[R][kVectors];
 #pragma GCC unroll 8
@@ -487,6 +567,7 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
 #pragma GCC unroll 3
             for (int v = 0; v < kVectors; ++v)
                 f[r][v] = first ? f_zero() : f_load(out + r * kTileRows + 16 * (v0 + v));
+        Step step = start;
         const std::uint8_t *at = w;
         const typename Step::X *column = x;
         for (int s = 0; s < steps; ++s, at += Step::kStepBytes, column += Step::kColumns) {
@@ -499,7 +580,7 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
                     fetch_step(fetch);
                 }
             }
-            Step::template add<R>(f, at, v0, column, stride);
+            step.template add<R>(f, at, v0, column, stride);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -510,35 +591,36 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
 }
 
 template <class Step, int R>
-ER_INLINE void float_some(int rows, bool ahead, const std::uint8_t *w, int steps,
+ER_INLINE void float_some(const Step &step, int rows, bool ahead, const std::uint8_t *w, int steps,
                           const typename Step::X *x, std::ptrdiff_t stride, bool first, float *out,
                           const Fetch &fetch) {
     if (R == 1 || rows == R) {
         if (ahead)
-            float_rows<Step, R, true>(w, steps, x, stride, first, out, fetch);
+            float_rows<Step, R, true>(step, w, steps, x, stride, first, out, fetch);
         else
-            float_rows<Step, R, false>(w, steps, x, stride, first, out, fetch);
+            float_rows<Step, R, false>(step, w, steps, x, stride, first, out, fetch);
     } else if constexpr (R > 1) {
-        float_some<Step, R - 1>(rows, ahead, w, steps, x, stride, first, out, fetch);
+        float_some<Step, R - 1>(step, rows, ahead, w, steps, x, stride, first, out, fetch);
     }
 }
 
 // All rows: x has row 0 at the first of `columns` columns. `ahead`: whether w comes from memory;
-// then what follows it is fetched while the later rows are multiplied.
+// then the first rows fetch it, and the later ones `fetch`. Else all rows do. Its lines: in all.
 template <class Step, int kRows>
-static void float_blocks(const std::uint8_t *w, int columns, const typename Step::X *x,
-                         std::ptrdiff_t stride, int rows, bool ahead, bool first, float *out) {
+static void float_blocks(const Step &step, const std::uint8_t *w, int columns,
+                         const typename Step::X *x, std::ptrdiff_t stride, int rows, bool ahead,
+                         bool first, float *out, Fetch fetch) {
     const int steps = (columns + Step::kColumns - 1) / Step::kColumns;
     const int blocks = (rows + kRows - 1) / kRows;
-    const int lines = steps * Step::kStepBytes / 64;
-    Fetch fetch{w + static_cast<std::ptrdiff_t>(steps) * Step::kStepBytes, 0};
-    if (ahead && blocks > 1) fetch.lines = lines / ((blocks - 1) * steps) + 1;
+    const int fetching = (ahead ? blocks - 1 : blocks) * steps;
+    if (fetching > 0) fetch.lines = (fetch.lines + fetching - 1) / fetching;
     int begin = 0;
     for (int block = 0; block < blocks; ++block) {
         const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
-        float_some<Step, kRows>(end - begin, ahead && block == 0, w, steps, x + begin * stride,
-                                stride, first, out + begin * kTileRows, fetch);
-        if (block > 0) fetch.next += static_cast<std::ptrdiff_t>(64) * fetch.lines * steps;
+        const bool from_memory = ahead && block == 0;
+        float_some<Step, kRows>(step, end - begin, from_memory, w, steps, x + begin * stride, stride,
+                                first, out + begin * kTileRows, fetch);
+        if (!from_memory) fetch.next += static_cast<std::ptrdiff_t>(64) * fetch.lines * steps;
         begin = end;
     }
 }
@@ -584,8 +666,9 @@ static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, co
         const int c1 = least(c0 + kColumns, k1);
         dequantise_groups<Quants, Scale>(scales + w.scales_bytes, scales, c0 / kGroup, c1 / kGroup,
                                          w.bias, values);
-        float_blocks<StepF32, kF32Rows>(scratch, c1 - c0, a.f32 + row0 * a.stride + c0, a.stride,
-                                        rows, false, first && c0 == k0, out);
+        float_blocks<StepF32, kF32Rows>(StepF32{}, scratch, c1 - c0, a.f32 + row0 * a.stride + c0,
+                                        a.stride, rows, false, first && c0 == k0, out,
+                                        Fetch{scratch, 0});
     }
 }
 
@@ -632,29 +715,67 @@ static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int
 }
 
 template <class Step, int kRows>
-static void float_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Step::X *x,
-                       std::ptrdiff_t stride, int row0, int rows, bool first, float *out) {
-    const std::uint8_t *from = w.data + tile * w.tile_bytes;
+static void float_tile(const Step &step, const PackedWeight &w, int tile, int k0, int k1,
+                       const typename Step::X *x, std::ptrdiff_t stride, int row0, int rows,
+                       bool first, float *out) {
+    const std::uint8_t *from = w.data + tile * w.tile_bytes + w.scales_bytes;
     from += static_cast<std::ptrdiff_t>(k0 / Step::kColumns) * Step::kStepBytes;
-    float_blocks<Step, kRows>(from, k1 - k0, x + row0 * stride + k0, stride, rows, true, first, out);
+    const int steps = (k1 - k0 + Step::kColumns - 1) / Step::kColumns;
+    const std::ptrdiff_t bytes = static_cast<std::ptrdiff_t>(steps) * Step::kStepBytes;
+    float_blocks<Step, kRows>(step, from, k1 - k0, x + row0 * stride + k0, stride, rows, true, first,
+                              out, Fetch{from + bytes, static_cast<int>(bytes / 64)});
+}
+
+// kCompactBF16 unpacked once for all rows, some columns at a time.
+template <class Step, int kRows>
+static __attribute__((noinline)) void compact_tile(const PackedWeight &w, int tile, int k0, int k1,
+                                                   const typename Step::X *x,
+                                                   std::ptrdiff_t stride, int row0, int rows,
+                                                   bool first, float *out, std::uint8_t *scratch) {
+    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+    const std::uint8_t *from = scales + w.scales_bytes;
+    from += static_cast<std::ptrdiff_t>(k0 / kCompactColumns) * kCompactBytes;
+    CompactReader reader(scales, k0);
+    for (int c0 = k0; c0 < k1; c0 += kChunk) {
+        const int columns = least(kChunk, k1 - c0);
+        reader.unpack(from, columns, scratch);
+        const int bytes = columns / kCompactColumns * kCompactBytes;
+        from += bytes;
+        float_blocks<Step, kRows>(Step{}, scratch, columns, x + row0 * stride + c0, stride, rows,
+                                  false, first && c0 == k0, out, Fetch{from, bytes / 64});
+    }
 }
 
 static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch) {
     switch (w.elements) {
         case Elements::kF32:
-            float_tile<StepF32, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            float_tile<StepF32, kF32Rows>(StepF32{}, w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                          first, out);
             break;
         case Elements::kF16:
-            float_tile<StepF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            float_tile<StepF16, kF32Rows>(StepF16{}, w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                          first, out);
             break;
         case Elements::kBF16:
             if (a.form == Form::kBF16)
-                float_tile<StepBF16, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0, rows,
-                                                first, out);
+                float_tile<StepBF16, kBF16Rows>(StepBF16{}, w, tile, k0, k1, a.bf16, a.stride, row0,
+                                                rows, first, out);
             else
-                float_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
-                                                   first, out);
+                float_tile<StepWideBF16, kF32Rows>(StepWideBF16{}, w, tile, k0, k1, a.f32, a.stride,
+                                                   row0, rows, first, out);
+            break;
+        case Elements::kCompactBF16:
+            if (a.form != Form::kBF16)
+                compact_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                                     first, out, scratch);
+            else if (rows > kBF16Rows)
+                compact_tile<StepBF16, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0, rows,
+                                                  first, out, scratch);
+            else
+                float_tile<StepCompactBF16, kBF16Rows>(
+                    StepCompactBF16{CompactReader(w.data + tile * w.tile_bytes, k0), scratch}, w,
+                    tile, k0, k1, a.bf16, a.stride, row0, rows, first, out);
             break;
         default: quantised_tile(w, tile, k0, k1, a, row0, rows, first, out, scratch); break;
     }

@@ -398,23 +398,11 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 // How the weights of a step are multiplied: kColumns columns of kStepBytes bytes; add(f, w, x, ...)
 // adds to f [R][kVectors] the products of rows x, `stride` elements apart.
 
-#define ER_MEMBER inline __attribute__((always_inline))
-
-template <int R>
-ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const std::uint16_t *x,
-                         std::ptrdiff_t stride) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        const P pair = p_bcast(x + r * stride);
-#pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], w[v], pair);
-    }
-}
-
 struct StepBF16 {  // pairs of bf16 with pairs of bf16
     using X = std::uint16_t;
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -422,6 +410,16 @@ struct StepBF16 {  // pairs of bf16 with pairs of bf16
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
         add_pairs<R>(f, p, x, stride);
+    }
+    template <int R>
+    ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const X *x,
+                             std::ptrdiff_t stride) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const P pair = p_bcast(x + r * stride);
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], w[v], pair);
+        }
     }
 };
 
@@ -440,6 +438,7 @@ struct StepF32 {
     using X = float;
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -455,6 +454,7 @@ struct StepF16 {
     using X = float;
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 2 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -469,15 +469,24 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     using X = float;
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
+        P p[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
+        add_pairs<R>(f, p, x, stride);
+    }
+    template <int R>
+    ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const X *x,
+                             std::ptrdiff_t stride) {
         F column[kVectors];
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) column[v] = f_even(p_load(halves(w) + 32 * (v0 + v)));
+        for (int v = 0; v < kVectors; ++v) column[v] = f_even(w[v]);
         add_column<R>(f, column, x, stride);
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) column[v] = f_odd(p_load(halves(w) + 32 * (v0 + v)));
+        for (int v = 0; v < kVectors; ++v) column[v] = f_odd(w[v]);
         add_column<R>(f, column, x + 1, stride);
     }
 };
@@ -490,68 +499,61 @@ ER_INLINE P compact_pairs(const std::uint8_t *w, int q, I table) {
     return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
 }
 
-// Columns of kCompactBF16, unpacked in their order to the words of kBF16.
-struct CompactReader {
-    I table;
-    const Exception *next;  // the first that was not reached
-    int columns;            // that were unpacked
-
-    // From column k0 on of a tile, whose scales these are.
-    ER_MEMBER CompactReader(const std::uint8_t *scales, int k0)
-        : table(i_bcast16(scales)),
-          next(reinterpret_cast<const Exception *>(scales + kTableBytes)),
-          columns(k0) {
-        while (next->at < static_cast<std::uint32_t>(k0) * kTileRows) ++next;
-    }
-
-    // The next `count` columns of the tile, at w, as kBF16 at `to`.
-    ER_MEMBER void unpack(const std::uint8_t *w, int count, std::uint8_t *to) {
-        std::uint16_t *words = reinterpret_cast<std::uint16_t *>(to);
-        for (int c = 0; c < count; c += kCompactColumns, w += kCompactBytes)
-#pragma GCC unroll 4
-            for (int q = 0; q < kCompactColumns / 2; ++q, to += kWordBytes)
-#pragma GCC unroll 3
-                for (int v = 0; v < kTileVectors; ++v)
-                    i_store(to + 64 * v, compact_pairs(w + 192 * v, q, table));
-        const std::uint32_t begin = static_cast<std::uint32_t>(columns) * kTileRows;
-        columns += count;
-        const std::uint32_t end = static_cast<std::uint32_t>(columns) * kTileRows;
-        for (; next->at < end; ++next) words[next->at - begin] = next->bits;
-    }
-};
-
-// kCompactBF16 unpacked in registers, multiplied as StepBF16 does; 8 columns that have an exception
-// are unpacked to memory first.
-struct StepCompactBF16 {
-    using X = std::uint16_t;
+// kCompactBF16 unpacked in registers, then multiplied as `Plain` multiplies kBF16. Where kKeeps, what
+// was unpacked stays at `unpacked` as kBF16; else there is room for one step, of which exceptions
+// make use.
+template <class Plain, bool kKeeps>
+struct StepCompact {
+    using X = typename Plain::X;
     static constexpr int kColumns = kCompactColumns;
     static constexpr int kStepBytes = kCompactBytes;
-    CompactReader reader;
-    std::uint8_t *unpacked;  // 8 columns of kBF16
+    static constexpr int kDistance = kAheadNibbles;
+    I table;
+    const Exception *next;  // the first that was not reached
+    std::uint32_t begin;    // the step's first word in a kBF16 tile
+    std::uint8_t *unpacked;
+
+    // From column k0 on of a tile, whose scales these are.
+    StepCompact(const std::uint8_t *scales, int k0, std::uint8_t *to)
+        : table(i_bcast16(scales)),
+          next(reinterpret_cast<const Exception *>(scales + kTableBytes)),
+          begin(static_cast<std::uint32_t>(k0) * kTileRows),
+          unpacked(to) {
+        while (next->at < begin) ++next;
+    }
 
     template <int R>
-    ER_MEMBER void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
-                       std::ptrdiff_t stride) {
-        const int end = reader.columns + kColumns;
-        if (__builtin_expect(reader.next->at < static_cast<std::uint32_t>(end) * kTileRows, 0)) {
-            reader.unpack(w, kColumns, unpacked);
-            for (int q = 0; q < kColumns / 2; ++q)
-                StepBF16::add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
-            return;
-        }
-        reader.columns = end;
+    inline __attribute__((always_inline)) void add(F (&f)[R][kVectors], const std::uint8_t *w,
+                                                   int v0, const X *x, std::ptrdiff_t stride) {
+        const std::uint32_t end = begin + kColumns * kTileRows;
+        if (__builtin_expect(next->at < end, 0)) {
+            for (int v = 0; v < kTileVectors; ++v)
 #pragma GCC unroll 4
-        for (int q = 0; q < kColumns / 2; ++q) {
-            P p[kVectors];
+                for (int q = 0; q < kColumns / 2; ++q)
+                    i_store(unpacked + q * kWordBytes + 64 * v,
+                            compact_pairs(w + 192 * v, q, table));
+            std::uint16_t *words = reinterpret_cast<std::uint16_t *>(unpacked);
+            for (; next->at < end; ++next) words[next->at - begin] = next->bits;
+            for (int q = 0; q < kColumns / 2; ++q)
+                Plain::template add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
+        } else {
+#pragma GCC unroll 4
+            for (int q = 0; q < kColumns / 2; ++q) {
+                // With so many sums no register is free to hold what two q share.
+                if (R * kVectors > 21) __asm__("" : "+r"(w));
+                P p[kVectors];
 #pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v)
-                p[v] = compact_pairs(w + 192 * (v0 + v), q, reader.table);
-            add_pairs<R>(f, p, x + 2 * q, stride);
+                for (int v = 0; v < kVectors; ++v) {
+                    p[v] = compact_pairs(w + 192 * (v0 + v), q, table);
+                    if (kKeeps) i_store(unpacked + q * kWordBytes + 64 * (v0 + v), p[v]);
+                }
+                Plain::template add_pairs<R>(f, p, x + 2 * q, stride);
+            }
         }
+        begin = end;
+        if (kKeeps) unpacked += kColumns / 2 * kWordBytes;
     }
 };
-
-#undef ER_MEMBER
 
 // out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows
 // of the same weights `fetch` says what is fetched instead.
@@ -573,9 +575,9 @@ static __attribute__((noinline)) void float_rows(const Step &start, const std::u
         for (int s = 0; s < steps; ++s, at += Step::kStepBytes, column += Step::kColumns) {
             if (v0 == 0) {
                 if (kFetchesAhead) {
-#pragma GCC unroll 3
+#pragma GCC unroll 9
                     for (int i = 0; i < (Step::kStepBytes + 63) / 64; ++i)
-                        prefetch_far(at + kAhead + 64 * i);
+                        prefetch_far(at + Step::kDistance + 64 * i);
                 } else {
                     fetch_step(fetch);
                 }
@@ -726,24 +728,26 @@ static void float_tile(const Step &step, const PackedWeight &w, int tile, int k0
                               out, Fetch{from + bytes, static_cast<int>(bytes / 64)});
 }
 
-// kCompactBF16 unpacked once for all rows, some columns at a time.
-template <class Step, int kRows>
-static __attribute__((noinline)) void compact_tile(const PackedWeight &w, int tile, int k0, int k1,
-                                                   const typename Step::X *x,
-                                                   std::ptrdiff_t stride, int row0, int rows,
-                                                   bool first, float *out, std::uint8_t *scratch) {
+// Up to kFirst rows unpack in registers. Of more, the first do so too and leave what they unpacked to
+// the others.
+template <class Plain, int kFirst, int kRows>
+static void compact_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Plain::X *x,
+                         std::ptrdiff_t stride, int row0, int rows, bool first, float *out,
+                         std::uint8_t *scratch) {
     const std::uint8_t *scales = w.data + tile * w.tile_bytes;
-    const std::uint8_t *from = scales + w.scales_bytes;
-    from += static_cast<std::ptrdiff_t>(k0 / kCompactColumns) * kCompactBytes;
-    CompactReader reader(scales, k0);
-    for (int c0 = k0; c0 < k1; c0 += kChunk) {
-        const int columns = least(kChunk, k1 - c0);
-        reader.unpack(from, columns, scratch);
-        const int bytes = columns / kCompactColumns * kCompactBytes;
-        from += bytes;
-        float_blocks<Step, kRows>(Step{}, scratch, columns, x + row0 * stride + c0, stride, rows,
-                                  false, first && c0 == k0, out, Fetch{from, bytes / 64});
+    if (rows <= kFirst) {
+        float_tile<StepCompact<Plain, false>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x,
+                                                     stride, row0, rows, first, out);
+        return;
     }
+    const int some = rows / ((rows + kFirst - 1) / kFirst);
+    float_tile<StepCompact<Plain, true>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x, stride,
+                                                row0, some, first, out);
+    const int bytes = (k1 - k0) / kCompactColumns * kCompactBytes;
+    const std::uint8_t *next = scales + w.scales_bytes + k1 / kCompactColumns * kCompactBytes;
+    float_blocks<Plain, kRows>(Plain{}, scratch, k1 - k0, x + (row0 + some) * stride + k0, stride,
+                               rows - some, false, first, out + some * kTileRows,
+                               Fetch{next, bytes / 64});
 }
 
 static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
@@ -766,16 +770,12 @@ static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activati
                                                    row0, rows, first, out);
             break;
         case Elements::kCompactBF16:
-            if (a.form != Form::kBF16)
-                compact_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
-                                                     first, out, scratch);
-            else if (rows > kBF16Rows)
-                compact_tile<StepBF16, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0, rows,
-                                                  first, out, scratch);
+            if (a.form == Form::kBF16)
+                compact_tile<StepBF16, kBF16Rows, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0,
+                                                             rows, first, out, scratch);
             else
-                float_tile<StepCompactBF16, kBF16Rows>(
-                    StepCompactBF16{CompactReader(w.data + tile * w.tile_bytes, k0), scratch}, w,
-                    tile, k0, k1, a.bf16, a.stride, row0, rows, first, out);
+                compact_tile<StepWideBF16, least(kF32Rows, 4), kF32Rows>(
+                    w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out, scratch);
             break;
         default: quantised_tile(w, tile, k0, k1, a, row0, rows, first, out, scratch); break;
     }

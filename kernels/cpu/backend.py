@@ -102,7 +102,11 @@ class CpuBackend:
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """Memory that the weights take once lowered: tiles, and tables that rows are read of."""
+        """Memory that the weights take once lowered: tiles, and tables that rows are read of.
+
+        bf16 tiles count in full here, before a weight is read; packed they take 12 bits an element
+        of a trained weight's 16 (`compact` of _native.pack).
+        """
         total = 0
         uses = _uses(program)
         for name, weight in weights.items():

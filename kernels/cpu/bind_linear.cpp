@@ -51,8 +51,13 @@ std::string shape_of(std::size_t rows, std::size_t columns) {
 }
 
 bool multiplies(Form form, const PackedWeight &weight) {
-    return form == Form::kF32 || (form == Form::kBF16 && weight.elements == Elements::kBF16) ||
-           (form == Form::kInt8 && weight.is_quantised());
+    switch (form) {
+        case Form::kF32: return true;
+        case Form::kBF16:
+            return weight.elements == Elements::kBF16 || weight.elements == Elements::kCompactBF16;
+        case Form::kInt8: return weight.is_quantised();
+    }
+    return false;
 }
 
 void linear_test(const std::string &isa_name, const std::vector<const PackedMatrix *> &weights,

@@ -25,7 +25,8 @@ namespace {
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-PackedMatrix pack(const char *format_name, Bytes data, int num_rows, int num_columns, int threads) {
+PackedMatrix pack(const char *format_name, Bytes data, int num_rows, int num_columns, int threads,
+                  bool compact) {
     packed_layout(format_name, num_rows, num_columns);  // its errors come first
     if (threads < 1)
         throw std::invalid_argument("threads must be at least 1, not " + std::to_string(threads));
@@ -40,7 +41,7 @@ PackedMatrix pack(const char *format_name, Bytes data, int num_rows, int num_col
                                     std::to_string(data.shape(0)));
     const std::uint8_t *from = data.data();
     nb::gil_scoped_release unlocked;
-    return pack_matrix(format.name, from, num_rows, num_columns, threads);
+    return pack_matrix(format.name, from, num_rows, num_columns, threads, compact);
 }
 
 void row(const PackedMatrix &matrix, int i, Floats out) {
@@ -67,8 +68,9 @@ void register_pack(nanobind::module_ &m) {
         .def("row", &row, nb::arg("i"), nb::arg("out").noconvert(),
              "Write the float32 values of row i to `out`.");
     m.def("pack", &pack, nb::arg("format_name"), nb::arg("data").noconvert(), nb::arg("num_rows"),
-          nb::arg("num_columns"), nb::arg("threads"),
-          "Repack the blocks in `data` into tiles, without the GIL.");
+          nb::arg("num_columns"), nb::arg("threads"), nb::arg("compact") = true,
+          "Repack the blocks in `data` into tiles, without the GIL. compact: BF16 takes 12 bits an "
+          "element, losing nothing, where its exponents allow it.");
 }
 
 }  // namespace engineroom

@@ -31,9 +31,29 @@ enum class Elements : std::uint8_t {
     kU5,    // per group of 32: 768 bytes as kU4, then 8 x [48][4] bits of value 16, see below
     kU6,    // per group of 32: 768 bytes as kU4, then bits of value 16, then bits of value 32
     kU8,    // [K/4][48][4] bytes
+    kCompactBF16,  // kBF16 in 12 bits an element, see below; K is a multiple of 8
 };
 // Bit planes of kU5 and kU6: 192 bytes a plane and group. Bit 4n + i of word k4 (48 * 4 = 192 bits,
 // little-endian, 24 bytes) belongs to element 4 k4 + i of output n: the order of kU8's bytes.
+
+// kCompactBF16: the high byte of a bf16 (sign, seven bits of the exponent) is one of few in a trained
+// weight. A tile's scales are a table of its sixteen commonest high bytes, then its exceptions. Its
+// elements, per 8 columns and vector of 16 outputs: 64 low bytes of columns 0 to 3, 64 of columns 4
+// to 7, 64 bytes of which the low half is the place in the table of the first's high byte, the high
+// half of the second's. Byte 16 q + 8 p + 2 j + i of 64 belongs to output 4 q + j, column 2 p + i: a
+// quarter's low and high bytes, interleaved, are pairs of columns as kBF16 has them.
+constexpr int kCompactColumns = 8;
+constexpr int kCompactBytes = kCompactColumns * kTileRows * 3 / 2;
+
+// An element whose high byte the table lacks. `at` is its place among a kBF16 tile's 16-bit words; a
+// tile's exceptions lie by rising `at`, and one of kNoException ends them.
+struct Exception {
+    std::uint32_t at;
+    std::uint16_t bits;
+    std::uint16_t unused;
+};
+constexpr std::uint32_t kNoException = 0xffffffffu;
+constexpr int kTableBytes = 16;
 
 // How elements become values: value = scale * (u - bias) + minimum.
 enum class Scaling : std::uint8_t {
@@ -67,7 +87,7 @@ struct PackedWeight {
 
 enum class Form : std::uint8_t {
     kF32,   // multiplies any weight, dequantised to fp32
-    kBF16,  // multiplies kBF16 weights: products of bf16 pairs, fp32 sums
+    kBF16,  // multiplies kBF16 and kCompactBF16 weights: products of bf16 pairs, fp32 sums
     kInt8,  // multiplies quantised weights: int8 dot products per group of 32 (16 for kSuperSigned)
 };
 

@@ -20,6 +20,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "compact.hpp"
 #include "isa/vec_generic.hpp"
 #include "packed_matrix.hpp"
 
@@ -289,6 +290,7 @@ std::size_t quants_bytes(Elements elements, std::size_t columns) {
         case Elements::kU5: return groups * (kNibbleBytes + kPlaneBytes);
         case Elements::kU6: return groups * (kNibbleBytes + 2 * kPlaneBytes);
         case Elements::kU8: return groups * kGroup * kTileRows;
+        case Elements::kCompactBF16: break;  // of no format: make_compact knows
     }
     return 0;
 }
@@ -344,6 +346,9 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             std::memcpy(&x, q + k % 2 * 2, 2);
             return generic::float_of_bits(static_cast<std::uint32_t>(x) << 16);
         }
+        case Elements::kCompactBF16:
+            return generic::float_of_bits(
+                static_cast<std::uint32_t>(compact_bits(w, tile, k, n)) << 16);
         default: break;
     }
     const float value = static_cast<float>(quant_at(w.elements, q, k, n) - w.bias);
@@ -368,6 +373,37 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
         }
     }
     return value;
+}
+
+// A thread's share of the tiles.
+struct Tiles {
+    int begin;
+    int end;
+};
+
+Tiles tiles_of(const PackedWeight &layout, int thread, int threads) {
+    const std::int64_t tiles = layout.num_tiles();
+    return {static_cast<int>(tiles * thread / threads),
+            static_cast<int>(tiles * (thread + 1) / threads)};
+}
+
+int rows_of(const PackedWeight &layout, int tile) {
+    return std::min(kTileRows, layout.num_rows - tile * kTileRows);
+}
+
+// A tile's rows among those of a bf16 checkpoint.
+const std::uint8_t *bf16_tile(const std::uint8_t *from, const PackedWeight &layout, int tile) {
+    return from + static_cast<std::size_t>(tile) * kTileRows * 2 *
+                      static_cast<std::size_t>(layout.num_columns);
+}
+
+// Runs work(0) .. work(threads - 1), each on a thread of its own.
+template <class Work>
+void on_threads(int threads, Work work) {
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
+    work(0);
+    for (std::thread &other : others) other.join();
 }
 
 // Memory of matrices that are packed one after another: the mapping in use and how much of it is
@@ -459,14 +495,12 @@ void pack_tiles(const char *format_name, const std::uint8_t *from, const PackedW
     const std::size_t row_bytes = static_cast<std::size_t>(layout.num_columns) /
                                   static_cast<std::size_t>(format.block_elements) *
                                   static_cast<std::size_t>(format.block_bytes);
-    const std::int64_t tiles = layout.num_tiles();
-    const int begin = static_cast<int>(tiles * thread / threads);
-    const int end = static_cast<int>(tiles * (thread + 1) / threads);
+    const Tiles mine = tiles_of(layout, thread, threads);
     const bool adds_bits =
         format.elements == Elements::kU5 || format.elements == Elements::kU6;
-    for (int tile = begin; tile < end; ++tile) {
+    for (int tile = mine.begin; tile < mine.end; ++tile) {
         std::uint8_t *at = to + static_cast<std::size_t>(tile) * layout.tile_bytes;
-        const int rows = std::min(kTileRows, layout.num_rows - tile * kTileRows);
+        const int rows = rows_of(layout, tile);
         if (rows < kTileRows || adds_bits) std::memset(at, 0, layout.tile_bytes);
         format.pack(TileJob{from + static_cast<std::size_t>(tile) * kTileRows * row_bytes,
                             row_bytes, rows, layout.num_columns, at, at + layout.scales_bytes});
@@ -479,23 +513,36 @@ void unpack_row(const PackedWeight &weight, int row, float *out) {
 }
 
 PackedMatrix pack_matrix(const char *format_name, const std::uint8_t *from, int num_rows,
-                         int num_columns, int threads) {
+                         int num_columns, int threads, bool compact) {
     const PackFormat &format = find_format(format_name);
     PackedWeight weight = packed_layout(format.name, num_rows, num_columns);
-    std::uint8_t *to = nullptr;
-    std::shared_ptr<Pages> pages = take_memory(packed_bytes(weight), &to);
     // Starting a thread costs about as much as packing this many bytes.
     constexpr std::size_t kThreadBytes = std::size_t{128} << 10;
     const int useful = static_cast<int>(
         std::min<std::size_t>(packed_bytes(weight) / kThreadBytes + 1, INT_MAX));
     const int used = std::max(1, std::min({threads, useful, weight.num_tiles()}));
-    std::vector<std::thread> others;
-    for (int thread = 1; thread < used; ++thread)
-        others.emplace_back([&weight, &format, from, to, thread, used] {
-            pack_tiles(format.name, from, weight, to, thread, used);
+    std::vector<CompactTile> tables;
+    if (compact && weight.elements == Elements::kBF16 && num_columns % kCompactColumns == 0) {
+        tables.resize(static_cast<std::size_t>(weight.num_tiles()));
+        on_threads(used, [&](int thread) {
+            const Tiles mine = tiles_of(weight, thread, used);
+            for (int tile = mine.begin; tile < mine.end; ++tile)
+                tables[static_cast<std::size_t>(tile)] = count_compact(
+                    bf16_tile(from, weight, tile), rows_of(weight, tile), num_columns);
         });
-    pack_tiles(format.name, from, weight, to, 0, used);
-    for (std::thread &other : others) other.join();
+        make_compact(weight, tables);
+    }
+    std::uint8_t *to = nullptr;
+    std::shared_ptr<Pages> pages = take_memory(packed_bytes(weight), &to);
+    on_threads(used, [&](int thread) {
+        if (weight.elements != Elements::kCompactBF16)
+            return pack_tiles(format.name, from, weight, to, thread, used);
+        const Tiles mine = tiles_of(weight, thread, used);
+        for (int tile = mine.begin; tile < mine.end; ++tile)
+            pack_compact(bf16_tile(from, weight, tile), rows_of(weight, tile), weight,
+                         tables[static_cast<std::size_t>(tile)],
+                         to + static_cast<std::size_t>(tile) * weight.tile_bytes);
+    });
     weight.data = to;
     return PackedMatrix(format.name, weight, std::move(pages));
 }

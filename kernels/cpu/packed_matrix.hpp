@@ -26,9 +26,10 @@ class PackedMatrix {
     std::shared_ptr<const void> memory_;  // keeps the tiles alive
 };
 
-// Packs the rows at `from` on up to `threads` threads.
+// Packs the rows at `from` on up to `threads` threads. compact: bf16 becomes kCompactBF16 where that
+// saves memory.
 // Errors: std::invalid_argument as packed_layout; std::bad_alloc.
 PackedMatrix pack_matrix(const char *format, const std::uint8_t *from, int num_rows,
-                         int num_columns, int threads);
+                         int num_columns, int threads, bool compact);
 
 }  // namespace engineroom

@@ -263,6 +263,30 @@ def test_more_rows_than_a_block(name: str, form: str) -> None:
 
 
 @units
+@pytest.mark.parametrize("form", ["bf16", "f32"])
+@pytest.mark.parametrize("exceptions", [0, 0.0005, 0.02])
+def test_compact_bf16_multiplies_as_plain_bf16_does(
+    unit: str, form: str, exceptions: float
+) -> None:
+    """Bit for bit, whatever unpacks: registers, the first rows for the others, exceptions."""
+    n, k = 100, 2312  # two blocks of columns, the second of an odd number of steps
+    rng = np.random.default_rng(8)
+    bits = blocks("BF16", n, k, 8).view("<u2").copy()
+    rare = rng.random(bits.size) < exceptions
+    bits[rare] = rng.integers(0, 0x7F00, rare.sum()).astype("<u2")
+    bits[rng.random(bits.size) < 0.01] = 0
+    data = bits.view(np.uint8)
+    compact, plain = (_native.pack("BF16", data, n, k, 1, c) for c in (True, False))
+    assert compact.nbytes < 0.9 * plain.nbytes
+    x = activations(64, k)
+    want = run(unit, [plain], x, form)
+    every = range(1, 65) if unit == UNITS[0] else ROWS
+    for m in every:
+        assert_same_bits(run(unit, [compact], x[:m], form), want[:m])
+    assert_same_bits(run(unit, [compact, plain], x, form, threads=3), want)
+
+
+@units
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_parts_of_several_formats(unit: str, threads: int) -> None:
     """Fused parts equal each part alone, whichever thread its tiles fall to."""

@@ -87,6 +87,55 @@ def test_threads_unaligned_and_read_only_bytes(fmt: Format) -> None:
         )
 
 
+def bf16_bits(kind: str, rows: int, columns: int) -> np.ndarray:
+    """Bits of bf16: those of a trained weight, and what a checkpoint could hold besides."""
+    rng = np.random.default_rng(rows * columns)
+    normal = rng.standard_normal((rows, columns), np.float32) * np.float32(0.02)
+    bits = (normal.view(np.uint32) >> 16).astype("<u2")
+    rare = {
+        "zeros and subnormals": np.array([0x0000, 0x8000, 0x0001, 0x807F], "<u2"),
+        "infinities and NaN": np.array([0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF], "<u2"),
+        "all patterns": np.arange(65536).astype("<u2"),
+    }
+    if kind in rare:
+        few = rng.random(bits.shape) < (1.0 if kind == "all patterns" else 0.02)
+        bits[few] = np.resize(rare[kind], few.sum())
+    if kind == "one exception in 8 columns":
+        bits[rng.integers(0, rows, -(-columns // 8)), np.arange(0, columns, 8)] = 0x7E01
+    if kind == "nothing but one value":
+        bits[:] = 0xBF80
+    return bits
+
+
+@pytest.mark.parametrize(
+    "kind,ratio",
+    [
+        ("trained", 0.77),
+        ("zeros and subnormals", 0.77),
+        ("infinities and NaN", 0.77),
+        ("one exception in 8 columns", 0.8),
+        ("nothing but one value", 0.77),
+        ("all patterns", 1.0),
+    ],
+)
+def test_compact_bf16_holds_every_bit(kind: str, ratio: float) -> None:
+    """Bits, not values: of NaN too. What cannot be stored in less stays as it is."""
+    fmt = FORMATS["BF16"]
+    for rows, columns in [(48, 8), (1, 8), (47, 64), (100, 520), (300, 256), (100, 33), (9, 12)]:
+        bits = bf16_bits(kind, rows, columns)
+        data = bits.reshape(-1).view(np.uint8)
+        for threads in THREADS:
+            matrix = _native.pack(fmt.name, data, rows, columns, threads)
+            got = read_back(matrix).view(np.uint32)
+            np.testing.assert_array_equal(got, bits.astype(np.uint32) << 16)
+            plain = _native.pack(fmt.name, data, rows, columns, threads, compact=False)
+            if rows >= 48 and columns % 8:
+                assert matrix.nbytes == plain.nbytes
+            elif columns >= 256:
+                assert matrix.nbytes <= ratio * plain.nbytes
+                assert (matrix.nbytes == plain.nbytes) == (ratio == 1.0)
+
+
 def test_matrices_own_their_memory() -> None:
     """Matrices share one mapping; each lives as long as it is held, whatever the others do."""
     fmt = FORMATS["Q8_0"]

@@ -402,17 +402,23 @@ struct StepBF16 {  // pairs of bf16 with pairs of bf16
     using X = std::uint16_t;
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
         P p[kVectors];
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
+        add_pairs<R>(f, p, x, stride);
+    }
+    template <int R>
+    ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const X *x,
+                             std::ptrdiff_t stride) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const P pair = p_bcast(x + r * stride);
 #pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], p[v], pair);
+            for (int v = 0; v < kVectors; ++v) f[r][v] = p_dot(f[r][v], w[v], pair);
         }
     }
 };
@@ -432,6 +438,7 @@ struct StepF32 {
     using X = float;
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -447,6 +454,7 @@ struct StepF16 {
     using X = float;
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 2 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -461,25 +469,99 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     using X = float;
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
+    static constexpr int kDistance = kAhead;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
+        P p[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) p[v] = p_load(halves(w) + 32 * (v0 + v));
+        add_pairs<R>(f, p, x, stride);
+    }
+    template <int R>
+    ER_INLINE void add_pairs(F (&f)[R][kVectors], const P (&w)[kVectors], const X *x,
+                             std::ptrdiff_t stride) {
         F column[kVectors];
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) column[v] = f_even(p_load(halves(w) + 32 * (v0 + v)));
+        for (int v = 0; v < kVectors; ++v) column[v] = f_even(w[v]);
         add_column<R>(f, column, x, stride);
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) column[v] = f_odd(p_load(halves(w) + 32 * (v0 + v)));
+        for (int v = 0; v < kVectors; ++v) column[v] = f_odd(w[v]);
         add_column<R>(f, column, x + 1, stride);
+    }
+};
+
+// Columns 2 q and 2 q + 1 of 8 of kCompactBF16, from one vector's bytes.
+ER_INLINE P compact_pairs(const std::uint8_t *w, int q, I table) {
+    const I low = i_load(w + 64 * (q / 2)), both = i_load(w + 128);
+    const I places = q / 2 ? i_high_nibbles(both) : i_and(both, i_set_bytes(15));
+    const I high = i_lookup(table, places);
+    return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
+}
+
+// kCompactBF16 unpacked in registers, then multiplied as `Plain` multiplies kBF16. Where kKeeps, what
+// was unpacked stays at `unpacked` as kBF16; else there is room for one step, of which exceptions
+// make use.
+template <class Plain, bool kKeeps>
+struct StepCompact {
+    using X = typename Plain::X;
+    static constexpr int kColumns = kCompactColumns;
+    static constexpr int kStepBytes = kCompactBytes;
+    static constexpr int kDistance = kAheadNibbles;
+    I table;
+    const Exception *next;  // the first that was not reached
+    std::uint32_t begin;    // the step's first word in a kBF16 tile
+    std::uint8_t *unpacked;
+
+    // From column k0 on of a tile, whose scales these are.
+    StepCompact(const std::uint8_t *scales, int k0, std::uint8_t *to)
+        : table(i_bcast16(scales)),
+          next(reinterpret_cast<const Exception *>(scales + kTableBytes)),
+          begin(static_cast<std::uint32_t>(k0) * kTileRows),
+          unpacked(to) {
+        while (next->at < begin) ++next;
+    }
+
+    template <int R>
+    inline __attribute__((always_inline)) void add(F (&f)[R][kVectors], const std::uint8_t *w,
+                                                   int v0, const X *x, std::ptrdiff_t stride) {
+        const std::uint32_t end = begin + kColumns * kTileRows;
+        if (__builtin_expect(next->at < end, 0)) {
+            for (int v = 0; v < kTileVectors; ++v)
+#pragma GCC unroll 4
+                for (int q = 0; q < kColumns / 2; ++q)
+                    i_store(unpacked + q * kWordBytes + 64 * v,
+                            compact_pairs(w + 192 * v, q, table));
+            std::uint16_t *words = reinterpret_cast<std::uint16_t *>(unpacked);
+            for (; next->at < end; ++next) words[next->at - begin] = next->bits;
+            for (int q = 0; q < kColumns / 2; ++q)
+                Plain::template add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
+        } else {
+#pragma GCC unroll 4
+            for (int q = 0; q < kColumns / 2; ++q) {
+                // With so many sums no register is free to hold what two q share.
+                if (R * kVectors > 21) __asm__("" : "+r"(w));
+                P p[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v) {
+                    p[v] = compact_pairs(w + 192 * (v0 + v), q, table);
+                    if (kKeeps) i_store(unpacked + q * kWordBytes + 64 * (v0 + v), p[v]);
+                }
+                Plain::template add_pairs<R>(f, p, x + 2 * q, stride);
+            }
+        }
+        begin = end;
+        if (kKeeps) unpacked += kColumns / 2 * kWordBytes;
     }
 };
 
 // out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows
 // of the same weights `fetch` says what is fetched instead.
 template <class Step, int R, bool kFetchesAhead>
-static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int steps,
-                                                 const typename Step::X *x, std::ptrdiff_t stride,
-                                                 bool first, float *out, Fetch fetch) {
+static __attribute__((noinline)) void float_rows(const Step &start, const std::uint8_t *w,
+                                                 int steps, const typename Step::X *x,
+                                                 std::ptrdiff_t stride, bool first, float *out,
+                                                 Fetch fetch) {
     for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
         F f[R][kVectors];
 #pragma GCC unroll 8
@@ -487,19 +569,20 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
 #pragma GCC unroll 3
             for (int v = 0; v < kVectors; ++v)
                 f[r][v] = first ? f_zero() : f_load(out + r * kTileRows + 16 * (v0 + v));
+        Step step = start;
         const std::uint8_t *at = w;
         const typename Step::X *column = x;
         for (int s = 0; s < steps; ++s, at += Step::kStepBytes, column += Step::kColumns) {
             if (v0 == 0) {
                 if (kFetchesAhead) {
-#pragma GCC unroll 3
+#pragma GCC unroll 9
                     for (int i = 0; i < (Step::kStepBytes + 63) / 64; ++i)
-                        prefetch_far(at + kAhead + 64 * i);
+                        prefetch_far(at + Step::kDistance + 64 * i);
                 } else {
                     fetch_step(fetch);
                 }
             }
-            Step::template add<R>(f, at, v0, column, stride);
+            step.template add<R>(f, at, v0, column, stride);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -510,35 +593,36 @@ static __attribute__((noinline)) void float_rows(const std::uint8_t *w, int step
 }
 
 template <class Step, int R>
-ER_INLINE void float_some(int rows, bool ahead, const std::uint8_t *w, int steps,
+ER_INLINE void float_some(const Step &step, int rows, bool ahead, const std::uint8_t *w, int steps,
                           const typename Step::X *x, std::ptrdiff_t stride, bool first, float *out,
                           const Fetch &fetch) {
     if (R == 1 || rows == R) {
         if (ahead)
-            float_rows<Step, R, true>(w, steps, x, stride, first, out, fetch);
+            float_rows<Step, R, true>(step, w, steps, x, stride, first, out, fetch);
         else
-            float_rows<Step, R, false>(w, steps, x, stride, first, out, fetch);
+            float_rows<Step, R, false>(step, w, steps, x, stride, first, out, fetch);
     } else if constexpr (R > 1) {
-        float_some<Step, R - 1>(rows, ahead, w, steps, x, stride, first, out, fetch);
+        float_some<Step, R - 1>(step, rows, ahead, w, steps, x, stride, first, out, fetch);
     }
 }
 
 // All rows: x has row 0 at the first of `columns` columns. `ahead`: whether w comes from memory;
-// then what follows it is fetched while the later rows are multiplied.
+// then the first rows fetch it, and the later ones `fetch`. Else all rows do. Its lines: in all.
 template <class Step, int kRows>
-static void float_blocks(const std::uint8_t *w, int columns, const typename Step::X *x,
-                         std::ptrdiff_t stride, int rows, bool ahead, bool first, float *out) {
+static void float_blocks(const Step &step, const std::uint8_t *w, int columns,
+                         const typename Step::X *x, std::ptrdiff_t stride, int rows, bool ahead,
+                         bool first, float *out, Fetch fetch) {
     const int steps = (columns + Step::kColumns - 1) / Step::kColumns;
     const int blocks = (rows + kRows - 1) / kRows;
-    const int lines = steps * Step::kStepBytes / 64;
-    Fetch fetch{w + static_cast<std::ptrdiff_t>(steps) * Step::kStepBytes, 0};
-    if (ahead && blocks > 1) fetch.lines = lines / ((blocks - 1) * steps) + 1;
+    const int fetching = (ahead ? blocks - 1 : blocks) * steps;
+    if (fetching > 0) fetch.lines = (fetch.lines + fetching - 1) / fetching;
     int begin = 0;
     for (int block = 0; block < blocks; ++block) {
         const int end = static_cast<int>(static_cast<std::int64_t>(rows) * (block + 1) / blocks);
-        float_some<Step, kRows>(end - begin, ahead && block == 0, w, steps, x + begin * stride,
-                                stride, first, out + begin * kTileRows, fetch);
-        if (block > 0) fetch.next += static_cast<std::ptrdiff_t>(64) * fetch.lines * steps;
+        const bool from_memory = ahead && block == 0;
+        float_some<Step, kRows>(step, end - begin, from_memory, w, steps, x + begin * stride, stride,
+                                first, out + begin * kTileRows, fetch);
+        if (!from_memory) fetch.next += static_cast<std::ptrdiff_t>(64) * fetch.lines * steps;
         begin = end;
     }
 }
@@ -584,8 +668,9 @@ static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, co
         const int c1 = least(c0 + kColumns, k1);
         dequantise_groups<Quants, Scale>(scales + w.scales_bytes, scales, c0 / kGroup, c1 / kGroup,
                                          w.bias, values);
-        float_blocks<StepF32, kF32Rows>(scratch, c1 - c0, a.f32 + row0 * a.stride + c0, a.stride,
-                                        rows, false, first && c0 == k0, out);
+        float_blocks<StepF32, kF32Rows>(StepF32{}, scratch, c1 - c0, a.f32 + row0 * a.stride + c0,
+                                        a.stride, rows, false, first && c0 == k0, out,
+                                        Fetch{scratch, 0});
     }
 }
 
@@ -632,29 +717,65 @@ static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int
 }
 
 template <class Step, int kRows>
-static void float_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Step::X *x,
-                       std::ptrdiff_t stride, int row0, int rows, bool first, float *out) {
-    const std::uint8_t *from = w.data + tile * w.tile_bytes;
+static void float_tile(const Step &step, const PackedWeight &w, int tile, int k0, int k1,
+                       const typename Step::X *x, std::ptrdiff_t stride, int row0, int rows,
+                       bool first, float *out) {
+    const std::uint8_t *from = w.data + tile * w.tile_bytes + w.scales_bytes;
     from += static_cast<std::ptrdiff_t>(k0 / Step::kColumns) * Step::kStepBytes;
-    float_blocks<Step, kRows>(from, k1 - k0, x + row0 * stride + k0, stride, rows, true, first, out);
+    const int steps = (k1 - k0 + Step::kColumns - 1) / Step::kColumns;
+    const std::ptrdiff_t bytes = static_cast<std::ptrdiff_t>(steps) * Step::kStepBytes;
+    float_blocks<Step, kRows>(step, from, k1 - k0, x + row0 * stride + k0, stride, rows, true, first,
+                              out, Fetch{from + bytes, static_cast<int>(bytes / 64)});
+}
+
+// Up to kFirst rows unpack in registers. Of more, the first do so too and leave what they unpacked to
+// the others.
+template <class Plain, int kFirst, int kRows>
+static void compact_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Plain::X *x,
+                         std::ptrdiff_t stride, int row0, int rows, bool first, float *out,
+                         std::uint8_t *scratch) {
+    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+    if (rows <= kFirst) {
+        float_tile<StepCompact<Plain, false>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x,
+                                                     stride, row0, rows, first, out);
+        return;
+    }
+    const int some = rows / ((rows + kFirst - 1) / kFirst);
+    float_tile<StepCompact<Plain, true>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x, stride,
+                                                row0, some, first, out);
+    const int bytes = (k1 - k0) / kCompactColumns * kCompactBytes;
+    const std::uint8_t *next = scales + w.scales_bytes + k1 / kCompactColumns * kCompactBytes;
+    float_blocks<Plain, kRows>(Plain{}, scratch, k1 - k0, x + (row0 + some) * stride + k0, stride,
+                               rows - some, false, first, out + some * kTileRows,
+                               Fetch{next, bytes / 64});
 }
 
 static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch) {
     switch (w.elements) {
         case Elements::kF32:
-            float_tile<StepF32, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            float_tile<StepF32, kF32Rows>(StepF32{}, w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                          first, out);
             break;
         case Elements::kF16:
-            float_tile<StepF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out);
+            float_tile<StepF16, kF32Rows>(StepF16{}, w, tile, k0, k1, a.f32, a.stride, row0, rows,
+                                          first, out);
             break;
         case Elements::kBF16:
             if (a.form == Form::kBF16)
-                float_tile<StepBF16, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0, rows,
-                                                first, out);
+                float_tile<StepBF16, kBF16Rows>(StepBF16{}, w, tile, k0, k1, a.bf16, a.stride, row0,
+                                                rows, first, out);
             else
-                float_tile<StepWideBF16, kF32Rows>(w, tile, k0, k1, a.f32, a.stride, row0, rows,
-                                                   first, out);
+                float_tile<StepWideBF16, kF32Rows>(StepWideBF16{}, w, tile, k0, k1, a.f32, a.stride,
+                                                   row0, rows, first, out);
+            break;
+        case Elements::kCompactBF16:
+            if (a.form == Form::kBF16)
+                compact_tile<StepBF16, kBF16Rows, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0,
+                                                             rows, first, out, scratch);
+            else
+                compact_tile<StepWideBF16, least(kF32Rows, 4), kF32Rows>(
+                    w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out, scratch);
             break;
         default: quantised_tile(w, tile, k0, k1, a, row0, rows, first, out, scratch); break;
     }

@@ -177,6 +177,14 @@ ER_INLINE __m256 odd_of(__m256i a) {
     return _mm256_castsi256_ps(
         _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
+// quarter of `low` and `high`.
+ER_INLINE P p_zip_low(I low, I high) {
+    return {_mm256_unpacklo_epi8(low.lo, high.lo), _mm256_unpacklo_epi8(low.hi, high.hi)};
+}
+ER_INLINE P p_zip_high(I low, I high) {
+    return {_mm256_unpackhi_epi8(low.lo, high.lo), _mm256_unpackhi_epi8(low.hi, high.hi)};
+}
 // Even and odd members of pairs of bf16, as fp32.
 ER_INLINE F f_even(P a) { return {even_of(a.lo), even_of(a.hi)}; }
 ER_INLINE F f_odd(P a) { return {odd_of(a.lo), odd_of(a.hi)}; }
@@ -215,6 +223,15 @@ ER_INLINE I i_high_nibbles(I a) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(a.lo, 4), mask),
             _mm256_and_si256(_mm256_srli_epi16(a.hi, 4), mask)};
+}
+// Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.
+ER_INLINE I i_bcast16(const std::uint8_t *p) {
+    const __m256i all =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return {all, all};
+}
+ER_INLINE I i_lookup(I table, I places) {
+    return {_mm256_shuffle_epi8(table.lo, places.lo), _mm256_shuffle_epi8(table.hi, places.hi)};
 }
 // Adds `value` to the bytes whose bit of the 64 at p is set.
 ER_INLINE __m256i add_bits(__m256i a, const std::uint8_t *p, std::uint8_t value) {

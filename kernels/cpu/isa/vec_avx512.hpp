@@ -109,6 +109,10 @@ ER_INLINE P p_bcast(const std::uint16_t *p) {
 ER_INLINE F p_dot(F acc, P a, P b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+// Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
+// quarter of `low` and `high`.
+ER_INLINE P p_zip_low(I low, I high) { return _mm512_unpacklo_epi8(low, high); }
+ER_INLINE P p_zip_high(I low, I high) { return _mm512_unpackhi_epi8(low, high); }
 // Even and odd members of pairs of bf16, as fp32.
 ER_INLINE F f_even(P a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 ER_INLINE F f_odd(P a) {
@@ -129,6 +133,11 @@ ER_INLINE I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 ER_INLINE I i_high_nibbles(I a) {
     return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
+// Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.
+ER_INLINE I i_bcast16(const std::uint8_t *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+ER_INLINE I i_lookup(I table, I places) { return _mm512_shuffle_epi8(table, places); }
 // Adds `value` to the bytes whose bit of the 64 at p is set.
 ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {
     std::uint64_t bits;

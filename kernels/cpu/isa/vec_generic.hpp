@@ -170,6 +170,18 @@ ER_INLINE F f_odd(P a) {
     return reinterpret_cast<F>(a & (P{} + static_cast<std::int32_t>(0xffff0000u)));
 }
 
+// Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
+// quarter of `low` and `high`.
+template <int kFirst>
+ER_INLINE P p_zip(I low, I high) {
+    Bytes x = {};
+    const Bytes a = reinterpret_cast<Bytes>(low), b = reinterpret_cast<Bytes>(high);
+    for (int i = 0; i < 64; ++i) x[i] = (i % 2 ? b : a)[i / 16 * 16 + kFirst + i % 16 / 2];
+    return reinterpret_cast<P>(x);
+}
+ER_INLINE P p_zip_low(I low, I high) { return p_zip<0>(low, high); }
+ER_INLINE P p_zip_high(I low, I high) { return p_zip<8>(low, high); }
+
 // --------------------------------------------------------------------------------- integers
 
 ER_INLINE I i_zero() { return I{}; }
@@ -187,6 +199,18 @@ ER_INLINE I i_add(I a, I b) { return a + b; }
 ER_INLINE I i_and(I a, I b) { return a & b; }
 ER_INLINE I i_or(I a, I b) { return a | b; }
 ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
+// Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.
+ER_INLINE I i_bcast16(const std::uint8_t *p) {
+    I x;
+    for (int i = 0; i < 4; ++i) std::memcpy(reinterpret_cast<char *>(&x) + 16 * i, p, 16);
+    return x;
+}
+ER_INLINE I i_lookup(I table, I places) {
+    Bytes x = {};
+    const Bytes from = reinterpret_cast<Bytes>(table), at = reinterpret_cast<Bytes>(places);
+    for (int i = 0; i < 64; ++i) x[i] = from[at[i]];
+    return reinterpret_cast<I>(x);
+}
 // Adds `value` to the bytes whose bit of the 64 at p is set.
 ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {
     std::uint8_t bytes[64];

@@ -191,6 +191,15 @@ ER_INLINE int32x4_t q_high_nibbles(int32x4_t x) {
     return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
 }
 ER_INLINE I i_high_nibbles(I x) { return ER_MAP1(I, q_high_nibbles, x); }
+// Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.
+ER_INLINE I i_bcast16(const std::uint8_t *p) {
+    return i_spread(vreinterpretq_s32_u8(vld1q_u8(p)));
+}
+ER_INLINE int32x4_t q_lookup(int32x4_t table, int32x4_t places) {
+    return vreinterpretq_s32_u8(
+        vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(places)));
+}
+ER_INLINE I i_lookup(I table, I places) { return ER_MAP2(I, q_lookup, table, places); }
 // Two bytes of bits, 8 times each: adds `value` to the bytes of x whose own bit is set.
 ER_INLINE int32x4_t q_add_bits(int32x4_t x, uint32x4_t bytes, uint8x16_t value) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
@@ -284,6 +293,16 @@ ER_INLINE P p_bcast(const std::uint16_t *p) {
     std::memcpy(&pair, p, 4);
     return i_set(pair);
 }
+// Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
+// quarter of `low` and `high`.
+ER_INLINE int32x4_t q_zip_low(int32x4_t low, int32x4_t high) {
+    return vreinterpretq_s32_u8(vzip1q_u8(vreinterpretq_u8_s32(low), vreinterpretq_u8_s32(high)));
+}
+ER_INLINE int32x4_t q_zip_high(int32x4_t low, int32x4_t high) {
+    return vreinterpretq_s32_u8(vzip2q_u8(vreinterpretq_u8_s32(low), vreinterpretq_u8_s32(high)));
+}
+ER_INLINE P p_zip_low(I low, I high) { return ER_MAP2(P, q_zip_low, low, high); }
+ER_INLINE P p_zip_high(I low, I high) { return ER_MAP2(P, q_zip_high, low, high); }
 // Even and odd members of pairs of bf16, as fp32.
 ER_INLINE float32x4_t q_even(int32x4_t x) { return vreinterpretq_f32_s32(vshlq_n_s32(x, 16)); }
 ER_INLINE float32x4_t q_odd(int32x4_t x) {

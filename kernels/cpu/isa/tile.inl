@@ -153,12 +153,17 @@ struct ScaleChannelMin {
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = true;
     static constexpr bool kLast = false;
+    // Loaded anew for each group: kept, they would take registers that the products need.
+    ER_INLINE const float *of_row(const std::uint8_t *s) {
+        __asm__ volatile("" : "+r"(s));
+        return floats(s);
+    }
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
-        return f_mul(f_load(floats(s) + 16 * v),
+        return f_mul(f_load(of_row(s) + 16 * v),
                      f_load_u8(s + (8 + 2 * group) * kTileRows + 16 * v));
     }
     ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
-        return f_sub(f_zero(), f_mul(f_load(floats(s) + kTileRows + 16 * v),
+        return f_sub(f_zero(), f_mul(f_load(of_row(s) + kTileRows + 16 * v),
                                      f_load_u8(s + (9 + 2 * group) * kTileRows + 16 * v)));
     }
 };

@@ -47,6 +47,7 @@ def quantise(
     scheme = SCHEMES[method]
     out = dict(weights)
     made: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()  # bytes
     kept: Counter[str] = Counter()
     odd: Counter[int] = Counter()
     chosen = [name for name in weights if name in linear]
@@ -68,8 +69,12 @@ def quantise(
             odd[weight.shape[-1]] += 1
         else:
             out[name] = dataclasses.replace(weight, pack_as=target)
-            made[f"{target.name}{' (head)' if name == head else ''}"] += 1
-    counts = ", ".join(f"{n} to {name}" for name, n in made.items())
+            label = f"{target.name}{' (head)' if name == head else ''}"
+            made[label] += 1
+            sizes[label] += out[name].packed_nbytes
+    counts = ", ".join(
+        f"{n} to {label}, {sizes[label] / 2**20:.1f} MiB" for label, n in made.items()
+    )
     notes = [f"quantised on load, {method}: {counts or 'nothing'}"]
     notes += [f"{n} stay {name}, of no more bits" for name, n in kept.items()]
     notes += [

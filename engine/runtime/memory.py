@@ -162,7 +162,7 @@ def kv_spec(config: EngineConfig, model: ModelConfig, default_dtype: str) -> KVS
 def activation_dtype(config: EngineConfig, model: ModelConfig) -> str:
     """The dtype that results are rounded to: as asked, or the checkpoint's own (law 6).
 
-    Of quantised weights that is float32, whether the checkpoint holds them so or loading makes them.
+    Of quantised weights that is float32, be they the checkpoint's or made by loading.
     """
     if config.dtype != "auto":
         return config.dtype

@@ -142,6 +142,8 @@ def render(report: dict[str, Any]) -> str:
         f"per weight  {show_bytes(row['bytes']):>10}"
         for row in report["formats"]
     ]
+    if report["quantization"] is not None:
+        lines.append(f"  quantised to   {report['quantization']}, on load")
     lines += [
         f"  computed in    {report['compute_dtype']}, KV cache in {report['kv_cache_dtype']}",
         f"  weights        {show_bytes(memory['weights'])}",

@@ -56,8 +56,8 @@ SAMPLING_HELP = {
 ENGINE_HELP = {
     "device": "auto (native kernels on the CPU), cpu, or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
-    "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None keeps "
-    "the checkpoint's own bits",
+    "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None "
+    "keeps the checkpoint's own bits",
     "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "
     "(groups of 32), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16 or float16",

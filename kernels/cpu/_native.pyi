@@ -67,8 +67,8 @@ def quantise(
     """Quantise the rows in `data` (1-D) to INT8 or INT4 rows in `out` (1-D), without the GIL.
 
     The bytes are those of `quant/integers.py`. Returns -1, or the first row that holds a NaN,
-    an infinity or 2^120 and more; `out` is then of no use. Errors: ValueError for an unknown format or sizes that do
-    not match; TypeError for arrays of another dtype, rank or layout.
+    an infinity or 2^120 and more; `out` is then of no use. Errors: ValueError for an unknown format
+    or sizes that do not match; TypeError for arrays of another dtype, rank or layout.
     """
 
 class RowSampler:

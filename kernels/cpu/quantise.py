@@ -34,6 +34,4 @@ def as_packed(weight: RawWeight, threads: int) -> RawWeight:
             f"tensor {weight.name!r}: row {row} holds a NaN, an infinity or 2^120 and more, which "
             f"{weight.pack_as.name} cannot; load it with quantization=None, or mend the checkpoint",
         )
-    return dataclasses.replace(
-        weight, format=weight.pack_as, buffers={"data": data}, pack_as=None
-    )
+    return dataclasses.replace(weight, format=weight.pack_as, buffers={"data": data}, pack_as=None)

@@ -211,9 +211,11 @@ def test_largest_int8_products(unit: str, name: str) -> None:
         data = blocks(name, n, k, 1)
         for field, values in fields_of(name, data, k).items():
             if field not in ("d", "m", "dmin", "scales"):
-                values[:] = np.full(1, fill, np.uint8).view(values.dtype) if (
-                    values.dtype.itemsize == 1
-                ) else np.full(4, fill, np.uint8).view(values.dtype)
+                values[:] = (
+                    np.full(1, fill, np.uint8).view(values.dtype)
+                    if (values.dtype.itemsize == 1)
+                    else np.full(4, fill, np.uint8).view(values.dtype)
+                )
         w = weight_of(name, data, n, k)
         for signs in (np.ones(k), np.where(np.arange(k) % 4 < 2, 1, -1)):
             x = np.tile(signs.astype(np.float32), (9, 1))

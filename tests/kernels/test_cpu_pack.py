@@ -113,7 +113,9 @@ def test_nbytes_is_what_the_layout_says() -> None:
 
 def test_refusals() -> None:
     data = np.zeros(18, np.uint8)
-    with pytest.raises(ValueError, match=r"no tile layout for format 'Q9'; known: F32, .*Q6_K, INT8, INT4"):
+    with pytest.raises(
+        ValueError, match=r"no tile layout for format 'Q9'; known: F32, .*Q6_K, INT8, INT4"
+    ):
         _native.pack("Q9", data, 1, 32, 1)
     with pytest.raises(ValueError, match="Q4_0 stores blocks of 32 elements; a row of 33"):
         _native.pack("Q4_0", data, 1, 33, 1)

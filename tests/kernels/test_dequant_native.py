@@ -93,7 +93,9 @@ def test_sizes_must_match(fmt: Format) -> None:
     ):
         with pytest.raises(ValueError, match=f"{fmt.name} stores {fmt.block_elements} elements"):
             _native.dequantise(fmt.name, *bad)
-    with pytest.raises(ValueError, match=r"unknown format 'Q9'; supported: F32, F16, .*Q6_K, INT8, INT4"):
+    with pytest.raises(
+        ValueError, match=r"unknown format 'Q9'; supported: F32, F16, .*Q6_K, INT8, INT4"
+    ):
         _native.dequantise("Q9", data, out)
 
 

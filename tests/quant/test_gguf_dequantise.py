@@ -134,7 +134,9 @@ def test_the_test_quantisers_stay_within_half_a_step(bits: int) -> None:
     x = np.random.default_rng(1).standard_normal((4, 96)).astype(np.float32)
     x[0, :32] = 0
     fmt, raw = (
-        (FILE_FORMATS["Q8_0"], quantise_q8_0(x)) if bits == 8 else (FILE_FORMATS["Q4_1"], quantise_q4_1(x))
+        (FILE_FORMATS["Q8_0"], quantise_q8_0(x))
+        if bits == 8
+        else (FILE_FORMATS["Q4_1"], quantise_q4_1(x))
     )
     blocks = x.reshape(-1, 32)
     step = np.ptp(blocks, axis=1) / 15 if bits == 4 else np.abs(blocks).max(axis=1) / 127

@@ -214,6 +214,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "reference")
 ACTIVATIONS = ("auto", "int8", "float32")
+QUANTIZATIONS = ("int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,11 +276,7 @@ class EngineConfig:
         self._one_of("activations", ACTIVATIONS)
         self._one_of("kv_cache_dtype", DTYPES)
         if self.quantization is not None:
-            raise ConfigError(
-                "quantization",
-                f"quantization={self.quantization!r}: quantising on load is not supported yet; a "
-                "quantised GGUF checkpoint runs in its own bits with quantization=None",
-            )
+            self._one_of("quantization", QUANTIZATIONS, "; None keeps the checkpoint's own bits")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size",
@@ -312,10 +309,12 @@ class EngineConfig:
     def replace(self, **changes: Any) -> EngineConfig:
         return dataclasses.replace(self, **changes)
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+    def _one_of(self, name: str, allowed: tuple[str, ...], more: str = "") -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ConfigError(name, f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+            raise ConfigError(
+                name, f"{name} must be one of {', '.join(allowed)}, not {value!r}{more}"
+            )
 
 
 # ------------------------------------------------------------------------------------- helpers

@@ -149,7 +149,10 @@ class Backend(Protocol):
     name: str
 
     def pack(self, weight: RawWeight | WeightGroup) -> Any:
-        """Take one weight in; the only way in. The result is opaque and goes to `lower`."""
+        """Take one weight in; the only way in. The result is opaque and goes to `lower`.
+
+        A weight with `pack_as` is quantised here or there. Errors: WeightTooLarge.
+        """
         ...
 
     def weights_bytes(

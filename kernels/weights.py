@@ -17,14 +17,16 @@ import numpy as np
 class Format:
     """How the elements of one row lie in bytes.
 
-    A row of `K` elements is `K / block_elements` blocks of `block_bytes` bytes; rows follow each
-    other without padding. `layout` says what a block holds, as data: (field, dtype, count).
+    A row of `K` elements is its header, of most formats empty, and `K / block_elements` blocks of
+    `block_bytes` bytes; rows follow each other without padding. `layout` and `header` say what a
+    block and a row's header hold, as data: (field, dtype, count).
     """
 
     name: str
     block_elements: int
     block_bytes: int
     layout: tuple[tuple[str, str, int], ...]
+    header: tuple[tuple[str, str, int], ...] = ()
 
     def row_bytes(self, num_elements: int) -> int:
         """Bytes of one row of `num_elements`; ValueError where a row is not whole blocks."""
@@ -34,10 +36,15 @@ class Format:
                 f"{self.name} stores blocks of {self.block_elements} elements; "
                 f"a row of {num_elements} is not a whole number of them"
             )
-        return blocks * self.block_bytes
+        return self.header_bytes + blocks * self.block_bytes
+
+    @property
+    def header_bytes(self) -> int:
+        return sum(np.dtype(kind).itemsize * count for _, kind, count in self.header)
 
     @property
     def bits_per_element(self) -> float:
+        """Of the blocks: what rows of any length come near to."""
         return 8 * self.block_bytes / self.block_elements
 
     @property
@@ -83,9 +90,28 @@ Q6_K = Format(
     (("low_nibbles", "u1", 128), ("high_bits", "u1", 64), ("scales", "i1", 16), ("d", "f2", 1)),
 )
 
-FORMATS: Mapping[str, Format] = {
+# What quantising on load makes; quant/integers.py says what they mean. No file holds them.
+INT8 = Format("INT8", 32, 32, (("quants", "i1", 32),), (("d", "f4", 1),))
+INT4 = Format(
+    "INT4",
+    32,
+    18,
+    (("scale", "u1", 1), ("minimum", "u1", 1), ("nibbles", "u1", 16)),
+    (("d", "f4", 1), ("dmin", "f4", 1)),
+)
+
+FILE_FORMATS: Mapping[str, Format] = {
     f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
 }
+FORMATS: Mapping[str, Format] = {**FILE_FORMATS, INT8.name: INT8, INT4.name: INT4}
+
+
+class WeightTooLarge(ValueError):
+    """A weight that cannot be quantised: NaN, infinity, or 2^120 and more. `name` is the tensor."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +120,16 @@ class RawWeight:
 
     `shape` is row-major, rows first: a linear layer is [out_features, in_features], a norm [n].
     `buffers` maps a part's name to its bytes (uint8, 1-D, C-contiguous, usually a view of the
-    mapped file; never copied before `pack`). The GGUF and plain float formats have one part,
-    "data". `name` is the checkpoint's own name, for messages.
+    mapped file; never copied before `pack`). The formats of today have one part, "data". `name`
+    is the checkpoint's own name, for messages. `pack_as`: the format that the backend shall
+    quantise it to as it packs, None for its own.
     """
 
     name: str
     format: Format
     shape: tuple[int, ...]
     buffers: Mapping[str, np.ndarray]
+    pack_as: Format | None = None
 
     def __post_init__(self) -> None:
         have = int(self.data.nbytes)
@@ -114,6 +142,16 @@ class RawWeight:
     @property
     def data(self) -> np.ndarray:
         return self.buffers["data"]
+
+    @property
+    def packed_format(self) -> Format:
+        """The format that a backend holds it in."""
+        return self.pack_as or self.format
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Its bytes as rows of that format."""
+        return self.num_rows * self.packed_format.row_bytes(self.shape[-1])
 
     @property
     def num_rows(self) -> int:
@@ -146,6 +184,7 @@ class RawWeight:
             format=self.format,
             shape=(stop - start, *self.shape[1:]),
             buffers={"data": self.data[start * step : stop * step]},
+            pack_as=self.pack_as,
         )
 
 

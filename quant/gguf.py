@@ -10,7 +10,7 @@ each, so that every backend can be held to these values bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -52,11 +52,18 @@ def dequantise_rows(weight: RawWeight, start: int, stop: int) -> np.ndarray:
 
 def block_dtype(fmt: Format) -> np.dtype:
     """One block as a structured dtype, little endian, from the format's own layout."""
-    fields = [
-        (name, np.dtype({"bf16": "<u2", "u1": "u1", "i1": "i1"}.get(kind, f"<{kind}")), count)
-        for name, kind, count in fmt.layout
-    ]
-    return np.dtype([(name, kind, (count,)) for name, kind, count in fields])
+    return np.dtype(_fields(fmt.layout))
+
+
+def row_dtype(fmt: Format, num_columns: int) -> np.dtype:
+    """One row of num_columns elements: its header's fields, then `blocks`."""
+    blocks = ("blocks", block_dtype(fmt), (num_columns // fmt.block_elements,))
+    return np.dtype([*_fields(fmt.header), blocks])
+
+
+def _fields(layout: Iterable[tuple[str, str, int]]) -> list[tuple[str, np.dtype, tuple[int]]]:
+    kinds = {"bf16": "<u2", "u1": "u1", "i1": "i1"}
+    return [(name, np.dtype(kinds.get(kind, f"<{kind}")), (count,)) for name, kind, count in layout]
 
 
 # Each takes blocks [n] of its structured dtype and returns float32 [n, block_elements]. Scales have
@@ -183,4 +190,4 @@ _UNPACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q6_K": _q6_k,
 }
 
-__all__ = ["block_dtype", "dequantise", "dequantise_rows"]
+__all__ = ["block_dtype", "dequantise", "dequantise_rows", "row_dtype"]

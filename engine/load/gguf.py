@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels.weights import FORMATS, Format, RawWeight
+from ...kernels.weights import FILE_FORMATS, Format, RawWeight
 from .mapped import CheckpointError, MappedFile, no_such_tensor, shown
 
 MAX_KEYS = 1 << 16
@@ -440,12 +440,12 @@ class _Header:
             raise self.fail(f"{name} dims", f"{list(shape)} has a dimension of 0")
         number = self.u32(f"{name} type")
         kind = _TENSOR_TYPES.get(number, f"number {number}")
-        if kind not in FORMATS:
+        if kind not in FILE_FORMATS:
             raise self.fail(
                 f"{name} type",
-                f"tensor type {kind} is not supported (supported: {', '.join(FORMATS)})",
+                f"tensor type {kind} is not supported (supported: {', '.join(FILE_FORMATS)})",
             )
-        fmt = FORMATS[kind]
+        fmt = FILE_FORMATS[kind]
         try:
             nbytes = math.prod(shape[:-1]) * fmt.row_bytes(shape[-1])
         except ValueError as error:

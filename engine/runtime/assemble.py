@@ -12,12 +12,14 @@ from pathlib import Path
 
 from ...kernels.backend import Backend, Choice, KVSpec, choose, create, preload
 from ...kernels.program import Program
-from ...kernels.weights import RawWeight
+from ...kernels.weights import RawWeight, WeightTooLarge
+from ...quant.policy import NothingToQuantise, quantise
 from .. import models
 from ..config import ConfigError, EngineConfig, ModelConfig
 from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.fetch import cache_dir
+from ..load.mapped import CheckpointError
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from ..models import Family
@@ -73,6 +75,7 @@ class LoadPlan:
     weights: Mapping[str, RawWeight]
     kv: KVSpec
     memory: MemoryPlan
+    notes: tuple[str, ...] = ()  # on what is quantised
 
 
 def plan_load(
@@ -94,12 +97,16 @@ def plan_load(
         activations=config.activations,
         packed_cache=_packed_cache(checkpoint) if config.packed_cache else None,
     )
-    kv = kv_spec(config, model, backend.kv_dtype(config.dtype, checkpoint.quantised))
+    quantised = checkpoint.quantised or config.quantization is not None
+    kv = kv_spec(config, model, backend.kv_dtype(config.dtype, quantised))
     config = config.replace(kv_cache_dtype=kv.dtype)
     # What is recorded may depend on the context served and on the dtype results are rounded to.
     context = min(config.max_model_len or model.max_position, model.longest_context)
     program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
     weights = raw_weights(checkpoint, module, model)
+    notes: tuple[str, ...] = ()
+    if config.quantization is not None:
+        weights, notes = _quantised(weights, program, config.quantization, checkpoint)
     memory = plan_memory(
         config,
         model,
@@ -109,7 +116,19 @@ def plan_load(
         ),
         kv=kv,
     )
-    return LoadPlan(config, backend, program, weights, kv, memory)
+    return LoadPlan(config, backend, program, weights, kv, memory, notes)
+
+
+def _quantised(
+    weights: Mapping[str, RawWeight], program: Program, method: str, checkpoint: Checkpoint
+) -> tuple[dict[str, RawWeight], tuple[str, ...]]:
+    """The weights marked for quantising, and notes. Errors: ConfigError where nothing is gained."""
+    linear = [program.handles[op.inputs[1]].name for op in program if op.name == "linear"]  # type: ignore[index]
+    try:
+        made = quantise(weights, linear, linear[-1], method)
+    except NothingToQuantise as error:
+        raise ConfigError("quantization", f"{checkpoint.path}: {error}") from None
+    return made.weights, made.notes
 
 
 def _packed_cache(checkpoint: Checkpoint) -> tuple[Path, str]:
@@ -153,7 +172,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
         config, memory = plan.config, plan.memory
         if not memory.fits:
             raise DoesNotFit(f"{source.name} does not fit: {memory.because}", memory)
-        for note in (*checkpoint.notes, *model.notes, *memory.notes, f"memory: {memory.because}"):
+        notes = (*checkpoint.notes, *model.notes, *plan.notes, *memory.notes)
+        for note in (*notes, f"memory: {memory.because}"):
             say(note)
         config = config.replace(max_model_len=memory.max_model_len, num_blocks=memory.num_blocks)
         runner = Runner(
@@ -164,10 +184,12 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             kv=plan.kv,
             num_blocks=memory.num_blocks,
         )
-    except BaseException:  # Ctrl-C while loading too: no helper process stays behind
+    except BaseException as error:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:
             template.close()
         checkpoint.close()
+        if isinstance(error, WeightTooLarge):
+            raise CheckpointError(error.name, f"{source.path}: {error}") from error
         raise
     return LoadedModel(
         source=source,

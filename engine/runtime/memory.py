@@ -160,8 +160,13 @@ def kv_spec(config: EngineConfig, model: ModelConfig, default_dtype: str) -> KVS
 
 
 def activation_dtype(config: EngineConfig, model: ModelConfig) -> str:
-    """The dtype that results are rounded to: as asked, or the checkpoint's own (law 6)."""
-    return model.dtype if config.dtype == "auto" else config.dtype
+    """The dtype that results are rounded to: as asked, or the checkpoint's own (law 6).
+
+    Of quantised weights that is float32, be they the checkpoint's or made by loading.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if config.quantization is not None else model.dtype
 
 
 def available_memory() -> int:

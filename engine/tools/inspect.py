@@ -40,12 +40,13 @@ def inspect_model(config: EngineConfig) -> dict[str, Any]:
             "model": _model(model),
             "chat_template": _has_chat_template(checkpoint),
             "backend": choice.name,
+            "quantization": load.config.quantization,
             "compute_dtype": load.config.dtype,
             "kv_cache_dtype": load.kv.dtype,
             "memory": _memory(plan),
             "fits": plan.fits,
             "because": plan.because,
-            "notes": [*checkpoint.notes, *model.notes, *plan.notes],
+            "notes": [*checkpoint.notes, *model.notes, *load.notes, *plan.notes],
         }
     finally:
         checkpoint.close()
@@ -141,6 +142,8 @@ def render(report: dict[str, Any]) -> str:
         f"per weight  {show_bytes(row['bytes']):>10}"
         for row in report["formats"]
     ]
+    if report["quantization"] is not None:
+        lines.append(f"  quantised to   {report['quantization']}, on load")
     lines += [
         f"  computed in    {report['compute_dtype']}, KV cache in {report['kv_cache_dtype']}",
         f"  weights        {show_bytes(memory['weights'])}",

@@ -56,7 +56,8 @@ SAMPLING_HELP = {
 ENGINE_HELP = {
     "device": "auto (native kernels on the CPU), cpu, or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
-    "quantization": "quantising on load is not supported yet: None",
+    "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None "
+    "keeps the checkpoint's own bits",
     "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "
     "(groups of 32), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16 or float16",
@@ -84,7 +85,7 @@ COMPLETE_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
 
 _LIBRARY_ONLY = ("logits_processor",)
 # Fields whose only legal value is their default: flags for them would promise what is not there.
-_NO_FLAG = ("model", "quantization", "tensor_parallel_size", "trust_remote_code")
+_NO_FLAG = ("model", "tensor_parallel_size", "trust_remote_code")
 
 
 def count(text: str) -> int:

@@ -15,7 +15,7 @@ from ...kernels.cpu.backend import CpuBackend
 from ...kernels.sampling import philox4x32
 from ...kernels.sampling_vectors import PHILOX, UNIFORM
 from ...kernels.weights import F32, FORMATS, RawWeight
-from ...quant.gguf import dequantise
+from ...quant.values import dequantise
 from .. import models
 from ..config import ModelConfig, RopeConfig
 
@@ -62,9 +62,8 @@ def native_equals_specification() -> str:
     """Every format, on random bytes: the compiled code gives the numpy code's bits."""
     rng = np.random.default_rng(20)
     for name, fmt in FORMATS.items():
-        blocks = 64
-        data = rng.integers(0, 256, blocks * fmt.block_bytes, dtype=np.uint8)
-        shape = (blocks * fmt.block_elements,)
+        shape = (64 * fmt.block_elements,)
+        data = rng.integers(0, 256, fmt.row_bytes(*shape), dtype=np.uint8)
         expected = dequantise(RawWeight(name, fmt, shape, {"data": data}))
         got = np.empty(shape, np.float32)
         _native.dequantise(name, data, got)

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-def dequantise(format_name: str, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """Write the float32 values of the blocks in `data` (1-D) to `out` (1-D), without the GIL.
+def dequantise(
+    format_name: str, data: NDArray[np.uint8], out: NDArray[np.float32], num_columns: int = 0
+) -> None:
+    """Write the float32 values of the rows in `data` (1-D) to `out` (1-D), without the GIL.
 
-    `format_name` is a key of `kernels.weights.FORMATS`; the values are those of `quant/gguf.py`,
-    bit for bit. Errors: ValueError for an unknown format or sizes that do not match; TypeError
-    for arrays of another dtype, rank or layout.
+    `format_name` is a key of `kernels.weights.FORMATS`; the values are those of
+    `quant/values.py`, bit for bit. `num_columns`: elements of a row; 0 takes all as one row.
+    Errors: ValueError for an unknown format or sizes that do not match; TypeError for arrays of
+    another dtype, rank or layout.
     """
 
 def cpu_features() -> dict[str, bool]:
@@ -38,7 +41,7 @@ class PackedMatrix:
     def format(self) -> str:
         """A key of `kernels.weights.FORMATS`."""
     def row(self, i: int, out: NDArray[np.float32]) -> None:
-        """Write the values of row i to `out` (1-D), those of `quant/gguf.py` bit for bit.
+        """Write the values of row i to `out` (1-D), those of `quant/values.py` bit for bit.
 
         Errors: ValueError for a row or a length that does not fit.
         """
@@ -58,6 +61,22 @@ def pack(
 
     Errors: ValueError for an unknown format or sizes that do not match; TypeError for another
     dtype, rank or layout of `data`; MemoryError.
+    """
+
+def quantise(
+    format_name: str,
+    data: NDArray[np.uint8],
+    num_rows: int,
+    num_columns: int,
+    to_format: str,
+    out: NDArray[np.uint8],
+    threads: int,
+) -> int:
+    """Quantise the rows in `data` (1-D) to INT8 or INT4 rows in `out` (1-D), without the GIL.
+
+    The bytes are those of `quant/integers.py`. Returns -1, or the first row that holds a NaN,
+    an infinity or 2^120 and more; `out` is then of no use. Errors: ValueError for an unknown format
+    or sizes that do not match; TypeError for arrays of another dtype, rank or layout.
     """
 
 class RowSampler:
@@ -151,7 +170,7 @@ class StepProgram:
         self,
         barrier: bool,
         out: _Place,
-        parts: list[tuple[str, NDArray[np.uint8], int]],
+        parts: Sequence[tuple[str, NDArray[np.uint8], int] | PackedMatrix],
         dtype: str,
     ) -> None: ...
     def rms_norm(

@@ -16,6 +16,7 @@ from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
 from .lower import OPERATIONS, Lowered, Node, lower
 from .packed_cache import PackedCache, mapping_of
+from .quantise import as_packed
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
@@ -89,7 +90,10 @@ class CpuBackend:
     # --------------------------------------------------------------------------------- weights
 
     def pack(self, weight: RawWeight | WeightGroup) -> CpuWeight:
-        """Take a weight in; tiles are made by `lower`, which knows how it is used."""
+        """Take a weight in; tiles are made by `lower`, which knows how it is used.
+
+        Errors: ValueError for a weight of more than two dimensions.
+        """
         parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
         if len(weight.shape) not in (1, 2):
             name = "+".join(p.name for p in parts)
@@ -115,17 +119,17 @@ class CpuBackend:
                 total += 4 * weight.shape[0]
                 continue
             if "linear" in uses.get(name, ()):
-                total += sum(_native.packed_bytes(p.format.name, *p.shape) for p in parts)
+                total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in parts)
             if "embedding" in uses.get(name, ()):
-                total += sum(p.nbytes for p in parts)
+                total += sum(p.nbytes for p in parts if p.pack_as is None)
         return total
 
     def _form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
         """How a linear layer's input is made ready for this weight."""
         parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
-        if self._int8 and all(not p.format.is_float for p in parts):
+        if self._int8 and all(not p.packed_format.is_float for p in parts):
             return "int8"
-        if self._dtype == "bfloat16" and all(p.format is BF16 for p in parts):
+        if self._dtype == "bfloat16" and all(p.packed_format is BF16 for p in parts):
             return "bfloat16"
         return "float32"
 
@@ -308,10 +312,12 @@ class _Binder:
 
     def _embedding(self, node: Node) -> None:
         op = _op(node)
-        parts = [
-            (p.format.name, p.data.view(np.ndarray), p.shape[0])
-            for p in self._weight(op.inputs[0]).parts
-        ]
+        table = self._weight(op.inputs[0])
+        if any(part.pack_as for part in table.parts):
+            # Quantised here, for the head that shares it: its tiles are all there is of it.
+            parts = self._tiles_of(self._program.handles[op.inputs[0]].name)  # type: ignore[index]
+        else:
+            parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in table.parts]
         out = node.places[op.output].slot
         self._native.embedding(node.barrier, out, parts, self._rounding(op.output))
 
@@ -427,24 +433,28 @@ class _Binder:
         """(tiles, bias, result, first column) of each row range of one linear layer's weight."""
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
-        if name not in self._tiles:
-            self._tiles[name] = [
-                self._packed(part) if self._cache is None else self._cache.tiles(part, self._packed)
-                for part in weight.parts
-            ]
         entries, at = [], 0
-        for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
+        for part, tiles in zip(weight.parts, self._tiles_of(name), strict=True):
             stop = at + part.shape[0]
             entries.append((tiles, None if bias is None else bias[at:stop].copy(), out, at))
             at = stop
         return entries
 
+    def _tiles_of(self, name: str) -> list[Any]:
+        if name not in self._tiles:
+            self._tiles[name] = [
+                self._packed(part) if self._cache is None else self._cache.tiles(part, self._packed)
+                for part in self._weights[name].parts
+            ]
+        return self._tiles[name]
+
     def _packed(self, part: RawWeight) -> Any:
-        data = part.data.view(np.ndarray)
+        threads = self._backend._pool.size
+        rows = as_packed(part, threads)
         tiles = _native.pack(
-            part.format.name, data, part.shape[0], part.shape[1], self._backend._pool.size
+            rows.format.name, rows.data.view(np.ndarray), rows.shape[0], rows.shape[1], threads
         )
-        _release_pages(data)
+        _release_pages(part.data.view(np.ndarray))
         return tiles
 
 

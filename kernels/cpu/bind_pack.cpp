@@ -32,8 +32,7 @@ PackedMatrix pack(const char *format_name, Bytes data, int num_rows, int num_col
         throw std::invalid_argument("threads must be at least 1, not " + std::to_string(threads));
     const DequantFormat &format = *find_dequant_format(format_name);
     const std::size_t want = static_cast<std::size_t>(num_rows) *
-                             static_cast<std::size_t>(num_columns) / format.block_elements *
-                             format.block_bytes;
+                             format.row_bytes(static_cast<std::size_t>(num_columns));
     if (data.shape(0) != want)
         throw std::invalid_argument(std::string(format.name) + " of shape [" +
                                     std::to_string(num_rows) + ", " + std::to_string(num_columns) +

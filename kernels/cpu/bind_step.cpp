@@ -61,18 +61,30 @@ class BoundProgram {
         const Value to = value_of(out);
         int begin = 0;
         for (nb::handle item : parts) {
-            const auto part = nb::cast<std::tuple<std::string, Bytes, int>>(item);
-            const DequantFormat *format = find_dequant_format(std::get<0>(part).c_str());
-            const int rows = std::get<2>(part);
-            if (format == nullptr || to.width % static_cast<int>(format->block_elements) != 0)
-                throw std::invalid_argument("an embedding table of " + std::get<0>(part) + " cannot have rows of " +
-                                            std::to_string(to.width));
-            const std::size_t row_bytes =
-                static_cast<std::size_t>(to.width) / format->block_elements * format->block_bytes;
-            if (std::get<1>(part).shape(0) != row_bytes * static_cast<std::size_t>(rows))
-                throw std::invalid_argument("an embedding table's bytes do not match its rows");
-            table.push_back({format, std::get<1>(part).data(), begin, begin + rows, row_bytes});
-            begin += rows;
+            TablePart part{begin, begin};
+            if (nb::isinstance<PackedMatrix>(item)) {
+                part.tiles = &nb::cast<const PackedMatrix &>(item).weight();
+                part.end += part.tiles->num_rows;
+                if (part.tiles->num_columns != to.width)
+                    throw std::invalid_argument("an embedding table's tiles have rows of " +
+                                                std::to_string(part.tiles->num_columns) + ", not " +
+                                                std::to_string(to.width));
+            } else {
+                const auto rows = nb::cast<std::tuple<std::string, Bytes, int>>(item);
+                const std::size_t width = static_cast<std::size_t>(to.width);
+                part.format = find_dequant_format(std::get<0>(rows).c_str());
+                part.data = std::get<1>(rows).data();
+                part.end += std::get<2>(rows);
+                if (part.format == nullptr || width % part.format->block_elements != 0)
+                    throw std::invalid_argument("an embedding table of " + std::get<0>(rows) +
+                                                " cannot have rows of " + std::to_string(to.width));
+                part.row_bytes = part.format->row_bytes(width);
+                if (std::get<1>(rows).shape(0) !=
+                    part.row_bytes * static_cast<std::size_t>(std::get<2>(rows)))
+                    throw std::invalid_argument("an embedding table's bytes do not match its rows");
+            }
+            begin = part.end;
+            table.push_back(part);
             kept_.append(item);
         }
         add(barrier, std::make_unique<Embedding>(to, std::move(table), dtype_of(dtype)));

@@ -6,6 +6,7 @@
 namespace engineroom {
 
 void register_counter(nanobind::module_ &m);
+void register_quantise(nanobind::module_ &m);
 void register_pack(nanobind::module_ &m);
 void register_packed_file(nanobind::module_ &m);
 void register_linear(nanobind::module_ &m);

@@ -1,4 +1,4 @@
-// Turns quantised blocks into float32, bit for bit as quant/gguf.py does.
+// Turns quantised blocks into float32, bit for bit as quant/values.py does.
 //
 // The block layouts are facts of the GGUF file format (llama.cpp, ggml-common.h, MIT) and stand as
 // data in kernels/weights.py. Every element takes the same IEEE operations in the same order as
@@ -9,23 +9,7 @@
 
 #include <cstring>
 
-// One more copy of each loop for AVX2, chosen by the dynamic loader from what the processor
-// reports, so that no machine meets an instruction it lacks. Needs glibc's indirect functions.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
-    !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define ER_VERSIONS __attribute__((target_clones("avx2", "default")))
-#else
-#define ER_VERSIONS
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#define ER_KEEP_LOOP _Pragma("GCC unroll 1")  // GCC would unroll it before it could vectorise it
-#else
-#define ER_KEEP_LOOP
-#endif
-
-#define ER_RESTRICT __restrict
-#define ER_INLINE inline __attribute__((always_inline))
+#include "versions.hpp"
 
 namespace engineroom {
 namespace {
@@ -246,11 +230,40 @@ ER_VERSIONS void run_q6_k(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT
     }
 }
 
+// INT8: a float scale before the row's quants.
+ER_VERSIONS void run_int8(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                          std::size_t blocks) {
+    const float d = float_of_bits(load_u32(in));
+    in += 4;
+    for (std::size_t i = 0; i < 32 * blocks; ++i)
+        out[i] = d * static_cast<float>(static_cast<std::int8_t>(in[i]));
+}
+
+// INT4: two floats before the row's blocks scale every block's bytes of scale and minimum.
+ER_VERSIONS void run_int4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                          std::size_t blocks) {
+    const float d = float_of_bits(load_u32(in)), dmin = float_of_bits(load_u32(in + 4));
+    in += 8;
+    for (std::size_t b = 0; b < blocks; ++b, in += 18, out += 32) {
+        const float scale = d * static_cast<float>(in[0]);
+        const float minimum = dmin * static_cast<float>(in[1]);
+        const std::uint8_t *q = in + 2;
+        ER_KEEP_LOOP
+        for (int j = 0; j < 16; ++j) {
+            out[j] = scale * static_cast<float>(q[j] & 15) - minimum;
+            out[j + 16] = scale * static_cast<float>(q[j] >> 4) - minimum;
+        }
+    }
+}
+
 const DequantFormat kFormats[] = {
-    {"F32", 1, 4, run_f32},       {"F16", 1, 2, run_f16},       {"BF16", 1, 2, run_bf16},
-    {"Q4_0", 32, 18, run_q4_0},   {"Q4_1", 32, 20, run_q4_1},   {"Q5_0", 32, 22, run_q5_0},
-    {"Q5_1", 32, 24, run_q5_1},   {"Q8_0", 32, 34, run_q8_0},   {"Q4_K", 256, 144, run_q4_k},
-    {"Q5_K", 256, 176, run_q5_k}, {"Q6_K", 256, 210, run_q6_k},
+    {"F32", 1, 4, 0, run_f32},       {"F16", 1, 2, 0, run_f16},
+    {"BF16", 1, 2, 0, run_bf16},     {"Q4_0", 32, 18, 0, run_q4_0},
+    {"Q4_1", 32, 20, 0, run_q4_1},   {"Q5_0", 32, 22, 0, run_q5_0},
+    {"Q5_1", 32, 24, 0, run_q5_1},   {"Q8_0", 32, 34, 0, run_q8_0},
+    {"Q4_K", 256, 144, 0, run_q4_k}, {"Q5_K", 256, 176, 0, run_q5_k},
+    {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
+    {"INT4", 32, 18, 8, run_int4},
 };
 constexpr std::size_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 

@@ -10,8 +10,15 @@ struct DequantFormat {
     const char *name;
     std::size_t block_elements;
     std::size_t block_bytes;
-    // Reads `blocks` blocks at `in` and writes blocks * block_elements floats at `out`.
+    std::size_t header_bytes;  // of a row, before its blocks
+    // Reads a row of `blocks` blocks at `in` and writes blocks * block_elements floats at `out`.
+    // Without headers any number of rows may be read as one.
     void (*run)(const std::uint8_t *in, float *out, std::size_t blocks);
+
+    // Of whole blocks.
+    std::size_t row_bytes(std::size_t columns) const {
+        return header_bytes + columns / block_elements * block_bytes;
+    }
 };
 
 // The format of that name, or nullptr.

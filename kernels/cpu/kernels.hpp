@@ -63,6 +63,9 @@ enum class Scaling : std::uint8_t {
     kSuperMin,     // [K/256] { half d[48], half dmin[48], 8 x { u8 sc[48], u8 mn[48] } }:
                    //   (d sc) u - (dmin mn) per 32.                 Q4_K Q5_K
     kSuperSigned,  // [K/256] { half d[48], 16 x { s8 sc[48] } }: (d sc)(u - 32) per 16.   Q6_K
+    kChannel,      // float d[48]. The kInt8 form multiplies by d last: channel_scale.     INT8
+    kChannelMin,   // float d[48], float dmin[48], [K/32] { u8 sc[48], u8 mn[48] }:
+                   //   (d sc) u - (dmin mn) per 32.                 INT4
 };
 
 // A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
@@ -198,6 +201,7 @@ struct Kernels {
     void (*to_bf16)(const float *x, int n, int stride, std::uint16_t *out);
     void (*to_int8)(const float *x, int n, int stride, const Int8Row &out);
     // -- one weight tile x rows, over columns [k0, k1); k0 and k1 are multiples of 256 or K's end.
+    // Form kInt8 leaves kChannel's d out, here and in tile_fine.
     // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
     void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch);

@@ -113,6 +113,13 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
 
 // --------------------------------------------------------------------------------- products
 
+void channel_scale(const PackedWeight &weight, int tile, int rows, float *out) {
+    if (weight.scaling != Scaling::kChannel) return;
+    const float *d = reinterpret_cast<const float *>(weight.scales(tile));
+    for (int row = 0; row < rows; ++row)
+        for (int n = 0; n < kTileRows; ++n) out[row * kTileRows + n] *= d[n];
+}
+
 namespace {
 
 // One thread's part of one linear layer, while it lasts.
@@ -131,7 +138,10 @@ struct Work {
             const int k1 = std::min(k0 + kMaxColumns, weight.num_columns);
             kernels.tile(weight, tile, k0, k1, from, row0, rows, k0 == 0, to, scratch);
         }
-        if (from.form == Form::kInt8) kernels.tile_fine(weight, tile, from, row0, rows, to);
+        if (from.form == Form::kInt8) {
+            kernels.tile_fine(weight, tile, from, row0, rows, to);
+            channel_scale(weight, tile, rows, to);
+        }
         if (part.bias != nullptr) {
             const int outputs = std::min(kTileRows, weight.num_rows - tile * kTileRows);
             const float *bias = part.bias + tile * kTileRows;

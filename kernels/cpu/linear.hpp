@@ -60,6 +60,10 @@ struct Linear {
     std::ptrdiff_t residual_stride = 0;
 };
 
+// Multiplies finished int8 products out [rows][48] of a tile by the scales that `tile` and
+// `tile_fine` left out: kChannel's, and no other's.
+void channel_scale(const PackedWeight &weight, int tile, int rows, float *out);
+
 // Scratch of one thread.
 std::size_t linear_scratch_bytes(int max_columns);
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "packed_matrix.hpp"
 #include "step.hpp"
 
 namespace engineroom {
@@ -37,12 +38,21 @@ void each_row(const Run &run, const Value &value, int thread, Row row) {
     for (int i = mine.begin; i < mine.end; ++i) row(i);
 }
 
-// Rows [begin, end) of an embedding table, as the checkpoint holds them.
+// Rows [begin, end) of an embedding table: as the checkpoint holds them, or in tiles.
 struct TablePart {
-    const DequantFormat *format;
-    const std::uint8_t *data;
     int begin, end;
-    std::size_t row_bytes;
+    const DequantFormat *format = nullptr;
+    const std::uint8_t *data = nullptr;
+    std::size_t row_bytes = 0;
+    const PackedWeight *tiles = nullptr;  // in place of the three above
+
+    void read(int row, int width, float *out) const {
+        if (tiles != nullptr)
+            unpack_row(*tiles, row, out);
+        else
+            format->run(data + row_bytes * static_cast<std::size_t>(row), out,
+                        static_cast<std::size_t>(width) / format->block_elements);
+    }
 };
 
 class Embedding final : public Operation {
@@ -56,9 +66,7 @@ class Embedding final : public Operation {
             float *row = out + static_cast<std::size_t>(i) * out_.width;
             const int id = run.step.token_ids[i];
             for (const TablePart &part : parts_) {
-                if (id < part.begin || id >= part.end) continue;
-                part.format->run(part.data + part.row_bytes * static_cast<std::size_t>(id - part.begin),
-                                 row, static_cast<std::size_t>(out_.width) / part.format->block_elements);
+                if (id >= part.begin && id < part.end) part.read(id - part.begin, out_.width, row);
             }
             if (dtype_ != Dtype::kF32) run.kernels->round(row, out_.width, dtype_);
         });

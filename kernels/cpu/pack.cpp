@@ -1,8 +1,8 @@
 // Repacks a checkpoint's blocks into tiles (kernels.hpp): moves bits, computes nothing.
 //
-// The block layouts are facts of the GGUF file format and stand as data in kernels/weights.py; what
-// they mean is said in quant/gguf.py. A tile is filled block by block with its rows interleaved, so
-// that what is read and what is written both stay within the first-level cache.
+// The block layouts stand as data in kernels/weights.py; what they mean is said in quant/. A tile is
+// filled block by block with its rows interleaved, so that what is read and what is written both stay
+// within the first-level cache.
 #include "pack.hpp"
 
 #include <algorithm>
@@ -13,14 +13,13 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "compact.hpp"
+#include "dequant.hpp"
 #include "isa/vec_generic.hpp"
 #include "packed_matrix.hpp"
 
@@ -32,6 +31,7 @@ constexpr int kPlaneBytes = kGroup * kTileRows / 8;      // a group's bits of on
 constexpr int kHalfBytes = 2 * kTileRows;                // one half per output
 constexpr int kSuperMinBytes = 2 * kHalfBytes + 16 * kTileRows;
 constexpr int kSuperSignedBytes = kHalfBytes + 16 * kTileRows;
+constexpr int kFloatBytes = 4 * kTileRows;               // one float per output
 constexpr std::uint32_t kLow = 0x0f0f0f0fu;
 
 std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -114,6 +114,12 @@ void put_nibbles32(std::uint8_t *to, const std::uint8_t *q, int shift) {
                join(load4(q + 8 * u) >> shift, load4(q + 8 * u + 4) >> shift));
 }
 
+// 32 bytes s8 -> eight words of kU8, u8 = s8 + 128.
+void put_signed32(std::uint8_t *to, const std::uint8_t *q) {
+    for (int word = 0; word < 8; ++word)
+        store4(to + word * 4 * kTileRows, load4(q + 4 * word) ^ 0x80808080u);
+}
+
 // 32 bits of one row of a plane, element 0 lowest. The plane was zeroed.
 void put_bits(std::uint8_t *plane, int n, std::uint32_t bits) {
     const int shift = 4 * (n % 2);
@@ -175,8 +181,7 @@ void pack_q8_0(const TileJob &t) {
             const std::uint8_t *block = t.from + n * t.row_bytes + g * 34;
             std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows + 4 * n;
             put_halves<false>(t, g, n, block);
-            for (int word = 0; word < 8; ++word)  // s8 + 128 as u8
-                store4(to + word * 4 * kTileRows, load4(block + 2 + 4 * word) ^ 0x80808080u);
+            put_signed32(to, block + 2);
         }
 }
 
@@ -244,12 +249,38 @@ void pack_q6_k(const TileJob &t) {
         }
 }
 
+// ----------------------------------------------------------------------- scales of a whole row
+
+void pack_int8(const TileJob &t) {
+    for (int n = 0; n < t.rows; ++n) store4(t.scales + 4 * n, load4(t.from + n * t.row_bytes));
+    for (int g = 0; g < t.columns / kGroup; ++g)
+        for (int n = 0; n < t.rows; ++n)
+            put_signed32(t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows + 4 * n,
+                         t.from + n * t.row_bytes + 4 + g * kGroup);
+}
+
+void pack_int4(const TileJob &t) {
+    for (int n = 0; n < t.rows; ++n) {
+        const std::uint8_t *row = t.from + n * t.row_bytes;
+        store4(t.scales + 4 * n, load4(row));
+        store4(t.scales + kFloatBytes + 4 * n, load4(row + 4));
+    }
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        std::uint8_t *small = t.scales + 2 * kFloatBytes + g * 2 * kTileRows;
+        for (int n = 0; n < t.rows; ++n) {
+            const std::uint8_t *block = t.from + n * t.row_bytes + 8 + g * 18;
+            small[n] = block[0];
+            small[kTileRows + n] = block[1];
+            put_nibbles16(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, block + 2);
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------- the formats
 
 struct PackFormat {
     const char *name;
     int block_elements;
-    int block_bytes;
     Elements elements;
     Scaling scaling;
     int bias;
@@ -257,17 +288,19 @@ struct PackFormat {
 };
 
 const PackFormat kFormats[] = {
-    {"F32", 1, 4, Elements::kF32, Scaling::kNone, 0, pack_units},
-    {"F16", 1, 2, Elements::kF16, Scaling::kNone, 0, pack_f16},
-    {"BF16", 1, 2, Elements::kBF16, Scaling::kNone, 0, pack_units},
-    {"Q4_0", 32, 18, Elements::kU4, Scaling::kHalf, 8, pack_q4<false>},
-    {"Q4_1", 32, 20, Elements::kU4, Scaling::kHalfMin, 0, pack_q4<true>},
-    {"Q5_0", 32, 22, Elements::kU5, Scaling::kHalf, 16, pack_q5<false>},
-    {"Q5_1", 32, 24, Elements::kU5, Scaling::kHalfMin, 0, pack_q5<true>},
-    {"Q8_0", 32, 34, Elements::kU8, Scaling::kHalf, 128, pack_q8_0},
-    {"Q4_K", 256, 144, Elements::kU4, Scaling::kSuperMin, 0, pack_q4_k},
-    {"Q5_K", 256, 176, Elements::kU5, Scaling::kSuperMin, 0, pack_q5_k},
-    {"Q6_K", 256, 210, Elements::kU6, Scaling::kSuperSigned, 32, pack_q6_k},
+    {"F32", 1, Elements::kF32, Scaling::kNone, 0, pack_units},
+    {"F16", 1, Elements::kF16, Scaling::kNone, 0, pack_f16},
+    {"BF16", 1, Elements::kBF16, Scaling::kNone, 0, pack_units},
+    {"Q4_0", 32, Elements::kU4, Scaling::kHalf, 8, pack_q4<false>},
+    {"Q4_1", 32, Elements::kU4, Scaling::kHalfMin, 0, pack_q4<true>},
+    {"Q5_0", 32, Elements::kU5, Scaling::kHalf, 16, pack_q5<false>},
+    {"Q5_1", 32, Elements::kU5, Scaling::kHalfMin, 0, pack_q5<true>},
+    {"Q8_0", 32, Elements::kU8, Scaling::kHalf, 128, pack_q8_0},
+    {"Q4_K", 256, Elements::kU4, Scaling::kSuperMin, 0, pack_q4_k},
+    {"Q5_K", 256, Elements::kU5, Scaling::kSuperMin, 0, pack_q5_k},
+    {"Q6_K", 256, Elements::kU6, Scaling::kSuperSigned, 32, pack_q6_k},
+    {"INT8", 32, Elements::kU8, Scaling::kChannel, 128, pack_int8},
+    {"INT4", 32, Elements::kU4, Scaling::kChannelMin, 0, pack_int4},
 };
 
 const PackFormat &find_format(const char *name) {
@@ -302,6 +335,8 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kHalfMin: return columns / kGroup * 2 * kHalfBytes;
         case Scaling::kSuperMin: return columns / kSuper * kSuperMinBytes;
         case Scaling::kSuperSigned: return columns / kSuper * kSuperSignedBytes;
+        case Scaling::kChannel: return kFloatBytes;
+        case Scaling::kChannelMin: return 2 * kFloatBytes + columns / kGroup * 2 * kTileRows;
     }
     return 0;
 }
@@ -310,6 +345,12 @@ float half_at(const std::uint8_t *p, int i) {
     std::uint16_t half;
     std::memcpy(&half, p + 2 * i, 2);
     return generic::float_of_half(half);
+}
+
+float float_at(const std::uint8_t *p, int i) {
+    float x;
+    std::memcpy(&x, p + 4 * i, 4);
+    return x;
 }
 
 // The integer of element k of output n.
@@ -334,11 +375,7 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
     const std::uint8_t *q = w.quants(tile), *s = w.scales(tile);
     const std::size_t at = static_cast<std::size_t>(k) * kTileRows + n;
     switch (w.elements) {
-        case Elements::kF32: {
-            float x;
-            std::memcpy(&x, q + 4 * at, 4);
-            return x;
-        }
+        case Elements::kF32: return float_at(q + 4 * at, 0);
         case Elements::kF16: return half_at(q + 2 * at, 0);
         case Elements::kBF16: {
             std::uint16_t x;
@@ -371,6 +408,13 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             const std::uint8_t small = s[kHalfBytes + k % kSuper / 16 * kTileRows + n];
             return half_at(s, n) * static_cast<float>(static_cast<std::int8_t>(small)) * value;
         }
+        case Scaling::kChannel: return float_at(s, n) * value;
+        case Scaling::kChannelMin: {
+            const std::uint8_t *small = s + 2 * kFloatBytes + k / kGroup * 2 * kTileRows + n;
+            const float scale = float_at(s, n) * static_cast<float>(small[0]);
+            return scale * value -
+                   float_at(s + kFloatBytes, n) * static_cast<float>(small[kTileRows]);
+        }
     }
     return value;
 }
@@ -395,15 +439,6 @@ int rows_of(const PackedWeight &layout, int tile) {
 const std::uint8_t *bf16_tile(const std::uint8_t *from, const PackedWeight &layout, int tile) {
     return from + static_cast<std::size_t>(tile) * kTileRows * 2 *
                       static_cast<std::size_t>(layout.num_columns);
-}
-
-// Runs work(0) .. work(threads - 1), each on a thread of its own.
-template <class Work>
-void on_threads(int threads, Work work) {
-    std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-    work(0);
-    for (std::thread &other : others) other.join();
 }
 
 // Memory of matrices that are packed one after another: the mapping in use and how much of it is
@@ -492,9 +527,8 @@ std::size_t packed_bytes(const PackedWeight &layout) {
 void pack_tiles(const char *format_name, const std::uint8_t *from, const PackedWeight &layout,
                 std::uint8_t *to, int thread, int threads) {
     const PackFormat &format = find_format(format_name);
-    const std::size_t row_bytes = static_cast<std::size_t>(layout.num_columns) /
-                                  static_cast<std::size_t>(format.block_elements) *
-                                  static_cast<std::size_t>(format.block_bytes);
+    const std::size_t row_bytes = find_dequant_format(format.name)
+                                      ->row_bytes(static_cast<std::size_t>(layout.num_columns));
     const Tiles mine = tiles_of(layout, thread, threads);
     const bool adds_bits =
         format.elements == Elements::kU5 || format.elements == Elements::kU6;

@@ -70,7 +70,7 @@ class PackedCache:
         mapping = mapping_of(part.data)
         if mapping is None:
             return pack(part)
-        name = f"{part.name} {part.format.name} {list(part.shape)} at {mapping[1]}"
+        name = f"{part.name} {part.packed_format.name} {list(part.shape)} at {mapping[1]}"
         tiles = self._known.get(name)
         if tiles is None:
             tiles = pack(part)

@@ -58,6 +58,16 @@ class Pool {
     std::condition_variable wake_;
 };
 
+// Calls job(thread) on `count` threads that live no longer; the caller is thread 0.
+template <class Job>
+void on_threads(int count, Job job) {
+    std::vector<std::thread> others;
+    for (int thread = 1; thread < count; ++thread)
+        others.emplace_back([&job, thread] { job(thread); });
+    job(0);
+    for (std::thread &other : others) other.join();
+}
+
 // Cores that this process may use: its affinity mask, physical cores once, within its cgroup quota.
 int usable_cores();
 

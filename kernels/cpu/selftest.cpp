@@ -422,7 +422,8 @@ struct FormatInfo {
 const FormatInfo kFormats[] = {
     {"F32", {-1, -1}}, {"F16", {-1, -1}}, {"BF16", {-1, -1}}, {"Q4_0", {0, -1}},
     {"Q4_1", {0, 2}},  {"Q5_0", {0, -1}}, {"Q5_1", {0, 2}},   {"Q8_0", {0, -1}},
-    {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}},
+    {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
+    {"INT4", {-1, -1}},
 };
 
 // A weight of random blocks: as the checkpoint holds it, in tiles, and its values.
@@ -435,41 +436,53 @@ struct Weight {
     Weight(const FormatInfo &info, int num_rows, int num_columns, Random &random) {
         const DequantFormat &format = *find_dequant_format(info.name);
         const std::size_t elements = static_cast<std::size_t>(num_rows) * num_columns;
-        const std::size_t blocks = elements / format.block_elements;
-        raw.resize(blocks * format.block_bytes);
-        for (std::size_t b = 0; b < blocks; ++b) {
-            std::uint8_t *block = raw.data() + b * format.block_bytes;
-            if (format.block_elements == 1) {
-                const float x = random.normal();
-                if (format.block_bytes == 4) {
-                    std::memcpy(block, &x, 4);
-                } else {
-                    const bool is_half = info.name[0] == 'F';
-                    const float y =
-                        static_cast<float>(rounded(x, is_half ? Dtype::kF16 : Dtype::kBF16));
-                    // Subnormal halves are not made here: f16_bits knows normal ones.
-                    const float z = is_half && std::fabs(y) < 0x1p-14f ? 0.0f : y;
-                    const std::uint16_t bits = is_half ? f16_bits(z) : bf16_bits(z);
-                    std::memcpy(block, &bits, 2);
-                }
-                continue;
+        const std::size_t blocks = num_columns / format.block_elements;
+        const std::size_t row_bytes = format.row_bytes(num_columns);
+        raw.resize(row_bytes * num_rows);
+        for (std::size_t at = 0; at < raw.size(); at += row_bytes) {
+            for (std::size_t i = 0; i < format.header_bytes; i += 4) {
+                const float d = random.between(-1e-4f, 1e-3f);
+                std::memcpy(raw.data() + at + i, &d, 4);
             }
-            for (std::size_t i = 0; i < format.block_bytes; ++i)
-                block[i] = static_cast<std::uint8_t>(random.next());
-            for (int at : info.halves) {
-                if (at < 0) continue;
-                double d = rounded(random.between(0.01f, 0.05f), Dtype::kF16);
-                if (random.below(8) == 0) d = -d;
-                const std::uint16_t bits = f16_bits(static_cast<float>(d));
-                std::memcpy(block + at, &bits, 2);
-            }
+            for (std::size_t b = 0; b < blocks; ++b)
+                fill(raw.data() + at + format.header_bytes + b * format.block_bytes, info, format,
+                     random);
         }
         values.resize(elements);
-        format.run(raw.data(), values.data(), blocks);
+        for (int n = 0; n < num_rows; ++n)
+            format.run(raw.data() + n * row_bytes,
+                       values.data() + static_cast<std::size_t>(n) * num_columns, blocks);
         packed = packed_layout(info.name, num_rows, num_columns);
         tiles = std::make_unique<Memory>(packed_bytes(packed), 0);
         pack_tiles(info.name, raw.data(), packed, tiles->data(), 0, 1);
         packed.data = tiles->data();
+    }
+
+    static void fill(std::uint8_t *block, const FormatInfo &info, const DequantFormat &format,
+                     Random &random) {
+        if (format.block_elements == 1) {
+            const float x = random.normal();
+            if (format.block_bytes == 4) {
+                std::memcpy(block, &x, 4);
+                return;
+            }
+            const bool is_half = info.name[0] == 'F';
+            const float y = static_cast<float>(rounded(x, is_half ? Dtype::kF16 : Dtype::kBF16));
+            // Subnormal halves are not made here: f16_bits knows normal ones.
+            const float z = is_half && std::fabs(y) < 0x1p-14f ? 0.0f : y;
+            const std::uint16_t bits = is_half ? f16_bits(z) : bf16_bits(z);
+            std::memcpy(block, &bits, 2);
+            return;
+        }
+        for (std::size_t i = 0; i < format.block_bytes; ++i)
+            block[i] = static_cast<std::uint8_t>(random.next());
+        for (int at : info.halves) {
+            if (at < 0) continue;
+            double d = rounded(random.between(0.01f, 0.05f), Dtype::kF16);
+            if (random.below(8) == 0) d = -d;
+            const std::uint16_t bits = f16_bits(static_cast<float>(d));
+            std::memcpy(block + at, &bits, 2);
+        }
     }
 };
 
@@ -548,8 +561,10 @@ void check_tiles(const Kernels &k) {
                     std::vector<float> all(rows * kTileRows, kNaN);
                     k.tile(w.packed, tile, 0, num_columns, x.ready, 0, rows, true, all.data(),
                            scratch.data());
-                    if (form == Form::kInt8)
+                    if (form == Form::kInt8) {
                         k.tile_fine(w.packed, tile, x.ready, 0, rows, all.data());
+                        channel_scale(w.packed, tile, rows, all.data());
+                    }
                     for (int r = 0; r < rows; ++r)
                         for (int n = 0; n < kTileRows; ++n) {
                             const int output = tile * kTileRows + n;
@@ -566,8 +581,10 @@ void check_tiles(const Kernels &k) {
                         for (int k0 = 0; k0 < num_columns; k0 += kSuper)
                             k.tile(w.packed, tile, k0, std::min(k0 + kSuper, num_columns), x.ready,
                                    begin, count, k0 == 0, some.data(), scratch.data());
-                        if (form == Form::kInt8)
+                        if (form == Form::kInt8) {
                             k.tile_fine(w.packed, tile, x.ready, begin, count, some.data());
+                            channel_scale(w.packed, tile, count, some.data());
+                        }
                         check.same_bits(some.data(), all.data() + begin * kTileRows,
                                         4 * some.size(), "rows apart and blocks of K", begin);
                         begin += count;
@@ -640,6 +657,8 @@ void check_linear(const Kernels &k) {
         {"Q4_K", Form::kInt8, Epilogue::kSiluMul, Dtype::kF32, 17},
         {"Q6_K", Form::kF32, Epilogue::kGeluMul, Dtype::kF16, 2},
         {"Q5_1", Form::kInt8, Epilogue::kStore, Dtype::kBF16, 9},
+        {"INT8", Form::kInt8, Epilogue::kAddResidual, Dtype::kF32, 1},
+        {"INT4", Form::kInt8, Epilogue::kSiluMul, Dtype::kF32, 9},
     };
     for (const Case &c : cases) {
         const double tolerance =

@@ -42,12 +42,13 @@ class ReferenceBackend:
 
     def pack(self, weight: RawWeight | WeightGroup) -> lin.PackedWeight | torch.Tensor:
         """Matrices keep the checkpoint's bytes, vectors become fp32. Errors: ValueError: others."""
-        return lin.pack(weight)
+        return lin.pack(weight, self._workers.count)
 
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """The mapped file's bytes, matrices being read in place, and fp32 copies of vectors."""
+        """The mapped file's bytes, matrices being read in place, those of matrices that are
+        quantised, and fp32 copies of vectors."""
         return sum(_file_bytes(w) + _vector_bytes(w) for w in weights.values())
 
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
@@ -99,7 +100,7 @@ class ReferenceBackend:
 
 def _file_bytes(weight: RawWeight | WeightGroup) -> int:
     parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
-    return sum(part.nbytes for part in parts)
+    return sum(part.packed_nbytes for part in parts)
 
 
 def _vector_bytes(weight: RawWeight | WeightGroup) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..cpu import _native
+from ..cpu.quantise import as_packed
 from ..weights import RawWeight, WeightGroup
 
 ROW_TILE = 16  # rows of activations in one product
@@ -62,8 +63,11 @@ def tile_rows(num_columns: int) -> int:
     return max(1, _TILE_BYTES // (4 * num_columns * ROW_TILE)) * ROW_TILE
 
 
-def pack(weight: RawWeight | WeightGroup) -> PackedWeight | torch.Tensor:
-    """2-D: keep the bytes. 1-D (norms, biases): an fp32 tensor. Errors: ValueError otherwise."""
+def pack(weight: RawWeight | WeightGroup, threads: int = 1) -> PackedWeight | torch.Tensor:
+    """2-D: keep the bytes, or quantise them. 1-D (norms, biases): an fp32 tensor.
+
+    Errors: ValueError otherwise, and for what cannot be quantised.
+    """
     parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
     name = "+".join(p.name for p in parts)
     if len(weight.shape) == 1:
@@ -73,7 +77,8 @@ def pack(weight: RawWeight | WeightGroup) -> PackedWeight | torch.Tensor:
             f"weight {name!r} has shape {list(weight.shape)}; the reference backend packs weights "
             "of one dimension (norms, biases) or two (matrices)"
         )
-    return PackedWeight(name, tuple(parts), (weight.shape[0], weight.shape[1]))
+    parts = tuple(as_packed(part, threads) for part in parts)
+    return PackedWeight(name, parts, (weight.shape[0], weight.shape[1]))
 
 
 def _dequantised(part: RawWeight) -> torch.Tensor:
@@ -97,7 +102,7 @@ def embedding(table: PackedWeight, token_ids: np.ndarray) -> torch.Tensor:
         if here.size:
             raw = part.data.reshape(part.shape[0], part.row_bytes)[token_ids[here] - base]
             rows = np.empty((here.size, width), dtype=np.float32)
-            _native.dequantise(part.format.name, raw.reshape(-1), rows.reshape(-1))
+            _native.dequantise(part.format.name, raw.reshape(-1), rows.reshape(-1), width)
             out[torch.from_numpy(here)] = torch.from_numpy(rows)
         base += part.shape[0]
     return out
@@ -174,7 +179,7 @@ def linear(
             # A tile of odd height multiplies whatever lies beyond its rows, and that is cut off.
             height = -(-count // ROW_TILE) * ROW_TILE
             flat, matrix, product = scratch.tile(height, num_columns)
-            _native.dequantise(tile.format, tile.raw, flat[: count * num_columns])
+            _native.dequantise(tile.format, tile.raw, flat[: count * num_columns], num_columns)
             if count == height:
                 for rows, result in pairs:
                     torch.mm(matrix, rows, out=result[tile.start : tile.stop])

@@ -80,6 +80,7 @@ def test_every_sampling_field_has_a_flag(
 ENGINE_VALUES = {
     "device": ("reference", "reference"),
     "dtype": ("float32", "float32"),
+    "quantization": ("int8", "int8"),
     "activations": ("float32", "float32"),
     "kv_cache_dtype": ("bfloat16", "bfloat16"),
     "max_model_len": ("4k", 4000),
@@ -88,7 +89,7 @@ ENGINE_VALUES = {
     "chat_template": ("t.jinja", "t.jinja"),
     "step_log": ("log.jsonl", "log.jsonl"),
 }
-WITHOUT_FLAG = {"model", "quantization", "tensor_parallel_size", "trust_remote_code"}
+WITHOUT_FLAG = {"model", "tensor_parallel_size", "trust_remote_code"}
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(EngineConfig), ids=lambda f: f.name)

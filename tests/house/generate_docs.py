@@ -109,10 +109,17 @@ def architectures() -> str:
 
 def formats() -> str:
     rows = (
-        [f"`{f.name}`", f"{f.block_elements}", f"{f.block_bytes}", f"{f.bits_per_element:g}"]
+        [
+            f"`{f.name}`",
+            f"{f.block_elements}",
+            f"{f.block_bytes}",
+            f"{f.header_bytes}",
+            f"{f.bits_per_element:g}",
+        ]
         for f in FORMATS.values()
     )
-    return table(["format", "elements per block", "bytes per block", "bits per weight"], rows)
+    header = ["format", "elements per block", "bytes per block", "bytes per row besides"]
+    return table([*header, "bits per weight"], rows)
 
 
 def catalogue() -> str:

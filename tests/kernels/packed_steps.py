@@ -15,6 +15,7 @@ from engineroom.kernels.backend import KVSpec, StepInputs  # noqa: E402
 from engineroom.kernels.program import Handle, Program  # noqa: E402
 from engineroom.kernels.reference import ReferenceBackend  # noqa: E402
 from engineroom.kernels.weights import BF16, F16, F32, Format, RawWeight, WeightGroup  # noqa: E402
+from engineroom.quant.integers import quantise_int4, quantise_int8  # noqa: E402
 
 ROWS = 96  # of the operand tables that `one_op` reads
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +31,14 @@ def raw(values: np.ndarray, fmt: Format = F32, name: str = "w") -> RawWeight:
     else:
         data = values
     return RawWeight(name, fmt, values.shape, {"data": data.reshape(-1).view(np.uint8)})
+
+
+def random_rows(rng: np.random.Generator, fmt: Format, rows: int, columns: int) -> np.ndarray:
+    """Bytes of random rows whose scales are finite; of formats with headers, normal values'."""
+    if fmt.header:
+        quantise = {"INT8": quantise_int8, "INT4": quantise_int4}[fmt.name]
+        return np.frombuffer(quantise(rng.standard_normal((rows, columns), np.float32)), np.uint8)
+    return random_blocks(rng, fmt, rows * columns // fmt.block_elements)
 
 
 def random_blocks(rng: np.random.Generator, fmt: Format, blocks: int) -> np.ndarray:

@@ -7,6 +7,7 @@ round a value to neighbouring numbers, 2^-8 apart relative to it, and logits are
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,25 @@ import pytest
 from engineroom.kernels.backend import KVSpec, StepInputs
 from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
+from engineroom.kernels.cpu.quantise import as_packed
 from engineroom.kernels.fuse import Step
 from engineroom.kernels.program import Program
 from engineroom.kernels.weights import (
     BF16,
     F16,
     FORMATS,
+    INT4,
+    INT8,
     Q4_0,
     Q4_1,
     Q4_K,
     Q8_0,
     Format,
     RawWeight,
+    WeightTooLarge,
 )
-from engineroom.quant.gguf import dequantise
-from tests.kernels.packed_steps import Paged, raw
+from engineroom.quant.values import dequantise, row_dtype
+from tests.kernels.packed_steps import Paged, random_rows, raw
 from tests.kernels.programs import random_weights, two_layers
 
 TABLES = _native.kernel_tables()
@@ -77,6 +82,13 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
     """Random blocks of a quantised format whose values have the size 1/sqrt(K), centred on zero."""
     rows, columns = shape
     count = rows * columns // fmt.block_elements
+    if fmt.header:
+        made_of = RawWeight(name, fmt, shape, {"data": random_rows(rng, fmt, rows, columns).copy()})
+        for field in ("d", "dmin"):
+            header = made_of.data.view(row_dtype(fmt, columns))
+            if field in (header.dtype.names or ()):
+                header[field] /= columns**0.5
+        return made_of
 
     def made(d: float, m: float) -> RawWeight:
         state = np.random.default_rng(seed)
@@ -109,6 +121,16 @@ def quantised(program: Program, fmt: Format, head: Format = Q8_0) -> dict[str, A
         else:
             chosen = head if name == "embed" else fmt
             out[name] = blocks(rng, chosen, name, values.shape)
+    return out
+
+
+def packed_as(program: Program, fmt: Format, head: Format) -> dict[str, Any]:
+    """Random float weights that the backend shall quantise; the table and the head are one."""
+    out: dict[str, Any] = dict(random_weights(program))
+    for name, values in out.items():
+        if values.ndim == 2:
+            chosen = head if name == "embed" else fmt
+            out[name] = dataclasses.replace(raw(values, name=name), pack_as=chosen)
     return out
 
 
@@ -178,6 +200,8 @@ CASES: dict[str, tuple[Callable[[Program], dict[str, Any]], dict[str, Any], str]
     "Q4_1": (lambda p: quantised(p, Q4_1), {}, "bfloat16"),
     "Q4_K": (lambda p: quantised(p, Q4_K), {}, "float16"),
     "Q8_0": (lambda p: quantised(p, Q8_0), {"activations": "float32"}, "bfloat16"),
+    "INT8": (lambda p: packed_as(p, INT8, INT8), {}, "bfloat16"),
+    "INT4": (lambda p: packed_as(p, INT4, INT8), {}, "bfloat16"),
 }
 
 
@@ -339,10 +363,54 @@ def test_planned_memory_is_what_is_taken() -> None:
     assert planned == tiles + table + 4 * sum(
         w.size for w in weights.values() if not isinstance(w, RawWeight)
     )
+    small = packed_as(program, INT4, INT8)
+    small = {n: raw(w, name=n) if isinstance(w, np.ndarray) else w for n, w in small.items()}
+    tiles = sum(
+        _native.packed_bytes(w.packed_format.name, *w.shape)
+        for w in small.values()
+        if len(w.shape) == 2
+    )  # rows of the table are read of its tiles
+    vector_bytes = sum(4 * w.shape[0] for w in small.values() if len(w.shape) == 1)
+    assert backend.weights_bytes(program, small) == tiles + vector_bytes
     [step] = steps([{0: list(range(120))}])
     run = executable(program, weights, backend)
     run.run(step)
     assert run.workspace_bytes <= backend.workspace_bytes(program, 120, 120, 1024)
+
+
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=lambda f: f.name)
+def test_weights_quantised_on_packing_are_their_dequantised_values(isa: str, fmt: Format) -> None:
+    """Both backends quantise alike; the embedding reads what the head multiplies."""
+    from engineroom.kernels.reference import ReferenceBackend
+
+    program = two_layers(hidden=96, heads=6, kv_heads=2, ffn=160)
+    weights = packed_as(program, fmt, fmt)
+    values = {
+        name: w if isinstance(w, np.ndarray) else dequantise(as_packed(w, 2))
+        for name, w in weights.items()
+    }
+    inputs = steps([PROMPTS])
+    want = logits(executable(program, values, ReferenceBackend()), inputs)[0]
+    reference = logits(executable(program, weights, ReferenceBackend()), inputs)[0]
+    assert reference.tobytes() == want.tobytes()
+    got = logits(executable(program, weights, CpuBackend(isa=isa, activations="float32")), inputs)
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-4)
+    rounded = logits(executable(program, weights, CpuBackend(isa=isa)), inputs)[0]
+    assert 0 < np.abs(rounded - want).mean() / np.abs(want).mean() < 0.05
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2.0**120])
+def test_what_cannot_be_quantised_names_its_tensor(value: float) -> None:
+    from engineroom.kernels.reference import ReferenceBackend
+
+    program = two_layers()
+    weights = packed_as(program, INT8, INT8)
+    values = random_weights(program)["0.q"].copy()
+    values[2, 5] = value
+    weights["0.q"] = dataclasses.replace(raw(values, name="blk.0.q"), pack_as=INT4)
+    for backend in (CpuBackend(), ReferenceBackend()):
+        with pytest.raises(WeightTooLarge, match=r"'blk.0.q': row 2 holds .* which INT4 cannot"):
+            executable(program, weights, backend)
 
 
 def test_values_of_embeddings_are_the_formats_own() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 from engineroom.kernels.weights import FORMATS, RawWeight
-from engineroom.quant.gguf import block_dtype, dequantise
+from engineroom.quant.values import dequantise, row_dtype
 from tests.counts import count
 
 UNITS = _native.kernel_tables()
@@ -32,6 +32,15 @@ units = pytest.mark.parametrize("unit", UNITS)
 # ------------------------------------------------------------------------------------ material
 
 
+def fields_of(name: str, data: np.ndarray, columns: int) -> dict[str, np.ndarray]:
+    """Views of each field in a checkpoint's bytes, a row's header first."""
+    rows = data.view(row_dtype(FORMATS[name], columns))
+    blocks = rows["blocks"]
+    assert rows.dtype.names and blocks.dtype.names
+    fields = {field: rows[field] for field in rows.dtype.names if field != "blocks"}
+    return fields | {field: blocks[field] for field in blocks.dtype.names}
+
+
 def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
     """A checkpoint's bytes: random quants, scales of ordinary size and both signs."""
     fmt, rng = FORMATS[name], np.random.default_rng(seed)
@@ -42,24 +51,25 @@ def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
         bits = values.reshape(-1).view(np.uint32)
         return bits.view(np.uint8) if name == "F32" else (bits >> 16).astype("<u2").view(np.uint8)
     data = rng.integers(0, 256, rows * fmt.row_bytes(columns), np.uint8)
-    fields = data.view(block_dtype(fmt))
+    fields = fields_of(name, data, columns)
     for field in ("d", "m", "dmin"):
-        if field in fields.dtype.names:
-            fields[field] = rng.uniform(-1, 1, fields[field].shape)
+        if field in fields:
+            fields[field][:] = rng.uniform(-1, 1, fields[field].shape)
     return data
 
 
 def hostile(name: str, rows: int, columns: int) -> np.ndarray:
     """Zero scales in some blocks, every quant at its end in others, scales of 60000 in a few."""
     data = blocks(name, rows, columns, 7)
-    fields = data.view(block_dtype(FORMATS[name]))
-    for field in fields.dtype.names:
+    for field, values in fields_of(name, data, columns).items():
+        each = values.reshape(-1, values.shape[-1])  # blocks, or headers of rows
         if field in ("d", "m", "dmin"):
-            fields[field][0::5] = 0
-            fields[field][3::11] = 60000
+            each[0::5] = 0
+            each[3::11] = 60000
         else:
-            fields[field][1::5] = np.iinfo(fields[field].dtype).max
-            fields[field][2::5] = np.iinfo(fields[field].dtype).min
+            each[1::5] = np.iinfo(values.dtype).max
+            each[2::5] = np.iinfo(values.dtype).min
+        values[:] = each.reshape(values.shape)  # where reshaping copied
     return data
 
 
@@ -155,9 +165,9 @@ def assert_close(
     w, x = weight_of(name, data, n, k), activations(max(rows), k)
     exact = values_in(form, unit, x)
     parts = np.abs(w)
-    fields = data.view(block_dtype(FORMATS[name]))
-    for field, largest in (("m", 1.0), ("dmin", 63.0)):
-        if form == "int8" and field in fields.dtype.names:
+    fields = fields_of(name, data, k)
+    for field, largest in (("m", 1.0), ("dmin", 255.0 if name == "INT4" else 63.0)):
+        if form == "int8" and field in fields:
             minimum = largest * np.abs(fields[field].astype(np.float64).reshape(n, -1))
             parts = parts + 2 * np.repeat(minimum, k // minimum.shape[1], axis=1)
     want, bound = exact @ w.T, 4 * 2.0**-24 * np.sqrt(k + 8) * (np.abs(exact) @ parts.T)
@@ -199,10 +209,13 @@ def test_largest_int8_products(unit: str, name: str) -> None:
     n, k = 48, 2 * fmt.block_elements
     for fill in (0x00, 0x80, 0x7F, 0xFF):
         data = blocks(name, n, k, 1)
-        fields = data.view(block_dtype(fmt))
-        for field in fields.dtype.names:
+        for field, values in fields_of(name, data, k).items():
             if field not in ("d", "m", "dmin", "scales"):
-                fields[field].view(np.uint8)[:] = fill
+                values[:] = (
+                    np.full(1, fill, np.uint8).view(values.dtype)
+                    if (values.dtype.itemsize == 1)
+                    else np.full(4, fill, np.uint8).view(values.dtype)
+                )
         w = weight_of(name, data, n, k)
         for signs in (np.ones(k), np.where(np.arange(k) % 4 < 2, 1, -1)):
             x = np.tile(signs.astype(np.float32), (9, 1))
@@ -290,7 +303,7 @@ def test_compact_bf16_multiplies_as_plain_bf16_does(
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_parts_of_several_formats(unit: str, threads: int) -> None:
     """Fused parts equal each part alone, whichever thread its tiles fall to."""
-    names, rows, k = ["Q6_K", "Q4_K", "Q4_K", "Q8_0"], [100, 30, 200, 1], 512
+    names, rows, k = ["Q6_K", "INT4", "Q4_K", "INT8"], [100, 30, 200, 1], 512
     parts = [pack(n, blocks(n, r, k, r), r, k) for n, r in zip(names, rows, strict=True)]
     x = activations(6, k)
     for got, part in zip(run_all(unit, parts, x, "int8", threads=threads), parts, strict=True):

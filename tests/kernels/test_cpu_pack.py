@@ -1,4 +1,4 @@
-"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/gguf.py's bits."""
+"""Packed tiles hold exactly the checkpoint's values: rows read back equal quant/'s bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 from engineroom.kernels.weights import FORMATS, Format, RawWeight
-from engineroom.quant.gguf import block_dtype, dequantise
+from engineroom.quant.values import dequantise
 from tests.counts import count
 
 THREADS = [1, 2, 3]
@@ -162,7 +162,9 @@ def test_nbytes_is_what_the_layout_says() -> None:
 
 def test_refusals() -> None:
     data = np.zeros(18, np.uint8)
-    with pytest.raises(ValueError, match=r"no tile layout for format 'Q9'; known: F32, .*Q6_K"):
+    with pytest.raises(
+        ValueError, match=r"no tile layout for format 'Q9'; known: F32, .*Q6_K, INT8, INT4"
+    ):
         _native.pack("Q9", data, 1, 32, 1)
     with pytest.raises(ValueError, match="Q4_0 stores blocks of 32 elements; a row of 33"):
         _native.pack("Q4_0", data, 1, 33, 1)
@@ -185,5 +187,5 @@ def test_refusals() -> None:
 
 def test_every_format_has_a_layout() -> None:
     for fmt in FORMATS.values():
-        data = np.zeros(fmt.block_bytes, block_dtype(fmt)).view(np.uint8)[: fmt.block_bytes]
+        data = np.zeros(fmt.row_bytes(fmt.block_elements), np.uint8)
         assert _native.pack(fmt.name, data, 1, fmt.block_elements, 1).format == fmt.name

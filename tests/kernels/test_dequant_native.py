@@ -1,4 +1,4 @@
-"""The native dequantisation equals quant/gguf.py bit for bit, and refuses what does not fit."""
+"""The native dequantisation equals quant/ bit for bit, and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 from engineroom.kernels.weights import FORMATS, Format, RawWeight
-from engineroom.quant.gguf import dequantise
+from engineroom.quant.values import dequantise
 from tests.counts import count
 
 
+def elements_of(fmt: Format, data: np.ndarray) -> int:
+    return (data.size - fmt.header_bytes) // fmt.block_bytes * fmt.block_elements
+
+
 def native(fmt: Format, data: np.ndarray) -> np.ndarray:
-    out = np.full(data.size // fmt.block_bytes * fmt.block_elements, np.nan, dtype=np.float32)
+    out = np.full(elements_of(fmt, data), np.nan, dtype=np.float32)
     _native.dequantise(fmt.name, data, out)
     return out
 
 
 def specification(fmt: Format, data: np.ndarray) -> np.ndarray:
-    elements = data.size // fmt.block_bytes * fmt.block_elements
+    elements = elements_of(fmt, data)
     return dequantise(RawWeight("w", fmt, (elements,), {"data": data}))
 
 
@@ -36,8 +40,22 @@ def assert_same_values(got: np.ndarray, want: np.ndarray) -> None:
 def test_any_bytes(fmt: Format, blocks: int) -> None:
     """Uniform bytes: scales of every size, infinite and NaN ones too."""
     for seed in range(count(reduced=20, full=500)):
-        data = np.random.default_rng(seed).integers(0, 256, blocks * fmt.block_bytes, np.uint8)
+        count_of = blocks + bool(fmt.header_bytes)  # there is no header without a row
+        size = fmt.row_bytes(count_of * fmt.block_elements)
+        data = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
         assert_same_values(native(fmt, data), specification(fmt, data))
+
+
+@pytest.mark.parametrize("name", ["INT8", "INT4", "Q5_K"])
+def test_rows_with_headers(name: str) -> None:
+    fmt, columns = FORMATS[name], 512
+    data = np.random.default_rng(3).integers(0, 256, 7 * fmt.row_bytes(columns), np.uint8)
+    out = np.empty(7 * columns, np.float32)
+    _native.dequantise(name, data, out, columns)
+    want = dequantise(RawWeight("w", fmt, (7, columns), {"data": data}))
+    assert_same_values(out, want.reshape(-1))
+    with pytest.raises(ValueError, match="elements in rows of 511"):
+        _native.dequantise(name, data, out, 511)
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])
@@ -49,7 +67,8 @@ def test_every_16_bit_float(name: str) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_unaligned_and_read_only_bytes(fmt: Format, tmp_path: Path) -> None:
     """A tensor lies in the mapped file wherever the file says."""
-    blocks = np.random.default_rng(7).integers(0, 256, 5 * fmt.block_bytes, np.uint8)
+    size = fmt.row_bytes(5 * fmt.block_elements)
+    blocks = np.random.default_rng(7).integers(0, 256, size, np.uint8)
     (tmp_path / "f").write_bytes(b"abc" + blocks.tobytes())
     with (
         open(tmp_path / "f", "rb") as file,
@@ -63,7 +82,7 @@ def test_unaligned_and_read_only_bytes(fmt: Format, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_sizes_must_match(fmt: Format) -> None:
-    data = np.zeros(2 * fmt.block_bytes, np.uint8)
+    data = np.zeros(fmt.row_bytes(2 * fmt.block_elements), np.uint8)
     out = np.zeros(2 * fmt.block_elements, np.float32)
     for bad in (
         (data[:-1], out),
@@ -74,7 +93,9 @@ def test_sizes_must_match(fmt: Format) -> None:
     ):
         with pytest.raises(ValueError, match=f"{fmt.name} stores {fmt.block_elements} elements"):
             _native.dequantise(fmt.name, *bad)
-    with pytest.raises(ValueError, match=r"unknown format 'Q9'; supported: F32, F16, .*Q6_K"):
+    with pytest.raises(
+        ValueError, match=r"unknown format 'Q9'; supported: F32, F16, .*Q6_K, INT8, INT4"
+    ):
         _native.dequantise("Q9", data, out)
 
 

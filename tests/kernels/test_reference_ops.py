@@ -24,7 +24,7 @@ from engineroom.kernels.weights import (  # noqa: E402
     RawWeight,
     WeightGroup,
 )
-from engineroom.quant.gguf import dequantise  # noqa: E402
+from engineroom.quant.values import dequantise  # noqa: E402
 from tests.counts import count  # noqa: E402
 from tests.kernels.packed_steps import (  # noqa: E402
     DTYPES,
@@ -32,7 +32,7 @@ from tests.kernels.packed_steps import (  # noqa: E402
     assert_close,
     one_op,
     plain_step,
-    random_blocks,
+    random_rows,
     raw,
     rounded,
     run,
@@ -193,7 +193,7 @@ def test_row_sum(n: int) -> None:
 
 
 def quantised(fmt, rows: int, columns: int) -> RawWeight:  # type: ignore[no-untyped-def]
-    data = random_blocks(RNG, fmt, rows * columns // fmt.block_elements)
+    data = random_rows(RNG, fmt, rows, columns)
     return RawWeight("w", fmt, (rows, columns), {"data": data})
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engineroom.engine.load.gguf import GgufFile
 from engineroom.engine.load.mapped import CheckpointError
-from engineroom.kernels.weights import FORMATS
+from engineroom.kernels.weights import FILE_FORMATS
 from tests.counts import FULL, count
 from tests.data import data_path, model_path
 from tests.load.writers import (
@@ -33,7 +33,7 @@ VOCABULARY = {
 
 
 def random_bytes(seed: int, fmt: str, shape: tuple[int, ...]) -> bytes:
-    n = int(np.prod(shape[:-1])) * FORMATS[fmt].row_bytes(shape[-1])
+    n = int(np.prod(shape[:-1])) * FILE_FORMATS[fmt].row_bytes(shape[-1])
     return np.random.default_rng(seed).bytes(n)
 
 
@@ -65,7 +65,7 @@ def write_with_package(path: Path) -> dict[str, tuple[str, tuple[int, ...], byte
     w.add_block_count(2)
     w.add_custom_alignment(64)
     tensors = {}
-    for i, fmt in enumerate(FORMATS):
+    for i, fmt in enumerate(FILE_FORMATS):
         shape = [(512,), (3, 256), (2, 3, 256), (2, 1, 2, 256)][i % 4]
         raw = random_bytes(i, fmt, shape)
         tensors[f"tensor.{fmt}"] = (fmt, shape, raw)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from engineroom.engine.load.gguf import GgufFile
-from engineroom.kernels.weights import FORMATS, Format, RawWeight
+from engineroom.kernels.weights import FILE_FORMATS, Format, RawWeight
 from engineroom.quant.gguf import block_dtype, dequantise, dequantise_rows
 from tests.counts import FULL, count
 from tests.data import model_path
 from tests.load.writers import quantise_q4_1, quantise_q8_0, to_bf16
 
-QUANTISED = [f for f in FORMATS.values() if not f.is_float]
+QUANTISED = [f for f in FILE_FORMATS.values() if not f.is_float]
 HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0xC000, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00]
 HALVES += [0x7E00, 0xFE01]  # quiet NaN
 
@@ -39,7 +39,7 @@ def blocks_of(fmt: Format, n: int, seed: int) -> np.ndarray:
     return np.frombuffer(np.random.default_rng(seed).bytes(n * fmt.block_bytes), block_dtype(fmt))
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", FILE_FORMATS.values(), ids=FILE_FORMATS)
 def test_random_blocks(fmt: Format) -> None:
     for seed in range(count(reduced=3, full=100)):
         rng = np.random.default_rng(seed)
@@ -73,23 +73,23 @@ def test_hostile_blocks(fmt: Format) -> None:
 
 
 def test_more_blocks_than_one_chunk() -> None:
-    fmt, shape = FORMATS["Q8_0"], (70_001, 32)
+    fmt, shape = FILE_FORMATS["Q8_0"], (70_001, 32)
     raw = quantise_q8_0(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     assert_same_bits(dequantise(raw_weight(fmt, shape, raw)), package(fmt, raw, shape))
 
 
 def test_the_order_of_elements_and_groups_in_a_block() -> None:
     """One lit element at a time comes out at its own place: written out, not compared."""
-    q4 = np.zeros(1, block_dtype(FORMATS["Q4_0"]))
+    q4 = np.zeros(1, block_dtype(FILE_FORMATS["Q4_0"]))
     q4["d"], q4["nibbles"] = 1, 0x88
     q4["nibbles"][0, 3] = 0x98  # the high nibble of byte 3 is element 19
-    values = dequantise(raw_weight(FORMATS["Q4_0"], (32,), q4.tobytes()))
+    values = dequantise(raw_weight(FILE_FORMATS["Q4_0"], (32,), q4.tobytes()))
     assert np.flatnonzero(values).tolist() == [19] and values[19] == 1
-    q6 = np.zeros(1, block_dtype(FORMATS["Q6_K"]))
+    q6 = np.zeros(1, block_dtype(FILE_FORMATS["Q6_K"]))
     q6["d"], q6["scales"] = 1, np.arange(16)
     q6["high_bits"] = 0xAA  # every q is 32, so 0 after the shift
     q6["low_nibbles"][0, 64 + 5] = 0x01
-    values = dequantise(raw_weight(FORMATS["Q6_K"], (256,), q6.tobytes()))
+    values = dequantise(raw_weight(FILE_FORMATS["Q6_K"], (256,), q6.tobytes()))
     assert np.flatnonzero(values).tolist() == [133] and values[133] == 133 // 16
 
 
@@ -100,14 +100,14 @@ def test_floats_are_exact_and_new() -> None:
         "F16": x.astype("<f2").tobytes(),
         "BF16": to_bf16(x),
     }.items():
-        out = dequantise(raw_weight(FORMATS[name], (3,), raw))
+        out = dequantise(raw_weight(FILE_FORMATS[name], (3,), raw))
         assert_same_bits(out, x)
         out[0] = 9  # writable, not the checkpoint's bytes
 
 
 def test_rows_equal_the_rows_of_the_whole() -> None:
     shape = (6, 512)
-    for fmt in FORMATS.values():
+    for fmt in FILE_FORMATS.values():
         raw = blocks_of(fmt, int(np.prod(shape)) // fmt.block_elements, 3).tobytes()
         weight = raw_weight(fmt, shape, raw)
         assert_same_bits(dequantise_rows(weight, 2, 5), dequantise(weight)[2:5])
@@ -115,7 +115,7 @@ def test_rows_equal_the_rows_of_the_whole() -> None:
         with pytest.raises(ValueError, match="does not lie in it"):
             dequantise_rows(weight, start, stop)
     with pytest.raises(ValueError, match="has no rows"):
-        dequantise_rows(raw_weight(FORMATS["F32"], (2,), bytes(8)), 0, 1)
+        dequantise_rows(raw_weight(FILE_FORMATS["F32"], (2,), bytes(8)), 0, 1)
 
 
 def test_an_unknown_format_is_named() -> None:
@@ -125,7 +125,7 @@ def test_an_unknown_format_is_named() -> None:
 
 
 def test_layouts_fill_their_blocks() -> None:
-    for fmt in FORMATS.values():
+    for fmt in FILE_FORMATS.values():
         assert block_dtype(fmt).itemsize == fmt.block_bytes, fmt.name
 
 
@@ -134,7 +134,9 @@ def test_the_test_quantisers_stay_within_half_a_step(bits: int) -> None:
     x = np.random.default_rng(1).standard_normal((4, 96)).astype(np.float32)
     x[0, :32] = 0
     fmt, raw = (
-        (FORMATS["Q8_0"], quantise_q8_0(x)) if bits == 8 else (FORMATS["Q4_1"], quantise_q4_1(x))
+        (FILE_FORMATS["Q8_0"], quantise_q8_0(x))
+        if bits == 8
+        else (FILE_FORMATS["Q4_1"], quantise_q4_1(x))
     )
     blocks = x.reshape(-1, 32)
     step = np.ptp(blocks, axis=1) / 15 if bits == 4 else np.abs(blocks).max(axis=1) / 127

@@ -5,7 +5,8 @@
 // f = fma(c, t, f), and where the format has minima f = fma(m, scaled_sum, f); for floats,
 // f = fma(w, x, f) in ascending K. The activations' second digits are added behind all of K, in the
 // same way. What varies with the number of rows (unpacking first or on the
-// way, how many rows share registers, blocks of K) leaves them as they are.
+// way, how many rows share registers, blocks of K) leaves them as they are. A scale that all of K
+// shares (kChannel) is left out of t: linear.cpp multiplies by it last.
 namespace engineroom {
 namespace ER_ISA {
 
@@ -74,15 +75,21 @@ struct QuantsNibbles {
 // ----------------------------------------------------------------------------------- scales
 // scale(s, part, v): of part `part` of a tile's columns, kParts parts a group of 32; minimum(s,
 // group, v): what is added per unit of the activations' sum. `s`: the tile's scales, kBytes a group.
+// kLast: the scale belongs to all of K and the int8 products leave it out.
 
 ER_INLINE const std::uint16_t *halves(const std::uint8_t *s) {
     return reinterpret_cast<const std::uint16_t *>(s);
+}
+
+ER_INLINE const float *floats(const std::uint8_t *s) {
+    return reinterpret_cast<const float *>(s);
 }
 
 struct ScaleHalf {
     static constexpr int kBytes = 2 * kTileRows;
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = false;
+    static constexpr bool kLast = false;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
         return f_load_f16(halves(s) + group * kTileRows + 16 * v);
     }
@@ -92,6 +99,7 @@ struct ScaleHalfMin {
     static constexpr int kBytes = 4 * kTileRows;
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = true;
+    static constexpr bool kLast = false;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
         return f_load_f16(halves(s) + 2 * group * kTileRows + 16 * v);
     }
@@ -103,6 +111,7 @@ struct ScaleHalfMin {
 struct ScaleSuperMin {
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = true;
+    static constexpr bool kLast = false;
     static constexpr int kSuperBytes = 20 * kTileRows;
     static constexpr int kBytes = kSuperBytes / 8;
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
@@ -120,6 +129,7 @@ struct ScaleSuperMin {
 struct ScaleSuperSigned {
     static constexpr int kParts = 2;
     static constexpr bool kHasMinimum = false;
+    static constexpr bool kLast = false;
     static constexpr int kSuperBytes = 18 * kTileRows;
     static constexpr int kBytes = kSuperBytes / 8;
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
@@ -130,11 +140,40 @@ struct ScaleSuperSigned {
     }
 };
 
+struct ScaleChannel {
+    static constexpr int kBytes = 0;
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = false;
+    static constexpr bool kLast = true;
+    ER_INLINE F scale(const std::uint8_t *s, int, int v) { return f_load(floats(s) + 16 * v); }
+};
+
+struct ScaleChannelMin {
+    static constexpr int kBytes = 2 * kTileRows;
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = true;
+    static constexpr bool kLast = false;
+    // Loaded anew for each group: kept, they would take registers that the products need.
+    ER_INLINE const float *of_row(const std::uint8_t *s) {
+        __asm__ volatile("" : "+r"(s));
+        return floats(s);
+    }
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_mul(f_load(of_row(s) + 16 * v),
+                     f_load_u8(s + (8 + 2 * group) * kTileRows + 16 * v));
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        return f_sub(f_zero(), f_mul(f_load(of_row(s) + kTileRows + 16 * v),
+                                     f_load_u8(s + (9 + 2 * group) * kTileRows + 16 * v)));
+    }
+};
+
 // fp32 that this unit computed once for many rows: per group its scales, then its minima.
 template <int kParts_, bool kHasMinimum_>
 struct ScaleReady {
     static constexpr int kParts = kParts_;
     static constexpr bool kHasMinimum = kHasMinimum_;
+    static constexpr bool kLast = false;
     static constexpr int kFloats = (kParts + kHasMinimum) * kTileRows;  // of a group
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
         return f_load(reinterpret_cast<const float *>(s) + part / kParts * kFloats +
@@ -145,6 +184,15 @@ struct ScaleReady {
                       16 * v);
     }
 };
+
+// What an exact product is multiplied by: the weight's scale d and the activations'.
+template <class Scale>
+ER_INLINE F product_scale(F d, F activations) {
+    if constexpr (Scale::kLast)
+        return activations;
+    else
+        return f_mul(d, activations);
+}
 
 // ------------------------------------------------------------------------------ int8 products
 
@@ -222,7 +270,8 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                     const F scale = f_set(a.scale[r * groups32 + g]);
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
-                        f[r][v] = f_fma(f_of_i(c[r][v]), f_mul(d[v], scale), f[r][v]);
+                        f[r][v] =
+                            f_fma(f_of_i(c[r][v]), product_scale<Scale>(d[v], scale), f[r][v]);
                 }
             }
             if constexpr (Scale::kHasMinimum) {
@@ -325,7 +374,8 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         const int c1 = least(c0 + kChunk, k1);
         const std::uint8_t *group =
             quants + static_cast<std::ptrdiff_t>(c0 / kGroup) * Quants::kBytes;
-        unpack_groups<Quants, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, unpacked, ready);
+        if constexpr (Quants::kSmall || !Scale::kLast)
+            unpack_groups<Quants, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, unpacked, ready);
         // The next chunk follows this one in memory; behind the last lies the next tile.
         const std::uint8_t *next = group + (c1 - c0) / kGroup * Quants::kBytes;
         const Fetch fetch{c1 < k1 ? next : next + w.scales_bytes,
@@ -335,6 +385,9 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         if constexpr (Quants::kSmall)
             int8_blocks<QuantsUnpacked, Ready, false>(unpacked, from, 0, c0, c1, w.bias, a, row0,
                                                       rows, sets, out, fetch);
+        else if constexpr (Scale::kLast)
+            int8_blocks<QuantsU8, Scale, false>(group, scales, 0, c0, c1, w.bias, a, row0, rows,
+                                                sets, out, fetch);
         else
             int8_blocks<QuantsU8, Ready, false>(group, from, 0, c0, c1, w.bias, a, row0, rows,
                                                 sets, out, fetch);
@@ -384,7 +437,7 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v) {
                         const F d = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
-                        f[v] = f_fma(f_of_i(c[v]), f_mul(d, step), f[v]);
+                        f[v] = f_fma(f_of_i(c[v]), product_scale<Scale>(d, step), f[v]);
                     }
                 }
             }
@@ -688,10 +741,20 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
         }
     };
     switch (w.elements) {
-        case Elements::kU4: with_scale(QuantsNibbles<0>{}); break;
+        case Elements::kU4:
+            if (w.scaling == Scaling::kChannelMin)
+                use(QuantsNibbles<0>{}, ScaleChannelMin{});
+            else
+                with_scale(QuantsNibbles<0>{});
+            break;
         case Elements::kU5: with_scale(QuantsNibbles<1>{}); break;
         case Elements::kU6: use(QuantsNibbles<2>{}, ScaleSuperSigned{}); break;
-        case Elements::kU8: use(QuantsU8{}, ScaleHalf{}); break;
+        case Elements::kU8:
+            if (w.scaling == Scaling::kChannel)
+                use(QuantsU8{}, ScaleChannel{});
+            else
+                use(QuantsU8{}, ScaleHalf{});
+            break;
         default: break;
     }
 }

@@ -1,0 +1,88 @@
+"""Which weights quantising on load makes small, and how small: the one place that decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ..kernels.weights import INT4, INT8, Format, RawWeight
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`quantization=` as it is asked for: formats of the layers' weights and of the head's."""
+
+    layers: Format
+    head: Format
+
+
+# The head of a small model suffers most from 4 bits: docs/quantisation.md has what was measured.
+SCHEMES: Mapping[str, Scheme] = {"int8": Scheme(INT8, INT8), "int4": Scheme(INT4, INT8)}
+
+
+class NothingToQuantise(ValueError):
+    """The checkpoint has no more bits than were asked for."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The weights with `pack_as` set where they become small, and what is to be said of it."""
+
+    weights: dict[str, RawWeight]
+    notes: tuple[str, ...]
+
+
+def quantise(
+    weights: Mapping[str, RawWeight], linear: Collection[str], head: str, method: str
+) -> Quantised:
+    """Mark the weights named in `linear`, of which `head` makes the logits, by SCHEMES[method].
+
+    The others (norms, biases, a table that only rows are read of) stay as they are, and so does a
+    weight of as many bits or fewer, or one whose rows are not whole blocks.
+
+    Errors: NothingToQuantise where the weights have as few bits, on the mean, as the layers would.
+    """
+    scheme = SCHEMES[method]
+    out = dict(weights)
+    made: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()  # bytes
+    kept: Counter[str] = Counter()
+    odd: Counter[int] = Counter()
+    chosen = [name for name in weights if name in linear]
+    elements = sum(weights[name].num_rows * weights[name].shape[-1] for name in chosen)
+    bits = 8 * sum(weights[name].nbytes for name in chosen) / max(elements, 1)
+    if bits <= scheme.layers.bits_per_element:
+        formats = ", ".join(sorted({weights[name].format.name for name in chosen}))
+        raise NothingToQuantise(
+            f"quantization={method!r} stores {scheme.layers.bits_per_element:g} bits a weight; the "
+            f"checkpoint is quantised to {formats} already, {bits:.2f} bits a weight. Load it with "
+            "quantization=None, or take a checkpoint of more bits"
+        )
+    for name in chosen:
+        weight = weights[name]
+        target = scheme.head if name == head else scheme.layers
+        if weight.format.bits_per_element <= target.bits_per_element:
+            kept[weight.format.name] += 1
+        elif weight.shape[-1] % target.block_elements:
+            odd[weight.shape[-1]] += 1
+        else:
+            out[name] = dataclasses.replace(weight, pack_as=target)
+            label = f"{target.name}{' (head)' if name == head else ''}"
+            made[label] += 1
+            sizes[label] += out[name].packed_nbytes
+    counts = ", ".join(
+        f"{n} to {label}, {sizes[label] / 2**20:.1f} MiB" for label, n in made.items()
+    )
+    notes = [f"quantised on load, {method}: {counts or 'nothing'}"]
+    notes += [f"{n} stay {name}, of no more bits" for name, n in kept.items()]
+    notes += [
+        f"{n} stay as they are: rows of {columns} are no whole groups of "
+        f"{scheme.layers.block_elements}"
+        for columns, n in odd.items()
+    ]
+    return Quantised(out, tuple(notes))
+
+
+__all__ = ["SCHEMES", "NothingToQuantise", "Quantised", "Scheme", "quantise"]

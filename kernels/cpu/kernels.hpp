@@ -139,6 +139,36 @@ struct Int8Row {
 
 enum class Dtype : std::uint8_t { kF32, kBF16, kF16 };
 
+// ------------------------------------------------------------------------- ends of products
+
+// What is done to a finished tile. y is the product plus bias, rounded to `dtype`.
+enum class Epilogue : std::uint8_t {
+    kStore,        // out = y
+    kAddResidual,  // out = round(residual + y); out may be the residual
+    kSiluMul,      // parts in pairs (gate, up) of equal N: gate.out = round(silu(y_gate) * y_up)
+    kGeluMul,      // the same with the tanh form of gelu
+};
+
+constexpr bool is_paired(Epilogue epilogue) {
+    return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
+}
+
+// Finished products of a tile and where they go; `outputs` of a row's 48 are there.
+struct FinishedTile {
+    const float *y = nullptr;         // [rows][48]
+    const float *bias = nullptr;      // [outputs] or nullptr
+    const float *up = nullptr;        // [rows][48] of the paired tile, and its bias
+    const float *up_bias = nullptr;
+    const float *residual = nullptr;  // [rows][residual_stride]
+    std::ptrdiff_t residual_stride = 0;
+    float *out = nullptr;             // [rows][out_stride]
+    std::ptrdiff_t out_stride = 0;
+    int rows = 0;
+    int outputs = 0;
+    Epilogue epilogue = Epilogue::kStore;
+    Dtype dtype = Dtype::kF32;  // rounding of every intermediate result; kF32 rounds nothing
+};
+
 // -------------------------------------------------------------------------------- attention
 
 // One layer's cache. A block of one kv head is contiguous: its keys, then its values, each
@@ -208,6 +238,7 @@ struct Kernels {
     // Adds to out the products of the rows' second digits, if any: after every `tile` of all columns.
     void (*tile_fine)(const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
                       float *out);
+    void (*finish)(const FinishedTile &t);
     // -- attention: one token's K and V of every kv head, rounded to the cache's dtype
     void (*kv_write)(const KVCacheView &cache, std::int32_t slot, const float *k, const float *v);
     // Splits [split0, split1) of the rows' keys, each split s covering positions s*256 .. s*256+255.

@@ -131,9 +131,8 @@ struct Work {
     float *second;          // the same, of the tile paired with it
     std::uint8_t *scratch;  // of a kernel
 
-    // Product plus bias, rounded, of rows [row0, row0 + rows).
-    void multiply(const LinearPart &part, int tile, int row0, int rows, float *to) const {
-        const PackedWeight &weight = *part.weight;
+    // Products of rows [row0, row0 + rows).
+    void multiply(const PackedWeight &weight, int tile, int row0, int rows, float *to) const {
         for (int k0 = 0; k0 < weight.num_columns; k0 += kMaxColumns) {
             const int k1 = std::min(k0 + kMaxColumns, weight.num_columns);
             kernels.tile(weight, tile, k0, k1, from, row0, rows, k0 == 0, to, scratch);
@@ -142,37 +141,34 @@ struct Work {
             kernels.tile_fine(weight, tile, from, row0, rows, to);
             channel_scale(weight, tile, rows, to);
         }
-        if (part.bias != nullptr) {
-            const int outputs = std::min(kTileRows, weight.num_rows - tile * kTileRows);
-            const float *bias = part.bias + tile * kTileRows;
-            for (int row = 0; row < rows; ++row)
-                for (int n = 0; n < outputs; ++n) to[row * kTileRows + n] += bias[n];
-        }
-        if (linear.dtype != Dtype::kF32) kernels.round(to, rows * kTileRows, linear.dtype);
     }
 
     void finish(const LinearPart *parts, int tile, int row0, int rows) const {
-        multiply(parts[0], tile, row0, rows, first);
-        const int outputs = std::min(kTileRows, parts[0].weight->num_rows - tile * kTileRows);
+        const LinearPart &part = parts[0];
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(tile) * kTileRows;
-        if (linear.epilogue != Epilogue::kStore) {
-            if (is_paired(linear.epilogue)) {
-                multiply(parts[1], tile, row0, rows, second);
-                const auto combine = linear.epilogue == Epilogue::kSiluMul ? kernels.silu_mul
-                                                                           : kernels.gelu_tanh_mul;
-                combine(first, second, first, rows * kTileRows);
-            } else {
-                for (int row = 0; row < rows; ++row) {
-                    const float *residual =
-                        linear.residual + (row0 + row) * linear.residual_stride + at;
-                    for (int n = 0; n < outputs; ++n) first[row * kTileRows + n] += residual[n];
-                }
-            }
-            if (linear.dtype != Dtype::kF32) kernels.round(first, rows * kTileRows, linear.dtype);
+        const auto bias_of = [at](const LinearPart &of) {
+            return of.bias != nullptr ? of.bias + at : nullptr;
+        };
+        FinishedTile t;
+        multiply(*part.weight, tile, row0, rows, first);
+        t.y = first;
+        t.bias = bias_of(part);
+        if (is_paired(linear.epilogue)) {
+            multiply(*parts[1].weight, tile, row0, rows, second);
+            t.up = second;
+            t.up_bias = bias_of(parts[1]);
         }
-        for (int row = 0; row < rows; ++row)
-            std::memcpy(parts[0].out + (row0 + row) * parts[0].out_stride + at,
-                        first + row * kTileRows, static_cast<std::size_t>(outputs) * sizeof(float));
+        if (linear.epilogue == Epilogue::kAddResidual) {
+            t.residual = linear.residual + row0 * linear.residual_stride + at;
+            t.residual_stride = linear.residual_stride;
+        }
+        t.out = part.out + row0 * part.out_stride + at;
+        t.out_stride = part.out_stride;
+        t.rows = rows;
+        t.outputs = std::min(kTileRows, part.weight->num_rows - tile * kTileRows);
+        t.epilogue = linear.epilogue;
+        t.dtype = linear.dtype;
+        kernels.finish(t);
     }
 };
 

@@ -39,18 +39,6 @@ struct LinearPart {
     std::ptrdiff_t out_stride = 0;
 };
 
-// What is done to a finished tile. y is the product plus bias, rounded to `dtype`.
-enum class Epilogue : std::uint8_t {
-    kStore,        // out = y
-    kAddResidual,  // out = round(residual + y); out may be the residual
-    kSiluMul,      // parts in pairs (gate, up) of equal N: gate.out = round(silu(y_gate) * y_up)
-    kGeluMul,      // the same with the tanh form of gelu
-};
-
-inline bool is_paired(Epilogue epilogue) {
-    return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
-}
-
 struct Linear {
     const LinearPart *parts = nullptr;  // all of the same K, reading the same rows
     int num_parts = 0;

@@ -79,23 +79,26 @@ static void softcap(const float *x, float cap, float *out, int n) {
     map(x, out, n, [c](F v) { return softcap_of(v, c); });
 }
 
+ER_INLINE F silu_times(F g, F u) {
+    return f_mul(f_div(g, f_add(exp_any(f_sub(f_zero(), g)), f_set(1.0f))), u);
+}
+ER_INLINE F gelu_tanh_times(F g, F u) {
+    const F cube = f_mul(f_mul(g, g), g);
+    const F t = f_mul(f_fma(cube, f_set(0.044715f), g), f_set(-2.0f * 0.7978845608028654f));
+    return f_mul(f_div(g, f_add(exp_any(t), f_set(1.0f))), u);
+}
+
 static void silu_mul(const float *gate, const float *up, float *out, int n) {
-    map2(gate, up, out, n, [](F g, F u) {
-        return f_mul(f_div(g, f_add(exp_any(f_sub(f_zero(), g)), f_set(1.0f))), u);
-    });
+    map2(gate, up, out, n, [](F g, F u) { return silu_times(g, u); });
 }
 
 static void gelu_tanh_mul(const float *gate, const float *up, float *out, int n) {
-    map2(gate, up, out, n, [](F g, F u) {
-        const F cube = f_mul(f_mul(g, g), g);
-        const F t = f_mul(f_fma(cube, f_set(0.044715f), g), f_set(-2.0f * 0.7978845608028654f));
-        return f_mul(f_div(g, f_add(exp_any(t), f_set(1.0f))), u);
-    });
+    map2(gate, up, out, n, [](F g, F u) { return gelu_tanh_times(g, u); });
 }
 
 // --------------------------------------------------------------------------------- rows
 
-static void rms_norm(const float *x, const float *w, float *out, int n, float eps, float offset) {
+ER_INLINE float sum_of_squares(const float *x, int n) {
     F sums[4] = {f_zero(), f_zero(), f_zero(), f_zero()};
     int i = 0;
     for (; i + 64 <= n; i += 64)
@@ -107,8 +110,12 @@ static void rms_norm(const float *x, const float *w, float *out, int n, float ep
         const F v = f_load_n(x + i, n - i < 16 ? n - i : 16);
         sums[0] = f_fma(v, v, sums[0]);
     }
-    const float sum = f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
-    const F inverse = f_set(1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + eps));
+    return f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
+}
+
+static void rms_norm(const float *x, const float *w, float *out, int n, float eps, float offset) {
+    const float mean = sum_of_squares(x, n) / static_cast<float>(n);
+    const F inverse = f_set(1.0f / __builtin_sqrtf(mean + eps));
     const F shift = f_set(offset);
     map2(x, w, out, n, [=](F v, F g) { return f_mul(f_mul(v, inverse), f_add(g, shift)); });
 }
@@ -138,18 +145,71 @@ static void rope(const float *x, const float *cos, const float *sin, float *out,
     }
 }
 
-static void round_to(float *x, int n, Dtype dtype) {
-    std::uint16_t rounded[16];
+template <Dtype dtype>
+ER_INLINE F rounded(F x) {
+    std::uint16_t halves[16];
     if (dtype == Dtype::kBF16) {
-        map(x, x, n, [&](F v) {
-            f_store_bf16(rounded, v);
-            return f_load_bf16(rounded);
-        });
-    } else if (dtype == Dtype::kF16) {
-        map(x, x, n, [&](F v) {
-            f_store_f16(rounded, v);
-            return f_load_f16(rounded);
-        });
+        f_store_bf16(halves, x);
+        return f_load_bf16(halves);
+    }
+    if (dtype == Dtype::kF16) {
+        f_store_f16(halves, x);
+        return f_load_f16(halves);
+    }
+    return x;
+}
+
+static void round_to(float *x, int n, Dtype dtype) {
+    if (dtype == Dtype::kBF16) map(x, x, n, [](F v) { return rounded<Dtype::kBF16>(v); });
+    if (dtype == Dtype::kF16) map(x, x, n, [](F v) { return rounded<Dtype::kF16>(v); });
+}
+
+// ------------------------------------------------------------------------- ends of products
+
+ER_INLINE F load_some(const float *p, int n) { return n == 16 ? f_load(p) : f_load_n(p, n); }
+
+template <Dtype dtype, Epilogue epilogue>
+static void finish_as(const FinishedTile &t) {
+    const auto load = [](const float *y, const float *bias, int i, int n) {
+        const F x = f_load(y + i);
+        return rounded<dtype>(bias != nullptr ? f_add(x, load_some(bias + i, n)) : x);
+    };
+    for (std::ptrdiff_t row = 0; row < t.rows; ++row) {
+        const float *y = t.y + row * kTileRows;
+        float *out = t.out + row * t.out_stride;
+        for (int i = 0; i < t.outputs; i += 16) {
+            const int n = t.outputs - i < 16 ? t.outputs - i : 16;
+            F x = load(y, t.bias, i, n);
+            if constexpr (epilogue == Epilogue::kAddResidual) {
+                x = f_add(x, load_some(t.residual + row * t.residual_stride + i, n));
+            } else if constexpr (epilogue != Epilogue::kStore) {
+                const F up = load(t.up + row * kTileRows, t.up_bias, i, n);
+                x = epilogue == Epilogue::kSiluMul ? silu_times(x, up) : gelu_tanh_times(x, up);
+            }
+            if (epilogue != Epilogue::kStore) x = rounded<dtype>(x);
+            if (n == 16)
+                f_store(out + i, x);
+            else
+                f_store_n(out + i, x, n);
+        }
+    }
+}
+
+template <Dtype dtype>
+static void finish_in(const FinishedTile &t) {
+    switch (t.epilogue) {
+        case Epilogue::kStore: finish_as<dtype, Epilogue::kStore>(t); break;
+        case Epilogue::kAddResidual: finish_as<dtype, Epilogue::kAddResidual>(t); break;
+        case Epilogue::kSiluMul: finish_as<dtype, Epilogue::kSiluMul>(t); break;
+        case Epilogue::kGeluMul: finish_as<dtype, Epilogue::kGeluMul>(t); break;
+    }
+}
+
+static void finish(const FinishedTile &t) {
+    switch (t.dtype) {
+        case Dtype::kF32: finish_in<Dtype::kF32>(t); break;
+        case Dtype::kBF16: finish_in<Dtype::kBF16>(t); break;
+        case Dtype::kF16: finish_in<Dtype::kF16>(t); break;
     }
 }
 
@@ -162,74 +222,90 @@ static void to_bf16(const float *x, int n, int stride, std::uint16_t *out) {
         f_store_bf16(out + i, i < n ? f_load_n(x + i, n - i) : f_zero());
 }
 
-// One digit of a group (a, b): q = round(x * (127 / most)). Returns the scale, most / 127.
-ER_INLINE float int8_digit(F a, F b, float most, std::int8_t *q, std::int32_t *sum16) {
-    const F inverse = f_set(127.0f / most);
-    i_store_int8(q, f_mul(a, inverse));
-    i_store_int8(q + 16, f_mul(b, inverse));
-    sum16[0] = i_sum_int8_16(q);
-    sum16[1] = i_sum_int8_16(q + 16);
-    return most / 127.0f;
+// Values of a group of 32, of which `left` are there: zeros follow them.
+ER_INLINE void load_group(const float *x, int left, F &a, F &b) {
+    if (left >= kGroup) {
+        a = f_load(x);
+        b = f_load(x + 16);
+    } else {
+        a = left <= 0 ? f_zero() : f_load_n(x, left < 16 ? left : 16);
+        b = left <= 16 ? f_zero() : f_load_n(x + 16, left - 16);
+    }
 }
 
-// Whether 127 / most is a number: not so for 0, magnitudes below 4e-37, NaN and infinity.
-ER_INLINE bool has_digit(float most) {
-    return most < __builtin_inff() && 127.0f / most < __builtin_inff();
+ER_INLINE void store_digits(std::int8_t *q, F a, F b, float inverse) {
+    const F by = f_set(inverse);
+    i_store_int8(q, f_mul(a, by));
+    i_store_int8(q + 16, f_mul(b, by));
+}
+
+// sum[i]: of q's i-th sixteen. n: a multiple of 32.
+ER_INLINE void sum_sixteens(const std::int8_t *q, int n, std::int32_t *sum) {
+    const I ones = i_set_bytes(1);
+    for (int i = 0; i < n; i += 64) {
+        std::int8_t last[64] = {};
+        const bool whole = n - i >= 64;
+        if (!whole) __builtin_memcpy(last, q + i, 32);
+        std::int32_t fours[16];
+        i_store(fours, i_dot_small(i_zero(), ones, i_load(whole ? q + i : last)));
+        for (int j = 0; j < (whole ? 4 : 2); ++j)
+            *sum++ = (fours[4 * j] + fours[4 * j + 1]) + (fours[4 * j + 2] + fours[4 * j + 3]);
+    }
 }
 
 // A group that holds a NaN or an infinity has the scale NaN, so that what is made of it is NaN. A
 // group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
 static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const F infinity = f_set(__builtin_inff());
-    F squares = f_zero();
-    for (int i = 0; i < n; i += 16) {
-        const F v = n - i >= 16 ? f_load(x + i) : f_load_n(x + i, n - i);
-        squares = f_fma(v, v, squares);
-    }
-    const float outlier = kOutlier * (f_sum(squares) / static_cast<float>(n));
+    const float outlier = kOutlier * (sum_of_squares(x, n) / static_cast<float>(n));
+    const int groups = stride / kGroup;
     int fine = 0;
-    for (int i = 0, g = 0; i < stride; i += kGroup, ++g) {
-        const int left = n - i;
+    for (int g0 = 0; g0 < groups; g0 += 16) {  // the divisions of sixteen groups at once
+        const int some = groups - g0 < 16 ? groups - g0 : 16;
+        float most[16] = {}, inverse[16];
         F a, b;
-        if (left >= 32) {
-            a = f_load(x + i);
-            b = f_load(x + i + 16);
-        } else {
-            a = left <= 0 ? f_zero() : f_load_n(x + i, left < 16 ? left : 16);
-            b = left <= 16 ? f_zero() : f_load_n(x + i + 16, left - 16);
+        for (int j = 0; j < some; ++j) {
+            const int i = (g0 + j) * kGroup;
+            load_group(x + i, n - i, a, b);
+            // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
+            most[j] = f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
         }
-        std::int8_t *q = out.q + i;
-        std::int32_t *sum16 = out.sum16 + 2 * g;
-        // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
-        const float most =
-            f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
-        if (!has_digit(most)) {
-            i_store_int8(q, f_zero());
-            i_store_int8(q + 16, f_zero());
-            sum16[0] = sum16[1] = 0;
-            const float scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
-            out.scale[g] = scale;
-            out.scaled_sum[g] = scale * 0.0f;
-            continue;
-        }
-        const float scale = int8_digit(a, b, most, q, sum16);
-        out.scale[g] = scale;
-        float scaled_sum = scale * static_cast<float>(sum16[0] + sum16[1]);
-        if (most * most > outlier) {
-            const F step = f_set(scale);
-            const F rest_a = f_fnma(f_load_s8(q), step, a), rest_b = f_fnma(f_load_s8(q + 16), step, b);
-            const float rest = f_max_all(f_max(f_abs(rest_a), f_abs(rest_b)));
-            if (has_digit(rest)) {
-                std::int32_t *sums = out.fine_sum16 + 2 * fine;
-                const float step2 = int8_digit(rest_a, rest_b, rest, out.fine_q + 32 * fine, sums);
-                scaled_sum += step2 * static_cast<float>(sums[0] + sums[1]);
-                out.fine_scale[fine] = step2;
-                out.fine_group[fine++] = g;
+        f_store(inverse, f_div(f_set(127.0f), f_load(most)));
+        f_store_n(out.scale + g0, f_div(f_load(most), f_set(127.0f)), some);
+        for (int j = 0; j < some; ++j) {
+            const int g = g0 + j, i = g * kGroup;
+            std::int8_t *q = out.q + i;
+            if (!(most[j] < __builtin_inff() && inverse[j] < __builtin_inff())) {
+                i_store_int8(q, f_zero());
+                i_store_int8(q + 16, f_zero());
+                if (!(most[j] < __builtin_inff())) out.scale[g] = __builtin_nanf("");
+                continue;
+            }
+            load_group(x + i, n - i, a, b);
+            store_digits(q, a, b, inverse[j]);
+            if (most[j] * most[j] > outlier) {
+                const F step = f_set(out.scale[g]);
+                a = f_fnma(f_load_s8(q), step, a);
+                b = f_fnma(f_load_s8(q + 16), step, b);
+                const float rest = f_max_all(f_max(f_abs(a), f_abs(b)));
+                const float by = 127.0f / rest;
+                if (by < __builtin_inff()) {
+                    store_digits(out.fine_q + kGroup * fine, a, b, by);
+                    out.fine_scale[fine] = rest / 127.0f;
+                    out.fine_group[fine++] = g;
+                }
             }
         }
-        out.scaled_sum[g] = scaled_sum;
     }
     *out.fine_count = fine;
+    sum_sixteens(out.q, stride, out.sum16);
+    sum_sixteens(out.fine_q, kGroup * fine, out.fine_sum16);
+    const auto scaled = [](float scale, const std::int32_t *sums) {
+        return scale * static_cast<float>(sums[0] + sums[1]);
+    };
+    for (int g = 0; g < groups; ++g) out.scaled_sum[g] = scaled(out.scale[g], out.sum16 + 2 * g);
+    for (int j = 0; j < fine; ++j)
+        out.scaled_sum[out.fine_group[j]] += scaled(out.fine_scale[j], out.fine_sum16 + 2 * j);
 }
 
 }  // namespace ER_ISA

@@ -38,6 +38,8 @@ ER_INLINE void fetch_step(Fetch &fetch) {
 // ----------------------------------------------------------------------------------- quants
 // How a group's integers are read: word(group, k4, v) is its word k4, vector v of the tile.
 // Up to kDirectRows rows they are unpacked in registers, for more rows once beforehand (measured).
+// Plain nibbles always, where a register tile is as wide as a weight tile: their unpacking runs beside
+// the dot products, and fewer bytes pass the L1.
 
 struct QuantsU8 {
     static constexpr int kBytes = kGroup * kTileRows;
@@ -59,7 +61,8 @@ template <int kPlanes>
 struct QuantsNibbles {
     static constexpr int kBytes = kNibbles + kPlanes * kPlane;
     static constexpr bool kSmall = true;
-    static constexpr int kDirectRows = 32 >> kPlanes;
+    static constexpr int kDirectRows =
+        kPlanes == 0 && kVectors == kTileVectors ? INT32_MAX : 32 >> kPlanes;
     static constexpr int kDistance = kAheadNibbles;
     static constexpr int kRows = least(kInt8Rows, 5 - kPlanes);  // more would not fit the registers
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {

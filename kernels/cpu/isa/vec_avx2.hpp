@@ -291,12 +291,6 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
         _mm_packs_epi32(_mm256_castsi256_si128(hi), _mm256_extracti128_si256(hi, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words_lo, words_hi));
 }
-ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-    const __m128i biased = _mm_xor_si128(bytes, _mm_set1_epi8(-128));  // + 128, unsigned
-    const __m128i sums = _mm_sad_epu8(biased, _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-}
 // One number in every lane, from memory.
 ER_INLINE I i_bcast(const std::int32_t *p) { return i_set(*p); }
 // Byte `byte` of every lane, unsigned, as int32.

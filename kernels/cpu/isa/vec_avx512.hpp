@@ -170,11 +170,6 @@ ER_INLINE F f_load_s8(const std::int8_t *p) {
 ER_INLINE void i_store_int8(std::int8_t *p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
-ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
-    const __m512i wide =
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-    return _mm512_reduce_add_epi32(wide);
-}
 // One number in every lane, from memory. Inline assembly, volatile, for the same reason as the dot
 // product: equal starting values of several accumulators stay several registers.
 ER_INLINE I i_bcast(const std::int32_t *p) {

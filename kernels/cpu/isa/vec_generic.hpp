@@ -247,11 +247,6 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
     const F whole = f_round(x);
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(whole[i]);
 }
-ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) {
-    std::int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += p[i];
-    return sum;
-}
 // One number in every lane, from memory.
 ER_INLINE I i_bcast(const std::int32_t *p) { return I{} + *p; }
 // Byte `byte` of every lane, unsigned, as int32.

@@ -278,7 +278,6 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
     const int16x8_t high = vcombine_s16(vmovn_s32(whole.c), vmovn_s32(whole.d));
     vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
-ER_INLINE std::int32_t i_sum_int8_16(const std::int8_t *p) { return vaddlvq_s8(vld1q_s8(p)); }
 
 // Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, even products first, fused.
 // p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.

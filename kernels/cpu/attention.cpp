@@ -18,7 +18,7 @@
 namespace engineroom {
 namespace {
 
-constexpr int kItemRows = 12;  // query rows of an item: what a register tile takes in two rounds
+constexpr int kItemRows = 24;  // query rows of an item: what a register tile takes in four rounds
 constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();

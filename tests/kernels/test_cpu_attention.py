@@ -6,10 +6,10 @@ a bfloat16 cache). What is left, with values v of a row's keys:
 * float32, float16: fp32 sums over dims and keys. Scores of size up to some 10 carry a few 1e-6,
   which is the weights' relative error and so, times max|v|, the result's: 1e-5 max|v|.
 * bfloat16: weights rounded to 8 bits, a relative 2^-9 each: 2^-9 max|v| beside the above.
-* int8: weights, times their values' scales, in steps of 1/32258 of the largest product in the split,
-  which is at most max|v| / 127. 256 errors of up to half a step, independent and evenly spread, have
-  the deviation 16 * 0.29 / 32258 = 1.4e-4 max|v|; four of them. q in steps of 1/32258 of its largest
-  element moves a score, and so a weight, by less.
+* int8: weights, times their values' scales, in steps of 1/32258 of the largest product in the
+  split, which is at most max|v| / 127. 256 errors of up to half a step, independent and evenly
+  spread, have the deviation 16 * 0.29 / 32258 = 1.4e-4 max|v|; four of them. q in steps of 1/32258
+  of its largest element moves a score, and so a weight, by less.
 """
 
 from __future__ import annotations

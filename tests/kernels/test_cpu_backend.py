@@ -130,7 +130,7 @@ def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
     want = logits(executable(program, weights, ReferenceBackend(), kv_dtype), inputs)
     got = logits(executable(program, weights, CpuBackend(isa=isa), kv_dtype), inputs)
     # A 16-bit cache rounds q and the softmax weights to bf16 as well on this backend.
-    # A last bit of k or v that differs may round to the next of 127 steps: int8's has its tolerance.
+    # A last bit of k or v that differs may round to the next of 127 steps of an int8 cache.
     tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3, "int8": 0.1}[kv_dtype]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)

@@ -211,6 +211,7 @@ class ModelConfig:
 # -------------------------------------------------------------------------------------- engine
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
 MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "reference")
 ACTIVATIONS = ("auto", "int8", "float32")
@@ -274,7 +275,7 @@ class EngineConfig:
         self._one_of("device", DEVICES)
         self._one_of("dtype", DTYPES)
         self._one_of("activations", ACTIVATIONS)
-        self._one_of("kv_cache_dtype", DTYPES)
+        self._one_of("kv_cache_dtype", KV_CACHE_DTYPES)
         if self.quantization is not None:
             self._one_of("quantization", QUANTIZATIONS, "; None keeps the checkpoint's own bits")
         if self.tensor_parallel_size != 1:

@@ -21,14 +21,17 @@ from .program import Program
 from .weights import RawWeight, WeightGroup
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of the KV cache, which has int8 as well: ops.kv_write says what that holds.
+KV_DTYPES = (*DTYPE_BYTES, "int8")
+KV_SCALE_BYTES = 4  # of a row of an int8 cache: fp32
 
 
 @dataclass(frozen=True)
 class KVSpec:
     """The paged KV cache: its logical shape [num_blocks, layer, 2, kv head, slot in block, dim].
 
-    The backend owns the physical order inside one block of one head. `dtype` is a key of
-    DTYPE_BYTES.
+    The backend owns the physical order inside one block of one head. `dtype` is one of KV_DTYPES;
+    int8 has one scale beside the `head_dim` bytes of each token and kv head, of K and of V.
     """
 
     num_layers: int
@@ -39,7 +42,11 @@ class KVSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        if self.dtype == "int8":
+            row = self.head_dim + KV_SCALE_BYTES
+        else:
+            row = self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * row
 
     @property
     def bytes_per_block(self) -> int:

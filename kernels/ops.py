@@ -178,6 +178,11 @@ def kv_write(k: Handle, v: Handle, *, layer: int, num_kv_heads: int, head_dim: i
 
     k, v [T, num_kv_heads*head_dim]. Returns a handle (shape [0]) that stands for the written
     cache, so that `attention` is ordered after it. Values are rounded to the cache's dtype.
+
+    An int8 cache keeps, of each token and kv head, for K and for V apart: scale = m / 127, m being
+    the largest magnitude of the head_dim values, and q = round-to-even(x * (127 / m)), all in fp32;
+    what is read back is scale * q. Where 127 / m overflows (m below 4e-37) q is 0; where a value is
+    NaN or infinite the scale is NaN.
     """
     _same("kv_write", k, v)
     if k.shape[1] != num_kv_heads * head_dim:

@@ -60,7 +60,8 @@ ENGINE_HELP = {
     "keeps the checkpoint's own bits",
     "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "
     "(groups of 32), or float32, the activations themselves",
-    "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16 or float16",
+    "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16 or "
+    "int8 (one fp32 scale per token and kv head; about half of bfloat16's bytes)",
     "max_model_len": "context length in tokens; None is the model's own, or what fits",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens of one step, over all its requests",

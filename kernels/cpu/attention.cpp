@@ -18,7 +18,7 @@
 namespace engineroom {
 namespace {
 
-constexpr int kItemRows = 12;  // query rows of an item: what a register tile takes in two rounds
+constexpr int kItemRows = 24;  // query rows of an item: what a register tile takes in four rounds
 constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -125,7 +125,7 @@ struct Partials {
     }
 };
 
-float exp_of(float x) { return static_cast<float>(std::exp(static_cast<double>(x))); }
+float exp2_of(float x) { return static_cast<float>(std::exp2(static_cast<double>(x))); }
 
 // Takes one split more, the next in order, into the state.
 void combine(const Kernels &kernels, const Partials &state, const Partials &split) {
@@ -141,12 +141,12 @@ void combine(const Kernels &kernels, const Partials &state, const Partials &spli
             sum = split.sum[row];
             std::copy(more, more + dim, acc);
         } else if (next <= maximum) {
-            const float by = exp_of(next - maximum);
+            const float by = exp2_of(next - maximum);
             sum = sum + split.sum[row] * by;
             kernels.scale(more, by, more, dim);
             kernels.add(acc, more, acc, dim);
         } else {  // NaN too, and it spreads
-            const float by = exp_of(maximum - next);
+            const float by = exp2_of(maximum - next);
             maximum = next;
             sum = sum * by + split.sum[row];
             kernels.scale(acc, by, acc, dim);
@@ -169,8 +169,14 @@ struct Runner {
 
     int rows_of(const Item &item) const { return item.num_tokens * group; }
 
-    // Scratch: state and results of kSplitsAtOnce, the tokens' positions, then the kernel's own.
-    void attend(const Item &item, int split0, int split1, const Partials &to) const {
+    const std::int32_t *blocks_of(const Item &item) const {
+        return step.block_table + static_cast<std::ptrdiff_t>(item.sequence) * step.max_blocks;
+    }
+
+    // `next`: an item and its split that this thread attends to afterwards, or nullptr. Scratch:
+    // state and results of kSplitsAtOnce, the tokens' positions, then the kernel's own.
+    void attend(const Item &item, int split0, int split1, const Partials &to, const Item *next,
+                int next_split) const {
         std::uint8_t *after =
             scratch + Partials::floats(1 + kSplitsAtOnce, rows_of(item), dim) * sizeof(float);
         std::int32_t *positions = reinterpret_cast<std::int32_t *>(after);
@@ -187,12 +193,17 @@ struct Runner {
         view.num_tokens = item.num_tokens;
         view.group = group;
         view.kv_head = item.kv_head;
-        view.blocks =
-            step.block_table + static_cast<std::ptrdiff_t>(item.sequence) * step.max_blocks;
+        view.blocks = blocks_of(item);
         view.seq_len = step.seq_len[item.sequence];
         view.scale = attention.scale;
         view.window = attention.window;
         view.softcap = attention.softcap;
+        if (next != nullptr) {
+            view.next_blocks = blocks_of(*next);
+            view.next_kv_head = next->kv_head;
+            view.next_position = next_split * kSplit;
+            view.next_seq_len = step.seq_len[next->sequence];
+        }
         kernels.attend(attention.cache, view, split0, split1, to.maximum, to.sum, to.acc, after);
     }
 
@@ -211,15 +222,19 @@ struct Runner {
         }
     }
 
-    void run_whole(const Item &item) const {
+    // `next`: the item that this thread runs afterwards, or nullptr.
+    void run_whole(const Item &item, const Item *next) const {
         const Partials parts(reinterpret_cast<float *>(scratch), 1 + kSplitsAtOnce, rows_of(item),
                              dim);
         for (int s = item.split0; s < item.split1;) {
             const int first = s == item.split0 ? 0 : 1;  // place 0 is the state
             const int count = std::min(kSplitsAtOnce, item.split1 - s);
-            attend(item, s, s + count, parts.from(first));
+            const int after = s + count;
+            const bool more = after < item.split1;
+            attend(item, s, after, parts.from(first), more ? &item : next,
+                   more ? after : next != nullptr ? next->split0 : 0);
             for (int i = 1; i < first + count; ++i) combine(kernels, parts, parts.from(i));
-            s += count;
+            s = after;
         }
         finish(item, parts);
     }
@@ -299,11 +314,19 @@ void run_attention(const Kernels &kernels, const Attention &attention, const Ste
         return index;
     };
 
+    Item held;  // until the one after it is known
+    bool holds = false;
     const int num_divided = walk(
-        [&](const Item &item) { runner.run_whole(item); },
+        [&](const Item &item) {
+            if (holds) runner.run_whole(held, &item);
+            held = item;
+            holds = true;
+        },
         [&](const Item &item, int, const Partials &stored, int begin, int end) {
-            if (begin < end) runner.attend(item, begin, end, stored.from(begin - item.split0));
+            if (begin < end)
+                runner.attend(item, begin, end, stored.from(begin - item.split0), nullptr, 0);
         });
+    if (holds) runner.run_whole(held, nullptr);
     if (thread == 0) {  // rows behind the last sequence are padding
         const int width = attention.num_heads * runner.dim;
         for (int t = step.query_start[step.num_sequences]; t < step.num_tokens; ++t)

@@ -46,6 +46,10 @@ Dtype dtype_of(const std::string &name) {
     refuse("unknown dtype '" + name + "'; supported: float32, bfloat16, float16");
 }
 
+Dtype cache_dtype_of(const std::string &name) {
+    return name == "int8" ? Dtype::kInt8 : dtype_of(name);
+}
+
 void rows_test(const std::string &unit, const std::string &op, In x, In y, Out out, float a,
                float b) {
     const Kernels &kernels = unit_of(unit);
@@ -122,7 +126,7 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
     const Kernels &kernels = unit_of(unit);
     Attention attention;
     KVCacheView &view = attention.cache;
-    view.dtype = dtype_of(cache_dtype);
+    view.dtype = cache_dtype_of(cache_dtype);
     check(block_size > 0 && num_kv_heads > 0 && head_dim > 0 && head_dim % 2 == 0,
           "block_size, num_kv_heads and head_dim must be above 0, head_dim even");
     check(threads >= 1 && threads <= 64, "threads must be 1 to 64");
@@ -130,8 +134,7 @@ double attention_test(const std::string &unit, const std::string &cache_dtype,
     view.head_dim = head_dim;
     view.block_size = block_size;
     view.layer = cache.data();
-    view.head_bytes = static_cast<std::size_t>(2) * static_cast<std::size_t>(block_size) *
-                      static_cast<std::size_t>(head_dim) * (view.dtype == Dtype::kF32 ? 4 : 2);
+    view.head_bytes = kv_head_bytes(view.dtype, block_size, head_dim);
     view.block_stride = view.head_bytes * static_cast<std::size_t>(num_kv_heads);
     const auto num_blocks = static_cast<std::int64_t>(cache.shape(0) / view.block_stride);
 

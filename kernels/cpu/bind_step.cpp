@@ -47,6 +47,10 @@ Dtype dtype_of(const std::string &name) {
         name, {{"float32", Dtype::kF32}, {"bfloat16", Dtype::kBF16}, {"float16", Dtype::kF16}});
 }
 
+Dtype cache_dtype_of(const std::string &name) {
+    return name == "int8" ? Dtype::kInt8 : dtype_of(name);
+}
+
 // The StepProgram and the Python objects whose memory its operations point into.
 class BoundProgram {
   public:
@@ -266,7 +270,7 @@ void register_step(nb::module_ &m) {
                  if (num_layers < 1 || num_kv_heads < 1 || head_dim < 2 || head_dim % 2 != 0 ||
                      block_size < 1 || num_blocks < 1)
                      throw std::invalid_argument("a KV cache needs positive sizes and an even head_dim");
-                 new (self) KVCache(dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
+                 new (self) KVCache(cache_dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
                                     num_blocks);
              })
         .def_prop_ro("nbytes", &KVCache::bytes);

@@ -137,7 +137,7 @@ struct Int8Row {
 
 // ------------------------------------------------------------------------------- activations' dtype
 
-enum class Dtype : std::uint8_t { kF32, kBF16, kF16 };
+enum class Dtype : std::uint8_t { kF32, kBF16, kF16, kInt8 };  // kInt8: of a cache alone
 
 // ------------------------------------------------------------------------- ends of products
 
@@ -171,11 +171,19 @@ struct FinishedTile {
 
 // -------------------------------------------------------------------------------- attention
 
-// One layer's cache. A block of one kv head is contiguous: its keys, then its values, each
-// block_size * head_dim elements of `dtype`. Where block_size is a multiple of 16:
-//   keys    kBF16 [slots/16][dim/2][16][2], else [slots/16][dim][16]
-//   values  kBF16 [slots/2][dim][2],        else [slots][dim]
-// else both are [slots][dim].
+// Bytes of one kv head of one block: keys and values, each block_size * head_dim elements; behind
+// each of the two, in a kInt8 cache, one fp32 scale a slot.
+constexpr std::size_t kv_head_bytes(Dtype dtype, int block_size, int head_dim) {
+    const std::size_t row = static_cast<std::size_t>(head_dim);
+    return 2 * static_cast<std::size_t>(block_size) *
+           (dtype == Dtype::kInt8 ? row + 4 : dtype == Dtype::kF32 ? 4 * row : 2 * row);
+}
+
+// One layer's cache. A block of one kv head is contiguous. Where it is tiled, with s = 2 elements of
+// kBF16, 4 of kInt8, else 1:
+//   keys    [slots/16][dim/s][16][s]
+//   values  [slots/s][dim][s]
+// else both are [slots][dim]. An element of kInt8 is a byte q + 128, its value scale * q.
 struct KVCacheView {
     Dtype dtype = Dtype::kF32;
     int num_kv_heads = 0;
@@ -183,13 +191,20 @@ struct KVCacheView {
     int block_size = 0;
     std::uint8_t *layer = nullptr;      // block 0, kv head 0 of this layer
     std::size_t block_stride = 0;       // bytes from a block to the next
-    std::size_t head_bytes = 0;         // bytes of one kv head of one block: keys and values
+    std::size_t head_bytes = 0;         // kv_head_bytes
+    bool is_tiled() const {
+        return block_size % 16 == 0 && (dtype != Dtype::kInt8 || head_dim % 4 == 0);
+    }
     std::uint8_t *keys(std::int32_t block, int head) const {
         return layer + static_cast<std::size_t>(block) * block_stride +
                static_cast<std::size_t>(head) * head_bytes;
     }
     std::uint8_t *values(std::int32_t block, int head) const {
         return keys(block, head) + head_bytes / 2;
+    }
+    // Where a kInt8 cache has the scales of these keys or values; aligned where it is tiled.
+    std::uint8_t *scales(std::uint8_t *elements) const {
+        return elements + static_cast<std::size_t>(block_size) * static_cast<std::size_t>(head_dim);
     }
 };
 
@@ -208,6 +223,11 @@ struct AttentionRows {
     float scale = 0;
     int window = 0;   // 0: none
     float softcap = 0;  // 0: none
+    // The keys that the caller will have attended after these: fetched ahead. No result depends on it.
+    const std::int32_t *next_blocks = nullptr;
+    int next_kv_head = 0;
+    int next_position = 0;
+    int next_seq_len = 0;  // 0: nothing
 };
 
 // --------------------------------------------------------------------------------- the table
@@ -243,7 +263,7 @@ struct Kernels {
     void (*kv_write)(const KVCacheView &cache, std::int32_t slot, const float *k, const float *v);
     // Splits [split0, split1) of the rows' keys, each split s covering positions s*256 .. s*256+255.
     // max_ and sum [splits][rows], acc [splits][rows][head_dim], row = token * group + head: the
-    // split's own maximum score, sum of exp(score - maximum) and sum of exp(score - maximum) * v;
+    // split's own maximum score in units of log 2, sum of 2^(score - maximum) and of that times v;
     // a row that sees no key of a split has maximum -inf, and its sum and acc are zeros.
     void (*attend)(const KVCacheView &cache, const AttentionRows &rows, int split0, int split1,
                    float *max_, float *sum, float *acc, std::uint8_t *scratch);
@@ -255,7 +275,7 @@ constexpr std::size_t tile_scratch_bytes(int columns) {
 
 // Scratch of `attend` for that many rows (num_tokens * group) and head_dim.
 constexpr std::size_t attend_scratch_bytes(int rows, int head_dim) {
-    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 4) +
+    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 4 + 96) +
            static_cast<std::size_t>(2 * kSplit) * head_dim * sizeof(float) + 4096;
 }
 

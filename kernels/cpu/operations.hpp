@@ -27,8 +27,6 @@ inline Share share(int count, int thread, int threads) {
 
 inline std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-inline int dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
 // ------------------------------------------------------------------------------- operations
 
 // Calls row(index) for the rows of `value` that are this thread's.

@@ -179,7 +179,8 @@ float f16_value(std::uint16_t x) {
 }
 
 const char *name_of(Dtype dtype) {
-    return dtype == Dtype::kF32 ? "f32" : dtype == Dtype::kBF16 ? "bf16" : "f16";
+    const char *const names[] = {"f32", "bf16", "f16", "int8"};
+    return names[static_cast<int>(dtype)];
 }
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
@@ -732,15 +733,14 @@ class Cache {
     Memory memory;
 
     Cache(Dtype dtype, int num_blocks, int block_size, int num_kv_heads, int head_dim)
-        : memory(static_cast<std::size_t>(num_blocks) * num_kv_heads * 2 * block_size * head_dim *
-                 (dtype == Dtype::kF32 ? 4 : 2)) {
+        : memory(static_cast<std::size_t>(num_blocks) * num_kv_heads *
+                 kv_head_bytes(dtype, block_size, head_dim)) {
         view.dtype = dtype;
         view.num_kv_heads = num_kv_heads;
         view.head_dim = head_dim;
         view.block_size = block_size;
         view.layer = memory.data();  // filled with 0xff: NaN, whatever the dtype
-        view.head_bytes = static_cast<std::size_t>(2) * block_size * head_dim *
-                          (dtype == Dtype::kF32 ? 4 : 2);
+        view.head_bytes = kv_head_bytes(dtype, block_size, head_dim);
         view.block_stride = view.head_bytes * num_kv_heads;
     }
 
@@ -757,15 +757,19 @@ class Cache {
     double element(bool is_value, int slot, int head, int d) const {
         const int size = view.block_size, dim = view.head_dim, s = slot % size;
         std::size_t at = static_cast<std::size_t>(s) * dim + d;
-        const bool pairs = view.dtype == Dtype::kBF16;
-        if (size % 16 == 0 && is_value && pairs)
-            at = (static_cast<std::size_t>(s / 2) * dim + d) * 2 + s % 2;
-        if (size % 16 == 0 && !is_value && pairs)
-            at = (static_cast<std::size_t>(s / 16) * (dim / 2) + d / 2) * 32 + s % 16 * 2 + d % 2;
-        if (size % 16 == 0 && !is_value && !pairs)
-            at = (static_cast<std::size_t>(s / 16) * dim + d) * 16 + s % 16;
-        const std::uint8_t *from =
+        const int step = view.dtype == Dtype::kBF16 ? 2 : view.dtype == Dtype::kInt8 ? 4 : 1;
+        if (view.is_tiled() && is_value)
+            at = (static_cast<std::size_t>(s / step) * dim + d) * step + s % step;
+        if (view.is_tiled() && !is_value)
+            at = (static_cast<std::size_t>(s / 16) * (dim / step) + d / step) * 16 * step +
+                 s % 16 * step + d % step;
+        std::uint8_t *from =
             is_value ? view.values(slot / size, head) : view.keys(slot / size, head);
+        if (view.dtype == Dtype::kInt8) {
+            float scale;
+            std::memcpy(&scale, view.scales(from) + 4 * s, 4);
+            return scale * static_cast<float>(from[at] - 128);
+        }
         if (view.dtype == Dtype::kF32) {
             float x;
             std::memcpy(&x, from + 4 * at, 4);
@@ -776,6 +780,15 @@ class Cache {
         return view.dtype == Dtype::kF16 ? f16_value(bits) : bf16_value(bits);
     }
 };
+
+// Makes of one head's numbers what a cache of that dtype holds.
+void round_head(float *x, int dim, Dtype dtype) {
+    float most = 0;
+    for (int d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[d]));
+    for (int d = 0; d < dim; ++d)
+        x[d] = dtype == Dtype::kInt8 ? most / 127 * std::nearbyint(x[d] * (127 / most))
+                                     : static_cast<float>(rounded(x[d], dtype));
+}
 
 void check_attention(const Kernels &k) {
     Random random{8};
@@ -789,6 +802,8 @@ void check_attention(const Kernels &k) {
         {Dtype::kF16, 32, 80, 1, 7, 100, 0},   {Dtype::kF16, 8, 34, 2, 2, 0, 30.0f},
         {Dtype::kBF16, 16, 128, 1, 4, 0, 0},   {Dtype::kBF16, 48, 18, 2, 2, 300, 0},
         {Dtype::kBF16, 7, 64, 1, 1, 0, 20.0f}, {Dtype::kF32, 64, 6, 3, 13, 17, 0},
+        {Dtype::kInt8, 16, 64, 2, 3, 0, 0},    {Dtype::kInt8, 32, 20, 1, 5, 100, 0},
+        {Dtype::kInt8, 5, 34, 2, 1, 0, 30.0f},
     };
     // Sequences: their length, and how many of its last tokens are queries.
     const int lengths[] = {1, 40, 530, 257}, queries[] = {1, 23, 3, 1};
@@ -798,7 +813,10 @@ void check_attention(const Kernels &k) {
         std::snprintf(title, sizeof title, "attention %s block %d dim %d", name_of(c.dtype),
                       c.block_size, c.head_dim);
         // The weights of a bf16 cache's values are bf16 too.
-        const double tolerance = c.dtype == Dtype::kBF16 ? 4e-3 : 2e-6;
+        // Those of an int8 cache have 15 bits; tests/kernels/test_cpu_attention.py has the bound.
+        const double tolerance = c.dtype == Dtype::kBF16  ? 4e-3
+                                 : c.dtype == Dtype::kInt8 ? 6e-4
+                                                           : 2e-6;
         Check written(k.name, std::string("kv_write") + (title + 9));
         Check check(k.name, title, tolerance);
         const int dim = c.head_dim, heads = c.kv_heads * c.group, kv_width = c.kv_heads * dim;
@@ -831,10 +849,12 @@ void check_attention(const Kernels &k) {
                 k.kv_write(cache.view, slot, keys[s].data() + p * kv_width,
                            values[s].data() + p * kv_width);
                 taken[slot] = 1;
+                for (int i = 0; i < kv_width; i += dim) {
+                    round_head(keys[s].data() + p * kv_width + i, dim, c.dtype);
+                    round_head(values[s].data() + p * kv_width + i, dim, c.dtype);
+                }
                 for (int i = 0; i < kv_width; ++i) {
                     const std::size_t at = static_cast<std::size_t>(p) * kv_width + i;
-                    keys[s][at] = static_cast<float>(rounded(keys[s][at], c.dtype));
-                    values[s][at] = static_cast<float>(rounded(values[s][at], c.dtype));
                     written.same(cache.key(slot, i), keys[s][at], "key", i);
                     written.same(cache.value(slot, i), values[s][at], "value", i);
                 }

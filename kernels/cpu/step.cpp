@@ -29,15 +29,15 @@ KVCache::KVCache(Dtype dtype, int num_layers, int num_kv_heads, int head_dim, in
                  int num_blocks)
     : num_layers_(num_layers),
       num_blocks_(num_blocks),
-      layer_bytes_(static_cast<std::size_t>(num_kv_heads) * 2 * static_cast<std::size_t>(block_size) *
-                   static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(dtype_bytes(dtype))),
+      layer_bytes_(static_cast<std::size_t>(num_kv_heads) *
+                   kv_head_bytes(dtype, block_size, head_dim)),
       pages_(layer_bytes_ * static_cast<std::size_t>(num_layers) *
              static_cast<std::size_t>(num_blocks)) {
     view_.dtype = dtype;
     view_.num_kv_heads = num_kv_heads;
     view_.head_dim = head_dim;
     view_.block_size = block_size;
-    view_.head_bytes = layer_bytes_ / static_cast<std::size_t>(num_kv_heads);
+    view_.head_bytes = kv_head_bytes(dtype, block_size, head_dim);
     view_.block_stride = layer_bytes_ * static_cast<std::size_t>(num_layers);
 }
 

@@ -27,23 +27,55 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+CACHE_DTYPES = TORCH_DTYPES | {"int8": torch.int8}
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim]."""
+    """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim].
+
+    An int8 cache also has scales, fp32 [num_blocks, layer, 2, kv head, slot, 1].
+    """
 
     spec: KVSpec
     data: torch.Tensor
+    scales: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, spec: KVSpec, num_blocks: int) -> KVCache:
-        shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
-        return cls(spec, torch.zeros(shape, dtype=TORCH_DTYPES[spec.dtype]))
+        rows = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size)
+        data = torch.zeros(*rows, spec.head_dim, dtype=CACHE_DTYPES[spec.dtype])
+        return cls(spec, data, torch.zeros(*rows, 1) if spec.dtype == "int8" else None)
 
-    def tokens(self, layer: int) -> torch.Tensor:
-        """A view [num_blocks, slot, 2, kv head, dim]: index it by (block, slot) to get tokens."""
-        return self.data[:, layer].permute(0, 3, 1, 2, 4)
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def write(self, layer: int, block: torch.Tensor, slot: torch.Tensor, x: torch.Tensor) -> None:
+        """Store x, fp32 [n, 2, kv head, dim], at n places (block, slot)."""
+        if self.scales is not None:
+            x, scale = _quantised(x)
+            _by_token(self.scales, layer)[block, slot] = scale
+        _by_token(self.data, layer)[block, slot] = x.to(self.data.dtype)
+
+    def read(self, layer: int, block: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """What n places (block, slot) hold, fp32 [n, 2, kv head, dim]."""
+        x = _by_token(self.data, layer)[block, slot].float()
+        return x if self.scales is None else x * _by_token(self.scales, layer)[block, slot]
+
+
+def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
+    """A layer's view [num_blocks, slot, 2, kv head, ...]: index it by (block, slot)."""
+    return x[:, layer].permute(0, 3, 1, 2, 4)
+
+
+def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ops.kv_write.  Whole numbers [..., dim] and scales [..., 1]; x = number * scale."""
+    most = x.abs().amax(-1, keepdim=True)
+    factor = torch.tensor(127.0) / most  # the quotient: 127 / most would be 127 * (1 / most)
+    usable = torch.isfinite(most) & torch.isfinite(factor)
+    q = torch.round(x * factor).where(usable, torch.zeros(()))  # to even
+    return q, (most / 127).where(torch.isfinite(most), torch.tensor(torch.nan))
 
 
 class Sequences:
@@ -70,7 +102,7 @@ def kv_write(k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int, at: S
     both = torch.stack([k, v], dim=1).view(-1, 2, spec.num_kv_heads, spec.head_dim)
     if at.written is not None:
         both = both[at.written]
-    cache.tokens(layer)[at.write_block, at.write_slot] = both.to(cache.data.dtype)
+    cache.write(layer, at.write_block, at.write_slot, both)
 
 
 def attention(
@@ -118,7 +150,7 @@ class _Keys:
         position = torch.arange(index * KEY_TILE, min((index + 1) * KEY_TILE, self.seq_len))
         block = self.blocks[position // spec.block_size]
         both = torch.zeros(KEY_TILE, 2, spec.num_kv_heads, spec.head_dim)
-        both[: len(position)] = self.cache.tokens(self.layer)[block, position % spec.block_size]
+        both[: len(position)] = self.cache.read(self.layer, block, position % spec.block_size)
         both = both.permute(1, 2, 0, 3).contiguous()
         return both[0], both[1]
 

@@ -82,7 +82,7 @@ ENGINE_VALUES = {
     "dtype": ("float32", "float32"),
     "quantization": ("int8", "int8"),
     "activations": ("float32", "float32"),
-    "kv_cache_dtype": ("bfloat16", "bfloat16"),
+    "kv_cache_dtype": ("int8", "int8"),
     "max_model_len": ("4k", 4000),
     "max_num_batched_tokens": ("1K", 1024),
     "memory_budget": ("2GiB", "2GiB"),

@@ -42,6 +42,11 @@ def test_kv_bytes_per_token_are_layers_times_two_times_heads_times_dim():
     )
 
 
+def test_an_int8_cache_has_a_scale_for_every_row():
+    spec = kv_spec(EngineConfig(model="m", kv_cache_dtype="int8"), MODEL, "float32")
+    assert spec.bytes_per_token == 4 * 2 * 2 * (16 + 4)
+
+
 def test_the_cache_takes_what_the_requests_can_use_and_no_more():
     p = plan(max_num_seqs=2, max_model_len=100)
     assert p.fits and p.num_blocks == 2 * 7 and p.max_model_len == 100

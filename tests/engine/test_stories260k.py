@@ -30,8 +30,8 @@ def expected() -> str:
 DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.torch)]
 
 
-def greedy(path: Path, device: str) -> tuple[str, tuple[int, ...]]:
-    fp32 = {"dtype": "float32", "activations": "float32", "kv_cache_dtype": "float32"}
+def greedy(path: Path, device: str, cache: str = "float32") -> tuple[str, tuple[int, ...]]:
+    fp32 = {"dtype": "float32", "activations": "float32", "kv_cache_dtype": cache}
     if device == "reference":
         pytest.importorskip("torch", reason="the reference backend needs torch")
     with LLM(str(path), device=device, max_num_seqs=4, **fp32) as llm:
@@ -44,6 +44,14 @@ def greedy(path: Path, device: str) -> tuple[str, tuple[int, ...]]:
 def test_the_exact_story(form, device, forms, expected):
     text, _ = greedy(forms[form], device)
     assert text.strip() == expected.strip()
+
+
+@pytest.mark.torch
+def test_an_int8_cache_tells_the_same_story_on_either_backend(forms, expected):
+    ours, tokens = greedy(forms["F32"], "cpu", "int8")
+    theirs, same = greedy(forms["F32"], "reference", "int8")
+    assert tokens == same and ours == theirs
+    assert ours.strip()[:40] == expected.strip()[:40]
 
 
 @pytest.mark.parametrize("device", DEVICES)

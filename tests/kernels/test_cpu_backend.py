@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engineroom.kernels.backend import KVSpec, StepInputs
+from engineroom.kernels.backend import KV_DTYPES, KVSpec, StepInputs
 from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
 from engineroom.kernels.cpu.quantise import as_packed
@@ -142,7 +142,7 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
     from engineroom.kernels.reference import ReferenceBackend
 
@@ -152,9 +152,20 @@ def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
     want = logits(executable(program, weights, ReferenceBackend(), kv_dtype), inputs)
     got = logits(executable(program, weights, CpuBackend(isa=isa), kv_dtype), inputs)
     # A 16-bit cache rounds q and the softmax weights to bf16 as well on this backend.
-    tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3}[kv_dtype]
+    # A last bit of k or v that differs may round to the next of 127 steps of an int8 cache.
+    tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3, "int8": 0.1}[kv_dtype]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("block_size, dim", [(16, 8), (3, 6)])
+def test_the_cache_takes_the_bytes_that_its_spec_says(
+    kv_dtype: str, block_size: int, dim: int
+) -> None:
+    wanted = KVSpec(3, 2, dim, block_size, kv_dtype)
+    cache = CpuBackend().allocate_kv(wanted, 7)
+    assert cache.native.nbytes == 7 * wanted.bytes_per_block
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -202,6 +213,7 @@ CASES: dict[str, tuple[Callable[[Program], dict[str, Any]], dict[str, Any], str]
     "Q8_0": (lambda p: quantised(p, Q8_0), {"activations": "float32"}, "bfloat16"),
     "INT8": (lambda p: packed_as(p, INT8, INT8), {}, "bfloat16"),
     "INT4": (lambda p: packed_as(p, INT4, INT8), {}, "bfloat16"),
+    "Q4_1, int8 cache": (lambda p: quantised(p, Q4_1), {}, "int8"),
 }
 
 

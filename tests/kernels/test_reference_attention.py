@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference backend needs torch")
 
 from engineroom.kernels import ops  # noqa: E402
-from engineroom.kernels.backend import KVSpec, StepInputs  # noqa: E402
+from engineroom.kernels.backend import KV_DTYPES, KVSpec, StepInputs  # noqa: E402
 from engineroom.kernels.program import Program  # noqa: E402
 from engineroom.kernels.reference import ReferenceBackend  # noqa: E402
 from engineroom.kernels.reference.attention import GROUP_TILES, KEY_TILE, QUERY_TILE  # noqa: E402
@@ -104,6 +104,15 @@ class Layer:
         return self.feed(self.pages.add(), tokens, chunk or len(tokens))
 
 
+def cached(x: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """x [n, heads, dim] as the cache holds it, in float64."""
+    if kv_dtype != "int8":
+        return rounded(x, kv_dtype)
+    most = np.abs(x.astype(np.float32)).max(-1, keepdims=True)
+    q = np.rint(x.astype(np.float32) * (np.float32(127) / most))
+    return q.astype(np.float64) * (most / np.float32(127))
+
+
 def oracle(
     shape: Shape, tokens: Sequence[int], dtype: str, kv_dtype: str, spread: float = 1.5
 ) -> np.ndarray:
@@ -111,7 +120,7 @@ def oracle(
     t = {n: rounded(x, dtype)[tokens] for n, x in shape.tables(spread=spread).items()}
     d = shape.head_dim
     q = t["q"].reshape(len(tokens), -1, d)
-    k, v = (rounded(t[n], kv_dtype).reshape(len(tokens), -1, d) for n in "kv")
+    k, v = (cached(t[n].reshape(len(tokens), -1, d), kv_dtype) for n in "kv")
     out = np.zeros_like(q)
     for p in range(len(tokens)):
         first = max(0, p - shape.window + 1) if shape.window else 0
@@ -156,7 +165,7 @@ def test_attention_is_its_formula(name: str) -> None:
         assert_close(got, oracle(shape, tokens, "float32", "float32"), "float32", 4e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_dtypes(dtype: str, kv_dtype: str) -> None:
     shape = SHAPES["gqa 4"]
@@ -268,6 +277,22 @@ def test_kv_write_stores_rounded_values_at_their_slots_alone() -> None:
             row = torch.from_numpy(shape.tables()[name][token]).to(torch.bfloat16)
             want[block, 1, part, :, position % 4] = row.view(2, 8)
     assert torch.equal(layer.cache.data, want)
+
+
+def test_kv_write_to_an_int8_cache_stores_steps_and_scales() -> None:
+    spec = KVSpec(1, 2, 4, 4, "int8")
+    cache = ReferenceBackend().allocate_kv(spec, 2)
+    assert cache.nbytes == 2 * spec.bytes_per_block == 2 * 4 * 2 * 2 * (4 + 4)
+    x = torch.tensor([[127, 0.5, 1.5, -2.5], [0, 0, 0, 0], [1e-38] * 4, [1, 2, float("nan"), 3]])
+    heads = x.view(2, 1, 2, 4).repeat(1, 2, 1, 1)  # two tokens of two heads, k and v alike
+    at = torch.tensor([1, 1]), torch.tensor([0, 3])
+    cache.write(0, *at, heads)
+    assert cache.data[1, 0, 0, :, 0].tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    assert cache.scales[1, 0, :, :, 0, 0].tolist() == [[1.0, 0.0]] * 2
+    assert cache.data[1, 0, 0, :, 3].tolist() == [[0] * 4] * 2
+    got = cache.read(0, *at)
+    assert got[0, 1].tolist() == [[127, 0, 2, -2], [0] * 4]
+    assert got[1, 0, 0].tolist() == [0] * 4 and torch.isnan(got[1, 0, 1]).all()
 
 
 def test_a_shared_prefix_reads_the_same_bits() -> None:

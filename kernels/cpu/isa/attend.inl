@@ -6,6 +6,8 @@
 // whether its tile was walked for a neighbour's sake. A value that is not finite (a slot past the
 // sequence's end may hold anything, a later token's value may be NaN) would change something: a row
 // whose result is not finite is made anew from a copy of its tiles with zeros where it sees none.
+//
+// Scores are kept in units of log 2: weights are powers of two.
 namespace engineroom {
 namespace ER_ISA {
 
@@ -22,6 +24,7 @@ struct CacheBF16 {
     using Operand = std::uint16_t;
     using Vector = P;
     static constexpr int kStep = 2;
+    static constexpr bool kInt8 = false;
     ER_INLINE P load(const std::uint16_t *p) { return p_load(p); }
     ER_INLINE P load_n(const std::uint16_t *p, int n) { return p_load_n(p, n); }
     ER_INLINE P spread(const std::uint16_t *p) { return p_bcast(p); }
@@ -31,6 +34,7 @@ struct CacheBF16 {
     ER_INLINE void operand_n(std::uint16_t *to, F x, int n) {
         f_store_bf16_n(to, x, n);
     }
+    ER_INLINE void weight(std::uint16_t *to, F x) { f_store_bf16_normal(to, x); }
 };
 
 struct CacheF32 {
@@ -38,6 +42,7 @@ struct CacheF32 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
+    static constexpr bool kInt8 = false;
     ER_INLINE void store(float *to, F x) { f_store(to, x); }
     ER_INLINE F load(const float *p) { return f_load(p); }
     ER_INLINE F load_n(const float *p, int n) { return f_load_n(p, n); }
@@ -45,6 +50,7 @@ struct CacheF32 {
     ER_INLINE F dot(F acc, F a, F b) { return f_fma(a, b, acc); }
     ER_INLINE void operand(float *to, F x) { f_store(to, x); }
     ER_INLINE void operand_n(float *to, F x, int n) { f_store_n(to, x, n); }
+    ER_INLINE void weight(float *to, F x) { f_store(to, x); }
 };
 
 struct CacheF16 {
@@ -52,6 +58,7 @@ struct CacheF16 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
+    static constexpr bool kInt8 = false;
     ER_INLINE void store(std::uint16_t *to, F x) { f_store_f16(to, x); }
     ER_INLINE F load(const std::uint16_t *p) { return f_load_f16(p); }
     ER_INLINE F load_n(const std::uint16_t *p, int n) { return f_load_f16_n(p, n); }
@@ -59,18 +66,67 @@ struct CacheF16 {
     ER_INLINE F dot(F acc, F a, F b) { return f_fma(a, b, acc); }
     ER_INLINE void operand(float *to, F x) { f_store(to, x); }
     ER_INLINE void operand_n(float *to, F x, int n) { f_store_n(to, x, n); }
+    ER_INLINE void weight(float *to, F x) { f_store(to, x); }
 };
+
+// Keys and values are bytes with a scale a token; q and the weights are two signed digits of base
+// 254 each, 15 bits together: their products are sums of bytes, which are exact in any order.
+struct CacheInt8 {
+    using Element = std::uint8_t;
+    using Operand = std::int8_t;
+    static constexpr int kStep = 4;
+    static constexpr bool kInt8 = true;
+};
+
+// Rows in two digits: of row r, digit i (0: high) at digits + (2 r + i) * stride. A number is
+// scale * (254 high + low). What i_dot8 does not subtract of a byte's bias, `start` does.
+struct Digits {
+    std::int8_t *digits;
+    int stride;
+    std::int32_t *start;  // [rows][2]
+    float *scale;         // [rows]
+    Digits from(int row) const {
+        return {digits + 2 * row * stride, stride, start + 2 * row, scale + row};
+    }
+};
+
+constexpr float kDigitBase = 254.0f, kDigitMax = 127.0f * kDigitBase;
+
+// The two digits of x * by, |x * by| <= kDigitMax, at `to` and to + stride; adds them to the sums.
+// Zeros where `by` is 0: x may be no number then.
+ER_INLINE void store_digits(F x, float by, std::int8_t *to, int stride, F *high, F *low) {
+    const F all = by > 0 ? f_round(f_mul(x, f_set(by))) : f_zero();
+    const F h = f_round(f_mul(all, f_set(1.0f / kDigitBase)));
+    const F l = f_fnma(h, f_set(kDigitBase), all);
+    i_store_int8(to, h);
+    i_store_int8(to + stride, l);
+    *high = f_add(*high, h);
+    *low = f_add(*low, l);
+}
+
+// By what a row is multiplied to have digits, `most` being its largest magnitude, where infinity
+// stands for NaN too; and its scale. A row that is no number, or too small to have digits, has zeros.
+ER_INLINE float digits_factor(float most, float *scale) {
+    const float by = kDigitMax / most;
+    *scale = most < __builtin_inff() ? most / kDigitMax : __builtin_nanf("");
+    return most < __builtin_inff() && by < __builtin_inff() ? by : 0.0f;
+}
+
+ER_INLINE void store_start(std::int32_t *to, F high, F low) {
+    to[0] = -(128 - kBias8) * static_cast<std::int32_t>(f_sum(high));
+    to[1] = -(128 - kBias8) * static_cast<std::int32_t>(f_sum(low));
+}
 
 // ------------------------------------------------------------------------------ the products
 
-// So few rows wait for memory: they ask for keys ahead of their use.
+// So few rows wait for memory: while they read a tile they ask for the one that comes kAhead later.
 constexpr int kPrefetchRows = 4;
 
 // Scores of kRows rows and kTiles tiles of keys: out[i][16 j] = sum over dims of q[i] * keys[j].
-// Asks for the tiles `next`.
+// Asks for the tiles `ahead`.
 template <class Cache, int kRows, int kTiles>
 static void score(const typename Cache::Element *const *keys,
-                  const typename Cache::Element *const *next, int head_dim,
+                  const typename Cache::Element *const *ahead, int head_dim,
                   const typename Cache::Operand *q, float *out) {
     using Element = typename Cache::Element;
     constexpr int kLine = kTileKeys * Cache::kStep;
@@ -88,7 +144,7 @@ static void score(const typename Cache::Element *const *keys,
         for (int j = 0; j < kTiles; ++j) {
             k[j] = Cache::load(key[j]);
             key[j] += kLine;
-            if (kRows <= kPrefetchRows) prefetch(next[j] + d / Cache::kStep * kLine);
+            if (kRows <= kPrefetchRows) prefetch(ahead[j] + d / Cache::kStep * kLine);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < kRows; ++i) {
@@ -106,7 +162,8 @@ static void score(const typename Cache::Element *const *keys,
 // Weighted values of kRows rows: out[i][16 j] = sum over keys of weight[i] * values, in kVectors
 // vectors of dims from `dim` on; where kPartial, the one vector has `lanes` dims.
 template <class Cache, int kRows, int kVectors, bool kPartial>
-static void weigh(const typename Cache::Element *const *values, int tiles, int head_dim, int dim,
+static void weigh(const typename Cache::Element *const *values,
+                  const typename Cache::Element *const *ahead, int tiles, int head_dim, int dim,
                   int lanes, const typename Cache::Operand *weight, float *out) {
     constexpr int kStep = Cache::kStep;
     F acc[kRows][kVectors];
@@ -119,8 +176,11 @@ static void weigh(const typename Cache::Element *const *values, int tiles, int h
         for (int key = 0; key < kTileKeys; key += kStep, value += head_dim * kStep) {
             typename Cache::Vector v[kVectors];
 #pragma GCC unroll 6
-            for (int j = 0; j < kVectors; ++j)
-                v[j] = kPartial ? Cache::load_n(value, lanes) : Cache::load(value + 16 * j * kStep);
+            for (int j = 0; j < kVectors; ++j) {
+                const typename Cache::Element *at = value + 16 * j * kStep;
+                v[j] = kPartial ? Cache::load_n(at, lanes) : Cache::load(at);
+                if (kRows <= kPrefetchRows) prefetch(ahead[t] + (at - values[t]));
+            }
 #pragma GCC unroll 6
             for (int i = 0; i < kRows; ++i) {
                 const typename Cache::Vector x = Cache::spread(weight + i * kSplit + key);
@@ -144,31 +204,149 @@ static void weigh(const typename Cache::Element *const *values, int tiles, int h
         }
 }
 
+// The same in digits; `scales` are the keys' own, 16 of each tile.
+template <int kRows, int kTiles>
+static void score_int8(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
+                       const float *const *scales, const Digits &q, int key_dim, float *out) {
+    I acc[kRows][2][kTiles];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int digit = 0; digit < 2; ++digit)
+#pragma GCC unroll 6
+            for (int j = 0; j < kTiles; ++j) acc[i][digit][j] = i_bcast(q.start + 2 * i + digit);
+    for (int d = 0; d < key_dim; d += 4) {
+        I k[kTiles];
+#pragma GCC unroll 6
+        for (int j = 0; j < kTiles; ++j) {
+            k[j] = i_load(keys[j] + kTileKeys * d);
+            if (kRows <= kPrefetchRows) prefetch(ahead[j] + kTileKeys * d);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int digit = 0; digit < 2; ++digit) {
+                const I x = i_bcast4(q.digits + (2 * i + digit) * q.stride + d);
+#pragma GCC unroll 6
+                for (int j = 0; j < kTiles; ++j)
+                    acc[i][digit][j] = i_dot8(acc[i][digit][j], k[j], x);
+            }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 6
+        for (int j = 0; j < kTiles; ++j) {
+            const F sum = f_fma(f_of_i(acc[i][0][j]), f_set(kDigitBase), f_of_i(acc[i][1][j]));
+            const F scaled = f_mul(f_mul(sum, f_set(q.scale[i])), f_load(scales[j]));
+            f_store(out + i * kSplit + j * kTileKeys, scaled);
+        }
+}
+
+template <int kRows, int kVectors, bool kPartial>
+static void weigh_int8(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
+                       int tiles, int head_dim, int dim, int lanes, const Digits &weight,
+                       float *out) {
+    I acc[kRows][2][kVectors];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int digit = 0; digit < 2; ++digit)
+#pragma GCC unroll 6
+            for (int j = 0; j < kVectors; ++j)
+                acc[i][digit][j] = i_bcast(weight.start + 2 * i + digit);
+    const std::int8_t *digits = weight.digits;
+    for (int t = 0; t < tiles; ++t) {
+        const std::uint8_t *value = values[t] + 4 * dim;
+        for (int key = 0; key < kTileKeys; key += 4, value += 4 * head_dim, digits += 4) {
+            I v[kVectors];
+#pragma GCC unroll 6
+            for (int j = 0; j < kVectors; ++j) {
+                const std::uint8_t *at = value + 64 * j;
+                v[j] = kPartial ? i_load_n(at, lanes) : i_load(at);
+                if (kRows <= kPrefetchRows) prefetch(ahead[t] + (at - values[t]));
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+                for (int digit = 0; digit < 2; ++digit) {
+                    const I x = i_bcast4(digits + (2 * i + digit) * kSplit);
+#pragma GCC unroll 6
+                    for (int j = 0; j < kVectors; ++j)
+                        acc[i][digit][j] = i_dot8(acc[i][digit][j], v[j], x);
+                }
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 6
+        for (int j = 0; j < kVectors; ++j) {
+            float *to = out + static_cast<std::ptrdiff_t>(i) * head_dim + dim + 16 * j;
+            const F sum = f_fma(f_of_i(acc[i][0][j]), f_set(kDigitBase), f_of_i(acc[i][1][j]));
+            const F scaled = f_mul(sum, f_set(weight.scale[i]));
+            if (kPartial) {
+                f_store_n(to, scaled, lanes);
+            } else {
+                f_store(to, scaled);
+            }
+        }
+}
+
+// Calls step(begin, N) for pieces of 0 .. count-1, N the constants 4, 2 and 1 but at most kMost.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+template <int kMost, class Step>
+ER_INLINE int in_pieces(int count, int unit, Step step) {
+    int i = 0;
+    for (; kMost >= 4 && i + 4 * unit <= count; i += 4 * unit) step(i, Constant<kMost >= 4 ? 4 : 1>{});
+    for (; kMost >= 2 && i + 2 * unit <= count; i += 2 * unit) step(i, Constant<kMost >= 2 ? 2 : 1>{});
+    for (; i + unit <= count; i += unit) step(i, Constant<1>{});
+    return i;
+}
+
+// Vectors of a register tile of two digits for each of kRows rows.
+template <int kRows>
+constexpr int kDigitVectors = 2 * kRows <= kAttendRows ? kAttendVectors : kAttendVectors / 2;
+
 // Scores of `tiles` tiles, for kRows rows.
 template <class Cache, int kRows>
 static void score_tiles(const typename Cache::Element *const *keys,
-                        const typename Cache::Element *const *next, int tiles, int head_dim,
+                        const typename Cache::Element *const *ahead, int tiles, int head_dim,
                         const typename Cache::Operand *q, float *out) {
-    int t = 0;
-    for (; t + kAttendVectors <= tiles; t += kAttendVectors)
-        score<Cache, kRows, kAttendVectors>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
-    for (; t + 2 <= tiles; t += 2)
-        score<Cache, kRows, 2>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
-    if (t < tiles) score<Cache, kRows, 1>(keys + t, next + t, head_dim, q, out + t * kTileKeys);
+    in_pieces<kAttendVectors>(tiles, 1, [&](int t, auto n) {
+        score<Cache, kRows, n.value>(keys + t, ahead + t, head_dim, q, out + t * kTileKeys);
+    });
+}
+
+template <int kRows>
+static void score_tiles_int8(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
+                             const float *const *scales, int tiles, int key_dim, const Digits &q,
+                             float *out) {
+    in_pieces<kDigitVectors<kRows>>(tiles, 1, [&](int t, auto n) {
+        score_int8<kRows, n.value>(keys + t, ahead + t, scales + t, q, key_dim,
+                                   out + t * kTileKeys);
+    });
 }
 
 // All dims of the weighted values, for kRows rows.
 template <class Cache, int kRows>
-static void weigh_tiles(const typename Cache::Element *const *values, int tiles, int dim,
+static void weigh_tiles(const typename Cache::Element *const *values,
+                        const typename Cache::Element *const *ahead, int tiles, int dim,
                         const typename Cache::Operand *weight, float *out) {
-    int d = 0;
-    for (; d + 16 * kAttendVectors <= dim; d += 16 * kAttendVectors)
-        weigh<Cache, kRows, kAttendVectors, false>(values, tiles, dim, d, 16, weight, out);
-    for (; d + 32 <= dim; d += 32)
-        weigh<Cache, kRows, 2, false>(values, tiles, dim, d, 16, weight, out);
-    for (; d + 16 <= dim; d += 16)
-        weigh<Cache, kRows, 1, false>(values, tiles, dim, d, 16, weight, out);
-    if (d < dim) weigh<Cache, kRows, 1, true>(values, tiles, dim, d, dim - d, weight, out);
+    const int d = in_pieces<kAttendVectors>(dim, 16, [&](int at, auto n) {
+        weigh<Cache, kRows, n.value, false>(values, ahead, tiles, dim, at, 16, weight, out);
+    });
+    if (d < dim) weigh<Cache, kRows, 1, true>(values, ahead, tiles, dim, d, dim - d, weight, out);
+}
+
+template <int kRows>
+static void weigh_tiles_int8(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
+                             int tiles, int dim, const Digits &weight, float *out) {
+    const int d = in_pieces<kDigitVectors<kRows>>(dim, 16, [&](int at, auto n) {
+        weigh_int8<kRows, n.value, false>(values, ahead, tiles, dim, at, 16, weight, out);
+    });
+    if (d < dim) weigh_int8<kRows, 1, true>(values, ahead, tiles, dim, d, dim - d, weight, out);
 }
 
 // call(N) with N the constant `rows`, 1 <= rows <= kAttendRows.
@@ -223,68 +401,147 @@ struct RowBlocks {
     int start(int block) const { return rows * block / count; }
 };
 
-// A call's scratch, by row: q [rows][head_dim], scores [rows][256] and weights [rows][256] (where
-// Operand is float these take the scores' place); then the gathered keys and values of a split.
+// A call's scratch, by row: scores [rows][256], weights [rows][256] (where Operand is float these
+// take the scores' place; [rows][2][256] digits), q [rows][head_dim] ([rows][2][16 n] digits); the
+// starts and scales of digits; then the gathered keys and values of a split, and their scales.
 template <class Cache>
 struct Attend {
     using Element = typename Cache::Element;
     using Operand = typename Cache::Operand;
     static constexpr bool kInPlace = sizeof(Operand) == sizeof(float);
+    static constexpr int kAhead = Cache::kInt8 ? 2 * kAttendVectors : kAttendVectors;  // tiles
 
     const KVCacheView &cache;
     const AttentionRows &rows;
     const int count, dim;
+    const int key_dim;  // dim, a multiple of kStep
     Operand *q;
     float *scores;
     Operand *weights;
-    Element *gathered;  // keys, then values
+    Digits q_digits, weight_digits;  // of an int8 cache
+    Element *gathered;               // keys, then values
+    float *gathered_scales;          // of keys, then of values
     const Element *keys[kSplitTiles], *values[kSplitTiles];
-    const Element *next[kSplitTiles];  // keys to ask for while a tile's are in use
+    const float *key_scales[kSplitTiles], *value_scales[kSplitTiles];
+    // To ask for while the keys and then the values of the split's tiles in use are read.
+    const Element *ahead[2 * kSplitTiles];
 
     Attend(const KVCacheView &c, const AttentionRows &r, std::uint8_t *scratch)
-        : cache(c), rows(r), count(r.num_tokens * r.group), dim(c.head_dim) {
-        scores = reinterpret_cast<float *>(scratch);
-        std::uint8_t *after = scratch + static_cast<std::size_t>(count) * kSplit * sizeof(float);
-        weights = reinterpret_cast<Operand *>(kInPlace ? scratch : after);
-        if (!kInPlace) after += static_cast<std::size_t>(count) * kSplit * sizeof(Operand);
-        q = reinterpret_cast<Operand *>(after);
-        after += static_cast<std::size_t>(count) * dim * sizeof(float);
-        gathered = reinterpret_cast<Element *>(after);
+        : cache(c),
+          rows(r),
+          count(r.num_tokens * r.group),
+          dim(c.head_dim),
+          key_dim((c.head_dim + Cache::kStep - 1) / Cache::kStep * Cache::kStep) {
+        const auto take = [&](std::size_t bytes) {
+            std::uint8_t *at = scratch;
+            scratch += static_cast<std::size_t>(count) * bytes;
+            return at;
+        };
+        scores = reinterpret_cast<float *>(take(kSplit * sizeof(float)));
+        weights = kInPlace ? reinterpret_cast<Operand *>(scores)
+                           : reinterpret_cast<Operand *>(take(kSplit * 2));
+        const int vectors = (dim + 15) / 16;
+        q = reinterpret_cast<Operand *>(take(static_cast<std::size_t>(vectors) * 64));
+        if constexpr (Cache::kInt8) {
+            const auto digits = [&](Operand *at, int stride) {
+                std::int32_t *start = reinterpret_cast<std::int32_t *>(take(8));
+                return Digits{at, stride, start, reinterpret_cast<float *>(take(4))};
+            };
+            q_digits = digits(q, 16 * vectors);
+            weight_digits = digits(weights, kSplit);
+        }
+        gathered = reinterpret_cast<Element *>(scratch);
+        gathered_scales = reinterpret_cast<float *>(gathered + kSplit * (key_dim + dim));
+        for (const Element *&tile : ahead) tile = gathered;
     }
 
+    // Whether the rows are so few that they wait for memory. Keys of many tokens are in a cache.
+    bool waits() const { return rows.num_tokens == 1 || count <= kPrefetchRows; }
+
     void prepare_q() {
-        Operand *to = q;
-        for (int row = 0; row < count; ++row, to += dim) {
+        for (int row = 0; row < count; ++row) {
             const float *from = rows.q + rows.q_stride * (row / rows.group) +
                                 static_cast<std::ptrdiff_t>(row % rows.group) * dim;
-            int d = 0;
-            for (; d + 16 <= dim; d += 16) Cache::operand(to + d, f_load(from + d));
-            if (d < dim) Cache::operand_n(to + d, f_load_n(from + d, dim - d), dim - d);
+            if constexpr (Cache::kInt8) {
+                const Digits to = q_digits.from(row);
+                const F infinity = f_set(__builtin_inff());
+                F most = f_zero(), high = f_zero(), low = f_zero();
+                for (int d = 0; d < dim; d += 16)
+                    most = f_max(f_min(f_abs(load_dims(from, d)), infinity), most);
+                const float by = digits_factor(f_max_all(most), to.scale);
+                for (int d = 0; d < dim; d += 16)
+                    store_digits(load_dims(from, d), by, to.digits + d, to.stride, &high, &low);
+                store_start(to.start, high, low);
+            } else {
+                Operand *to = q + static_cast<std::ptrdiff_t>(row) * dim;
+                int d = 0;
+                for (; d + 16 <= dim; d += 16) Cache::operand(to + d, f_load(from + d));
+                if (d < dim) Cache::operand_n(to + d, f_load_n(from + d, dim - d), dim - d);
+            }
         }
+    }
+    F load_dims(const float *from, int d) const {
+        return f_load_n(from + d, dim - d < 16 ? dim - d : 16);
+    }
+
+    const Element *key_tile(const std::int32_t *blocks, int head, int position) const {
+        return reinterpret_cast<const Element *>(
+                   cache.keys(blocks[position / cache.block_size], head)) +
+               static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
     }
 
     // Points `keys` and `values` at the tiles first .. end-1 of a split; brings them into the order
-    // of tiles first where the cache does not hold tiles. `next` is a register tile further on.
+    // of tiles first where the cache does not hold tiles.
     void find_tiles(int split, int first, int end) {
         for (int t = first; t < end; ++t) {
-            const int position = split * kSplit + t * kTileKeys;
-            if (cache.block_size % kTileKeys == 0) {
+            const int position = split * kSplit + t * kTileKeys, head = rows.kv_head;
+            if (cache.is_tiled()) {
                 const std::int32_t block = rows.blocks[position / cache.block_size];
-                const std::ptrdiff_t at =
-                    static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
-                const int head = rows.kv_head;
-                keys[t] = reinterpret_cast<const Element *>(cache.keys(block, head)) + at;
-                values[t] = reinterpret_cast<const Element *>(cache.values(block, head)) + at;
+                const std::ptrdiff_t at = position % cache.block_size;
+                keys[t] = reinterpret_cast<const Element *>(cache.keys(block, head)) + at * dim;
+                values[t] = reinterpret_cast<const Element *>(cache.values(block, head)) + at * dim;
+                if constexpr (Cache::kInt8) {
+                    key_scales[t] = reinterpret_cast<const float *>(
+                                        cache.scales(cache.keys(block, head))) + at;
+                    value_scales[t] = reinterpret_cast<const float *>(
+                                          cache.scales(cache.values(block, head))) + at;
+                    if (waits()) {
+                        prefetch(key_scales[t]);
+                        prefetch(value_scales[t]);
+                    }
+                }
             } else {
-                Element *k = gathered + t * kTileKeys * dim;
-                Element *v = k + kSplit * dim;
-                gather(position, k, v);
+                Element *k = gathered + t * kTileKeys * key_dim;
+                Element *v = gathered + kSplit * key_dim + t * kTileKeys * dim;
+                gather(position, k, v, gathered_scales + t * kTileKeys);
                 keys[t] = k;
                 values[t] = v;
+                key_scales[t] = gathered_scales + t * kTileKeys;
+                value_scales[t] = key_scales[t] + kSplit;
             }
         }
-        for (int t = first; t < end; ++t)
-            next[t] = keys[t + kAttendVectors < end ? t + kAttendVectors : t];
+    }
+
+    // Fills `ahead`. After the split comes the next one of this call, or what the caller reads next.
+    void look_ahead(int split, bool last, int first, int end) {
+        const int n = end - first;
+        const std::int32_t *blocks = last ? rows.next_blocks : rows.blocks;
+        const int head = last ? rows.next_kv_head : rows.kv_head;
+        const int position = last ? rows.next_position : (split + 1) * kSplit;
+        const int length = last ? rows.next_seq_len : rows.seq_len;
+        for (int i = 0; i < 2 * n; ++i) {
+            const int j = i + kAhead;
+            const int at = position + (j - 2 * n) * kTileKeys;
+            if (j < n) {
+                ahead[i] = keys[first + j];
+            } else if (j < 2 * n) {
+                ahead[i] = values[first + j - n];
+            } else if (cache.is_tiled() && at < length) {
+                ahead[i] = key_tile(blocks, head, at);
+            } else {
+                ahead[i] = keys[first];
+            }
+        }
     }
 
     // Where key i of a tile has its dim d.
@@ -295,55 +552,115 @@ struct Attend {
         return (i / Cache::kStep * dim + d) * Cache::kStep + i % Cache::kStep;
     }
 
-    void gather(int position, Element *k, Element *v) const {
+    void gather(int position, Element *k, Element *v, float *scales) const {
         for (int i = 0; i < kTileKeys; ++i, ++position) {
             if (position >= rows.seq_len) {
                 for (int d = 0; d < dim; ++d) k[key_at(i, d)] = v[value_at(i, d)] = 0;
+                if constexpr (Cache::kInt8) scales[i] = scales[kSplit + i] = 0;
                 continue;
             }
             const std::int32_t block = rows.blocks[position / cache.block_size];
-            const std::ptrdiff_t at =
-                static_cast<std::ptrdiff_t>(position % cache.block_size) * dim;
-            const Element *from_k =
-                reinterpret_cast<const Element *>(cache.keys(block, rows.kv_head)) + at;
-            const Element *from_v =
-                reinterpret_cast<const Element *>(cache.values(block, rows.kv_head)) + at;
+            const std::ptrdiff_t at = position % cache.block_size;
+            std::uint8_t *key_block = cache.keys(block, rows.kv_head);
+            std::uint8_t *value_block = cache.values(block, rows.kv_head);
+            const Element *from_k = reinterpret_cast<const Element *>(key_block) + at * dim;
+            const Element *from_v = reinterpret_cast<const Element *>(value_block) + at * dim;
             for (int d = 0; d < dim; ++d) {
                 k[key_at(i, d)] = from_k[d];
                 v[value_at(i, d)] = from_v[d];
             }
+            if constexpr (Cache::kInt8) {
+                __builtin_memcpy(scales + i, cache.scales(key_block) + 4 * at, 4);
+                __builtin_memcpy(scales + kSplit + i, cache.scales(value_block) + 4 * at, 4);
+            }
         }
     }
 
-    // Turns a row's scores of the tiles first .. end-1 into weights, zeros where it sees no key.
-    void softmax(int row, Span span, int first, int end, float *maximum, float *total) const {
-        float *score = scores + row * kSplit;
-        Operand *weight = weights + row * kSplit;
+    // Turns the scores of rows row .. row+n-1, tiles first .. end-1, into weights, with zeros where
+    // a row sees no key.
+    void softmax(int split, int row, int n, int first, int end, float *maximum, float *total) {
         const F hidden = f_set(-__builtin_inff());
-        const F scale_by = f_set(rows.scale), cap = f_set(rows.softcap);
-        const int from = span.empty() ? end : span.first_tile();
-        const int to = span.empty() ? end : span.end_tile();
-        F most = hidden, sum = f_zero();
-        for (int t = from; t < to; ++t) {
-            F s = f_mul(f_load(score + t * kTileKeys), scale_by);
-            if (rows.softcap > 0) s = softcap_of(s, cap);
-            const int low = span.from - t * kTileKeys, high = span.to - t * kTileKeys;
-            if (low > 0 || high < kTileKeys) s = f_keep(s, low, high, hidden);
-            f_store(score + t * kTileKeys, s);
-            most = f_max(s, most);
+        const bool as_they_are = rows.softcap <= 0 && rows.scale > 0;
+        const float unit = 0x1.715476p+0f;  // 1 / log 2
+        const float factor = as_they_are ? rows.scale * unit : unit;
+        Span spans[kAttendRows];
+        // The maxima first: a sum over lanes takes long, but several run side by side.
+        for (int i = 0; i < n; ++i) {
+            float *score = scores + (row + i) * kSplit;
+            const Span span = visible(rows, (row + i) / rows.group, split);
+            spans[i] = span;
+            if (!as_they_are && !span.empty()) cap(score, span);
+            F most = hidden;
+            if (!span.empty()) {
+                keep(score, span, span.first_tile(), hidden);
+                keep(score, span, span.end_tile() - 1, hidden);
+                for (int t = span.first_tile(); t < span.end_tile(); ++t)
+                    most = f_max(f_load(score + t * kTileKeys), most);
+            }
+            maximum[row + i] = f_max_all(most) * factor;
+            // NaN scores alone leave the maximum at -inf, which is to mean that no key is seen.
+            if (!span.empty() && !(maximum[row + i] > -__builtin_inff()))
+                maximum[row + i] = __builtin_nanf("");
         }
-        *maximum = f_max_all(most);
-        // NaN scores alone leave the maximum at -inf, which is to mean that no key is seen.
-        if (from < to && !(*maximum > -__builtin_inff())) *maximum = __builtin_nanf("");
-        const F base = f_set(*maximum);
-        for (int t = first; t < from; ++t) Cache::operand(weight + t * kTileKeys, f_zero());
-        for (int t = from; t < to; ++t) {
-            const F p = exp_to_88(f_sub(f_load(score + t * kTileKeys), base));
-            sum = f_add(sum, p);
-            Cache::operand(weight + t * kTileKeys, p);
+        const F by = f_set(factor);
+        for (int i = 0; i < n; ++i) {
+            float *score = scores + (row + i) * kSplit;
+            const int from = spans[i].empty() ? end : spans[i].first_tile();
+            const int to = spans[i].empty() ? end : spans[i].end_tile();
+            const F base = f_set(maximum[row + i]);
+            F sum = f_zero();
+            if constexpr (Cache::kInt8) {
+                const F infinity = f_set(__builtin_inff());
+                F most = f_zero();
+                for (int t = from; t < to; ++t) {
+                    const F p = exp2_to_0(f_sub(f_mul(f_load(score + t * kTileKeys), by), base));
+                    sum = f_add(sum, p);
+                    f_store(score + t * kTileKeys, f_mul(p, f_load(value_scales[t])));
+                    if (t == from || t == to - 1) keep(score, spans[i], t, f_zero());
+                    most = f_max(f_min(f_load(score + t * kTileKeys), infinity), most);
+                }
+                weigh_digits(row + i, first, from, to, end, f_max_all(most));
+            } else {
+                Operand *weight = weights + (row + i) * kSplit;
+                for (int t = first; t < from; ++t) Cache::weight(weight + t * kTileKeys, f_zero());
+                for (int t = from; t < to; ++t) {
+                    const F s = f_load(score + t * kTileKeys);
+                    const F p = exp2_to_0(f_sub(f_mul(s, by), base));
+                    sum = f_add(sum, p);
+                    Cache::weight(weight + t * kTileKeys, p);
+                }
+                for (int t = to; t < end; ++t) Cache::weight(weight + t * kTileKeys, f_zero());
+            }
+            total[row + i] = f_sum(sum);
         }
-        for (int t = to; t < end; ++t) Cache::operand(weight + t * kTileKeys, f_zero());
-        *total = f_sum(sum);
+    }
+
+    // Puts `fill` in the place of a tile's keys outside of the span.
+    static void keep(float *score, Span span, int t, F fill) {
+        const int low = span.from - t * kTileKeys, high = span.to - t * kTileKeys;
+        float *at = score + t * kTileKeys;
+        if (low > 0 || high < kTileKeys) f_store(at, f_keep(f_load(at), low, high, fill));
+    }
+
+    void cap(float *score, Span span) const {
+        const F scale_by = f_set(rows.scale), most = f_set(rows.softcap);
+        for (int t = span.first_tile(); t < span.end_tile(); ++t) {
+            const F s = f_mul(f_load(score + t * kTileKeys), scale_by);
+            f_store(score + t * kTileKeys, rows.softcap > 0 ? softcap_of(s, most) : s);
+        }
+    }
+
+    // The digits of a row's weights, which lie in the place of its scores, in tiles from .. to-1.
+    void weigh_digits(int row, int first, int from, int to, int end, float most) const {
+        const Digits weight = weight_digits.from(row);
+        const float by = digits_factor(most, weight.scale);
+        const float *weighed = scores + row * kSplit;
+        F high = f_zero(), low = f_zero();
+        for (int t = first; t < end; ++t) {
+            const F w = t >= from && t < to ? f_load(weighed + t * kTileKeys) : f_zero();
+            store_digits(w, by, weight.digits + t * kTileKeys, weight.stride, &high, &low);
+        }
+        store_start(weight.start, high, low);
     }
 
     // Makes a row's result from a copy of its first and last tile of values without those that it
@@ -362,11 +679,12 @@ struct Attend {
             }
             own[t] = copy;
         }
-        weigh_tiles<Cache, 1>(own + first, end - first, dim,
+        weigh_tiles<Cache, 1>(own + first, own + first, end - first, dim,
                               weights + row * kSplit + first * kTileKeys, acc);
     }
 
-    void split(int index, float *maximum, float *total, float *acc) {
+    // `last`: of this call.
+    void split(int index, bool last, float *maximum, float *total, float *acc) {
         const Span all = visible_to_any(rows, 0, rows.num_tokens - 1, index);
         if (all.empty()) {
             for (int row = 0; row < count; ++row) {
@@ -377,10 +695,12 @@ struct Attend {
             for (std::ptrdiff_t i = 0; i < size; ++i) acc[i] = 0;
             return;
         }
-        find_tiles(index, all.first_tile(), all.end_tile());
+        const int begin = all.first_tile(), stop = all.end_tile();
+        find_tiles(index, begin, stop);
+        if (waits()) look_ahead(index, last, begin, stop);
         const RowBlocks blocks(count);
         // A few tiles of keys at a time, while they are in the nearest cache, for all rows.
-        for (int tile = all.first_tile(); tile < all.end_tile(); tile += kAttendVectors)
+        for (int tile = begin; tile < stop; tile += kAttendVectors)
             for (int b = 0; b < blocks.count; ++b) {
                 const int row = blocks.start(b), n = blocks.start(b + 1) - row;
                 const Span span = visible_to_any(rows, row / rows.group, (row + n - 1) / rows.group,
@@ -390,10 +710,16 @@ struct Attend {
                 const int end = tile + kAttendVectors < span.end_tile() ? tile + kAttendVectors
                                                                         : span.end_tile();
                 if (first >= end) continue;
-#define ER_SCORE(N)                                                                       \
-    score_tiles<Cache, N>(keys + first, next + first, end - first, dim,       \
-                          q + static_cast<std::ptrdiff_t>(row) * dim,                   \
-                          scores + row * kSplit + first * kTileKeys)
+                float *to = scores + row * kSplit + first * kTileKeys;
+                const Element *const *next = ahead + first - begin;
+#define ER_SCORE(N)                                                                              \
+    if constexpr (Cache::kInt8) {                                                                \
+        score_tiles_int8<N>(keys + first, next, key_scales + first, end - first, key_dim,        \
+                            q_digits.from(row), to);                                             \
+    } else {                                                                                     \
+        score_tiles<Cache, N>(keys + first, next, end - first, dim,                              \
+                              q + static_cast<std::ptrdiff_t>(row) * dim, to);                   \
+    }
                 ER_FOR_ROWS(n, ER_SCORE)
 #undef ER_SCORE
             }
@@ -402,27 +728,37 @@ struct Attend {
             const Span span =
                 visible_to_any(rows, row / rows.group, (row + n - 1) / rows.group, index);
             const int first = span.first_tile(), end = span.end_tile();
-            for (int i = row; i < row + n; ++i)
-                softmax(i, visible(rows, i / rows.group, index), first, end, maximum + i,
-                        total + i);
+            softmax(index, row, n, first, end, maximum, total);
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
-#define ER_WEIGH(N)                                                           \
-    weigh_tiles<Cache, N>(values + first, end - first, dim,               \
-                          weights + row * kSplit + first * kTileKeys, to)
+            const Element *const *next = ahead + (stop - begin) + (first - begin);
+#define ER_WEIGH(N)                                                                              \
+    if constexpr (Cache::kInt8) {                                                                \
+        Digits weight = weight_digits.from(row);                                                 \
+        weight.digits += first * kTileKeys;                                                      \
+        weigh_tiles_int8<N>(values + first, next, end - first, dim, weight, to);                 \
+    } else {                                                                                     \
+        weigh_tiles<Cache, N>(values + first, next, end - first, dim,                            \
+                              weights + row * kSplit + first * kTileKeys, to);                   \
+    }
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
         }
-        for (int row = 0; row < count; ++row) {
-            float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
-            F odd = f_zero();  // x - x is 0 but for infinities and NaN
-            for (int d = 0; d < dim; d += 16) {
-                const F x = f_load_n(to + d, dim - d < 16 ? dim - d : 16);
-                odd = f_add(odd, f_sub(x, x));
+        if constexpr (!Cache::kInt8) {  // whose weight of 0 times any byte is 0
+            if (all_finite(acc, count * dim)) return;
+            for (int row = 0; row < count; ++row) {
+                float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
+                if (!all_finite(to, dim)) weigh_alone(row, visible(rows, row / rows.group, index), to);
             }
-            if (f_sum(odd) == 0) continue;
-            const Span span = visible(rows, row / rows.group, index);
-            weigh_alone(row, span, to);
         }
+    }
+
+    static bool all_finite(const float *x, int n) {
+        F odd = f_zero();  // x - x is 0 but for infinities and NaN
+        for (int i = 0; i < n; i += 16) {
+            const F v = n - i >= 16 ? f_load(x + i) : f_load_n(x + i, n - i);
+            odd = f_add(odd, f_sub(v, v));
+        }
+        return f_sum(odd) == 0;
     }
 };
 
@@ -432,7 +768,7 @@ static void attend_in(const KVCacheView &cache, const AttentionRows &rows, int s
     Attend<Cache> attend(cache, rows, scratch);
     attend.prepare_q();
     for (int s = split0; s < split1; ++s) {
-        attend.split(s, max_, sum, acc);
+        attend.split(s, s + 1 == split1, max_, sum, acc);
         max_ += attend.count;
         sum += attend.count;
         acc += static_cast<std::ptrdiff_t>(attend.count) * attend.dim;
@@ -448,25 +784,56 @@ static void attend(const KVCacheView &cache, const AttentionRows &rows, int spli
             return attend_in<CacheBF16>(cache, rows, split0, split1, max_, sum, acc, scratch);
         case Dtype::kF16:
             return attend_in<CacheF16>(cache, rows, split0, split1, max_, sum, acc, scratch);
+        case Dtype::kInt8:
+            return attend_in<CacheInt8>(cache, rows, split0, split1, max_, sum, acc, scratch);
     }
 }
 
 // ---------------------------------------------------------------------------------- writes
 
-// One head's `dim` numbers x, at the strides of the cache's layout: element d of a pair of dims is
-// at `to` + d / 2 * pair + d % 2 * next.
-template <class Cache>
-static void write_head(const float *x, int dim, typename Cache::Element *to, std::ptrdiff_t pair,
+// Scatters n elements to their place in the cache: element d to to[d / kStep * stride + d % kStep *
+// next].
+template <int kStep, class Element>
+ER_INLINE void scatter(const Element *from, int n, Element *to, std::ptrdiff_t stride,
                        std::ptrdiff_t next) {
+    for (int d = 0; d < n; d += kStep, to += stride)
+        for (int i = 0; i < kStep && d + i < n; ++i) to[i * next] = from[d + i];
+}
+
+// One head's `dim` numbers x, rounded, scattered.
+template <class Cache>
+static void write_head(const float *x, int dim, typename Cache::Element *to, std::ptrdiff_t stride,
+                       std::ptrdiff_t next, std::uint8_t *) {
     typename Cache::Element rounded[16];
-    for (int d = 0; d < dim; d += 16) {
+    for (int d = 0; d < dim; d += 16, to += 16 / Cache::kStep * stride) {
         const int n = dim - d < 16 ? dim - d : 16;
         Cache::store(rounded, f_load_n(x + d, n));
-        for (int i = 0; i < n; i += 2, to += pair) {
-            to[0] = rounded[i];
-            to[next] = rounded[i + 1];
-        }
+        scatter<Cache::kStep>(rounded, n, to, stride, next);
     }
+}
+
+// ops.kv_write says what an int8 cache holds: q + 128 in a byte, and the scale.
+template <>
+void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,
+                           std::ptrdiff_t next, std::uint8_t *scale_at) {
+    const F infinity = f_set(__builtin_inff());
+    F largest = f_zero();
+    for (int d = 0; d < dim; d += 16) {
+        const F v = f_load_n(x + d, dim - d < 16 ? dim - d : 16);
+        largest = f_max(f_min(f_abs(v), infinity), largest);  // f_min turns NaN into infinity
+    }
+    const float most = f_max_all(largest);
+    const float scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
+    const F by = f_set(has_digit(most) ? 127.0f / most : 0.0f);
+    for (int d = 0; d < dim; d += 16, to += 16 / CacheInt8::kStep * stride) {
+        const int n = dim - d < 16 ? dim - d : 16;
+        std::int8_t q[16];
+        std::uint8_t bytes[16];
+        i_store_int8(q, has_digit(most) ? f_mul(f_load_n(x + d, n), by) : f_zero());
+        for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(q[i] + 128);
+        scatter<CacheInt8::kStep>(bytes, n, to, stride, next);
+    }
+    __builtin_memcpy(scale_at, &scale, 4);
 }
 
 template <class Cache>
@@ -479,14 +846,16 @@ static void kv_write_in(const KVCacheView &cache, std::int32_t slot, const float
     for (int head = 0; head < cache.num_kv_heads; ++head, k += dim, v += dim) {
         Element *keys = reinterpret_cast<Element *>(cache.keys(block, head));
         Element *values = reinterpret_cast<Element *>(cache.values(block, head));
-        if (cache.block_size % kTileKeys == 0) {
+        std::uint8_t *key_scale = cache.scales(cache.keys(block, head)) + 4 * at;
+        std::uint8_t *value_scale = cache.scales(cache.values(block, head)) + 4 * at;
+        if (cache.is_tiled()) {
             keys += at / kTileKeys * kTileKeys * dim + at % kTileKeys * kStep;
             values += at / kStep * kStep * dim + at % kStep;
-            write_head<Cache>(k, cache.head_dim, keys, 2 * kTileKeys, kStep == 2 ? 1 : kTileKeys);
-            write_head<Cache>(v, cache.head_dim, values, 2 * kStep, kStep);
+            write_head<Cache>(k, cache.head_dim, keys, kTileKeys * kStep, 1, key_scale);
+            write_head<Cache>(v, cache.head_dim, values, kStep * kStep, kStep, value_scale);
         } else {
-            write_head<Cache>(k, cache.head_dim, keys + at * dim, 2, 1);
-            write_head<Cache>(v, cache.head_dim, values + at * dim, 2, 1);
+            write_head<Cache>(k, cache.head_dim, keys + at * dim, kStep, 1, key_scale);
+            write_head<Cache>(v, cache.head_dim, values + at * dim, kStep, 1, value_scale);
         }
     }
 }
@@ -496,6 +865,7 @@ static void kv_write(const KVCacheView &cache, std::int32_t slot, const float *k
         case Dtype::kF32: return kv_write_in<CacheF32>(cache, slot, k, v);
         case Dtype::kBF16: return kv_write_in<CacheBF16>(cache, slot, k, v);
         case Dtype::kF16: return kv_write_in<CacheF16>(cache, slot, k, v);
+        case Dtype::kInt8: return kv_write_in<CacheInt8>(cache, slot, k, v);
     }
 }
 

@@ -30,6 +30,19 @@ ER_INLINE F exp_to_88(F x) {
     return f_scale2(f_add(small_expm1(less_ln2(x, n)), f_set(1.0f)), n);
 }
 
+// 2^x for x <= 0 (and up to 127), within 5e-7 of it; 0 where it is below the normal range; NaN stays
+// NaN. 2^r = 1 + r q(r) for |r| <= 1/2, q of least maximum error.
+ER_INLINE F exp2_to_0(F x) {
+    x = f_max(f_set(-200.0f), x);
+    const F n = f_round(x), r = f_sub(x, n);
+    F q = f_set(0x1.23a604p-10f);
+    q = f_fma(q, r, f_set(0x1.3cbea8p-7f));
+    q = f_fma(q, r, f_set(0x1.c74322p-5f));
+    q = f_fma(q, r, f_set(0x1.ebfa4ep-3f));
+    q = f_fma(q, r, f_set(0x1.62e39ep-1f));
+    return f_scale2(f_fma(q, r, f_set(1.0f)), n);
+}
+
 // exp(x) for any x. Above 88.4 n is held at 127, where f_scale2 still has a power of two, which
 // costs up to 1e-4 of precision; from 88.73 on it is infinity.
 ER_INLINE F exp_any(F x) {

@@ -149,6 +149,10 @@ ER_INLINE void f_store_bf16(std::uint16_t *p, F x) {
     store8(p, bf16_of_float(x.lo));
     store8(p + 8, bf16_of_float(x.hi));
 }
+// The same where no lane is subnormal.
+ER_INLINE void f_store_bf16_normal(std::uint16_t *p, F x) {
+    f_store_bf16(p, x);
+}
 ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
     std::uint16_t all[16];
     f_store_bf16(all, x);
@@ -206,6 +210,12 @@ ER_INLINE I i_set_bytes(std::uint8_t x) {
 ER_INLINE I i_load(const void *p) {
     const __m256i *from = static_cast<const __m256i *>(p);
     return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+// The first n groups of four bytes, zeros behind them.
+ER_INLINE I i_load_n(const void *p, int n) {
+    const I mask = first_lanes(n);
+    const int *words = static_cast<const int *>(p);
+    return {_mm256_maskload_epi32(words, mask.lo), _mm256_maskload_epi32(words + 8, mask.hi)};
 }
 ER_INLINE void i_store(void *p, I x) {
     __m256i *to = static_cast<__m256i *>(p);

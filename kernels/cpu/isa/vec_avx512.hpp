@@ -91,6 +91,11 @@ ER_INLINE F f_load_bf16_n(const std::uint16_t *p, int n) {
 ER_INLINE void f_store_bf16(std::uint16_t *p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), bf16_of_f(x));
 }
+// The same where no lane is subnormal.
+ER_INLINE void f_store_bf16_normal(std::uint16_t *p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
 ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
     _mm256_mask_storeu_epi16(p, first_lanes(n), bf16_of_f(x));
 }
@@ -126,6 +131,10 @@ ER_INLINE I i_zero() { return _mm512_setzero_si512(); }
 ER_INLINE I i_set(std::int32_t x) { return _mm512_set1_epi32(x); }
 ER_INLINE I i_set_bytes(std::uint8_t x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 ER_INLINE I i_load(const void *p) { return _mm512_loadu_si512(p); }
+// The first n groups of four bytes, zeros behind them.
+ER_INLINE I i_load_n(const void *p, int n) {
+    return _mm512_maskz_loadu_epi32(first_lanes(n), p);
+}
 ER_INLINE void i_store(void *p, I x) { _mm512_storeu_si512(p, x); }
 ER_INLINE I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 ER_INLINE I i_and(I a, I b) { return _mm512_and_si512(a, b); }

@@ -141,6 +141,10 @@ ER_INLINE void f_store_bf16_n(std::uint16_t *p, F x, int n) {
     for (int i = 0; i < n; ++i) p[i] = bf16_of_float(x[i]);
 }
 ER_INLINE void f_store_bf16(std::uint16_t *p, F x) { f_store_bf16_n(p, x, 16); }
+// The same where no lane is subnormal.
+ER_INLINE void f_store_bf16_normal(std::uint16_t *p, F x) {
+    f_store_bf16(p, x);
+}
 
 // Pairs of bf16. p_dot: acc + a[2i] b[2i] + a[2i+1] b[2i+1] per lane, two products and two sums in
 // an order of the unit's own. p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.
@@ -192,6 +196,12 @@ ER_INLINE I i_set_bytes(std::uint8_t x) {
 ER_INLINE I i_load(const void *p) {
     I x;
     std::memcpy(&x, p, 64);
+    return x;
+}
+// The first n groups of four bytes, zeros behind them.
+ER_INLINE I i_load_n(const void *p, int n) {
+    I x = {};
+    std::memcpy(&x, p, static_cast<std::size_t>(n) * 4);
     return x;
 }
 ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }

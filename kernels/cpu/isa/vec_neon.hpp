@@ -143,6 +143,10 @@ ER_INLINE void f_store_bf16(std::uint16_t *p, F x) {
     vst1_u16(p + 8, q_bf16_of(x.c));
     vst1_u16(p + 12, q_bf16_of(x.d));
 }
+// The same where no lane is subnormal.
+ER_INLINE void f_store_bf16_normal(std::uint16_t *p, F x) {
+    f_store_bf16(p, x);
+}
 ER_INLINE F f_load_f16_n(const std::uint16_t *p, int n) {
     std::uint16_t x[16] = {};
     for (int i = 0; i < n; ++i) x[i] = p[i];
@@ -176,6 +180,12 @@ ER_INLINE I i_load(const void *p) {
     const std::uint8_t *from = static_cast<const std::uint8_t *>(p);
     return I{vreinterpretq_s32_u8(vld1q_u8(from)), vreinterpretq_s32_u8(vld1q_u8(from + 16)),
              vreinterpretq_s32_u8(vld1q_u8(from + 32)), vreinterpretq_s32_u8(vld1q_u8(from + 48))};
+}
+// The first n groups of four bytes, zeros behind them.
+ER_INLINE I i_load_n(const void *p, int n) {
+    std::uint8_t x[64] = {};
+    std::memcpy(x, p, static_cast<std::size_t>(n) * 4);
+    return i_load(x);
 }
 ER_INLINE void i_store(void *p, I x) {
     std::uint8_t *to = static_cast<std::uint8_t *>(p);
@@ -283,9 +293,7 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
 // p_bcast: one pair in every lane. p_load_n: pairs behind n are zeros.
 ER_INLINE P p_load(const std::uint16_t *p) { return i_load(p); }
 ER_INLINE P p_load_n(const std::uint16_t *p, int pairs) {
-    std::uint16_t x[32] = {};
-    for (int i = 0; i < 2 * pairs; ++i) x[i] = p[i];
-    return i_load(x);
+    return i_load_n(p, pairs);
 }
 ER_INLINE P p_bcast(const std::uint16_t *p) {
     std::int32_t pair;

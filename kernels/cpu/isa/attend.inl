@@ -812,6 +812,11 @@ static void write_head(const float *x, int dim, typename Cache::Element *to, std
     }
 }
 
+// Whether 127 / most is a number: not so for 0, magnitudes below 4e-37, NaN and infinity.
+ER_INLINE bool has_digit(float most) {
+    return most < __builtin_inff() && 127.0f / most < __builtin_inff();
+}
+
 // ops.kv_write says what an int8 cache holds: q + 128 in a byte, and the scale.
 template <>
 void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,

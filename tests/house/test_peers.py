@@ -391,7 +391,8 @@ def test_an_option_that_is_not_there_leaves_its_row_out(
     said: list[str] = []
     ready, left_out = run.ready(Places(tmp_path), [plain, later], said.append)
     assert ready == [plain]
-    assert "engineroom later: not available: quantization='int1'" in left_out["engineroom later"]
+    assert left_out["engineroom later"].startswith("engineroom later: not available: quantization")
+    assert "'int1'" in left_out["engineroom later"]
     assert said == [f"left out: {left_out['engineroom later']}"]
     with pytest.raises(NotPrepared, match="none of these can run here:\nengineroom later"):
         run.ready(Places(tmp_path), [later], said.append)

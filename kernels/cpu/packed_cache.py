@@ -146,7 +146,7 @@ class PackedCache:
                 file.write(text)
                 file.seek(start)
                 for matrix in self._used.values():
-                    file.write(memoryview(_native.tiles_of(matrix)))
+                    file.write(_native.tiles_of(matrix).data)
                 file.flush()
                 os.fsync(fd)
             os.replace(temporary, self._path)
@@ -162,7 +162,7 @@ def _up(num_bytes: int) -> int:
 
 
 def _sum(matrix: _native.PackedMatrix) -> int:
-    tiles = memoryview(_native.tiles_of(matrix))
+    tiles = _native.tiles_of(matrix).data
     return zlib.crc32(tiles[-_SAMPLE:], zlib.crc32(tiles[:_SAMPLE]))
 
 

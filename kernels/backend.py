@@ -7,8 +7,11 @@ All arrays that cross the seam are numpy; what a backend holds inside is its own
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -176,6 +179,10 @@ class Backend(Protocol):
 
     def sampler(self, vocab_size: int) -> Sampler: ...
 
+    def available_memory(self) -> int | None:
+        """Bytes free now where weights and cache are held; None where that is the host's memory."""
+        ...
+
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log: numerics class, threads, versions."""
         ...
@@ -236,11 +243,11 @@ def check_program(
             )
 
 
-DEVICES = ("auto", "cpu", "reference")
+DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 def choose(device: str = "auto") -> Choice:
-    """Pick a backend for `device`, one of DEVICES, without importing torch.
+    """Pick a backend for `device`, one of DEVICES. Imports torch only where there is a GPU.
 
     Errors: BackendUnavailable naming what is missing and the command that brings it.
     """
@@ -250,15 +257,22 @@ def choose(device: str = "auto") -> Choice:
         )
     available = {
         "cpu": _missing_native() or "usable",
+        "triton": _missing_gpu() or "usable",
         "reference": "usable" if _installed("torch") else "needs torch, which is not installed",
     }
+    if device == "cuda":
+        if available["triton"] != "usable":
+            raise BackendUnavailable(f"the GPU backend cannot run: {available['triton']}")
+        return Choice("triton", f"asked for; Triton kernels{_on_interpreter()}", available)
+    if device == "auto" and available["triton"] == "usable" and not _on_interpreter():
+        return Choice("triton", "torch sees a GPU and triton is installed", available)
     if device != "reference":
         if available["cpu"] != "usable":
             raise BackendUnavailable(
                 f"the CPU backend cannot run: {available['cpu']}. "
                 "Install again: pip install --force-reinstall engineroom"
             )
-        asked = "asked for" if device == "cpu" else "no GPU backend in this version"
+        asked = "asked for" if device == "cpu" else f"no GPU can be used ({available['triton']})"
         return Choice("cpu", f"{asked}; native kernels on the CPU", available)
     if available["reference"] != "usable":
         raise BackendUnavailable(
@@ -282,6 +296,40 @@ def _missing_native() -> str:
     return ""
 
 
+def _on_interpreter() -> str:
+    """What to add to a reason where Triton would run on the CPU, or nothing."""
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+    return " under Triton's interpreter (TRITON_INTERPRET), on the CPU, very slow" if asked else ""
+
+
+def _missing_gpu() -> str:
+    """Why no kernel can run on a GPU, with the way to mend it, or nothing.
+
+    What can be told from files comes first, so that a machine without a GPU loads no torch.
+    """
+    absent = [package for package in ("torch", "triton") if not _installed(package)]
+    if not _on_interpreter() and not any(glob.glob(pattern) for pattern in _GPU_NODES):
+        return f"no GPU is here (none of {', '.join(_GPU_NODES)})"
+    if absent:
+        return (
+            f"{' and '.join(absent)} not installed. Install: pip install 'engineroom[gpu]' "
+            "(triton exists for Linux)"
+        )
+    if not _on_interpreter() and importlib.metadata.version("torch").endswith("+cpu"):
+        return (
+            f"torch {importlib.metadata.version('torch')} is a CPU build. Install one for the GPU: "
+            "pip install --force-reinstall torch"
+        )
+    try:
+        return str(importlib.import_module(f"{__package__}.triton.device").unusable())
+    except ImportError as error:
+        return f"{error}. Install again: pip install --force-reinstall 'engineroom[gpu]'"
+
+
+# Device nodes of NVIDIA's and AMD's drivers, and of Windows' Linux.
+_GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+
+
 def preload(choice: Choice) -> Callable[[], None]:
     """Begin importing what `create` needs in a thread; the returned call waits for it."""
 
@@ -294,7 +342,7 @@ def preload(choice: Choice) -> Callable[[], None]:
     return thread.join
 
 
-_MODULES = {name: f"{__package__}.{name}" for name in ("reference",)} | {
+_MODULES = {name: f"{__package__}.{name}" for name in ("reference", "triton")} | {
     "cpu": f"{__package__}.cpu.backend"
 }
 
@@ -318,10 +366,15 @@ def create(
             activation_dtype=activation_dtype, threads=threads, activations=activations
         )
     if activations == "int8":
+        device = "cuda" if choice.name == "triton" else choice.name
         raise BackendUnavailable(
-            "activations='int8': the reference backend multiplies weights by the activations "
-            "themselves; use device='cpu', or activations='auto'"
+            f"activations='int8': the {choice.name} backend multiplies weights by the activations "
+            f"themselves; use device='cpu' instead of {device!r}, or activations='auto'"
         )
+    if choice.name == "triton":
+        from .triton import TritonBackend  # optional third party: torch, triton
+
+        return TritonBackend(activation_dtype=activation_dtype, threads=threads)
     from .reference import ReferenceBackend  # optional third party: torch
 
     return ReferenceBackend(activation_dtype=activation_dtype, threads=threads)

@@ -54,7 +54,8 @@ SAMPLING_HELP = {
 }
 
 ENGINE_HELP = {
-    "device": "auto (native kernels on the CPU), cpu, or reference (readable torch, slow)",
+    "device": "auto (a GPU where torch sees one, else the CPU), cpu (native kernels), cuda (Triton "
+    "kernels), or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "quantising on load is not supported yet: None",
     "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engineroom import LLM, SamplingParams
+from tests.counts import count
 from tests.data import data_path
 from tests.engine.twins import write_twin
 from tests.load.stories260k import convert
@@ -29,12 +30,16 @@ def expected() -> str:
 DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.torch)]
 
 
-def greedy(path: Path, device: str) -> tuple[str, tuple[int, ...]]:
+def greedy(path: Path, device: str, max_tokens: int = 256) -> tuple[str, tuple[int, ...]]:
     fp32 = {"dtype": "float32", "activations": "float32", "kv_cache_dtype": "float32"}
+    if device == "cuda":
+        pytest.importorskip("tests.kernels.triton_device")  # skips where triton is missing
     if device == "reference":
         pytest.importorskip("torch", reason="the reference backend needs torch")
     with LLM(str(path), device=device, max_num_seqs=4, **fp32) as llm:
-        out = llm.generate("", SamplingParams(temperature=0, max_tokens=256), use_tqdm=False)[0]
+        out = llm.generate(
+            "", SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False
+        )[0]
         return out.outputs[0].text, out.outputs[0].token_ids
 
 
@@ -43,6 +48,18 @@ def greedy(path: Path, device: str) -> tuple[str, tuple[int, ...]]:
 def test_the_exact_story(form, device, forms, expected):
     text, _ = greedy(forms[form], device)
     assert text.strip() == expected.strip()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", ["hf", "Q8_0"])
+def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
+    """The whole engine on the GPU's kernels; the interpreter takes half a second a token."""
+    text, tokens = greedy(forms[form], "cuda", count(reduced=12, full=256 if form == "hf" else 60))
+    assert len(text) > 20
+    if form == "hf":
+        assert expected.strip().startswith(text.strip())
+    else:
+        assert greedy(forms[form], "cpu", len(tokens))[1] == tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)

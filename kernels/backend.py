@@ -255,16 +255,18 @@ def choose(device: str = "auto") -> Choice:
         raise BackendUnavailable(
             f"device {device!r} has no backend in this version; supported: {', '.join(DEVICES)}"
         )
+    # Its answer costs an import of torch, which a step on the CPU has no use for.
+    asks_driver = device == "cuda" or (device == "auto" and not _on_interpreter())
     available = {
         "cpu": _missing_native() or "usable",
-        "triton": _missing_gpu() or "usable",
+        "triton": _missing_for_gpu() or (_driver_refuses() if asks_driver else "") or "usable",
         "reference": "usable" if _installed("torch") else "needs torch, which is not installed",
     }
     if device == "cuda":
         if available["triton"] != "usable":
             raise BackendUnavailable(f"the GPU backend cannot run: {available['triton']}")
         return Choice("triton", f"asked for; Triton kernels{_on_interpreter()}", available)
-    if device == "auto" and available["triton"] == "usable" and not _on_interpreter():
+    if device == "auto" and available["triton"] == "usable" and asks_driver:
         return Choice("triton", "torch sees a GPU and triton is installed", available)
     if device != "reference":
         if available["cpu"] != "usable":
@@ -272,7 +274,8 @@ def choose(device: str = "auto") -> Choice:
                 f"the CPU backend cannot run: {available['cpu']}. "
                 "Install again: pip install --force-reinstall engineroom"
             )
-        asked = "asked for" if device == "cpu" else f"no GPU can be used ({available['triton']})"
+        no_gpu = "TRITON_INTERPRET is set" if _on_interpreter() else available["triton"]
+        asked = "asked for" if device == "cpu" else f"no GPU is used: {no_gpu}"
         return Choice("cpu", f"{asked}; native kernels on the CPU", available)
     if available["reference"] != "usable":
         raise BackendUnavailable(
@@ -302,14 +305,12 @@ def _on_interpreter() -> str:
     return " under Triton's interpreter (TRITON_INTERPRET), on the CPU, very slow" if asked else ""
 
 
-def _missing_gpu() -> str:
-    """Why no kernel can run on a GPU, with the way to mend it, or nothing.
-
-    What can be told from files comes first, so that a machine without a GPU loads no torch.
-    """
-    absent = [package for package in ("torch", "triton") if not _installed(package)]
+def _missing_for_gpu() -> str:
+    """What files and packages say is missing for kernels on a GPU, with the way to mend it, or
+    nothing. Imports neither torch nor triton."""
     if not _on_interpreter() and not any(glob.glob(pattern) for pattern in _GPU_NODES):
         return f"no GPU is here (none of {', '.join(_GPU_NODES)})"
+    absent = [package for package in ("torch", "triton") if not _installed(package)]
     if absent:
         return (
             f"{' and '.join(absent)} not installed. Install: pip install 'engineroom[gpu]' "
@@ -320,6 +321,11 @@ def _missing_gpu() -> str:
             f"torch {importlib.metadata.version('torch')} is a CPU build. Install one for the GPU: "
             "pip install --force-reinstall torch"
         )
+    return ""
+
+
+def _driver_refuses() -> str:
+    """Why torch and the driver cannot run kernels, or nothing."""
     try:
         return str(importlib.import_module(f"{__package__}.triton.device").unusable())
     except ImportError as error:

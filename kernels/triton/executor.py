@@ -259,7 +259,7 @@ class _Binder:
                     self._uses[name] = self._uses.get(name, 0) + 1
 
     def bind(self, node: Node) -> list[_Launch]:
-        return getattr(self, f"_{node.name}", self._map)(node)  # type: ignore[no-any-return]
+        return getattr(self, f"_{node.name}", self._map)(node)
 
     def _name(self, value: int | None) -> str:
         assert value is not None

@@ -385,11 +385,12 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of an attention layer: what decides its tiles."""
+    """Heads of an attention layer and the dtype of its products: what decides its tiles."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    product: str  # a key of DTYPE_BYTES
 
     @property
     def shared(self) -> int:
@@ -402,9 +403,14 @@ class Shape:
         return max(16, next_power_of_two(self.head_dim))
 
     def rows(self, wide: bool) -> int:
-        """Rows of a tile; a token's query heads stay together."""
-        # By registers: a program holds its split's sum and that of the splits before it.
-        least = WIDE if wide and self.padded <= 128 else NARROW
+        """Rows of a tile; a token's query heads stay together.
+
+        Two widths only where the sum over keys has one order in both, which the product's layout
+        decides: in the tensor cores of NVIDIA's cards (a test reads the compiler's layouts).
+        And by registers: a program holds its split's sum and that of the splits before it.
+        """
+        tensor_cores = self.product != "float32" and torch.version.hip is None
+        least = WIDE if wide and tensor_cores and self.padded <= 128 else NARROW
         return max(least, next_power_of_two(self.shared))
 
     def scratch_bytes(self, num_pairs: int) -> int:
@@ -412,16 +418,16 @@ class Shape:
         return 4 * num_pairs * self.num_kv_heads * self.rows(False) * (self.padded + 2)
 
 
-def tile(shape: Shape, block_size: int, rows: int, product: str) -> dict[str, Any]:
-    """The constants of walk_kernel and split_kernel. `product`: dtype of q in the products."""
-    tile_size = TILE
-    if product == "float32":  # by registers: there is no tensor core to share the work
-        tile_size = TILE // 2 if shape.padded <= 64 else TILE // 4
+def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
+    """The constants of walk_kernel and split_kernel."""
+    keys = TILE
+    if shape.product == "float32":  # by registers: there is no tensor core to share the work
+        keys = TILE // 2 if shape.padded <= 64 else TILE // 4
     return {
         "KV_HEADS": shape.num_kv_heads,
         "SHARED": shape.shared,
         "BLOCK_SIZE": block_size,
-        "TILE": tile_size,
+        "TILE": keys,
         "SPLIT": SPLIT,
         "ROWS": rows,
         "ITEM": ITEM,
@@ -431,7 +437,7 @@ def tile(shape: Shape, block_size: int, rows: int, product: str) -> dict[str, An
             "float32": tl.float32,
             "bfloat16": tl.bfloat16,
             "float16": tl.float16,
-        }[product],
+        }[shape.product],
     }
 
 
@@ -554,10 +560,7 @@ def launch(
     ahead: bool,
 ) -> None:
     """See ops.attention.  q, out [T, num_heads*head_dim]; ahead: see `options`."""
-    product = "float32"
-    if q.dtype == cache.data.dtype:
-        product = str(q.dtype).removeprefix("torch.")
-    more = options(product, ahead)
+    more = options(shape.product, ahead)
     places = (cache.block_stride, work.table.stride(0), layer, scale, softcap or 1.0, window)
     flags = {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
     for items, wide in ((work.wide, True), (work.narrow, False)):
@@ -572,13 +575,13 @@ def launch(
                 q.stride(0),
                 out.stride(0),
                 *places,
-                **tile(shape, cache.spec.block_size, shape.rows(wide), product),
+                **tile(shape, cache.spec.block_size, shape.rows(wide)),
                 **flags,
                 **more,
             )
     if len(work.pairs):
         rows = shape.rows(False)
-        constants = tile(shape, cache.spec.block_size, rows, product)
+        constants = tile(shape, cache.spec.block_size, rows)
         parts = scratch.parts(shape, len(work.pairs))
         split_kernel[(len(work.pairs), shape.num_kv_heads)](
             q,

@@ -95,7 +95,7 @@ class TritonBackend:
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
         pairs = max(attention.MIN_PAIRS, -(-max_context // attention.SPLIT))
         layers = [op for op in program if op.name == "attention"]
-        shapes = {shape_of(op) for op in layers}
+        shapes = {shape_of(op, self._dtype) for op in layers}
         splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
         widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
         sums = 4 * max(tokens, rows) * max((linear.padded_groups(w) for w in widths), default=0)

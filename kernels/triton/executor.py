@@ -113,7 +113,11 @@ class TritonExecutable:
         program = self._lowered.program
         ropes = [op for op in program if op.name == "rope"]
         self._rotations = {table_of(op): rope.Rotations(*table_of(op)) for op in ropes}
-        self._shapes = {shape_of(op) for op in program if op.name == "attention"}
+        # Queries and keys meet in the tensor cores where they have one 16-bit dtype.
+        same = kv is not None and kv.data.dtype == dtype
+        self.product = str(dtype).removeprefix("torch.") if same else "float32"
+        layers = [op for op in program if op.name == "attention"]
+        self._shapes = {shape_of(op, self.product) for op in layers}
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         self._vocab = min(
             (int(program.handles[i].shape[0]) for i in tables if i is not None), default=0
@@ -349,7 +353,7 @@ class _Binder:
 
     def _attention(self, node: Node) -> list[_Launch]:
         op, owner = _op(node), self._owner
-        q, shape, cache = op.inputs[0], shape_of(op), owner._kv
+        q, shape, cache = op.inputs[0], shape_of(op, owner.product), owner._kv
         assert cache is not None
         names = ("layer", "scale", "window", "softcap")
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
@@ -445,7 +449,8 @@ def table_of(op: Op) -> tuple[tuple[float, ...], float]:
     return attrs["inv_freq"], attrs["attention_factor"]
 
 
-def shape_of(op: Op) -> attention.Shape:
-    """The heads of an attention operation."""
+def shape_of(op: Op, product: str) -> attention.Shape:
+    """The heads of an attention operation whose products are of dtype `product`."""
     attrs: Mapping[str, Any] = op.attrs
-    return attention.Shape(attrs["num_heads"], attrs["num_kv_heads"], attrs["head_dim"])
+    heads, kv_heads, head_dim = attrs["num_heads"], attrs["num_kv_heads"], attrs["head_dim"]
+    return attention.Shape(heads, kv_heads, head_dim, product)

@@ -9,13 +9,18 @@ compiler contract a*b + c by itself: where a fused multiply-add is wanted it is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import triton
 import triton.language as tl
 
 # num_warps is 4 in every kernel unless its file says otherwise: a reduction's order follows it.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+AMD = {"matrix_instr_nonkdim": 16}  # one instruction for every width of a tile
+if torch.version.hip is not None:
+    OPTIONS |= AMD
 
 TORCH_DTYPES = {
     "float32": torch.float32,

@@ -97,17 +97,19 @@ def test_huge_scores_do_not_overflow() -> None:
     assert_close(got, oracle(shape, tokens, "float32", "float32", 60.0), "float32", 2e-3)
 
 
-@pytest.mark.parametrize("name", ["gqa 2", "window and softcap"])
-def test_rows_do_not_depend_on_chunking_or_block_size(name: str) -> None:
-    """Wide tiles, narrow ones, and splits side by side: one token at a time is the whole."""
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gqa 2", "float16"), ("window and softcap", "float32")]
+)
+def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str) -> None:
+    """Wide tiles (of fp16), narrow ones, and splits side by side."""
     shape = SHAPES[name]
     tokens = tokens_of(SPLIT + 21)
-    whole = Layer(shape, fill=np.nan).feed_new(tokens)
+    whole = Layer(shape, fill=np.nan, dtype=dtype).feed_new(tokens)
     for block_size, chunks in ((8, (SPLIT - 1, 1, 1, 20)), (24, (50, 97, 2)), (64, (SPLIT, 21)))[
         : None if FULL else 2
     ]:
         num_blocks = 1 + len(tokens) // block_size
-        layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, fill=np.nan)
+        layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, fill=np.nan, dtype=dtype)
         sequence, done = layer.pages.add(), 0
         for size in chunks:
             got = layer.run(layer.pages.step({sequence: tokens[done : done + size]}))
@@ -129,7 +131,9 @@ def test_splits_side_by_side_are_splits_one_after_the_other(
         def planned(*args, n=programs):  # type: ignore[no-untyped-def]
             return plan(*args, split_programs=n)
 
-        assert len(planned(step, attention.Shape(4, 2, 8), step.positions).pairs) == pairs
+        assert (
+            len(planned(step, attention.Shape(4, 2, 8, "float32"), step.positions).pairs) == pairs
+        )
         monkeypatch.setattr(attention, "plan", planned)
         answers.append(layer.run(step).tobytes())
     assert answers[0] == answers[1]
@@ -187,7 +191,7 @@ def test_only_padding() -> None:
 
 def test_the_work_list_covers_every_token_once() -> None:
     rng = np.random.default_rng(3)
-    shape = attention.Shape(8, 2, 64)
+    shape = attention.Shape(8, 2, 64, "float16")
     pages = Paged(16, 4000, rng)
     for size in (1, 150, 300, 3, 40):
         pages.step({pages.add(): [0] * size})

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engineroom.kernels.triton import attention, elementwise, embedding, linear, rms_norm, rope
-from engineroom.kernels.triton.numerics import OPTIONS, next_power_of_two
+from engineroom.kernels.triton.numerics import AMD, OPTIONS, next_power_of_two
 from engineroom.kernels.triton.quantised import GROUPS, LAYOUTS, QuantisedMatrix
 
 TARGETS = {
@@ -58,7 +58,8 @@ class Configuration:
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
-def _attention(dtype: str, shape: attention.Shape, block: int, **flags: bool) -> Iterator[Any]:
+def _attention(shape: attention.Shape, block: int, **flags: bool) -> Iterator[Any]:
+    dtype = shape.product
     pointer = _POINTERS[dtype]
     flags = {"HAS_CAP": False, "HAS_WINDOW": False} | flags
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
@@ -67,20 +68,21 @@ def _attention(dtype: str, shape: attention.Shape, block: int, **flags: bool) ->
     scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     plain = ("layer", "table_width", "window")
     tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
-    for wide in (False, True):
-        rows = shape.rows(wide)
+    narrow, wide = shape.rows(False), shape.rows(True)
+    for rows in (narrow, wide) if wide > narrow else (narrow,):
         yield Configuration(
             f"attention walk {dtype} {heads} page {block} rows {rows}{more}",
             attention.walk_kernel,
             {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": pointer, **metadata},
-            attention.tile(shape, block, rows, dtype) | flags,
+            attention.tile(shape, block, rows) | flags,
             attention.options(dtype, True),
             plain,
             ("scale", "cap"),
             tensor if shape.padded >= 64 else {},
             older=attention.options(dtype, False),
+            targets=tuple(t for t in TARGETS if rows == narrow or t != "gfx942"),
         )
-    constants = attention.tile(shape, block, shape.rows(False), dtype)
+    constants = attention.tile(shape, block, shape.rows(False))
     yield Configuration(
         f"attention split {dtype} {heads} page {block} rows {shape.rows(False)}{more}",
         attention.split_kernel,
@@ -246,15 +248,16 @@ def configurations() -> Iterator[Configuration]:
     """Every kernel at the tiles that the launchers choose for common models."""
     shape = attention.Shape
     for dtype in ("bfloat16", "float16"):
-        yield from _attention(dtype, shape(32, 8, 128), 16)
-    yield from list(_attention("bfloat16", shape(32, 8, 128), 64))[:-1]  # but for the merge
-    yield from _attention("bfloat16", shape(9, 3, 64), 16)
-    yield from _attention("bfloat16", shape(32, 32, 96), 16)
-    yield from _attention("bfloat16", shape(32, 32, 80), 16)
-    yield from _attention("bfloat16", shape(8, 4, 256), 16, HAS_CAP=True, HAS_WINDOW=True)
-    yield from _attention("bfloat16", shape(64, 4, 128), 128, HAS_WINDOW=True)
-    yield from _attention("float32", shape(32, 8, 128), 16)
-    yield from _attention("float32", shape(8, 4, 8), 16)
+        yield from _attention(shape(32, 8, 128, dtype), 16)
+    yield from list(_attention(shape(32, 8, 128, "bfloat16"), 64))[:-1]  # but for the merge
+    yield from _attention(shape(9, 3, 64, "bfloat16"), 16)
+    yield from _attention(shape(32, 32, 96, "bfloat16"), 16)
+    yield from _attention(shape(32, 32, 80, "bfloat16"), 16)
+    yield from _attention(shape(8, 4, 256, "bfloat16"), 16, HAS_CAP=True, HAS_WINDOW=True)
+    yield from _attention(shape(64, 4, 128, "bfloat16"), 128, HAS_WINDOW=True)
+    yield from _attention(shape(32, 8, 128, "float32"), 16)
+    yield from _attention(shape(8, 4, 8, "float32"), 16)
+    yield from _attention(shape(8, 4, 256, "float32"), 16)
     for dtype in ("bfloat16", "float16"):
         for tokens in linear.TOKENS:
             yield _linear(dtype, tokens)
@@ -292,6 +295,8 @@ def compiled(configuration: Configuration, target: str) -> dict[str, Any]:
     }
     source = ASTSource(configuration.kernel, signature, constants, attributes)
     options = configuration.options | (configuration.older if target != "sm_90" else {})
+    if target == "gfx942":
+        options |= AMD
     made = triton.compile(source, target=TARGETS[target], options=options)
     found: dict[str, Any] = {
         "name": configuration.name,
@@ -300,6 +305,7 @@ def compiled(configuration: Configuration, target: str) -> dict[str, Any]:
         "warps": made.metadata.num_warps,
         "expects": list(configuration.expects.get(target, ())),
         "without": list(configuration.without),
+        "sums": _sums(made.asm["ttgir"]),
     }
     if target.startswith("sm_"):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -319,6 +325,20 @@ def compiled(configuration: Configuration, target: str) -> dict[str, Any]:
         found["instructions"] = len(re.findall(r"^\t[a-z]\w+", code, re.M))
         found["MFMA"] = code.count("v_mfma")
     return found
+
+
+def _sums(ttgir: str) -> list[str]:
+    """Layouts that are summed over, or searched for a maximum, along the first of two axes: how
+    keys are laid out among threads, and so the order of the sum. The width is left out."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.M))
+    reduced = re.findall(
+        r"tt\.reduce.*?axis = 0.*?\}\) : \(tensor<(\d+)x\d+xf32, (#\w+)>", ttgir, re.S
+    )
+    found = set()
+    for keys, name in reduced:
+        layout = re.sub(r"instrShape = \[(\d+), \d+", r"instrShape = [\1, any", layouts[name])
+        found.add(f"{keys} keys in {layout}")
+    return sorted(found)
 
 
 def _output(tool: str, *arguments: str) -> str:

@@ -7,8 +7,11 @@ All arrays that cross the seam are numpy; what a backend holds inside is its own
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -187,6 +190,10 @@ class Backend(Protocol):
 
     def sampler(self, vocab_size: int) -> Sampler: ...
 
+    def available_memory(self) -> int | None:
+        """Bytes free now where weights and cache are held; None where that is the host's memory."""
+        ...
+
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log: numerics class, threads, versions."""
         ...
@@ -247,11 +254,11 @@ def check_program(
             )
 
 
-DEVICES = ("auto", "cpu", "reference")
+DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 def choose(device: str = "auto") -> Choice:
-    """Pick a backend for `device`, one of DEVICES, without importing torch.
+    """Pick a backend for `device`, one of DEVICES. Imports torch only where a GPU is asked for.
 
     Errors: BackendUnavailable naming what is missing and the command that brings it.
     """
@@ -259,17 +266,26 @@ def choose(device: str = "auto") -> Choice:
         raise BackendUnavailable(
             f"device {device!r} has no backend in this version; supported: {', '.join(DEVICES)}"
         )
+    missing = _missing_for_gpu()
     available = {
         "cpu": _missing_native() or "usable",
+        # The driver's answer costs an import of torch, which a step on the CPU has no use for.
+        "triton": missing or (_driver_refuses() if device == "cuda" else "") or "usable",
         "reference": "usable" if _installed("torch") else "needs torch, which is not installed",
     }
+    if device == "cuda":
+        if available["triton"] != "usable":
+            raise BackendUnavailable(f"the GPU backend cannot run: {available['triton']}")
+        return Choice("triton", f"asked for; Triton kernels{_on_interpreter()}", available)
     if device != "reference":
         if available["cpu"] != "usable":
             raise BackendUnavailable(
                 f"the CPU backend cannot run: {available['cpu']}. "
                 "Install again: pip install --force-reinstall engineroom"
             )
-        asked = "asked for" if device == "cpu" else "no GPU backend in this version"
+        # Kernels that no card has run yet are for who asks for them.
+        unproven = "its kernels are not proven on a card yet, device='cuda' asks for them"
+        asked = "asked for" if device == "cpu" else f"no GPU is used: {missing or unproven}"
         return Choice("cpu", f"{asked}; native kernels on the CPU", available)
     if available["reference"] != "usable":
         raise BackendUnavailable(
@@ -293,6 +309,43 @@ def _missing_native() -> str:
     return ""
 
 
+def _on_interpreter() -> str:
+    """What to add to a reason where Triton would run on the CPU, or nothing."""
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+    return " under Triton's interpreter (TRITON_INTERPRET), on the CPU, very slow" if asked else ""
+
+
+def _missing_for_gpu() -> str:
+    """What files and packages say is missing for kernels on a GPU, with the way to mend it, or
+    nothing. Imports neither torch nor triton."""
+    if not _on_interpreter() and not any(glob.glob(pattern) for pattern in _GPU_NODES):
+        return f"no GPU is here (none of {', '.join(_GPU_NODES)})"
+    absent = [package for package in ("torch", "triton") if not _installed(package)]
+    if absent:
+        return (
+            f"{' and '.join(absent)} not installed. Install: pip install 'engineroom[gpu]' "
+            "(triton exists for Linux)"
+        )
+    if not _on_interpreter() and importlib.metadata.version("torch").endswith("+cpu"):
+        return (
+            f"torch {importlib.metadata.version('torch')} is a CPU build. Install one for the GPU: "
+            "pip install --force-reinstall torch"
+        )
+    return ""
+
+
+def _driver_refuses() -> str:
+    """Why torch and the driver cannot run kernels, or nothing."""
+    try:
+        return str(importlib.import_module(f"{__package__}.triton.device").unusable())
+    except ImportError as error:
+        return f"{error}. Install again: pip install --force-reinstall 'engineroom[gpu]'"
+
+
+# Device nodes of NVIDIA's and AMD's drivers, and of Windows' Linux.
+_GPU_NODES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+
+
 def preload(choice: Choice) -> Callable[[], None]:
     """Begin importing what `create` needs in a thread; the returned call waits for it."""
 
@@ -305,7 +358,7 @@ def preload(choice: Choice) -> Callable[[], None]:
     return thread.join
 
 
-_MODULES = {name: f"{__package__}.{name}" for name in ("reference",)} | {
+_MODULES = {name: f"{__package__}.{name}" for name in ("reference", "triton")} | {
     "cpu": f"{__package__}.cpu.backend"
 }
 
@@ -335,13 +388,18 @@ def create(
         )
     if packed_cache is not None:
         raise BackendUnavailable(
-            "packed_cache: the reference backend packs nothing; use device='cpu', or leave it out"
+            f"packed_cache: the {choice.name} backend keeps no file; use device='cpu', or leave it out"
         )
     if activations == "int8":
+        device = "cuda" if choice.name == "triton" else choice.name
         raise BackendUnavailable(
-            "activations='int8': the reference backend multiplies weights by the activations "
-            "themselves; use device='cpu', or activations='auto'"
+            f"activations='int8': the {choice.name} backend multiplies weights by the activations "
+            f"themselves; use device='cpu' instead of {device!r}, or activations='auto'"
         )
+    if choice.name == "triton":
+        from .triton import TritonBackend  # optional third party: torch, triton
+
+        return TritonBackend(activation_dtype=activation_dtype, threads=threads)
     from .reference import ReferenceBackend  # optional third party: torch
 
     return ReferenceBackend(activation_dtype=activation_dtype, threads=threads)

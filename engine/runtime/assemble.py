@@ -115,6 +115,7 @@ def plan_load(
             program, config.max_num_batched_tokens, config.max_logit_rows, context
         ),
         kv=kv,
+        available=backend.available_memory(),
     )
     return LoadPlan(config, backend, program, weights, kv, memory, notes)
 

@@ -107,7 +107,7 @@ def _total_memory() -> int:
 
 
 def _gpus() -> list[str]:
-    """Names of NVIDIA GPUs. This version computes on the CPU; they are told for bug reports."""
+    """Names of NVIDIA GPUs, whether or not torch sees them."""
     if shutil.which("nvidia-smi") is None:
         return []
     return [line for line in _output(["nvidia-smi", "-L"]).splitlines() if line.startswith("GPU")]
@@ -142,8 +142,7 @@ def render(report: dict[str, Any]) -> str:
         f"  platform   {report['platform']}",
         f"  cpu        {cpu['name'] or cpu['machine']}: {cpu['usable_cores']} of {cpu['cores']} "
         f"cores usable; {', '.join(cpu['features']) or 'no instruction set extension found'}",
-        f"  gpu        {'; '.join(report['gpus']) or 'none found'}"
-        + (" (not used by this version)" if report["gpus"] else ""),
+        f"  gpu        {'; '.join(report['gpus']) or 'none found'}",
         f"  memory     {show_bytes(memory['available'])} available of "
         f"{show_bytes(memory['total'])}",
         f"  models     {report['cache']['folder']}"

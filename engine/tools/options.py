@@ -54,7 +54,8 @@ SAMPLING_HELP = {
 }
 
 ENGINE_HELP = {
-    "device": "auto (native kernels on the CPU), cpu, or reference (readable torch, slow)",
+    "device": "auto (the CPU in this version), cpu (native kernels), cuda (Triton "
+    "kernels), or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None "
     "keeps the checkpoint's own bits",

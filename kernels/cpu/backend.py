@@ -209,6 +209,9 @@ class CpuBackend:
         """The sampling program over logits of vocab_size."""
         return CpuSampler(vocab_size, self._pool)
 
+    def available_memory(self) -> None:
+        """The host's memory is meant."""
+
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log."""
         quantised = (

@@ -13,8 +13,9 @@ each. Memory is given to a new value only across a barrier from the last reader 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..arena import Arena
 from ..fuse import Step, early_rows, fuse
 from ..program import Op, Program, R
 
@@ -63,29 +64,6 @@ class Lowered:
     result: Place
 
 
-@dataclass
-class _Arena:
-    """Columns in use: first fit, lowest first."""
-
-    taken: list[tuple[int, int]] = field(default_factory=list)  # (first, width), ascending
-    size: int = 0
-
-    def take(self, width: int) -> int:
-        width = -(-width // _ALIGN) * _ALIGN
-        at = 0
-        for first, taken in self.taken:
-            if first - at >= width:
-                break
-            at = first + taken
-        self.taken.append((at, width))
-        self.taken.sort()
-        self.size = max(self.size, at + width)
-        return at
-
-    def give_back(self, first: int) -> None:
-        self.taken = [entry for entry in self.taken if entry[0] != first]
-
-
 def lower(program: Program, form_of: Callable[[str], Hashable]) -> Lowered:
     """Fuse, place and order a finished Program. `form_of`: see `kernels.fuse.fuse`."""
     program = early_rows(program)
@@ -94,7 +72,7 @@ def lower(program: Program, form_of: Callable[[str], Hashable]) -> Lowered:
     steps = fuse(program, form_of)
     tables = _rotation_tables(steps)
     last_read = _last_reads(program, steps)
-    arenas = {False: _Arena(), True: _Arena()}
+    arenas = {False: Arena(_ALIGN), True: Arena(_ALIGN)}
     places: dict[int, Place] = {}
     nodes: list[Node] = []
     dead: list[int] = []  # read for the last time since the last barrier

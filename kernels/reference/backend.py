@@ -83,6 +83,9 @@ class ReferenceBackend:
         """The sampling program over logits of vocab_size."""
         return ReferenceSampler(vocab_size)
 
+    def available_memory(self) -> None:
+        """The host's memory is meant."""
+
     def describe(self) -> dict[str, str]:
         """Facts for `doctor` and the step log."""
         return {

@@ -269,7 +269,7 @@ def test_a_failed_check_is_seen(
         (["complete", "x", "--top-k", "many"], "not a whole number"),
         (["complete", "x", "--logit-bias", "5"], "ID=NUMBER"),
         (["complete", "x", "--max-num-seqs", "0"], "1..4096"),
-        (["complete", "x", "--device", "tpu"], "auto, cpu, reference"),
+        (["complete", "x", "--device", "tpu"], "auto, cpu, cuda, reference"),
         (["bogus"], "unknown command 'bogus' (known: chat, complete,"),
         (["compelte", "x"], "did you mean complete?"),
         (["inspect"], "required"),

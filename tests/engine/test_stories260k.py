@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engineroom import LLM, SamplingParams
+from tests.counts import count
 from tests.data import data_path
 from tests.engine.twins import write_twin
 from tests.load.stories260k import convert
@@ -30,12 +31,18 @@ def expected() -> str:
 DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.torch)]
 
 
-def greedy(path: Path, device: str, cache: str = "float32") -> tuple[str, tuple[int, ...]]:
+def greedy(
+    path: Path, device: str, max_tokens: int = 256, cache: str = "float32"
+) -> tuple[str, tuple[int, ...]]:
     fp32 = {"dtype": "float32", "activations": "float32", "kv_cache_dtype": cache}
+    if device == "cuda":
+        pytest.importorskip("tests.kernels.triton_device")  # skips where triton is missing
     if device == "reference":
         pytest.importorskip("torch", reason="the reference backend needs torch")
     with LLM(str(path), device=device, max_num_seqs=4, **fp32) as llm:
-        out = llm.generate("", SamplingParams(temperature=0, max_tokens=256), use_tqdm=False)[0]
+        out = llm.generate(
+            "", SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False
+        )[0]
         return out.outputs[0].text, out.outputs[0].token_ids
 
 
@@ -48,10 +55,22 @@ def test_the_exact_story(form, device, forms, expected):
 
 @pytest.mark.torch
 def test_an_int8_cache_tells_the_same_story_on_either_backend(forms, expected):
-    ours, tokens = greedy(forms["F32"], "cpu", "int8")
-    theirs, same = greedy(forms["F32"], "reference", "int8")
+    ours, tokens = greedy(forms["F32"], "cpu", cache="int8")
+    theirs, same = greedy(forms["F32"], "reference", cache="int8")
     assert tokens == same and ours == theirs
     assert ours.strip()[:40] == expected.strip()[:40]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", ["hf", "Q8_0"])
+def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
+    """The whole engine on the GPU's kernels; the interpreter takes half a second a token."""
+    text, tokens = greedy(forms[form], "cuda", count(reduced=12, full=256 if form == "hf" else 60))
+    assert len(text) > 20
+    if form == "hf":
+        assert expected.strip().startswith(text.strip())
+    else:
+        assert greedy(forms[form], "cpu", len(tokens))[1] == tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -83,6 +83,7 @@ LOCAL_OURS = {
     "kernels.backend": (
         "engineroom.kernels.reference",
         "engineroom.kernels.cpu.backend",
+        "engineroom.kernels.triton",
     ),
     # The doctor must be able to say that the native module is missing.
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),

@@ -1,0 +1,609 @@
+"""Paged attention for packed rows: decoding, chunks and whole prompts by one family of kernels.
+
+Work. An item is some tokens of one sequence; with one kv head it is a tile of rows (token, query
+head of that kv head). Keys come in tiles of TILE at absolute positions, and splits of SPLIT keys.
+
+Law 2. A split is an online softmax over its tiles in ascending order that knows nothing of other
+splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
+`split_kernel` computes single splits side by side and `merge_kernel` merges what it stored. Which
+of the two serves an item, and how many rows stand in its tile, changes no bit: the formulas are the
+same functions, a tile or split that a row cannot see multiplies by 1 and adds 0, and products are
+taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill the tensor core's
+fixed side and rows its free one: one instruction family for every number of rows.
+
+Scores are in units of log2: p = 2^(s - max). P is rounded to the cache's dtype for its product
+where q has that dtype too; where they differ, both products are fp32.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the arguments of a kernel have Triton's types)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import triton
+import triton.language as tl
+
+from ..backend import StepInputs
+from .cache import KVCache
+from .numerics import LOG2_E, OPTIONS, next_power_of_two, tanh
+
+TILE = 64  # keys of one product: the height of a warpgroup's instruction; less in fp32
+SPLIT = 256  # keys whose softmax stands alone
+NARROW = 16  # rows of a tile that decodes, at least
+WIDE = 32  # rows of a tile of a longer chunk, at least, for heads of up to 128
+MIN_PAIRS = 512  # (item, split) pairs that may be computed side by side
+ITEM = 8  # int32 of an item: sequence, first token, tokens, lowest and highest position, pairs
+
+
+@triton.jit
+def _tile(
+    q,
+    position,
+    start,
+    end,
+    top,
+    total,
+    acc,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    block_stride,
+    scale,
+    cap,
+    window,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Keys start .. start + TILE, none at or past `end`, into the softmax (top, total, acc)."""
+    local = tl.arange(0, TILE)
+    key = start + local
+    d = tl.arange(0, D_PAD)
+    if BLOCK_SIZE % TILE == 0:  # one block holds the tile
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        at = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D + d[None, :]
+    else:
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
+        at = (block * block_stride + key % BLOCK_SIZE * D)[:, None] + d[None, :]
+    inside = (key < end)[:, None] & (d < D)[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    score = tl.dot(k.to(q.dtype), q, input_precision="ieee")
+    if HAS_CAP:
+        score = tanh(score * scale / cap) * (cap * LOG2_E)
+    else:
+        score = score * (scale * LOG2_E)
+    seen = key[:, None] <= position[None, :]
+    if HAS_WINDOW:
+        seen = seen & (key[:, None] > position[None, :] - window)
+    score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 0))
+    # Where a row has seen nothing yet both are -inf, and -inf - -inf must not make a NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(score - base[None, :])
+    keep = tl.exp2(top - base)
+    total = total * keep + tl.sum(p, 0)
+    acc = tl.dot(
+        tl.trans(v.to(q.dtype)), p.to(q.dtype), acc * keep[None, :], input_precision="ieee"
+    )
+    return new_top, total, acc
+
+
+@triton.jit
+def _split(
+    q,
+    position,
+    split,
+    lowest,
+    highest,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    block_stride,
+    scale,
+    cap,
+    window,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """The softmax of one split for rows at positions lowest .. highest: (top, total, acc^T)."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    begin = split * SPLIT
+    end = tl.minimum(begin + SPLIT, highest + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(begin, tl.maximum(lowest - window + 1, 0) // TILE * TILE)
+    for start in range(begin, end, TILE):
+        top, total, acc = _tile(
+            q,
+            position,
+            start,
+            end,
+            top,
+            total,
+            acc,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            block_stride,
+            scale,
+            cap,
+            window,
+            HAS_CAP,
+            HAS_WINDOW,
+            BLOCK_SIZE,
+            TILE,
+            D,
+            D_PAD,
+        )
+    return top, total, acc
+
+
+@triton.jit
+def _merge(top, total, acc, split_top, split_total, split_acc):
+    """Add the next split's softmax to that of the splits before it."""
+    new_top = tl.maximum(top, split_top)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    keep = tl.exp2(top - base)
+    take = tl.exp2(split_top - base)
+    total = total * keep + split_total * take
+    acc = acc * keep[None, :] + split_acc * take[None, :]
+    return new_top, total, acc
+
+
+@triton.jit
+def _rows(item_ptr, position_ptr, SHARED: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's rows: offset of each in q or out but for the head dim, position, and which exist."""
+    r = tl.arange(0, ROWS)
+    token = tl.load(item_ptr + 1) + r // SHARED
+    exists = r < tl.load(item_ptr + 2) * SHARED
+    position = tl.load(position_ptr + token, mask=exists, other=-1)
+    return token.to(tl.int64), r % SHARED, position, exists
+
+
+@triton.jit
+def _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, dtype):
+    """q transposed, [D_PAD, ROWS], in the dtype of the products."""
+    d = tl.arange(0, D_PAD)
+    at = token * q_stride + (kv_head * SHARED + shared) * D
+    inside = exists[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=inside, other=0.0)
+    return tl.trans(q).to(dtype)
+
+
+@triton.jit
+def _store(
+    out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
+):
+    """acc / total for rows that see a key, zeros for padding rows."""
+    d = tl.arange(0, D_PAD)
+    at = token * out_stride + (kv_head * SHARED + shared) * D
+    inside = exists[:, None] & (d < D)[None, :]
+    out = acc / tl.where(total == 0.0, 1.0, total)[None, :]
+    out = tl.where((position >= 0)[None, :], out, 0.0)
+    out = tl.trans(out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + at[:, None] + d[None, :], out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["layer", "table_width", "window"])
+def walk_kernel(
+    q_ptr,
+    out_ptr,
+    cache_ptr,
+    item_ptr,
+    position_ptr,
+    table_ptr,
+    q_stride,
+    out_stride,
+    block_stride,
+    table_width,
+    layer,
+    scale,
+    cap,
+    window,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEM: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """One item and kv head: every split that its rows see, one after the other."""
+    item_ptr += tl.program_id(0) * ITEM
+    kv_head = tl.program_id(1)
+    lowest = tl.load(item_ptr + 3)
+    highest = tl.load(item_ptr + 4)
+    token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
+    q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
+    table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
+    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
+    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(lowest - window + 1, 0) // SPLIT
+    for split in range(first, (highest + SPLIT) // SPLIT):
+        split_top, split_total, split_acc = _split(
+            q,
+            position,
+            split,
+            lowest,
+            highest,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            block_stride,
+            scale,
+            cap,
+            window,
+            HAS_CAP,
+            HAS_WINDOW,
+            BLOCK_SIZE,
+            TILE,
+            SPLIT,
+            ROWS,
+            D,
+            D_PAD,
+        )
+        top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
+    _store(
+        out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
+    )
+
+
+@triton.jit(do_not_specialize=["layer", "table_width", "window"])
+def split_kernel(
+    q_ptr,
+    acc_ptr,
+    top_ptr,
+    total_ptr,
+    cache_ptr,
+    item_ptr,
+    pair_ptr,
+    position_ptr,
+    table_ptr,
+    q_stride,
+    block_stride,
+    table_width,
+    layer,
+    scale,
+    cap,
+    window,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEM: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """One (item, split) pair and kv head: the split's softmax to scratch."""
+    pair = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    item_ptr += tl.load(pair_ptr + 2 * pair) * ITEM
+    split = tl.load(pair_ptr + 2 * pair + 1)
+    token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
+    q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
+    table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
+    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
+    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    top, total, acc = _split(
+        q,
+        position,
+        split,
+        tl.load(item_ptr + 3),
+        tl.load(item_ptr + 4),
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        block_stride,
+        scale,
+        cap,
+        window,
+        HAS_CAP,
+        HAS_WINDOW,
+        BLOCK_SIZE,
+        TILE,
+        SPLIT,
+        ROWS,
+        D,
+        D_PAD,
+    )
+    place = (pair * KV_HEADS + kv_head).to(tl.int64)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D_PAD)
+    tl.store(top_ptr + place * ROWS + r, top)
+    tl.store(total_ptr + place * ROWS + r, total)
+    tl.store(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :], acc)
+
+
+@triton.jit
+def merge_kernel(
+    out_ptr,
+    acc_ptr,
+    top_ptr,
+    total_ptr,
+    item_ptr,
+    position_ptr,
+    out_stride,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEM: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """One item and kv head: its splits from scratch, in ascending order."""
+    item_ptr += tl.program_id(0) * ITEM
+    kv_head = tl.program_id(1)
+    token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, D_PAD)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    first = tl.load(item_ptr + 5)
+    for pair in range(first, first + tl.load(item_ptr + 6)):
+        place = (pair * KV_HEADS + kv_head).to(tl.int64)
+        split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :])
+        split_top = tl.load(top_ptr + place * ROWS + r)
+        split_total = tl.load(total_ptr + place * ROWS + r)
+        top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
+    _store(
+        out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of an attention layer and the dtype of its products: what decides its tiles."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    product: str  # a key of DTYPE_BYTES
+
+    @property
+    def shared(self) -> int:
+        """Query heads of one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def padded(self) -> int:
+        """head_dim as the products take it: a power of two, at least 16."""
+        return max(16, next_power_of_two(self.head_dim))
+
+    def rows(self, wide: bool) -> int:
+        """Rows of a tile; a token's query heads stay together.
+
+        Two widths only where the sum over keys has one order in both, which the product's layout
+        decides: in the tensor cores of NVIDIA's cards (a test reads the compiler's layouts).
+        And by registers: a program holds its split's sum and that of the splits before it.
+        """
+        tensor_cores = self.product != "float32" and torch.version.hip is None
+        least = WIDE if wide and tensor_cores and self.padded <= 128 else NARROW
+        return max(least, next_power_of_two(self.shared))
+
+    def scratch_bytes(self, num_pairs: int) -> int:
+        """What split_kernel stores for so many pairs."""
+        return 4 * num_pairs * self.num_kv_heads * self.rows(False) * (self.padded + 2)
+
+
+def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
+    """The constants of walk_kernel and split_kernel."""
+    keys = TILE
+    if shape.product == "float32":  # by registers: there is no tensor core to share the work
+        keys = TILE // 2 if shape.padded <= 64 else TILE // 4
+    return {
+        "KV_HEADS": shape.num_kv_heads,
+        "SHARED": shape.shared,
+        "BLOCK_SIZE": block_size,
+        "TILE": keys,
+        "SPLIT": SPLIT,
+        "ROWS": rows,
+        "ITEM": ITEM,
+        "D": shape.head_dim,
+        "D_PAD": shape.padded,
+        "PRODUCT": {
+            "float32": tl.float32,
+            "bfloat16": tl.bfloat16,
+            "float16": tl.float16,
+        }[shape.product],
+    }
+
+
+def options(product: str, ahead: bool) -> dict[str, Any]:
+    """Launch options. `ahead`: load the next tile of K and V during a product; it takes shared
+    memory and registers that cards before compute capability 9 do not have. No bit depends on it.
+    """
+    return OPTIONS | {
+        "num_stages": 2 if ahead and product != "float32" else 1,
+        "num_warps": 8 if product == "float32" else 4,
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's work list for layers of one number of query heads per kv head; int32 arrays."""
+
+    wide: np.ndarray  # [n, ITEM] tiles of rows(True), walked
+    narrow: np.ndarray  # [n, ITEM] tiles of rows(False), walked
+    split: np.ndarray  # [n, ITEM] tiles of rows(False), split
+    pairs: np.ndarray  # [n, 2] item of `split`, split
+
+
+def plan(step: StepInputs, shape: Shape, last: np.ndarray, split_programs: int = 1024) -> Plan:
+    """Cut a step's tokens into items. last [T]: position, -1 for a padding row.
+
+    An item of more than one split is split while pairs are left, longest first, unless there
+    are `split_programs` programs without that; the longest is always allowed its own pairs.
+    """
+    starts = step.query_start.astype(np.int64)
+    sequence = np.arange(len(step.seq_len))
+    if starts[-1] < len(last):  # padding after the sequences: an item of rows that see nothing
+        starts = np.append(starts, len(last))
+        sequence = np.append(sequence, 0)
+    counts = np.diff(starts)
+    narrow_tokens = shape.rows(False) // shape.shared
+    wide_tokens = shape.rows(True) // shape.shared
+    is_wide = counts > narrow_tokens
+    size = np.where(is_wide, wide_tokens, narrow_tokens)
+    tiles = -(-counts // size)
+    owner = np.repeat(np.arange(len(counts)), tiles)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    first = starts[owner] + index * size[owner]
+    items = np.zeros((len(owner), ITEM), dtype=np.int32)
+    if not len(owner):
+        return Plan(items, items, items, np.zeros((0, 2), np.int32))
+    items[:, 0] = sequence[owner]
+    items[:, 1] = first
+    items[:, 2] = np.minimum(size[owner], starts[owner + 1] - first)
+    never = np.iinfo(np.int32).max
+    items[:, 3] = np.minimum.reduceat(np.where(last < 0, never, last), first)
+    items[:, 4] = np.maximum.reduceat(last, first)
+    items[items[:, 4] < 0, 3] = -1
+    wide, narrow = items[is_wide[owner]], items[~is_wide[owner]]
+    # Longest first: the last programs to start are then the shortest.
+    wide = wide[np.argsort(-wide[:, 4], kind="stable")]
+    narrow = narrow[np.argsort(-narrow[:, 4], kind="stable")]
+    splits = (narrow[:, 4] + SPLIT) // SPLIT
+    ends = np.cumsum(splits)
+    allowed = max(MIN_PAIRS, int(splits[0])) if len(splits) else 0
+    chosen = int(np.count_nonzero((ends <= allowed) & (splits > 1)))
+    if (len(narrow) + len(wide)) * shape.num_kv_heads >= split_programs:
+        chosen = 0
+    split, narrow, splits = narrow[:chosen], narrow[chosen:], splits[:chosen]
+    split[:, 5] = np.cumsum(splits) - splits
+    split[:, 6] = splits
+    item_of = np.repeat(np.arange(chosen), splits)
+    pairs = np.stack([item_of, np.arange(len(item_of)) - split[item_of, 5]], axis=1)
+    return Plan(wide, narrow, split, pairs.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A Plan in device memory, with what the kernels read beside it."""
+
+    wide: torch.Tensor
+    narrow: torch.Tensor
+    split: torch.Tensor
+    pairs: torch.Tensor
+    position: torch.Tensor  # [T] -1 for padding rows
+    table: torch.Tensor  # [S, max_blocks]
+
+
+class Scratch:
+    """What split_kernel stores; grows to the most pairs met."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(0, dtype=torch.float32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def parts(self, shape: Shape, num_pairs: int) -> tuple[torch.Tensor, ...]:
+        """acc, top and total of num_pairs pairs, flat."""
+        rows = num_pairs * shape.num_kv_heads * shape.rows(False)
+        if self._buffer.numel() < rows * (shape.padded + 2):
+            device = self._buffer.device
+            self._buffer = torch.empty(0, device=device)  # the old one goes before the new comes
+            self._buffer = torch.empty(
+                rows * (shape.padded + 2), dtype=torch.float32, device=device
+            )
+        return tuple(
+            self._buffer[: rows * (shape.padded + 2)].split([rows * shape.padded, rows, rows])
+        )
+
+
+def launch(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    cache: KVCache,
+    work: DevicePlan,
+    scratch: Scratch,
+    shape: Shape,
+    *,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    ahead: bool,
+) -> None:
+    """See ops.attention.  q, out [T, num_heads*head_dim]; ahead: see `options`."""
+    more = options(shape.product, ahead)
+    places = (cache.block_stride, work.table.stride(0), layer, scale, softcap or 1.0, window)
+    flags = {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
+    for items, wide in ((work.wide, True), (work.narrow, False)):
+        if len(items):
+            walk_kernel[(len(items), shape.num_kv_heads)](
+                q,
+                out,
+                cache.data,
+                items,
+                work.position,
+                work.table,
+                q.stride(0),
+                out.stride(0),
+                *places,
+                **tile(shape, cache.spec.block_size, shape.rows(wide)),
+                **flags,
+                **more,
+            )
+    if len(work.pairs):
+        rows = shape.rows(False)
+        constants = tile(shape, cache.spec.block_size, rows)
+        parts = scratch.parts(shape, len(work.pairs))
+        split_kernel[(len(work.pairs), shape.num_kv_heads)](
+            q,
+            *parts,
+            cache.data,
+            work.split,
+            work.pairs,
+            work.position,
+            work.table,
+            q.stride(0),
+            *places,
+            **constants,
+            **flags,
+            **more,
+        )
+        kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
+        merge_kernel[(len(work.split), shape.num_kv_heads)](
+            out,
+            *parts,
+            work.split,
+            work.position,
+            out.stride(0),
+            **{name: constants[name] for name in kept},
+            **OPTIONS,
+        )

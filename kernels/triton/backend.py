@@ -1,0 +1,148 @@
+"""The Triton backend: weights, cache and scratch in device memory, a step as a list of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..backend import DTYPE_BYTES, KVSpec
+from ..cpu import _native
+from ..cpu.sampler import CpuSampler
+from ..program import Program
+from ..weights import RawWeight, WeightGroup
+from . import attention, linear
+from . import device as dev
+from .cache import KVCache
+from .executor import TritonExecutable, shape_of, table_of
+from .lower import ALIGN, lower
+from .numerics import TORCH_DTYPES
+from .quantised import FLOATS, form, packed_bytes
+from .weights import TritonWeight
+
+
+class TritonBackend:
+    """Implements kernels.backend.Backend.
+
+    activation_dtype: a key of DTYPE_BYTES; results are rounded once to it. Products of operands of
+    one 16-bit dtype run in the tensor cores with fp32 sums; others in fp32. threads: of the
+    sampler, which runs on the host; None takes the physical cores that this process may use. No
+    result depends on it.
+
+    Errors: ValueError for a dtype or a number of threads that does not exist.
+    """
+
+    name = "triton"
+
+    def __init__(self, *, activation_dtype: str = "bfloat16", threads: int | None = None) -> None:
+        if activation_dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"activation dtype {activation_dtype!r} is unknown; "
+                f"supported: {', '.join(DTYPE_BYTES)}"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        self._dtype = activation_dtype
+        self._device = dev.device()
+        self._pool = _native.Pool(threads or _native.usable_cores())
+
+    def pack(self, weight: RawWeight | WeightGroup) -> TritonWeight:
+        """Take a weight in; `lower` brings it to the device.
+
+        Errors: ValueError for a format without a kernel, or a number of dimensions.
+        """
+        parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+        name = "+".join(p.name for p in parts)
+        if len(weight.shape) not in (1, 2):
+            raise ValueError(
+                f"weight {name!r} has shape {list(weight.shape)}; the Triton backend packs weights "
+                "of one dimension (norms, biases) or two (matrices)"
+            )
+        if any(p.pack_as is not None for p in parts):
+            raise ValueError(
+                f"weight {name!r} is to be quantised on load, which the Triton backend cannot yet; "
+                "use device='cpu', or quantization=None"
+            )
+        if len({form(p.format) for p in parts}) > 1 and len(weight.shape) == 2:
+            formats = ", ".join(p.format.name for p in parts)
+            raise ValueError(
+                f"weight {name!r} mixes {formats}; the Triton backend takes one format"
+            )
+        if len(weight.shape) == 1 and any(p.format not in FLOATS for p in parts):
+            raise ValueError(f"weight {name!r} of one dimension is quantised; norms are floats")
+        return TritonWeight(tuple(parts), tuple(weight.shape))
+
+    def weights_bytes(
+        self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
+    ) -> int:
+        """Device memory of the weights: matrices in codes or floats, vectors in fp32."""
+        total = 0
+        for weight in weights.values():
+            parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+            if len(weight.shape) == 1:
+                total += 4 * weight.shape[0]
+            else:
+                total += sum(packed_bytes(p) for p in parts)
+        return total
+
+    def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
+        """The activations' own: products with the cache then run in the tensor cores."""
+        return activation_dtype
+
+    def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
+        """A zeroed cache of num_blocks. Errors: ValueError for a dtype that it cannot hold."""
+        if spec.dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"the Triton backend has no KV cache in {spec.dtype}; it has "
+                f"{', '.join(DTYPE_BYTES)}"
+            )
+        return KVCache.zeros(spec, num_blocks, self._device)
+
+    def workspace_bytes(
+        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+    ) -> int:
+        """Upper bound of values, splits of attention, sums of groups, and a step's metadata."""
+        lowered = lower(program, DTYPE_BYTES[self._dtype])
+        tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
+        values = tokens * lowered.token_bytes + rows * lowered.row_bytes
+        pairs = max(attention.MIN_PAIRS, -(-max_context // attention.SPLIT))
+        layers = [op for op in program if op.name == "attention"]
+        shapes = {shape_of(op, self._dtype) for op in layers}
+        splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
+        widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
+        sums = 4 * max(tokens, rows) * max((linear.padded_groups(w) for w in widths), default=0)
+        tables = {table_of(op) for op in program if op.name == "rope"}
+        a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
+        a_token += 4 * 3 * attention.ITEM * len(shapes)
+        metadata = tokens * a_token + 4 * rows + len(shapes) * 8 * pairs + 128 * 32
+        return values + splits + sums + metadata
+
+    def lower(
+        self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None
+    ) -> TritonExecutable:
+        """Bind a finished Program to its weights (by canonical name) and its cache.
+
+        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
+        """
+        dtype = TORCH_DTYPES[self._dtype]
+        return TritonExecutable(program, weights, kv, dtype, self._device)
+
+    def sampler(self, vocab_size: int) -> CpuSampler:
+        """The sampling program. Logits are copied to the host and sampled there, for now."""
+        return CpuSampler(vocab_size, self._pool)
+
+    def available_memory(self) -> int | None:
+        """Free bytes of the card; None under the interpreter, which uses the host's memory."""
+        return dev.free_bytes()
+
+    def describe(self) -> dict[str, str]:
+        """Facts for `doctor` and the step log."""
+        return {
+            "backend": self.name,
+            "numerics": (
+                f"fp32 sums inside each operation, results rounded to {self._dtype}; products of "
+                "equal 16-bit dtypes in tensor cores, attention's weights rounded to that dtype; "
+                "quantised weights multiplied by their own values"
+            ),
+            "activations": self._dtype,
+            "sampling": "on the host",
+            **dev.describe(),
+        }

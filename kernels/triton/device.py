@@ -1,0 +1,54 @@
+"""Where kernels run: the GPU that torch sees, or tensors on the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+
+import triton
+
+OLDEST = (8, 0)  # compute capability: bf16 in the tensor cores, asynchronous copies
+
+
+def interpreted() -> bool:
+    """Whether kernels run in numpy, on the CPU (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unusable() -> str:
+    """Why no kernel can run here, with the way to mend it, or nothing. Asks the driver."""
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return (
+            f"torch {torch.__version__} sees no GPU: the driver is missing or older than this "
+            "build needs (nvidia-smi tells), or CUDA_VISIBLE_DEVICES hides the card"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}; the kernels need "
+            f"{'.'.join(map(str, OLDEST))}"
+        )
+    return ""
+
+
+def device() -> torch.device:
+    """Where tensors of this backend lie."""
+    return torch.device("cpu" if interpreted() else "cuda")
+
+
+def loads_ahead() -> bool:
+    """See attention.options."""
+    nvidia = torch.version.hip is None and not interpreted()
+    return nvidia and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def free_bytes() -> int | None:
+    """Device memory that is free now; None where tensors lie in the host's memory."""
+    return None if interpreted() else int(torch.cuda.mem_get_info()[0])
+
+
+def describe() -> dict[str, str]:
+    """The device and the packages."""
+    name = "Triton's interpreter on the CPU" if interpreted() else torch.cuda.get_device_name()
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}

@@ -1,0 +1,100 @@
+"""embedding and select_rows: rows of a table, or of a value, copied by index."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the arguments of a kernel have Triton's types)
+
+from __future__ import annotations
+
+import torch
+
+import triton
+import triton.language as tl
+
+from .numerics import OPTIONS
+from .quantised import GROUPS, FloatMatrix, Matrix
+
+BLOCK = 512  # elements of a row in one program
+
+
+@triton.jit
+def rows_kernel(x_ptr, index_ptr, out_ptr, x_stride, out_stride, width, BLOCK: tl.constexpr):
+    """out[i] = x[index[i]]."""
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(index_ptr + i).to(tl.int64)
+    x = tl.load(x_ptr + row * x_stride + at, mask=at < width, other=0.0)
+    tl.store(out_ptr + i * out_stride + at, x.to(out_ptr.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def quantised_rows_kernel(
+    codes_ptr,
+    scale_ptr,
+    minimum_ptr,
+    index_ptr,
+    out_ptr,
+    num_rows,
+    words,
+    out_stride,
+    width,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same from a weight in codes, each value dequantised as quant/gguf.py says."""
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    row = tl.load(index_ptr + i).to(tl.int64)
+    if BITS == 4:
+        step = at // (GROUPS * GROUP)
+        word = step * GROUP + at % GROUP
+        code = tl.load(codes_ptr + row * words + word, mask=mask, other=0).to(tl.int32)
+        code = (code >> (4 * (at // GROUP % GROUPS))) & 0xF
+    else:
+        code = tl.load(codes_ptr + row * words + at, mask=mask, other=0).to(tl.int32)
+    place = (at // GROUP).to(tl.int64) * num_rows + row
+    scale = tl.load(scale_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    out = (code - ZERO).to(tl.float32) * scale
+    if HAS_MINIMUM:
+        out += tl.load(minimum_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i * out_stride + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def select_rows(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """out[i] = x[index[i]], rounded to out's dtype.  index int32 [rows of out]."""
+    rows, width = out.shape
+    if rows:
+        rows_kernel[(rows, triton.cdiv(width, BLOCK))](
+            x, index, out, x.stride(0), out.stride(0), width, BLOCK=BLOCK, **OPTIONS
+        )
+
+
+def embedding(table: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
+    """See ops.embedding."""
+    if isinstance(table, FloatMatrix):
+        select_rows(table.data, index, out)
+        return
+    rows, width = out.shape
+    if rows:
+        quantised_rows_kernel[(rows, triton.cdiv(width, BLOCK))](
+            table.codes,
+            table.scale,
+            table.scale if table.minimum is None else table.minimum,
+            index,
+            out,
+            table.shape[0],
+            table.codes.shape[1],
+            out.stride(0),
+            width,
+            BITS=table.bits,
+            ZERO=table.zero,
+            GROUP=table.group,
+            GROUPS=GROUPS,
+            HAS_MINIMUM=table.minimum is not None,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )

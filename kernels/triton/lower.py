@@ -1,0 +1,188 @@
+"""A Program as launches want it: fused, and its values placed in scratch memory.
+
+Launches run one after the other, so memory is free as soon as its last reader has been launched.
+Nothing here depends on what the weights are: `workspace_bytes` is known before they are read.
+
+Beside kernels.fuse: `rope` of the queries and of the keys and `kv_write` are one launch where they
+stand together; linear layers of one input write side by side into one value, so that they can be
+one launch where their formats agree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ..arena import Arena
+from ..fuse import Step, early_rows, fuse
+from ..program import Op, Program, R
+
+__all__ = ["ALIGN", "OPERATIONS", "Lowered", "Node", "Place", "lower"]
+
+ALIGN = 16  # bytes of a column, and rows of capacity: every value begins at a multiple of 256 bytes
+OPERATIONS = (
+    "add",
+    "attention",
+    "embedding",
+    "gelu_tanh_mul",
+    "kv_write",
+    "linear",
+    "rms_norm",
+    "rope",
+    "scale",
+    "select_rows",
+    "silu_mul",
+    "softcap",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies. All in bytes of a row but for `width`, in elements.
+
+    With room for C rows, row r of the value begins at column * C + r * stride + offset.
+    """
+
+    column: int
+    stride: int
+    offset: int
+    width: int
+    fp32: bool
+    per_logit_row: bool
+
+
+@dataclass(frozen=True)
+class Node:
+    """One launch, or a few that belong together.
+
+    `ops`: the operation; for "linear" the layers, whose `after` follows; for "kv_write" the rope of
+    queries and of keys, where fused, and the kv_write itself.
+    """
+
+    name: str
+    ops: tuple[Op | None, ...]
+    after: Op | None = None
+    residual: int | None = None
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """Values to be placed, those that stand for the written cache left out."""
+        if self.name == "kv_write":
+            return () if self.ops[0] is None else (self.ops[0].output,)
+        made = [op.output for op in self.ops if op is not None]
+        if self.after is None:
+            return tuple(made)
+        # A gate is in memory while the other layer is computed; a lone layer's sum never is.
+        return (*made[:-1], self.after.output)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Values, inputs and weights that are read from outside the node."""
+        ops = [op for op in (*self.ops, self.after) if op is not None]
+        made = {op.output for op in ops}
+        return tuple(i for op in ops for i in op.inputs if i is not None and i not in made)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The launches, where values lie, and the scratch of one row of T and of R."""
+
+    program: Program
+    nodes: tuple[Node, ...]
+    places: dict[int, Place]
+    token_bytes: int
+    row_bytes: int
+
+
+def lower(program: Program, itemsize: int) -> Lowered:
+    """Fuse and place a finished Program whose activations take `itemsize` bytes."""
+    if program.result is None:
+        raise ValueError("the program is not finished: call program.finish(result) first")
+    program = early_rows(program)
+    assert program.result is not None
+    nodes = _nodes(program)
+    last_read = {value: index for index, node in enumerate(nodes) for value in node.reads}
+    last_read[program.result.id] = len(nodes)
+    kept_fp32 = program.fp32_values()
+    arenas = {False: Arena(ALIGN), True: Arena(ALIGN)}
+    places: dict[int, Place] = {}
+    living: dict[tuple[bool, int], set[int]] = {}  # region -> values that are still to be read
+
+    def place(values: tuple[int, ...]) -> None:
+        """Side by side in one region."""
+        per_row = program.handles[values[0]].shape[0] == R
+        widths = [int(program.handles[v].shape[1]) for v in values]
+        sizes = [4 if v in kept_fp32 else itemsize for v in values]
+        stride = sum(w * s for w, s in zip(widths, sizes, strict=True))
+        column = arenas[per_row].take(stride)
+        offset = 0
+        for value, width, size in zip(values, widths, sizes, strict=True):
+            places[value] = Place(column, stride, offset, width, size == 4, per_row)
+            offset += width * size
+        living[per_row, column] = set(values)
+
+    for index, node in enumerate(nodes):
+        if node.name == "linear" and node.after is None:
+            place(node.makes)
+        else:
+            for value in node.makes:
+                place((value,))
+        for value in {*node.reads, *node.makes} & places.keys():
+            if last_read.get(value, index) > index:
+                continue
+            region = places[value].per_logit_row, places[value].column
+            living[region].discard(value)
+            if not living[region]:
+                arenas[region[0]].give_back(region[1])
+    return Lowered(program, tuple(nodes), places, arenas[False].size, arenas[True].size)
+
+
+def _nodes(program: Program) -> list[Node]:
+    nodes = []
+    steps = fuse(program, lambda name: 0)
+    fused = _fused_ropes(program, steps)
+    taken = {op.output for pair in fused.values() for op in pair if op is not None}
+    for step in steps:
+        op = step.main[0]
+        if op.output in taken:
+            continue
+        if step.norm is not None:
+            nodes.append(Node("rms_norm", (step.norm,)))
+        if op.name == "kv_write":
+            nodes.append(Node("kv_write", (*fused[op.output], op)))
+        else:
+            nodes.append(Node(op.name, step.main, step.after, step.residual))
+    return nodes
+
+
+def _fused_ropes(program: Program, steps: list[Step]) -> dict[int, tuple[Op | None, Op | None]]:
+    """For each kv_write's output, the ropes of queries and keys that are launched with it."""
+    readers: dict[int, list[int]] = defaultdict(list)
+    for index, step in enumerate(steps):
+        for value in step.reads:
+            readers[value].append(index)
+    out: dict[int, tuple[Op | None, Op | None]] = {}
+    ropes: list[Op] = []  # since the last kv_write
+    for index, step in enumerate(steps):
+        op = step.main[0]
+        if op.name == "rope":
+            ropes.append(op)
+        if op.name != "kv_write":
+            continue
+        of_k = next((r for r in ropes if r.output == op.inputs[0]), None)
+        if of_k is not None and (readers[of_k.output] != [index] or not _heads_fit(of_k, op)):
+            of_k = None
+        of_q = None
+        if of_k is not None:
+            for rope in ropes:
+                same = rope is not of_k and dict(rope.attrs) == dict(of_k.attrs)
+                if same and min(readers[rope.output], default=0) > index:
+                    of_q = rope
+                    break
+        out[op.output] = (of_q, of_k)
+        ropes = []
+    return out
+
+
+def _heads_fit(rope: Op, write: Op) -> bool:
+    return rope.attrs["head_dim"] == write.attrs["head_dim"]

@@ -1,0 +1,244 @@
+"""rope and kv_write: a token's heads are rotated, and its keys and values stored in their slot.
+
+cos and sin come as a table [T, 2, F], the very numbers that kernels/reference/ multiplies by.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the arguments of a kernel have Triton's types)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import triton
+import triton.language as tl
+
+from .cache import KVCache
+from .numerics import OPTIONS, next_power_of_two
+
+_CHUNK = 256  # positions: the table grows by whole chunks, so each entry has one place in an array
+_ELEMENTS = 4096  # of a head block: what one program holds in registers
+
+
+class Rotations:
+    """cos and sin of one set of frequencies, by position; grows as positions are met.
+
+    In float64 from the angle's fp32 product, as ops.rope says.
+    """
+
+    def __init__(self, inv_freq: tuple[float, ...], attention_factor: float) -> None:
+        self._inv_freq = np.array(inv_freq, dtype=np.float32)
+        self._factor = np.float32(attention_factor)
+        self._table = np.empty((0, 2, len(inv_freq)), dtype=np.float32)
+
+    @property
+    def width(self) -> int:
+        """Floats of one position."""
+        return 2 * len(self._inv_freq)
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """[T, 2, F]: cos, then sin, of each position."""
+        highest = int(positions.max(initial=-1))
+        while highest >= len(self._table):
+            start = np.arange(len(self._table), len(self._table) + _CHUNK, dtype=np.float32)
+            angle = (start[:, None] * self._inv_freq).astype(np.float64)
+            both = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+            self._table = np.concatenate([self._table, both * self._factor])
+        rows: np.ndarray = self._table[positions]
+        return rows
+
+
+@triton.jit
+def _rotate(
+    src_ptr,
+    dst_ptr,
+    table_ptr,
+    head,
+    mask,
+    dst_head_stride,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    F: tl.constexpr,
+    F_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Rotate heads [HEADS] of D elements; a result is rounded to the source's dtype first."""
+    j = tl.arange(0, F_PAD)
+    if INTERLEAVED:
+        first, second = 2 * j, 2 * j + 1
+    else:
+        first, second = j, j + F
+    pairs = mask[:, None] & (j < F)[None, :]
+    cos = tl.load(table_ptr + j, mask=j < F, other=0.0)[None, :]
+    sin = tl.load(table_ptr + F + j, mask=j < F, other=0.0)[None, :]
+    src = src_ptr + head[:, None] * D
+    dst = dst_ptr + head[:, None] * dst_head_stride
+    a = tl.load(src + first[None, :], mask=pairs, other=0.0).to(tl.float32)
+    b = tl.load(src + second[None, :], mask=pairs, other=0.0).to(tl.float32)
+    one = (a * cos - b * sin).to(src_ptr.dtype.element_ty)
+    two = (b * cos + a * sin).to(src_ptr.dtype.element_ty)
+    tl.store(dst + first[None, :], one.to(dst_ptr.dtype.element_ty), mask=pairs)
+    tl.store(dst + second[None, :], two.to(dst_ptr.dtype.element_ty), mask=pairs)
+    if 2 * F < D:
+        d = tl.arange(0, D_PAD)[None, :]
+        rest = mask[:, None] & (d >= 2 * F) & (d < D)
+        passed = tl.load(src + d, mask=rest, other=0.0)
+        tl.store(dst + d, passed.to(dst_ptr.dtype.element_ty), mask=rest)
+
+
+@triton.jit
+def _copy(src_ptr, dst_ptr, head, mask, dst_head_stride, D: tl.constexpr, D_PAD: tl.constexpr):
+    d = tl.arange(0, D_PAD)[None, :]
+    inside = mask[:, None] & (d < D)
+    x = tl.load(src_ptr + head[:, None] * D + d, mask=inside, other=0.0)
+    dst = dst_ptr + head[:, None] * dst_head_stride + d
+    tl.store(dst, x.to(dst_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def rope_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_out_ptr,
+    cache_ptr,
+    table_ptr,
+    slot_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    q_out_stride,
+    block_stride,
+    layer,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    ROTATE_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    F: tl.constexpr,
+    F_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """One block of HEADS heads of one token: first those of q, then of k, then of v."""
+    t = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    q_blocks: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+    table_ptr += t * (2 * F)
+    if block < q_blocks:
+        head = block * HEADS + tl.arange(0, HEADS)
+        _rotate(
+            q_ptr + t * q_stride,
+            q_out_ptr + t * q_out_stride,
+            table_ptr,
+            head,
+            head < Q_HEADS,
+            D,
+            D,
+            D_PAD,
+            F,
+            F_PAD,
+            INTERLEAVED,
+        )
+    elif KV_HEADS > 0:
+        slot = tl.load(slot_ptr + t)
+        if slot >= 0:
+            part = (block - q_blocks) // kv_blocks  # 0: keys, 1: values
+            head = (block - q_blocks) % kv_blocks * HEADS + tl.arange(0, HEADS)
+            mask = head < KV_HEADS
+            page = cache_ptr + (slot // BLOCK_SIZE).to(tl.int64) * block_stride
+            page += (layer * 2 + part) * (KV_HEADS * BLOCK_SIZE * D) + slot % BLOCK_SIZE * D
+            if part == 1:
+                _copy(v_ptr + t * v_stride, page, head, mask, BLOCK_SIZE * D, D, D_PAD)
+            elif ROTATE_K:
+                _rotate(
+                    k_ptr + t * k_stride,
+                    page,
+                    table_ptr,
+                    head,
+                    mask,
+                    BLOCK_SIZE * D,
+                    D,
+                    D_PAD,
+                    F,
+                    F_PAD,
+                    INTERLEAVED,
+                )
+            else:
+                _copy(k_ptr + t * k_stride, page, head, mask, BLOCK_SIZE * D, D, D_PAD)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How heads are rotated, and the step's table [T, 2, F]."""
+
+    table: torch.Tensor
+    interleaved: bool
+
+
+def launch(
+    head_dim: int,
+    rotation: Rotation | None,
+    q: torch.Tensor | None = None,
+    q_out: torch.Tensor | None = None,
+    kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    rotate_k: bool = False,
+    cache: KVCache | None = None,
+    slot: torch.Tensor | None = None,
+    layer: int = 0,
+) -> None:
+    """Rotate q into q_out, where given; store k (rotated where rotate_k) and v, where given.
+
+    q [T, heads*head_dim], k and v [T, kv heads*head_dim], slot [T] int32, -1 stores nothing.
+    """
+    some = q if q is not None else kv[0]  # type: ignore[index]
+    rows = some.shape[0]
+    if not rows:
+        return
+    q_heads = 0 if q is None else q.shape[1] // head_dim
+    kv_heads = 0 if kv is None else kv[0].shape[1] // head_dim
+    k, v = (some, some) if kv is None else kv
+    f = 0 if rotation is None else rotation.table.shape[-1]
+    options = tile(head_dim, f, max(q_heads, kv_heads))
+    heads = options["HEADS"]
+    blocks = triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)
+    rope_kernel[(rows, blocks)](
+        some,
+        k,
+        v,
+        some if q_out is None else q_out,
+        some if cache is None else cache.data,
+        some if rotation is None else rotation.table,
+        some if slot is None else slot,
+        some.stride(0),
+        k.stride(0),
+        v.stride(0),
+        0 if q_out is None else q_out.stride(0),
+        0 if cache is None else cache.block_stride,
+        layer,
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        ROTATE_K=rotate_k,
+        BLOCK_SIZE=1 if cache is None else cache.spec.block_size,
+        INTERLEAVED=rotation is not None and rotation.interleaved,
+        **options,
+        **OPTIONS,
+    )
+
+
+def tile(head_dim: int, num_pairs: int, num_heads: int) -> dict[str, int]:
+    """The kernel's constants for heads of head_dim with num_pairs rotated pairs."""
+    padded = next_power_of_two(head_dim)
+    return {
+        "HEADS": min(next_power_of_two(num_heads), max(1, _ELEMENTS // padded)),
+        "D": head_dim,
+        "D_PAD": padded,
+        "F": num_pairs,
+        "F_PAD": next_power_of_two(num_pairs),
+    }

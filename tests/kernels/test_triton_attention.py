@@ -1,0 +1,214 @@
+"""Triton's paged attention on the interpreter: beside the reference's oracle, and law 2 as bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engineroom.kernels.backend import KVSpec
+from tests.counts import FULL, count
+from tests.kernels.packed_steps import Paged, assert_close, raw
+from tests.kernels.test_reference_attention import VOCAB, Shape, oracle, tokens_of
+from tests.kernels.test_reference_attention import Layer as ReferenceLayer
+from tests.kernels.triton_device import DTYPES, TritonBackend, torch
+
+from engineroom.kernels.triton import attention  # isort: skip
+
+
+class Layer(ReferenceLayer):
+    """A Shape on the Triton backend, with its own cache."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        block_size: int = 16,
+        num_blocks: int = 64,
+        dtype: str = "float32",
+        kv_dtype: str | None = None,
+        fill: float = 0.0,
+        spread: float = 1.5,
+    ) -> None:
+        backend = TritonBackend(activation_dtype=dtype, threads=1)
+        weights = {n: backend.pack(raw(t)) for n, t in shape.tables(spread=spread).items()}
+        spec = KVSpec(2, shape.num_kv_heads, shape.head_dim, block_size, kv_dtype or dtype)
+        self.cache = backend.allocate_kv(spec, num_blocks)
+        self.cache.data.fill_(fill)
+        self.pages = Paged(block_size, num_blocks, np.random.default_rng(1))
+        self._executable = backend.lower(shape.program(), weights, self.cache)
+
+
+TILE = attention.TILE
+SPLIT = 2 * TILE  # of these tests, so that a few tokens are several splits
+
+
+@pytest.fixture(autouse=True)
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SPLIT", SPLIT)
+
+
+SHAPES = {
+    "mha": Shape(num_heads=3, num_kv_heads=3),
+    "gqa 2": Shape(),
+    "gqa 3": Shape(num_heads=9, num_kv_heads=3, head_dim=16),
+    "gqa 8, one kv head": Shape(num_heads=8, num_kv_heads=1, head_dim=64, scale=0.1),
+    "gqa 20, one kv head": Shape(num_heads=20, num_kv_heads=1),
+    "head 80": Shape(head_dim=80, scale=0.1),
+    "head 256": Shape(num_heads=2, num_kv_heads=1, head_dim=256, scale=0.05),
+    "window 1": Shape(window=1),
+    "window 24": Shape(window=24),
+    "window of a tile": Shape(window=TILE),
+    "softcap": Shape(softcap=2.0),
+    "window and softcap": Shape(window=33, softcap=5.0),
+}
+# 1 token; a full last page; one past it; around a tile; into the second split.
+LENGTHS = (1, 16, 17, TILE, TILE + 1, 2 * SPLIT + 3) if FULL else (1, 17, TILE + 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_is_its_formula(name: str) -> None:
+    shape = SHAPES[name]
+    layer = Layer(shape, fill=np.nan)
+    for length in LENGTHS:
+        tokens = tokens_of(length, seed=length)
+        got = layer.feed_new(tokens)
+        assert_close(got, oracle(shape, tokens, "float32", "float32"), "float32", 4e-6)
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_dtypes(dtype: str, kv_dtype: str) -> None:
+    shape = SHAPES["gqa 3"]
+    tokens = tokens_of(70)
+    got = Layer(shape, dtype=dtype, kv_dtype=kv_dtype).feed_new(tokens)
+    want = oracle(shape, tokens, dtype, kv_dtype)
+    # Where both are fp16 the weights are rounded to it for their product.
+    error = 1e-3 if dtype == kv_dtype == "float16" else 4e-6
+    assert_close(got, want, dtype, error)
+
+
+def test_huge_scores_do_not_overflow() -> None:
+    shape = Shape(scale=1.0)
+    tokens = tokens_of(40)
+    got = Layer(shape, spread=60.0).feed_new(tokens)
+    assert np.isfinite(got).all()
+    assert_close(got, oracle(shape, tokens, "float32", "float32", 60.0), "float32", 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gqa 2", "float16"), ("window and softcap", "float32")]
+)
+def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str) -> None:
+    """Wide tiles (of fp16), narrow ones, and splits side by side."""
+    shape = SHAPES[name]
+    tokens = tokens_of(SPLIT + 21)
+    whole = Layer(shape, fill=np.nan, dtype=dtype).feed_new(tokens)
+    for block_size, chunks in ((8, (SPLIT - 1, 1, 1, 20)), (24, (50, 97, 2)), (64, (SPLIT, 21)))[
+        : None if FULL else 2
+    ]:
+        num_blocks = 1 + len(tokens) // block_size
+        layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, fill=np.nan, dtype=dtype)
+        sequence, done = layer.pages.add(), 0
+        for size in chunks:
+            got = layer.run(layer.pages.step({sequence: tokens[done : done + size]}))
+            assert got.tobytes() == whole[done : done + size].tobytes(), (block_size, done, size)
+            done += size
+
+
+def test_splits_side_by_side_are_splits_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = SHAPES["gqa 2"]
+    tokens = tokens_of(2 * SPLIT + 5)
+    layer = Layer(shape)
+    layer.feed_new(tokens[:-1])
+    step = layer.pages.step({0: tokens[-1:]})
+    answers, plan = [], attention.plan
+    for programs, pairs in ((0, 0), (1024, 3)):
+
+        def planned(*args, n=programs):  # type: ignore[no-untyped-def]
+            return plan(*args, split_programs=n)
+
+        assert (
+            len(planned(step, attention.Shape(4, 2, 8, "float32"), step.positions).pairs) == pairs
+        )
+        monkeypatch.setattr(attention, "plan", planned)
+        answers.append(layer.run(step).tobytes())
+    assert answers[0] == answers[1]
+
+
+def test_rows_do_not_depend_on_neighbours() -> None:
+    shape = SHAPES["gqa 3"]
+    rng = np.random.default_rng(5)
+    tokens = tokens_of(TILE + 10)
+    alone = Layer(shape).feed_new(tokens)
+    for trial in range(count(reduced=1, full=12)):
+        layer = Layer(shape, num_blocks=600, fill=np.nan)
+        ours = layer.pages.add()
+        others = [layer.pages.add() for _ in range((2, 20)[trial % 2])]
+        done = 0
+        while done < len(tokens):
+            chunk = tokens[done : done + int(rng.integers(1, 50))]
+            chunks = {s: rng.integers(0, VOCAB, rng.integers(1, 12)).tolist() for s in others}
+            chunks[ours] = chunk
+            order = rng.permutation(list(chunks)).tolist()
+            step = layer.pages.step({s: chunks[s] for s in order})
+            start = step.query_start[order.index(ours)]
+            got = layer.run(step)[start : start + len(chunk)]
+            assert got.tobytes() == alone[done : done + len(chunk)].tobytes()
+            done += len(chunk)
+
+
+@pytest.mark.parametrize("placed", ["after the sequences", "inside a sequence"])
+def test_padding_rows_write_nothing_and_give_zeros(placed: str) -> None:
+    shape = SHAPES["gqa 2"]
+    tokens = tokens_of(20)
+    plain, padded = Layer(shape), Layer(shape)
+    want = plain.feed_new(tokens)
+    step = padded.pages.step({padded.pages.add(): tokens}, padding=5, logit_rows=range(25))
+    if placed == "inside a sequence":
+        step = replace(step, query_start=np.array([0, 25], dtype=np.int32))
+    got = padded.run(step)
+    assert got[:20].tobytes() == want.tobytes()
+    assert not got[20:].any()
+    assert torch.equal(padded.cache.data, plain.cache.data)
+
+
+def test_only_padding() -> None:
+    layer = Layer(Shape(), fill=7.0)
+    step = layer.pages.step({layer.pages.add(): [1]})
+    empty = replace(
+        step,
+        slot=np.array([-1], np.int32),
+        query_start=np.zeros(2, np.int32),
+        seq_len=np.zeros(1, np.int32),
+    )
+    assert not layer.run(empty).any()
+    assert (layer.cache.data == 7.0).all()
+
+
+def test_the_work_list_covers_every_token_once() -> None:
+    rng = np.random.default_rng(3)
+    shape = attention.Shape(8, 2, 64, "float16")
+    pages = Paged(16, 4000, rng)
+    for size in (1, 150, 300, 3, 40):
+        pages.step({pages.add(): [0] * size})
+    step = pages.step({s: [0] * n for s, n in enumerate((1, 1, 2, 1, 33))}, padding=3)
+    last = np.where(step.slot >= 0, step.positions, -1).astype(np.int32)
+    plan = attention.plan(step, shape, last)
+    seen = np.concatenate(
+        [
+            np.arange(i[1], i[1] + i[2])
+            for part in (plan.wide, plan.narrow, plan.split)
+            for i in part
+        ]
+    )
+    assert sorted(seen) == list(range(len(last)))
+    assert [item[6] for item in plan.split] == [3, 2]  # longest first; the others have one split
+    for item in (*plan.wide, *plan.narrow, *plan.split):
+        here = last[item[1] : item[1] + item[2]]
+        assert item[4] == here.max()
+        assert item[3] == (here[here >= 0].min() if (here >= 0).any() else -1)
+    assert all(len(part) <= shape.rows(True) for part in (plan.wide,))

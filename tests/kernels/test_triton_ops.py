@@ -1,0 +1,288 @@
+"""The Triton backend's elementwise and linear operations on the interpreter, beside the reference.
+
+fp32 and fp16: the interpreter's bf16 is wrong. Law 2 as bits, as far as numpy's products show it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engineroom.kernels import ops
+from engineroom.kernels.backend import KVSpec
+from engineroom.kernels.program import Program
+from engineroom.kernels.weights import F16, F32, FORMATS, Q4_K, RawWeight, WeightGroup
+from engineroom.quant.gguf import dequantise
+from tests.counts import count
+from tests.kernels import programs
+from tests.kernels.packed_steps import (
+    ROWS,
+    Paged,
+    assert_close,
+    one_op,
+    plain_step,
+    random_blocks,
+    raw,
+)
+from tests.kernels.packed_steps import run as run_reference
+from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
+
+RNG = np.random.default_rng(41)
+INV_FREQ = tuple(10000.0 ** (-i / 5) for i in range(5))
+
+
+def table(width: int, spread: float = 3.0, rows: int = ROWS) -> np.ndarray:
+    return (RNG.standard_normal((rows, width)) * spread).astype(np.float32)
+
+
+# Name -> (operand widths, what records it). Widths are odd, one past a block, and one element.
+CASES = {
+    "add": ({"a": 13, "b": 13}, lambda p, s, a, b: ops.add(a, b)),
+    "scale": ({"a": 1025}, lambda p, s, a: ops.scale(a, 0.37)),
+    "softcap": ({"a": 13}, lambda p, s, a: ops.softcap(a, 2.5)),
+    "silu_mul": ({"a": 13, "b": 13}, lambda p, s, a, b: ops.silu_mul(a, b)),
+    "gelu_tanh_mul": ({"a": 13, "b": 13}, lambda p, s, a, b: ops.gelu_tanh_mul(a, b)),
+    "rms_norm": (
+        {"a": 7},
+        lambda p, s, a: ops.rms_norm(a, p.weight("w", (7,)), eps=1e-5),
+    ),
+    "rms_norm of heads, offset 1": (
+        {"a": 21},
+        lambda p, s, a: ops.rms_norm(a, p.weight("w", (7,)), eps=1e-6, offset=1.0),
+    ),
+    "rope": (
+        {"a": 30},
+        lambda p, s, a: ops.rope(a, s.positions, head_dim=10, inv_freq=INV_FREQ),
+    ),
+    "rope interleaved, partial, scaled": (
+        {"a": 28},
+        lambda p, s, a: ops.rope(
+            a, s.positions, head_dim=14, inv_freq=INV_FREQ, attention_factor=1.3, interleaved=True
+        ),
+    ),
+}
+WEIGHT_7 = RNG.standard_normal(7).astype(np.float32)
+
+
+def with_weights(program: Program, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {**tables, "w": WEIGHT_7} if "w" in program.weights else dict(tables)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_op_is_the_references(name: str, dtype: str) -> None:
+    widths, build = CASES[name]
+    program = one_op(build, **widths)
+    for num_tokens in (1, 17):
+        tables = {key: table(width) for key, width in widths.items()}
+        weights = with_weights(program, tables)
+        step = plain_step(num_tokens, RNG.permutation(3000)[:num_tokens].tolist())
+        want = run_reference(program, weights, step, dtype=dtype)
+        assert_close(run(program, weights, step, dtype=dtype), want.astype(np.float64), dtype)
+
+
+@pytest.mark.parametrize("name", ["add", "rope", "rope interleaved, partial, scaled"])
+def test_what_is_ieee_alone_has_the_references_bits(name: str) -> None:
+    widths, build = CASES[name]
+    program = one_op(build, **widths)
+    weights = {key: table(width) for key, width in widths.items()}
+    step = plain_step(9, [0, 1, 2, 255, 256, 4095, 70000, 131071, 99991])
+    want = run_reference(program, weights, step)
+    assert run(program, weights, step).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_op_rows_do_not_depend_on_their_neighbours(name: str) -> None:
+    widths, build = CASES[name]
+    program = one_op(build, **widths)
+    weights = with_weights(program, {key: table(width, 5.0) for key, width in widths.items()})
+    positions = RNG.permutation(5000)[:ROWS].tolist()
+    whole = run(program, weights, plain_step(ROWS, positions))
+    for _ in range(count(reduced=2, full=20)):
+        picked = RNG.permutation(ROWS)[: RNG.integers(1, ROWS)]
+        step = plain_step(len(picked), [positions[i] for i in picked])
+        step.token_ids[:] = picked
+        assert run(program, weights, step).tobytes() == whole[picked].tobytes()
+
+
+# ------------------------------------------------------------------------------------- linear
+
+
+def quantised(name: str, rows: int, columns: int) -> RawWeight:
+    fmt = FORMATS[name]
+    data = random_blocks(RNG, fmt, rows * columns // fmt.block_elements)
+    return RawWeight(name, fmt, (rows, columns), {"data": data})
+
+
+def linear_program(rows: int, columns: int, bias: bool = False) -> Program:
+    def build(p: Program, step: ops.StepHandles, x: ops.Handle) -> ops.Handle:
+        b = p.weight("b", (rows,)) if bias else None
+        return ops.linear(x, p.weight("w", (rows, columns)), b)
+
+    return one_op(build, x=columns)
+
+
+# Rows and columns: one row, one past a tile, odd everything.
+SHAPES = ((1, 32), (65, 100), (130, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", [F32, F16], ids=lambda f: f.name)
+def test_linear_of_floats(fmt, dtype: str) -> None:  # type: ignore[no-untyped-def]
+    for rows, columns in SHAPES:
+        program = linear_program(rows, columns, bias=True)
+        weights = {
+            "x": table(columns, 1.0),
+            "w": raw(table(columns, 1.0, rows), fmt),
+            "b": table(rows, 1.0)[0],
+        }
+        for num_tokens in (1, 33):
+            step = plain_step(num_tokens)
+            want = run_reference(program, weights, step, dtype=dtype).astype(np.float64)
+            assert_close(run(program, weights, step, dtype=dtype), want, dtype, 4e-6)
+
+
+QUANTISED = [name for name, fmt in FORMATS.items() if not fmt.is_float]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
+    """Against float64 over the specification's values, in whole steps and in part of one."""
+    per_block = FORMATS[name].block_elements
+    for rows, blocks in ((1, 256 // per_block), (65, max(1, 96 // per_block))):
+        columns = blocks * per_block
+        w = quantised(name, rows, columns)
+        values = dequantise(w).astype(np.float64)
+        x = table(columns, 1.0)
+        got = run(linear_program(rows, columns), {"x": x, "w": w}, plain_step(18), dtype=dtype)
+        want = x[:18].astype(dtype).astype(np.float64) @ values.T
+        size = np.abs(x[:18]).astype(np.float64) @ np.abs(values).T
+        half_ulp = {"float32": 0.0, "float16": 2.0**-11}[dtype]
+        assert (np.abs(got - want) <= 1e-6 * size + half_ulp * np.abs(want) + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_embedding_has_the_specifications_bits(name: str) -> None:
+    columns = FORMATS[name].block_elements * 3
+    w = quantised(name, 20, columns)
+    p = Program()
+    step = ops.StepHandles.of(p)
+    p.finish(
+        ops.select_rows(
+            ops.embedding(p.weight("w", (20, columns)), step.token_ids), step.logit_rows
+        )
+    )
+    ids = plain_step(20)
+    assert np.array_equal(run(p, {"w": w}, ids), dequantise(w))
+
+
+@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q4_1", "Q8_0"])
+def test_linear_rows_do_not_depend_on_how_many_there_are(name: str) -> None:
+    columns, rows = 96, 70
+    w = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
+    weights = {"x": table(columns, 1.0), "w": w}
+    program = linear_program(rows, columns)
+    whole = run(program, weights, plain_step(ROWS))
+    for num_tokens in (1, 2, 15, 17, 33, 70):
+        some = run(program, weights, plain_step(num_tokens))
+        assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
+
+
+def test_what_has_no_kernel_is_refused() -> None:
+    backend = TritonBackend(threads=1)
+    mixed = WeightGroup((raw(table(256, 1.0)), quantised("Q8_0", 4, 256)))
+    with pytest.raises(ValueError, match="mixes F32, Q8_0"):
+        backend.pack(mixed)
+    norm = RawWeight("n", Q4_K, (256,), {"data": random_blocks(RNG, Q4_K, 1)})
+    with pytest.raises(ValueError, match="norms are floats"):
+        backend.pack(norm)
+    with pytest.raises(ValueError, match="one dimension .norms, biases. or two"):
+        backend.pack(RawWeight("x", F32, (1, 1, 1), {"data": np.zeros(4, np.uint8)}))
+
+
+# ------------------------------------------------------------------------------ whole programs
+
+
+def two_layer_step(dtype: str, block_size: int = 4):  # type: ignore[no-untyped-def]
+    program = programs.two_layers()
+    weights = programs.random_weights(program)
+    kv = KVSpec(2, 2, 8, block_size, dtype)
+    return program, weights, kv
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_layers(dtype: str) -> None:
+    program, weights, kv = two_layer_step(dtype)
+    pages = Paged(4, 64, np.random.default_rng(1))
+    a, b = pages.add(), pages.add()
+    step = pages.step({a: RNG.integers(0, 200, 13).tolist(), b: [5]}, padding=2)
+    got = run(program, weights, step, dtype=dtype, kv=kv)
+    want = run_reference(program, weights, step, dtype=dtype, kv=kv)
+    assert got.shape == want.shape
+    loose = {"float32": 1e-5, "float16": 2e-2}[dtype]
+    assert np.abs(got - want).max() <= loose * np.abs(want).max()
+
+
+def test_two_layers_do_not_depend_on_chunks_or_neighbours() -> None:
+    program, weights, _ = two_layer_step("float32")
+    tokens = np.random.default_rng(7).integers(0, 200, 21).tolist()
+
+    def logits(block_size: int, cuts: list[int], neighbour: bool) -> bytes:
+        backend = TritonBackend(activation_dtype="float32", threads=1)
+        packed = {name: backend.pack(raw(w, name=name)) for name, w in weights.items()}
+        cache = backend.allocate_kv(KVSpec(2, 2, 8, block_size, "float32"), 64)
+        cache.data.fill_(float("nan"))
+        executable = backend.lower(program, packed, cache)
+        pages = Paged(block_size, 64, np.random.default_rng(2))
+        ours, other = pages.add(), pages.add()
+        out, start = [], 0
+        for stop in cuts:
+            chunks = {ours: tokens[start:stop]}
+            if neighbour:
+                chunks = {other: [9, 8, 7]} | chunks
+            first = 3 if neighbour else 0
+            rows = list(range(first, first + stop - start))
+            step = pages.step(chunks, padding=2 * neighbour, logit_rows=rows)
+            out.append(executable.run(step).numpy())
+            start = stop
+        return np.concatenate(out).tobytes()
+
+    whole = logits(16, [21], False)
+    assert logits(4, [5, 6, 21], False) == whole
+    assert logits(8, [1, 20, 21], True) == whole
+
+
+def test_lowering_is_within_the_planned_workspace() -> None:
+    program, weights, kv = two_layer_step("float32")
+    backend = TritonBackend(activation_dtype="float32", threads=1)
+    raws = {name: raw(w, name=name) for name, w in weights.items()}
+    packed = {name: backend.pack(w) for name, w in raws.items()}
+    executable = backend.lower(program, packed, backend.allocate_kv(kv, 64))
+    pages = Paged(4, 64, np.random.default_rng(1))
+    executable.run(pages.step({pages.add(): list(range(23))}))
+    assert 0 < executable.workspace_bytes <= backend.workspace_bytes(program, 23, 23, 256)
+    assert executable.weights_bytes == backend.weights_bytes(program, raws)
+
+
+def test_steps_that_do_not_exist_are_refused() -> None:
+    program, weights, kv = two_layer_step("float32")
+    backend = TritonBackend(activation_dtype="float32", threads=1)
+    packed = {name: backend.pack(raw(w, name=name)) for name, w in weights.items()}
+    executable = backend.lower(program, packed, backend.allocate_kv(kv, 2))
+    pages = Paged(4, 2, np.random.default_rng(1))
+    good = pages.step({pages.add(): [1, 2, 3]})
+    for name, index, value, message in (
+        ("token_ids", 0, 200, "token ids .* vocabulary of 200"),
+        ("slot", 0, 8, "slots .* cache of 8"),
+        ("block_table", (0, 0), 2, "blocks .* cache of 2"),
+        ("logit_rows", 0, 3, "logit rows .* step of 3"),
+        ("seq_len", 0, 5, "sequence of 5 tokens needs 2 blocks"),
+    ):
+        array = getattr(good, name)
+        before = array[index]
+        array[index] = value
+        with pytest.raises(ValueError, match=message):
+            executable.run(good)
+        array[index] = before
+    assert torch.isfinite(torch.from_numpy(executable.run(good).numpy())).all()

@@ -1,0 +1,410 @@
+"""Compiles every kernel of the Triton backend ahead of time, without a GPU, and says what came out.
+
+`python -m tests.kernels.triton_compile` prints one JSON object per line: what was compiled for
+which target, its registers, stack, shared memory and instructions; --write writes docs/kernels.md.
+Run it without TRITON_INTERPRET. The binaries are read with tools that the triton wheel carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engineroom.kernels.triton import attention, elementwise, embedding, linear, rms_norm, rope
+from engineroom.kernels.triton.numerics import AMD, OPTIONS, next_power_of_two
+from engineroom.kernels.triton.quantised import GROUPS, LAYOUTS, QuantisedMatrix
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes of one program
+COUNTED = ("HGMMA", "HMMA", "I2F", "LDGSTS", "MUFU.EX2", "LDL", "STL")
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+_TL = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel as a launcher would compile it."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]  # parameter -> type; the scalars are i32 but for `floats`
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    unaligned: tuple[str, ...] = ()  # scalars that are not multiples of 16
+    floats: tuple[str, ...] = ()
+    expects: dict[str, tuple[str, ...]] = field(default_factory=dict)  # target -> instructions
+    without: tuple[str, ...] = ()  # instructions that must not be there
+    older: dict[str, Any] = field(default_factory=dict)  # options of targets other than sm_90
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def _attention(shape: attention.Shape, block: int, **flags: bool) -> Iterator[Any]:
+    dtype = shape.product
+    pointer = _POINTERS[dtype]
+    flags = {"HAS_CAP": False, "HAS_WINDOW": False} | flags
+    heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
+    more = "".join(f" {k.removeprefix('HAS_').lower()}" for k, v in flags.items() if v)
+    metadata = {"item_ptr": "*i32", "position_ptr": "*i32", "table_ptr": "*i32"}
+    scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
+    plain = ("layer", "table_width", "window")
+    tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
+    narrow, wide = shape.rows(False), shape.rows(True)
+    for rows in (narrow, wide) if wide > narrow else (narrow,):
+        yield Configuration(
+            f"attention walk {dtype} {heads} page {block} rows {rows}{more}",
+            attention.walk_kernel,
+            {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": pointer, **metadata},
+            attention.tile(shape, block, rows) | flags,
+            attention.options(dtype, True),
+            plain,
+            ("scale", "cap"),
+            tensor if shape.padded >= 64 else {},
+            older=attention.options(dtype, False),
+            targets=tuple(t for t in TARGETS if rows == narrow or t != "gfx942"),
+        )
+    constants = attention.tile(shape, block, shape.rows(False))
+    yield Configuration(
+        f"attention split {dtype} {heads} page {block} rows {shape.rows(False)}{more}",
+        attention.split_kernel,
+        {"q_ptr": pointer, "cache_ptr": pointer, "pair_ptr": "*i32", **metadata, **scratch},
+        constants | flags,
+        attention.options(dtype, True),
+        plain,
+        ("scale", "cap"),
+        tensor if shape.padded >= 64 else {},
+        older=attention.options(dtype, False),
+    )
+    if not more:
+        kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
+        yield Configuration(
+            f"attention merge {dtype} {heads}",
+            attention.merge_kernel,
+            {"out_ptr": pointer, "item_ptr": "*i32", "position_ptr": "*i32", **scratch},
+            {name: constants[name] for name in kept},
+            OPTIONS,
+        )
+
+
+def _linear(dtype: str, tokens: int, after: str = "", K: int = 4096) -> Configuration:
+    pointer = _POINTERS[dtype]
+    product = getattr(torch, dtype)
+    tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
+    return Configuration(
+        f"linear {dtype} tokens {tokens} K {K}{' ' + after if after else ''}",
+        linear.float_kernel,
+        {
+            "x_ptr": pointer,
+            "w_ptr": pointer,
+            "bias_ptr": "*fp32",
+            "other_ptr": pointer,
+            "out_ptr": pointer,
+        },
+        {"HAS_BIAS": True, "AFTER": after, "ROUND": _TL[dtype], "PRODUCT": _TL[dtype]}
+        | linear.float_tile(K, tokens, product),
+        linear.float_options(product),
+        ("num_tokens",),
+        (),
+        tensor,
+        targets=_targets(tokens),
+    )
+
+
+def _quantised(fmt: str, dtype: str, tokens: int, K: int = 4096) -> Configuration:
+    pointer = _POINTERS[dtype]
+    layout = LAYOUTS[fmt]
+    empty = torch.empty(0)
+    weight = QuantisedMatrix((4096, K), layout, empty, empty, empty if layout.minimum else None)
+    scale = "*fp16" if layout.scale_dtype == torch.float16 else "*fp32"
+    tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
+    return Configuration(
+        f"linear {fmt} {dtype} tokens {tokens} K {K}",
+        linear.quantised_kernel,
+        {
+            "x_ptr": pointer,
+            "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
+            "scale_ptr": scale,
+            "minimum_ptr": scale,
+            "sums_ptr": "*fp32",
+            "bias_ptr": "*fp32",
+            "other_ptr": pointer,
+            "out_ptr": pointer,
+        },
+        {"HAS_BIAS": False, "AFTER": "", "ROUND": _TL[dtype], "PRODUCT": _TL[dtype]}
+        | linear.quantised_tile(weight, tokens),
+        linear.quantised_options(tokens),
+        ("num_tokens", "sums_stride"),
+        (),
+        tensor,
+        ("I2F",),
+        targets=_targets(tokens),
+    )
+
+
+def _targets(tokens: int) -> tuple[str, ...]:
+    """The targets whose launchers take tiles of so many tokens."""
+    return tuple(t for t in TARGETS if tokens <= linear.most_tokens(amd=t == "gfx942"))
+
+
+def _small(dtype: str) -> Iterator[Configuration]:
+    pointer = _POINTERS[dtype]
+    for op in ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul"):
+        yield Configuration(
+            f"{op} {dtype}",
+            elementwise.map_kernel,
+            {"a_ptr": pointer, "b_ptr": pointer, "out_ptr": pointer},
+            {"OP": op, "BLOCK": elementwise.BLOCK},
+            OPTIONS,
+            (),
+            ("parameter",),
+        )
+    for size in (128, 4096, 8192):
+        yield Configuration(
+            f"rms_norm {dtype} {size}",
+            rms_norm.rms_norm_kernel,
+            {"x_ptr": pointer, "weight_ptr": "*fp32", "out_ptr": pointer},
+            {"BLOCK": next_power_of_two(size)},
+            OPTIONS,
+            (),
+            ("eps", "offset"),
+        )
+    rotated = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "cache_ptr")
+    for heads, kv_heads, rotate in ((32, 8, True), (32, 0, False), (0, 8, False)):
+        yield Configuration(
+            f"rope {dtype} {heads}+{kv_heads} heads of 128",
+            rope.rope_kernel,
+            dict.fromkeys(rotated, pointer) | {"table_ptr": "*fp32", "slot_ptr": "*i32"},
+            {
+                "Q_HEADS": heads,
+                "KV_HEADS": kv_heads,
+                "ROTATE_K": rotate,
+                "BLOCK_SIZE": 16,
+                "INTERLEAVED": False,
+            }
+            | rope.tile(128, 64 if heads else 0, max(heads, kv_heads)),
+            OPTIONS,
+            ("layer",),
+        )
+    yield Configuration(
+        f"select_rows {dtype}",
+        embedding.rows_kernel,
+        {"x_ptr": pointer, "index_ptr": "*i32", "out_ptr": pointer},
+        {"BLOCK": embedding.BLOCK},
+        OPTIONS,
+    )
+    for fmt in ("Q4_0", "Q6_K"):
+        layout = LAYOUTS[fmt]
+        scale = "*fp16" if layout.scale_dtype == torch.float16 else "*fp32"
+        yield Configuration(
+            f"embedding {fmt} {dtype}",
+            embedding.quantised_rows_kernel,
+            {
+                "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
+                "scale_ptr": scale,
+                "minimum_ptr": scale,
+                "index_ptr": "*i32",
+                "out_ptr": pointer,
+            },
+            {
+                "BITS": layout.bits,
+                "ZERO": layout.zero,
+                "GROUP": layout.group,
+                "GROUPS": GROUPS,
+                "HAS_MINIMUM": layout.minimum,
+                "BLOCK": embedding.BLOCK,
+            },
+            OPTIONS,
+        )
+    yield Configuration(
+        f"group sums {dtype}",
+        linear.sums_kernel,
+        {"x_ptr": pointer, "sums_ptr": "*fp32"},
+        {"GROUP": 32, "BLOCK": linear.SUMS_BLOCK},
+        OPTIONS,
+        ("num_groups", "sums_stride"),
+    )
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every kernel at the tiles that the launchers choose for common models."""
+    shape = attention.Shape
+    for dtype in ("bfloat16", "float16"):
+        yield from _attention(shape(32, 8, 128, dtype), 16)
+    yield from list(_attention(shape(32, 8, 128, "bfloat16"), 64))[:-1]  # but for the merge
+    yield from _attention(shape(9, 3, 64, "bfloat16"), 16)
+    yield from _attention(shape(32, 32, 96, "bfloat16"), 16)
+    yield from _attention(shape(32, 32, 80, "bfloat16"), 16)
+    yield from _attention(shape(8, 4, 256, "bfloat16"), 16, HAS_CAP=True, HAS_WINDOW=True)
+    yield from _attention(shape(64, 4, 128, "bfloat16"), 128, HAS_WINDOW=True)
+    yield from _attention(shape(32, 8, 128, "float32"), 16)
+    yield from _attention(shape(8, 4, 8, "float32"), 16)
+    yield from _attention(shape(8, 4, 256, "float32"), 16)
+    for dtype in ("bfloat16", "float16"):
+        for tokens in linear.TOKENS:
+            yield _linear(dtype, tokens)
+    yield _linear("bfloat16", 16, "add")
+    yield _linear("bfloat16", 128, "silu_mul")
+    yield _linear("bfloat16", 16, K=4864 + 32)  # not whole steps
+    yield _linear("float32", 16)
+    yield _linear("float32", 128)
+    for fmt in LAYOUTS:
+        for tokens in linear.TOKENS if fmt in ("Q4_0", "Q8_0") else (16, 128):
+            yield _quantised(fmt, "bfloat16", tokens)
+    yield _quantised("Q4_0", "float16", 16)
+    yield _quantised("Q4_0", "bfloat16", 16, K=576)
+    yield _quantised("Q4_1", "float32", 16)
+    yield from _small("bfloat16")
+    yield from _small("float32")
+
+
+def compiled(configuration: Configuration, target: str) -> dict[str, Any]:
+    """Compile and read the binary."""
+    parameters = list(configuration.kernel.arg_names)
+    signature: dict[str, str] = {}
+    for name in parameters:
+        if name in configuration.constants:
+            signature[name] = "constexpr"
+        elif name in configuration.pointers:
+            signature[name] = configuration.pointers[name]
+        else:
+            signature[name] = "fp32" if name in configuration.floats else "i32"
+    constants = {(parameters.index(k),): v for k, v in configuration.constants.items()}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(parameters)
+        if signature[name] not in ("constexpr", "fp32") and name not in configuration.unaligned
+    }
+    source = ASTSource(configuration.kernel, signature, constants, attributes)
+    options = configuration.options | (configuration.older if target != "sm_90" else {})
+    if target == "gfx942":
+        options |= AMD
+    made = triton.compile(source, target=TARGETS[target], options=options)
+    found: dict[str, Any] = {
+        "name": configuration.name,
+        "target": target,
+        "shared": made.metadata.shared,
+        "warps": made.metadata.num_warps,
+        "expects": list(configuration.expects.get(target, ())),
+        "without": list(configuration.without),
+        "sums": _sums(made.asm["ttgir"]),
+    }
+    if target.startswith("sm_"):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+            code = _output("nvdisasm", file.name)
+        numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert numbers is not None, usage
+        found["registers"], found["stack"] = int(numbers[1]), int(numbers[2])
+        found["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M))
+        found |= {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in COUNTED}
+    else:
+        code = made.asm["amdgcn"]
+        found["registers"] = int(_last(r"\.vgpr_count:\s+(\d+)", code))
+        found["stack"] = int(_last(r"\.private_segment_fixed_size:\s*(\d+)", code))
+        found["instructions"] = len(re.findall(r"^\t[a-z]\w+", code, re.M))
+        found["MFMA"] = code.count("v_mfma")
+    return found
+
+
+def _sums(ttgir: str) -> list[str]:
+    """Layouts that are summed over, or searched for a maximum, along the first of two axes: how
+    keys are laid out among threads, and so the order of the sum. The width is left out."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.M))
+    reduced = re.findall(
+        r"tt\.reduce.*?axis = 0.*?\}\) : \(tensor<(\d+)x\d+xf32, (#\w+)>", ttgir, re.S
+    )
+    found = set()
+    for keys, name in reduced:
+        layout = re.sub(r"instrShape = \[(\d+), \d+", r"instrShape = [\1, any", layouts[name])
+        found.add(f"{keys} keys in {layout}")
+    return sorted(found)
+
+
+def _output(tool: str, *arguments: str) -> str:
+    done = subprocess.run([_BIN / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _last(pattern: str, text: str) -> str:
+    return re.findall(pattern, text)[-1]
+
+
+_PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+_BLOCK = re.compile(r"(<!-- compiled -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/kernels.md with its table written anew from all rows."""
+    header = ["kernel", *(f"{t}: registers, shared" for t in TARGETS), "sm_90 instructions"]
+    lines = ["| " + " | ".join(header) + " |\n", "| " + " | ".join("---" for _ in header) + " |\n"]
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["target"]] = row
+    for name, made in by_name.items():
+        cells = [name]
+        for target in TARGETS:
+            row = made.get(target)
+            stack = f", stack {row['stack']}" if row and row["stack"] else ""
+            cells.append(f"{row['registers']}, {row['shared']:,}{stack}" if row else "")
+        row = made["sm_90"]
+        shown = [f"{row[n]} {n}" for n in ("HGMMA", "MUFU.EX2", "I2F") if row[n]]
+        cells.append("; ".join([f"{row['instructions']:,}", *shown]))
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], _PAGE.read_text("utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[""], help="names that contain one of these")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    options = parser.parse_args()
+    jobs = [
+        (configuration, target)
+        for configuration in configurations()
+        if any(text in configuration.name for text in options.only)
+        for target in options.targets
+        if target in configuration.targets
+    ]
+
+    def job(pair: tuple[Configuration, str]) -> dict[str, Any]:
+        try:
+            return compiled(*pair)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            return {"name": pair[0].name, "target": pair[1], "error": text[-600:]}
+
+    rows = []
+    with ThreadPoolExecutor(options.threads) as pool:
+        for row in pool.map(job, jobs):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    if options.write:
+        _PAGE.write_text(page(rows), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

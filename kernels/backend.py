@@ -388,7 +388,8 @@ def create(
         )
     if packed_cache is not None:
         raise BackendUnavailable(
-            f"packed_cache: the {choice.name} backend keeps no file; use device='cpu', or leave it out"
+            f"packed_cache: the {choice.name} backend keeps no file; "
+            "use device='cpu', or leave it out"
         )
     if activations == "int8":
         device = "cuda" if choice.name == "triton" else choice.name

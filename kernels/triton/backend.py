@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..backend import DTYPE_BYTES, KVSpec
+from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec
 from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
@@ -56,11 +56,6 @@ class TritonBackend:
                 f"weight {name!r} has shape {list(weight.shape)}; the Triton backend packs weights "
                 "of one dimension (norms, biases) or two (matrices)"
             )
-        if any(p.pack_as is not None for p in parts):
-            raise ValueError(
-                f"weight {name!r} is to be quantised on load, which the Triton backend cannot yet; "
-                "use device='cpu', or quantization=None"
-            )
         if len({form(p.format) for p in parts}) > 1 and len(weight.shape) == 2:
             formats = ", ".join(p.format.name for p in parts)
             raise ValueError(
@@ -73,10 +68,18 @@ class TritonBackend:
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """Device memory of the weights: matrices in codes or floats, vectors in fp32."""
+        """Device memory of the weights: matrices in codes or floats, vectors in fp32.
+
+        Errors: BackendUnavailable for weights that are to be quantised on load.
+        """
         total = 0
         for weight in weights.values():
             parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
+            if any(part.pack_as is not None for part in parts):
+                raise BackendUnavailable(
+                    "quantization: the Triton backend does not quantise on load yet; use "
+                    "device='cpu', or a checkpoint that is quantised already"
+                )
             if len(weight.shape) == 1:
                 total += 4 * weight.shape[0]
             else:
@@ -88,9 +91,9 @@ class TritonBackend:
         return activation_dtype
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
-        """A zeroed cache of num_blocks. Errors: ValueError for a dtype that it cannot hold."""
+        """A zeroed cache of num_blocks. Errors: BackendUnavailable: no such cache."""
         if spec.dtype not in DTYPE_BYTES:
-            raise ValueError(
+            raise BackendUnavailable(
                 f"the Triton backend has no KV cache in {spec.dtype}; it has "
                 f"{', '.join(DTYPE_BYTES)}"
             )

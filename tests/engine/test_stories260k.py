@@ -51,6 +51,7 @@ def test_the_exact_story(form, device, forms, expected):
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["hf", "Q8_0"])
 def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
     """The whole engine on the GPU's kernels; the interpreter takes half a second a token."""

@@ -188,15 +188,12 @@ def _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, 
 
 
 @triton.jit
-def _store(
-    out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
-):
-    """acc / total for rows that see a key, zeros for padding rows."""
+def _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD):
+    """acc / total; a padding row has seen nothing, and its acc of 0 is divided by 1."""
     d = tl.arange(0, D_PAD)
     at = token * out_stride + (kv_head * SHARED + shared) * D
     inside = exists[:, None] & (d < D)[None, :]
     out = acc / tl.where(total == 0.0, 1.0, total)[None, :]
-    out = tl.where((position >= 0)[None, :], out, 0.0)
     out = tl.trans(out.to(out_ptr.dtype.element_ty))
     tl.store(out_ptr + at[:, None] + d[None, :], out, mask=inside)
 
@@ -270,9 +267,7 @@ def walk_kernel(
             D_PAD,
         )
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(
-        out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
-    )
+    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
 
 
 @triton.jit(do_not_specialize=["layer", "table_width", "window"])
@@ -365,7 +360,7 @@ def merge_kernel(
     """One item and kv head: its splits from scratch, in ascending order."""
     item_ptr += tl.program_id(0) * ITEM
     kv_head = tl.program_id(1)
-    token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
+    token, shared, _, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -378,9 +373,7 @@ def merge_kernel(
         split_top = tl.load(top_ptr + place * ROWS + r)
         split_total = tl.load(total_ptr + place * ROWS + r)
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(
-        out_ptr, token, shared, exists, position, out_stride, kv_head, total, acc, SHARED, D, D_PAD
-    )
+    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
 
 
 @dataclass(frozen=True)

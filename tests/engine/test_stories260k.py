@@ -62,6 +62,7 @@ def test_an_int8_cache_tells_the_same_story_on_either_backend(forms, expected):
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["hf", "Q8_0"])
 def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
     """The whole engine on the GPU's kernels; the interpreter takes half a second a token."""

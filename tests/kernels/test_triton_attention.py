@@ -41,7 +41,7 @@ class Layer(ReferenceLayer):
 
 
 TILE = attention.TILE
-SPLIT = 2 * TILE  # of these tests, so that a few tokens are several splits
+SPLIT = 2 * TILE if FULL else TILE  # of these tests, so that a few tokens are several splits
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,8 @@ def test_the_work_list_covers_every_token_once() -> None:
         ]
     )
     assert sorted(seen) == list(range(len(last)))
-    assert [item[6] for item in plan.split] == [3, 2]  # longest first; the others have one split
+    # Longest first; the others have one split, or too many tokens at once.
+    assert [item[6] for item in plan.split] == [-(-302 // SPLIT), -(-151 // SPLIT)]
     for item in (*plan.wide, *plan.narrow, *plan.split):
         here = last[item[1] : item[1] + item[2]]
         assert item[4] == here.max()

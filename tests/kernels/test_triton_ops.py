@@ -11,7 +11,7 @@ import pytest
 from engineroom.kernels import ops
 from engineroom.kernels.backend import KVSpec
 from engineroom.kernels.program import Program
-from engineroom.kernels.weights import F16, F32, FORMATS, Q4_K, RawWeight, WeightGroup
+from engineroom.kernels.weights import F16, F32, FILE_FORMATS, Q4_K, RawWeight, WeightGroup
 from engineroom.quant.gguf import dequantise
 from tests.counts import count
 from tests.kernels import programs
@@ -109,7 +109,7 @@ def test_op_rows_do_not_depend_on_their_neighbours(name: str) -> None:
 
 
 def quantised(name: str, rows: int, columns: int) -> RawWeight:
-    fmt = FORMATS[name]
+    fmt = FILE_FORMATS[name]
     data = random_blocks(RNG, fmt, rows * columns // fmt.block_elements)
     return RawWeight(name, fmt, (rows, columns), {"data": data})
 
@@ -142,14 +142,14 @@ def test_linear_of_floats(fmt, dtype: str) -> None:  # type: ignore[no-untyped-d
             assert_close(run(program, weights, step, dtype=dtype), want, dtype, 4e-6)
 
 
-QUANTISED = [name for name, fmt in FORMATS.items() if not fmt.is_float]
+QUANTISED = [name for name, fmt in FILE_FORMATS.items() if not fmt.is_float]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
     """Against float64 over the specification's values, in whole steps and in part of one."""
-    per_block = FORMATS[name].block_elements
+    per_block = FILE_FORMATS[name].block_elements
     for rows, blocks in ((1, 256 // per_block), (65, max(1, 96 // per_block))):
         columns = blocks * per_block
         w = quantised(name, rows, columns)
@@ -164,7 +164,7 @@ def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_embedding_has_the_specifications_bits(name: str) -> None:
-    columns = FORMATS[name].block_elements * 3
+    columns = FILE_FORMATS[name].block_elements * 3
     w = quantised(name, 20, columns)
     p = Program()
     step = ops.StepHandles.of(p)

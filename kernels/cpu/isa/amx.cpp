@@ -69,8 +69,8 @@ ER_INLINE void scale_part(F (&f)[kBlock], const std::int32_t *sums, const std::u
     const F d = Ready::scale(scales, step, v);
 #pragma GCC unroll 16
     for (int r = 0; r < kBlock; ++r)
-        f[r] = f_fma(f_of_i(i_load(sums + 16 * r)), f_mul(d, f_set(a.scale[r * groups32 + g])),
-                     f[r]);
+        f[r] = f_fma(f_of_i(i_load(sums + 16 * r)),
+                     product_scale<Ready>(d, f_set(a.scale[r * groups32 + g])), f[r]);
     if constexpr (Ready::kHasMinimum) {
         const F m = Ready::minimum(scales, g, v);
 #pragma GCC unroll 16
@@ -129,7 +129,7 @@ static __attribute__((noinline)) void signed_groups(const std::uint8_t *quants, 
 template <class Quants, class Scale>
 static void int8_product(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
                          int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    using Ready = ScaleReady<Scale::kParts, Scale::kHasMinimum>;
+    using Ready = ScaleReady<Scale>;
     static constexpr TileShapes shapes = int8_shapes<kGroup / Scale::kParts>();
     const std::uint8_t *scales = w.scales(tile), *quants = w.quants(tile);
     std::int32_t *sums = reinterpret_cast<std::int32_t *>(scratch);

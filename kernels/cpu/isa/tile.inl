@@ -172,11 +172,11 @@ struct ScaleChannelMin {
 };
 
 // fp32 that this unit computed once for many rows: per group its scales, then its minima.
-template <int kParts_, bool kHasMinimum_>
+template <class Scale>
 struct ScaleReady {
-    static constexpr int kParts = kParts_;
-    static constexpr bool kHasMinimum = kHasMinimum_;
-    static constexpr bool kLast = false;
+    static constexpr int kParts = Scale::kParts;
+    static constexpr bool kHasMinimum = Scale::kHasMinimum;
+    static constexpr bool kLast = Scale::kLast;
     static constexpr int kFloats = (kParts + kHasMinimum) * kTileRows;  // of a group
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
         return f_load(reinterpret_cast<const float *>(s) + part / kParts * kFloats +
@@ -370,7 +370,7 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
             Fetch{scales + Quants::kDistance + k0 / kGroup * (Quants::kBytes + Scale::kBytes), 0});
         return;
     }
-    using Ready = ScaleReady<Scale::kParts, Scale::kHasMinimum>;
+    using Ready = ScaleReady<Scale>;
     float *ready = reinterpret_cast<float *>(scratch);
     std::uint8_t *unpacked = scratch + sizeof(float) * Ready::kFloats * (kChunk / kGroup);
     for (int c0 = k0; c0 < k1; c0 += kChunk) {

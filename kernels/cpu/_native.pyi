@@ -69,9 +69,9 @@ def pack_layer(
     paired: bool,
     compact: bool = True,
 ) -> list[PackedMatrix]:
-    """`pack` of a linear layer's matrices (format, data, rows, columns), on the pool's threads.
+    """`pack` of a linear layer's matrices (format, data, rows, columns), on as many threads at most.
 
-    Each packs the tiles that it will multiply by. paired: they come in pairs of equal rows, as a
+    Pinned ones pack the tiles that they will multiply by. paired: they come in pairs of equal rows, as a
     step takes gate and up. Errors: as `pack`; ValueError for pairs that are none.
     """
 

@@ -36,7 +36,7 @@ struct RawMatrix {
 };
 
 // Packs the matrices of one linear layer; `paired`: in pairs of equal rows, as linear_tiles takes
-// them. A thread packs the tiles that it will multiply by (each_share). compact: bf16 becomes
+// them. A pinned thread packs the tiles that it will multiply by (each_share). compact: bf16 becomes
 // kCompactBF16 where that saves memory.
 // Errors: std::invalid_argument as packed_layout; std::bad_alloc.
 std::vector<PackedMatrix> pack_layer(Pool &pool, const std::vector<RawMatrix> &matrices, bool paired,

@@ -50,7 +50,12 @@ FOUND: dict[str, tuple[dict[int, str], list[str], list[int], Cores]] = {
         list(range(8)),
         [(0, [0, 4]), (0, [2, 6]), (1, [1, 5]), (1, [3, 7])],
     ),
-    "a node of memory alone": ({0: "0-3", 2: ""}, NEIGHBOURS, [0, 1, 2, 3], [(0, [0, 1]), (0, [2, 3])]),
+    "a node of memory alone": (
+        {0: "0-3", 2: ""},
+        NEIGHBOURS,
+        [0, 1, 2, 3],
+        [(0, [0, 1]), (0, [2, 3])],
+    ),
     "CPUs offline": ({0: "0-1", 1: "2"}, ["0-1", "0-1", "2"], [0, 1, 2], [(0, [0, 1]), (1, [2])]),
     "a cpuset": ({0: "0-1,4-5", 1: "2-3,6-7"}, PAIRS, [1, 5, 7], [(0, [1, 5]), (1, [7])]),
     "a cpuset of one node": ({0: "0-1,4-5", 1: "2-3,6-7"}, PAIRS, [3, 6], [(1, [3]), (1, [6])]),
@@ -159,7 +164,8 @@ def test_a_layer_is_packed_and_shared_out_whole(paired: bool) -> None:
     rng = np.random.default_rng(3)
     for _ in range(count(reduced=40, full=1000)):
         layer, threads = matrices(rng, paired), int(rng.integers(1, 20))
-        packed = _native.pack_layer(_native.Pool(threads), layer, paired)
+        node = {"places": [(0, [0])] * threads} if rng.random() < 0.5 else {}
+        packed = _native.pack_layer(_native.Pool(threads, **node), layer, paired)
         for matrix, raw in zip(packed, layer, strict=True):
             alone = _native.pack(*raw, 1)
             assert bytes(_native.tiles_of(matrix)) == bytes(_native.tiles_of(alone))

@@ -69,10 +69,11 @@ def pack_layer(
     paired: bool,
     compact: bool = True,
 ) -> list[PackedMatrix]:
-    """`pack` of a linear layer's matrices (format, data, rows, columns), on as many threads at most.
+    """`pack` of a linear layer's matrices (format, data, rows, columns).
 
-    Pinned ones pack the tiles that they will multiply by. paired: they come in pairs of equal rows, as a
-    step takes gate and up. Errors: as `pack`; ValueError for pairs that are none.
+    It takes as many threads as the pool has, at most; pinned ones pack the tiles that they will
+    multiply by. paired: the matrices come in pairs of equal rows, as a step takes gate and up.
+    Errors: as `pack`; ValueError for pairs that are none.
     """
 
 def quantise(

@@ -473,9 +473,8 @@ class _Binder:
     def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
         pool = self._backend._pool
         rows = [as_packed(part, pool.size) for part in parts]
-        tiles = _native.pack_layer(
-            pool, [(r.format.name, r.data.view(np.ndarray), *r.shape) for r in rows], paired
-        )
+        matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
+        tiles = _native.pack_layer(pool, matrices, paired)
         for part in parts:
             _release_pages(part.data.view(np.ndarray))
         return tiles

@@ -63,6 +63,19 @@ def pack(
     dtype, rank or layout of `data`; MemoryError.
     """
 
+def pack_layer(
+    pool: Pool,
+    matrices: Sequence[tuple[str, NDArray[np.uint8], int, int]],
+    paired: bool,
+    compact: bool = True,
+) -> list[PackedMatrix]:
+    """`pack` of a linear layer's matrices (format, data, rows, columns).
+
+    It takes as many threads as the pool has, at most; pinned ones pack the tiles that they will
+    multiply by. paired: the matrices come in pairs of equal rows, as a step takes gate and up.
+    Errors: as `pack`; ValueError for pairs that are none.
+    """
+
 def quantise(
     format_name: str,
     data: NDArray[np.uint8],
@@ -129,11 +142,21 @@ class RowSampler:
         """Write the natural logprobs of `logits` [R, V] to `out`, without the GIL."""
 
 class Pool:
-    """Threads that run one function together; the caller is the first of them."""
+    """Threads that run one function together; the caller is the first of them.
 
-    def __init__(self, threads: int) -> None: ...
+    Where this process has cores of several memory nodes each thread is pinned to a core, the caller
+    only while it runs: to `places`, by default `place_threads` of its cores. Errors: ValueError for
+    places that are not one a thread.
+    """
+
+    def __init__(self, threads: int, places: Sequence[tuple[int, list[int]]] = ...) -> None: ...
     @property
     def size(self) -> int: ...
+    @property
+    def places(self) -> list[tuple[int, list[int]]]:
+        """Each thread's memory node and the CPUs of its core; empty where nothing is pinned."""
+    def cpus(self) -> list[list[int]]:
+        """The CPUs that each thread may run on, asked of each."""
 
 class KVCache:
     """A zeroed cache of every layer. Errors: ValueError for sizes that are not positive."""
@@ -251,6 +274,21 @@ class StepProgram:
         Errors: ValueError for ids, rows, slots or blocks outside of what there is.
         """
 
+def find_cores(sys: str, allowed: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The cores of the CPUs `allowed` (ascending), as the folder `sys` (/sys) tells.
+
+    Each is its memory node and its CPUs of those allowed; they come by node, then by CPU. Where the
+    folder does not tell, a CPU is a core by itself and of node 0.
+    """
+
+def place_threads(
+    cores: Sequence[tuple[int, list[int]]], threads: int
+) -> list[tuple[int, list[int]]]:
+    """The core of each thread, spread evenly over `cores` in their order.
+
+    Empty where they are of one memory node or there is one thread: then nothing is pinned.
+    """
+
 def usable_cores() -> int:
     """Physical cores that this process may use, within its affinity and its cgroup's quota."""
 
@@ -313,6 +351,14 @@ def linear_test(
 
     x [M, K], weights [N, K] each, outs [M, N] each: one per weight, or one per pair of weights for
     `silu_mul` and `gelu_mul`. Errors: ValueError for unknown names and shapes that do not fit.
+    """
+
+def layer_share(
+    weights: Sequence[PackedMatrix], paired: bool, thread: int, threads: int
+) -> list[tuple[int, int, int]]:
+    """The tiles of a linear layer that are a thread's: (part, first, behind the last). For tests.
+
+    paired: of each pair of weights, `part` being the first of the two.
     """
 
 def rows_test(

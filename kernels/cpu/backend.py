@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +230,7 @@ class CpuBackend:
                 f"multiply {quantised}"
             ),
             "activations": self._dtype,
-            "threads": str(self._pool.size),
+            "threads": _placed(self._pool),
         }
 
 
@@ -236,6 +239,18 @@ def _tables() -> str:
     names = [_called(name) for name in _native.kernel_tables()]
     absent = [f"{_called(name)} lacks {it}" for name, it in _native.absent_tables().items()]
     return "; ".join([f"this machine runs {', '.join(names)}", *absent])
+
+
+def _placed(pool: _native.Pool) -> str:
+    """How many threads there are and, where memory has several nodes, which node has which."""
+    nodes = [node for node, _ in pool.places]
+    if not nodes:
+        return f"{pool.size}, not pinned (one memory node)" if pool.size > 1 else "1, not pinned"
+    ranges = []
+    for node in dict.fromkeys(nodes):
+        first, count = nodes.index(node), nodes.count(node)
+        ranges.append(f"{count} (from {first}) on node {node}")
+    return f"{pool.size}, each pinned to a core: {', '.join(ranges)}"
 
 
 def _called(name: str) -> str:
@@ -318,7 +333,9 @@ class _Binder:
         table = self._weight(op.inputs[0])
         if any(part.pack_as for part in table.parts):
             # Quantised here, for the head that shares it: its tiles are all there is of it.
-            parts = self._tiles_of(self._program.handles[op.inputs[0]].name)  # type: ignore[index]
+            name = self._program.handles[op.inputs[0]].name  # type: ignore[index]
+            self._pack([name], paired=False)
+            parts = self._tiles[name]
         else:
             parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in table.parts]
         out = node.places[op.output].slot
@@ -407,15 +424,14 @@ class _Binder:
             outs = [node.places[step.after.output]] * len(step.main)
             epilogue = "add" if step.residual is not None else step.after.name
             residual = None if step.residual is None else node.places[step.residual].slot
+        paired = len(step.main) == 2 and step.after is not None  # gate and up, of equal rows
+        names = [self._program.handles[op.inputs[1]].name for op in step.main]  # type: ignore[index]
+        self._pack(names, paired)
         entries = []
         for op, out in zip(step.main, outs, strict=True):
             bias = None if op.inputs[2] is None else self._vector(op.inputs[2])
             entries.append(self._entries(op, bias, out.slot))
-        if len(entries) == 2 and step.after is not None:  # gate and up: in pairs of equal rows
-            pairs = list(zip(*entries, strict=True))
-            flat = [entry for pair in pairs for entry in pair]
-        else:
-            flat = [entry for group in entries for entry in group]
+        flat = _in_order(entries, paired)
         self._native.linear(
             node.barrier,
             node.places[x].slot,  # type: ignore[index]
@@ -437,28 +453,39 @@ class _Binder:
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
         entries, at = [], 0
-        for part, tiles in zip(weight.parts, self._tiles_of(name), strict=True):
+        for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
             stop = at + part.shape[0]
             entries.append((tiles, None if bias is None else bias[at:stop].copy(), out, at))
             at = stop
         return entries
 
-    def _tiles_of(self, name: str) -> list[Any]:
-        if name not in self._tiles:
-            self._tiles[name] = [
-                self._packed(part) if self._cache is None else self._cache.tiles(part, self._packed)
-                for part in self._weights[name].parts
-            ]
-        return self._tiles[name]
+    def _pack(self, names: Sequence[str], paired: bool) -> None:
+        """Make the tiles of a linear layer's weights, of those that have none yet."""
+        new = [name for name in dict.fromkeys(names) if name not in self._tiles]
+        paired = paired and len(new) == 2
+        parts = _in_order([self._weights[name].parts for name in new], paired)
 
-    def _packed(self, part: RawWeight) -> Any:
-        threads = self._backend._pool.size
-        rows = as_packed(part, threads)
-        tiles = _native.pack(
-            rows.format.name, rows.data.view(np.ndarray), rows.shape[0], rows.shape[1], threads
-        )
-        _release_pages(part.data.view(np.ndarray))
+        def pack(parts: Sequence[RawWeight]) -> list[_native.PackedMatrix]:
+            return self._packed(parts, paired)
+
+        tiles = iter(pack(parts) if self._cache is None else self._cache.tiles(parts, pack))
+        made = {id(part): next(tiles) for part in parts}
+        for name in new:
+            self._tiles[name] = [made[id(part)] for part in self._weights[name].parts]
+
+    def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
+        pool = self._backend._pool
+        rows = [as_packed(part, pool.size) for part in parts]
+        matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
+        tiles = _native.pack_layer(pool, matrices, paired)
+        for part in parts:
+            _release_pages(part.data.view(np.ndarray))
         return tiles
+
+
+def _in_order(groups: Sequence[Sequence[_T]], paired: bool) -> list[_T]:
+    """The parts of a layer's weights one after another or, of two, in pairs."""
+    return [part for group in (zip(*groups, strict=True) if paired else groups) for part in group]
 
 
 def _op(node: Node) -> Op:

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings.hpp"
@@ -151,6 +153,17 @@ void linear_test(const std::string &isa_name, const std::vector<const PackedMatr
     });
 }
 
+// A thread's tiles: (part, first, behind the last).
+std::vector<std::tuple<int, int, int>> layer_share(const std::vector<const PackedMatrix *> &weights,
+                                                   bool paired, int thread, int threads) {
+    std::vector<LinearPart> parts(weights.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) parts[i].weight = &weights[i]->weight();
+    std::vector<std::tuple<int, int, int>> found;
+    each_share(parts.data(), static_cast<int>(parts.size()), paired, thread, threads,
+               [&](int part, Tiles mine) { found.emplace_back(part, mine.begin, mine.end); });
+    return found;
+}
+
 std::vector<std::string> kernel_tables() {
     std::vector<std::string> names;
     for (int i = 0; usable_kernels(i) != nullptr; ++i) names.emplace_back(usable_kernels(i)->name);
@@ -178,6 +191,8 @@ void register_linear(nanobind::module_ &m) {
           nb::arg("residual") = nb::none(), nb::arg("norm_weight") = nb::none(),
           nb::arg("eps") = 0.0f, nb::arg("offset") = 0.0f, nb::arg("threads") = 1, nb::arg("outs"),
           "One linear layer by itself, as a step runs it; for tests.");
+    m.def("layer_share", &layer_share, nb::arg("weights"), nb::arg("paired"), nb::arg("thread"),
+          nb::arg("threads"), "The tiles of a linear layer that are a thread's; for tests.");
 }
 
 }  // namespace engineroom

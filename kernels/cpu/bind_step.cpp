@@ -30,6 +30,20 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Slot = std::tuple<std::size_t, int, bool>;  // a Value: column, width, per logit row
 
+using Place = std::tuple<int, std::vector<int>>;  // a Core: node, CPUs
+
+std::vector<Place> places_of(const std::vector<Core> &cores) {
+    std::vector<Place> places;
+    for (const Core &core : cores) places.emplace_back(core.node, core.cpus);
+    return places;
+}
+
+std::vector<Core> cores_of(const std::vector<Place> &places) {
+    std::vector<Core> cores;
+    for (const auto &[node, cpus] : places) cores.push_back({node, cpus});
+    return cores;
+}
+
 Value value_of(const Slot &slot) { return {std::get<0>(slot), std::get<1>(slot), std::get<2>(slot)}; }
 
 template <class T>
@@ -257,8 +271,28 @@ std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, 
 void register_step(nb::module_ &m) {
     nb::class_<Pool>(m, "Pool")
         .def(nb::init<int>(), nb::arg("threads"))
-        .def_prop_ro("size", &Pool::size);
+        .def("__init__",
+             [](Pool *self, int threads, const std::vector<Place> &places) {
+                 if (static_cast<std::size_t>(threads) != places.size())
+                     throw std::invalid_argument(std::to_string(places.size()) + " places for " +
+                                                 std::to_string(threads) + " threads");
+                 new (self) Pool(threads, cores_of(places));
+             },
+             nb::arg("threads"), nb::arg("places"))
+        .def_prop_ro("size", &Pool::size)
+        .def_prop_ro("places", [](const Pool &pool) { return places_of(pool.places()); })
+        .def("cpus", [](Pool &pool) {
+            std::vector<std::vector<int>> cpus(static_cast<std::size_t>(pool.size()));
+            pool.run([&](int thread) { cpus[static_cast<std::size_t>(thread)] = thread_cpus(); });
+            return cpus;
+        });
     m.def("usable_cores", &usable_cores);
+    m.def("find_cores", [](const std::string &sys, const std::vector<int> &allowed) {
+        return places_of(find_cores(sys, allowed));
+    }, nb::arg("sys"), nb::arg("allowed"));
+    m.def("place_threads", [](const std::vector<Place> &cores, int threads) {
+        return places_of(place_threads(cores_of(cores), threads));
+    }, nb::arg("cores"), nb::arg("threads"));
     m.def("packed_bytes", [](const std::string &format, int num_rows, int num_columns) {
         return packed_bytes(packed_layout(format.c_str(), num_rows, num_columns));
     });

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "quad.hpp"
+
 namespace engineroom {
 namespace {
 
-constexpr std::uint64_t kLowBytes = 0x00ff00ff00ff00ffu;
 constexpr int kVectorBytes = kCompactBytes / 3;  // of 16 outputs
 constexpr std::uint8_t kMissing = 16;            // a place behind the table's
 
@@ -18,29 +19,29 @@ std::uint64_t load8(const std::uint8_t *p) {
     return x;
 }
 
-// The low bytes of four 16-bit words, side by side.
-std::uint32_t low_bytes(std::uint64_t words) {
-    words &= kLowBytes;
-    words = (words | words >> 8) & 0x0000ffff0000ffffu;
-    return static_cast<std::uint32_t>(words | words >> 16);
+Bytes16 all_of(int byte) {
+    Bytes16 bytes;
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(byte);
+    return bytes;
 }
 
-std::uint32_t high_bytes(std::uint64_t words) { return low_bytes(words >> 8); }
+// Where a table has which byte.
+struct Places {
+    Bytes16 byte[kTableBytes], place[kTableBytes];
 
-std::uint32_t places_of(const std::uint8_t (&places)[256], std::uint32_t bytes) {
-    std::uint32_t found = 0;
-    for (int i = 0; i < 4; ++i)
-        found |= static_cast<std::uint32_t>(places[bytes >> (8 * i) & 255]) << (8 * i);
-    return found;
-}
-
-// Four bytes of output n, columns 0 to 3 or 4 to 7, among a vector's 64.
-void put(std::uint8_t *to, int n, std::uint32_t bytes) {
-    to += n / 4 * 16 + n % 4 * 2;
-    std::memcpy(to, &bytes, 2);
-    bytes >>= 16;
-    std::memcpy(to + 8, &bytes, 2);
-}
+    explicit Places(const std::uint8_t *table) {
+        for (int i = 0; i < kTableBytes; ++i) {
+            byte[i] = all_of(table[i]);
+            place[i] = all_of(i ^ kMissing);
+        }
+    }
+    // kMissing for a byte that the table lacks.
+    Bytes16 of(Bytes16 bytes) const {
+        Bytes16 found = all_of(kMissing);
+        for (int i = 0; i < kTableBytes; ++i) found ^= (Bytes16)(bytes == byte[i]) & place[i];
+        return found;
+    }
+};
 
 std::uint32_t place_in_bf16(int k, int n) {
     return static_cast<std::uint32_t>((k / 2 * kTileRows + n) * 2 + k % 2);
@@ -86,31 +87,37 @@ bool make_compact(PackedWeight &layout, const std::vector<CompactTile> &tiles) {
 
 void pack_compact(const std::uint8_t *from, int rows, const PackedWeight &layout,
                   const CompactTile &how, std::uint8_t *to) {
-    std::uint8_t places[256];
-    std::memset(places, kMissing, sizeof places);
-    for (int i = 0; i < kTableBytes; ++i) places[how.table[i]] = static_cast<std::uint8_t>(i);
+    const Places places(how.table);
     std::memcpy(to, how.table, kTableBytes);
     Exception *const exceptions = reinterpret_cast<Exception *>(to + kTableBytes), *end = exceptions;
     std::uint8_t *unit = to + layout.scales_bytes;
+    const std::size_t row_bytes = 2 * static_cast<std::size_t>(layout.num_columns);
     for (int k = 0; k < layout.num_columns; k += kCompactColumns, unit += kCompactBytes)
-        for (int n = 0; n < kTileRows; ++n) {
-            std::uint64_t words[2] = {};
-            const std::size_t at = static_cast<std::size_t>(n) *
-                                       static_cast<std::size_t>(layout.num_columns) +
-                                   static_cast<std::size_t>(k);
-            if (n < rows) std::memcpy(words, from + 2 * at, sizeof words);
-            std::uint8_t *vector = unit + n / 16 * kVectorBytes;
-            put(vector, n % 16, low_bytes(words[0]));
-            put(vector + 64, n % 16, low_bytes(words[1]));
-            const std::uint32_t first = places_of(places, high_bytes(words[0]));
-            const std::uint32_t second = places_of(places, high_bytes(words[1]));
-            constexpr std::uint32_t kPlaces = 0x0f0f0f0fu, kAnyMissing = 0x01010101u * kMissing;
-            put(vector + 128, n % 16, (first & kPlaces) | (second & kPlaces) << 4);
-            if (((first | second) & kAnyMissing) == 0) continue;
-            for (int i = 0; i < kCompactColumns; ++i) {
-                const std::uint64_t bits = words[i / 4] >> (i % 4 * 16) & 0xffff;
-                if (places[bits >> 8] == kMissing)
-                    *end++ = {place_in_bf16(k + i, n), static_cast<std::uint16_t>(bits), 0};
+        for (int n = 0; n < kTileRows; n += 4) {
+            const std::uint8_t *at = from + n * row_bytes + 2 * k;
+            Quad words[4];  // columns k and k + 1, k + 2 and k + 3, ... of four rows
+            if (n + 4 <= rows) {
+                load_words(at, row_bytes, words);
+            } else {
+                std::uint8_t few[sizeof words] = {};
+                for (int i = 0; i < rows - n; ++i) std::memcpy(few + 16 * i, at + i * row_bytes, 16);
+                load_words(few, 16, words);
+            }
+            std::uint8_t *vector = unit + n / 16 * kVectorBytes + n % 16 * 4;
+            const Bytes16 first = places.of(even_bytes(words[0] >> 8, words[1] >> 8));
+            const Bytes16 second = places.of(even_bytes(words[2] >> 8, words[3] >> 8));
+            store_words(vector, even_bytes(words[0], words[1]));
+            store_words(vector + 64, even_bytes(words[2], words[3]));
+            store_words(vector + 128, (first & all_of(15)) | (second & all_of(15)) * all_of(16));
+            std::uint64_t missing[2];
+            store_words(reinterpret_cast<std::uint8_t *>(missing), (first | second) & all_of(kMissing));
+            if ((missing[0] | missing[1]) == 0) continue;
+            for (int i = 0; i < 4 * kCompactColumns; ++i) {
+                const int column = i % kCompactColumns, row = i / kCompactColumns;
+                const std::uint32_t bits = words[column / 2][row] >> (column % 2 * 16) & 0xffff;
+                const Bytes16 &place = column < 4 ? first : second;
+                if (place[column % 4 / 2 * 8 + row * 2 + column % 2] == kMissing)
+                    *end++ = {place_in_bf16(k + column, n + row), static_cast<std::uint16_t>(bits), 0};
             }
         }
     std::sort(exceptions, end, [](Exception a, Exception b) { return a.at < b.at; });

@@ -172,15 +172,13 @@ struct Work {
     }
 };
 
-// How many of `tiles` tiles of `bytes` bytes, the first of which begins at byte `start` of the
-// layer, have their middle before byte `limit`.
+}  // namespace
+
 int tiles_before(std::size_t limit, std::size_t start, std::size_t bytes, int tiles) {
     if (limit <= start + bytes / 2) return 0;
     const std::size_t before = (limit - start - bytes / 2 + bytes - 1) / bytes;
     return static_cast<int>(std::min(before, static_cast<std::size_t>(tiles)));
 }
-
-}  // namespace
 
 std::size_t linear_scratch_bytes(int max_columns) {
     return 2 * sizeof(float) * kMaxRows * kTileRows +
@@ -190,20 +188,6 @@ std::size_t linear_scratch_bytes(int max_columns) {
 void linear_tiles(const Kernels &kernels, const Linear &linear, const Activations &rows_in,
                   int rows, int thread, int threads, std::uint8_t *scratch) {
     if (rows == 0 || linear.num_parts == 0) return;
-    const int step = is_paired(linear.epilogue) ? 2 : 1;
-    const auto tile_bytes = [&](int part) {
-        std::size_t bytes = 0;
-        for (int i = 0; i < step; ++i) bytes += linear.parts[part + i].weight->tile_bytes;
-        return bytes;
-    };
-    std::size_t total = 0;
-    for (int part = 0; part < linear.num_parts; part += step)
-        total += tile_bytes(part) *
-                 static_cast<std::size_t>(linear.parts[part].weight->num_tiles());
-    const std::size_t share = static_cast<std::size_t>(thread);
-    const std::size_t begin = total * share / static_cast<std::size_t>(threads);
-    const std::size_t end = total * (share + 1) / static_cast<std::size_t>(threads);
-
     float *first = reinterpret_cast<float *>(scratch);
     float *second = first + kMaxRows * kTileRows;
     const Work work{kernels, linear, rows_in, first, second,
@@ -214,15 +198,11 @@ void linear_tiles(const Kernels &kernels, const Linear &linear, const Activation
                                                                kMaxRows));
     for (int row0 = 0; row0 < rows; row0 += block) {
         const int count = std::min(block, rows - row0);
-        std::size_t start = 0;
-        for (int part = 0; part < linear.num_parts; part += step) {
-            const std::size_t bytes = tile_bytes(part);
-            const int tiles = linear.parts[part].weight->num_tiles();
-            const int last = tiles_before(end, start, bytes, tiles);
-            for (int tile = tiles_before(begin, start, bytes, tiles); tile < last; ++tile)
-                work.finish(linear.parts + part, tile, row0, count);
-            start += bytes * static_cast<std::size_t>(tiles);
-        }
+        each_share(linear.parts, linear.num_parts, is_paired(linear.epilogue), thread, threads,
+                   [&](int part, Tiles mine) {
+                       for (int tile = mine.begin; tile < mine.end; ++tile)
+                           work.finish(linear.parts + part, tile, row0, count);
+                   });
     }
 }
 

@@ -48,6 +48,42 @@ struct Linear {
     std::ptrdiff_t residual_stride = 0;
 };
 
+struct Tiles {
+    int begin, end;
+};
+
+// How many of `tiles` tiles of `bytes` bytes, the first of which begins at byte `start` of the
+// layer, have their middle before byte `limit`.
+int tiles_before(std::size_t limit, std::size_t start, std::size_t bytes, int tiles);
+
+// Which tiles of a linear layer are thread `thread`'s of `threads`: a contiguous range of about
+// equal bytes over all parts. Calls use(part, tiles) for each part or, where `paired`, for each pair
+// of parts (of equal N), `part` being its first. pack_layer packs by the same shares, so that memory
+// is first touched, and by that placed, where it will be read.
+template <class Use>
+void each_share(const LinearPart *parts, int num_parts, bool paired, int thread, int threads,
+                Use use) {
+    const int step = paired ? 2 : 1;
+    const auto tile_bytes = [&](int part) {
+        return parts[part].weight->tile_bytes + (paired ? parts[part + 1].weight->tile_bytes : 0);
+    };
+    const auto bytes_of = [&](int part) {
+        return tile_bytes(part) * static_cast<std::size_t>(parts[part].weight->num_tiles());
+    };
+    std::size_t total = 0, start = 0;
+    for (int part = 0; part < num_parts; part += step) total += bytes_of(part);
+    const std::size_t share = static_cast<std::size_t>(thread);
+    const std::size_t begin = total * share / static_cast<std::size_t>(threads);
+    const std::size_t end = total * (share + 1) / static_cast<std::size_t>(threads);
+    for (int part = 0; part < num_parts; part += step) {
+        const std::size_t bytes = tile_bytes(part);
+        const int tiles = parts[part].weight->num_tiles();
+        use(part, Tiles{tiles_before(begin, start, bytes, tiles),
+                        tiles_before(end, start, bytes, tiles)});
+        start += bytes_of(part);
+    }
+}
+
 // Multiplies finished int8 products out [rows][48] of a tile by the scales that `tile` and
 // `tile_fine` left out: kChannel's, and no other's.
 void channel_scale(const PackedWeight &weight, int tile, int rows, float *out);
@@ -55,8 +91,8 @@ void channel_scale(const PackedWeight &weight, int tile, int rows, float *out);
 // Scratch of one thread.
 std::size_t linear_scratch_bytes(int max_columns);
 
-// Thread `thread` of `threads`' share of the tiles, for `rows` rows. No barrier inside; tiles are
-// shared out in contiguous ranges of about equal bytes. The result does not depend on `threads`.
+// Thread `thread` of `threads`' share of the tiles (each_share), for `rows` rows. No barrier inside.
+// The result does not depend on `threads`.
 void linear_tiles(const Kernels &kernels, const Linear &linear, const Activations &rows_in, int rows,
                   int thread, int threads, std::uint8_t *scratch);
 

@@ -6,7 +6,6 @@
 #include "pack.hpp"
 
 #include <algorithm>
-#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -21,7 +20,9 @@
 #include "compact.hpp"
 #include "dequant.hpp"
 #include "isa/vec_generic.hpp"
+#include "linear.hpp"
 #include "packed_matrix.hpp"
+#include "quad.hpp"
 
 namespace engineroom {
 namespace {
@@ -54,6 +55,8 @@ struct TileJob {
     int columns;
     std::uint8_t *scales;
     std::uint8_t *quants;
+
+    const std::uint8_t *row(int n) const { return from + n * row_bytes; }
 };
 
 // ------------------------------------------------------------------------------ plain floats
@@ -63,12 +66,20 @@ void pack_units(const TileJob &t) {
     const int units = static_cast<int>(t.row_bytes / 4), rest = static_cast<int>(t.row_bytes % 4);
     constexpr int kRun = 16;  // a cache line of a row
     for (int u0 = 0; u0 < units; u0 += kRun) {
-        const int run = std::min(kRun, units - u0);
-        for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *from = t.from + n * t.row_bytes + 4 * u0;
+        const int end = std::min(u0 + kRun, units);
+        by_rows(t.rows, [&](int n, auto word) {
+            const std::uint8_t *from = t.row(n);
             std::uint8_t *to = t.quants + 4 * (static_cast<std::size_t>(u0) * kTileRows + n);
-            for (int u = 0; u < run; ++u) store4(to + 4 * kTileRows * u, load4(from + 4 * u));
-        }
+            int u = u0;
+            for (; u + 4 <= end; u += 4) {
+                decltype(word) words[4];
+                load_words(from + 4 * u, t.row_bytes, words);
+                for (int i = 0; i < 4; ++i, to += 4 * kTileRows) store_words(to, words[i]);
+            }
+            for (; u < end; ++u, to += 4 * kTileRows)
+                for (std::size_t i = 0; i < sizeof word / 4; ++i)
+                    store4(to + 4 * i, load4(from + i * t.row_bytes + 4 * u));
+        });
     }
     if (rest == 0) return;
     for (int n = 0; n < t.rows; ++n) {  // bf16, odd K: a pair with a zero
@@ -92,32 +103,51 @@ void pack_f16(const TileJob &t) {
 
 // ------------------------------------------------------------------------- pieces of a group
 
+// These are of one row (Word is std::uint32_t) or of four (Quad), `row_bytes` apart.
+
 // Eight 4-bit elements in the low halves of two words -> one unit of kU4.
-std::uint32_t join(std::uint32_t first, std::uint32_t second) {
+template <class Word>
+Word join(Word first, Word second) {
     return (first & kLow) | ((second & kLow) << 4);
 }
 
 // 16 bytes: byte j holds element j (low half) and element j + 16 (high half).
-void put_nibbles16(std::uint8_t *to, const std::uint8_t *q) {
+template <class Word>
+void put_nibbles16(std::uint8_t *to, const std::uint8_t *q, std::size_t row_bytes) {
     constexpr int kUnit = 4 * kTileRows;
+    Word w[4];
+    load_words(q, row_bytes, w);
     for (int half = 0; half < 2; ++half) {
-        const std::uint32_t a = load4(q + 8 * half), b = load4(q + 8 * half + 4);
-        store4(to + half * kUnit, join(a, b));
-        store4(to + (half + 2) * kUnit, join(a >> 4, b >> 4));
+        const Word a = w[2 * half], b = w[2 * half + 1];
+        store_words(to + half * kUnit, join(a, b));
+        store_words(to + (half + 2) * kUnit, join<Word>(a >> 4, b >> 4));
     }
 }
 
-// 32 bytes, one element in the half of each that `shift` names.
-void put_nibbles32(std::uint8_t *to, const std::uint8_t *q, int shift) {
-    for (int u = 0; u < 4; ++u)
-        store4(to + u * 4 * kTileRows,
-               join(load4(q + 8 * u) >> shift, load4(q + 8 * u + 4) >> shift));
+// 32 bytes, one element in each half: the low halves are one group, the high halves the next,
+// `group_bytes` further on.
+template <class Word>
+void put_nibbles32(std::uint8_t *to, std::size_t group_bytes, const std::uint8_t *q,
+                   std::size_t row_bytes) {
+    for (int half = 0; half < 2; ++half) {
+        Word w[4];
+        load_words(q + 16 * half, row_bytes, w);
+        for (int i = 0; i < 2; ++i, to += 4 * kTileRows) {
+            const Word a = w[2 * i], b = w[2 * i + 1];
+            store_words(to, join(a, b));
+            store_words(to + group_bytes, join<Word>(a >> 4, b >> 4));
+        }
+    }
 }
 
 // 32 bytes s8 -> eight words of kU8, u8 = s8 + 128.
-void put_signed32(std::uint8_t *to, const std::uint8_t *q) {
-    for (int word = 0; word < 8; ++word)
-        store4(to + word * 4 * kTileRows, load4(q + 4 * word) ^ 0x80808080u);
+template <class Word>
+void put_signed32(std::uint8_t *to, const std::uint8_t *q, std::size_t row_bytes) {
+    for (int half = 0; half < 2; ++half) {
+        Word w[4];
+        load_words(q + 16 * half, row_bytes, w);
+        for (int i = 0; i < 4; ++i, to += 4 * kTileRows) store_words(to, w[i] ^ 0x80808080u);
+    }
 }
 
 // 32 bits of one row of a plane, element 0 lowest. The plane was zeroed.
@@ -152,37 +182,40 @@ void put_halves(const TileJob &t, int group, int n, const std::uint8_t *block) {
 template <bool kMinimum>
 void pack_q4(const TileJob &t) {
     constexpr int kHeader = kMinimum ? 4 : 2;
-    for (int g = 0; g < t.columns / kGroup; ++g)
-        for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + g * (kHeader + 16);
-            put_halves<kMinimum>(t, g, n, block);
-            put_nibbles16(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
-                          block + kHeader);
-        }
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        const int at = g * (kHeader + 16);
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * kNibbleBytes;
+        for (int n = 0; n < t.rows; ++n) put_halves<kMinimum>(t, g, n, t.row(n) + at);
+        by_rows(t.rows, [&](int n, auto word) {
+            put_nibbles16<decltype(word)>(to + 4 * n, t.row(n) + at + kHeader, t.row_bytes);
+        });
+    }
 }
 
 template <bool kMinimum>
 void pack_q5(const TileJob &t) {
     constexpr int kHeader = kMinimum ? 4 : 2;
-    for (int g = 0; g < t.columns / kGroup; ++g)
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        const int at = g * (kHeader + 20);
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * (kNibbleBytes + kPlaneBytes);
         for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + g * (kHeader + 20);
-            std::uint8_t *to = t.quants;
-            to += static_cast<std::size_t>(g) * (kNibbleBytes + kPlaneBytes);
-            put_halves<kMinimum>(t, g, n, block);
-            put_nibbles16(to + 4 * n, block + kHeader + 4);
-            put_bits(to + kNibbleBytes, n, load4(block + kHeader));
+            put_halves<kMinimum>(t, g, n, t.row(n) + at);
+            put_bits(to + kNibbleBytes, n, load4(t.row(n) + at + kHeader));
         }
+        by_rows(t.rows, [&](int n, auto word) {
+            put_nibbles16<decltype(word)>(to + 4 * n, t.row(n) + at + kHeader + 4, t.row_bytes);
+        });
+    }
 }
 
 void pack_q8_0(const TileJob &t) {
-    for (int g = 0; g < t.columns / kGroup; ++g)
-        for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + g * 34;
-            std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows + 4 * n;
-            put_halves<false>(t, g, n, block);
-            put_signed32(to, block + 2);
-        }
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows;
+        for (int n = 0; n < t.rows; ++n) put_halves<false>(t, g, n, t.row(n) + g * 34);
+        by_rows(t.rows, [&](int n, auto word) {
+            put_signed32<decltype(word)>(to + 4 * n, t.row(n) + g * 34 + 2, t.row_bytes);
+        });
+    }
 }
 
 // --------------------------------------------------------------------------- blocks of 256
@@ -205,74 +238,89 @@ void put_super_min(const TileJob &t, int super, int n, const std::uint8_t *block
 }
 
 void pack_q4_k(const TileJob &t) {
-    for (int s = 0; s < t.columns / kSuper; ++s)
-        for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + s * 144;
-            std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kNibbleBytes + 4 * n;
-            put_super_min(t, s, n, block);
-            for (int g = 0; g < 8; ++g)
-                put_nibbles32(to + g * kNibbleBytes, block + 16 + 32 * (g / 2), 4 * (g % 2));
-        }
+    for (int s = 0; s < t.columns / kSuper; ++s) {
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kNibbleBytes;
+        for (int n = 0; n < t.rows; ++n) put_super_min(t, s, n, t.row(n) + s * 144);
+        by_rows(t.rows, [&](int n, auto word) {
+            for (int pair = 0; pair < 4; ++pair)
+                put_nibbles32<decltype(word)>(to + pair * 2 * kNibbleBytes + 4 * n, kNibbleBytes,
+                                              t.row(n) + s * 144 + 16 + 32 * pair, t.row_bytes);
+        });
+    }
 }
 
 void pack_q5_k(const TileJob &t) {
     constexpr int kBytes = kNibbleBytes + kPlaneBytes;
-    for (int s = 0; s < t.columns / kSuper; ++s)
+    for (int s = 0; s < t.columns / kSuper; ++s) {
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kBytes;
         for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + s * 176;
-            std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kBytes;
+            const std::uint8_t *block = t.row(n) + s * 176;
             put_super_min(t, s, n, block);
-            for (int g = 0; g < 8; ++g, to += kBytes) {
-                put_nibbles32(to + 4 * n, block + 48 + 32 * (g / 2), 4 * (g % 2));
-                put_bits(to + kNibbleBytes, n, gather_bits(block + 16, g));
-            }
+            for (int g = 0; g < 8; ++g)
+                put_bits(to + g * kBytes + kNibbleBytes, n, gather_bits(block + 16, g));
         }
+        by_rows(t.rows, [&](int n, auto word) {
+            for (int pair = 0; pair < 4; ++pair)
+                put_nibbles32<decltype(word)>(to + pair * 2 * kBytes + 4 * n, kBytes,
+                                              t.row(n) + s * 176 + 48 + 32 * pair, t.row_bytes);
+        });
+    }
 }
 
 void pack_q6_k(const TileJob &t) {
     constexpr int kBytes = kNibbleBytes + 2 * kPlaneBytes;
-    for (int s = 0; s < t.columns / kSuper; ++s)
+    for (int s = 0; s < t.columns / kSuper; ++s) {
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kBytes;
         for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + s * 210;
+            const std::uint8_t *block = t.row(n) + s * 210;
             std::uint8_t *scale = t.scales + static_cast<std::size_t>(s) * kSuperSignedBytes;
             copy_half(scale + 2 * n, block + 208);
             for (int i = 0; i < 16; ++i) scale[kHalfBytes + kTileRows * i + n] = block[192 + i];
-            std::uint8_t *to = t.quants + static_cast<std::size_t>(s) * 8 * kBytes;
-            for (int g = 0; g < 8; ++g, to += kBytes) {
-                const int half = g / 4, quarter = g % 4;  // of 128 elements, of 32
-                const std::uint8_t *low = block + 64 * half + 32 * (quarter % 2);
-                put_nibbles32(to + 4 * n, low, 4 * (quarter / 2));
-                const std::uint8_t *high = block + 128 + 32 * half;
-                put_bits(to + kNibbleBytes, n, gather_bits(high, 2 * quarter));
-                put_bits(to + kNibbleBytes + kPlaneBytes, n, gather_bits(high, 2 * quarter + 1));
+            for (int g = 0; g < 8; ++g) {
+                const std::uint8_t *high = block + 128 + 32 * (g / 4);
+                std::uint8_t *planes = to + g * kBytes + kNibbleBytes;
+                put_bits(planes, n, gather_bits(high, 2 * (g % 4)));
+                put_bits(planes + kPlaneBytes, n, gather_bits(high, 2 * (g % 4) + 1));
             }
         }
+        // 32 low bytes hold two groups that are two apart: of each half of the block, 0 and 2, 1 and 3.
+        by_rows(t.rows, [&](int n, auto word) {
+            for (int i = 0; i < 4; ++i)
+                put_nibbles32<decltype(word)>(to + (i / 2 * 4 + i % 2) * kBytes + 4 * n, 2 * kBytes,
+                                              t.row(n) + s * 210 + 32 * i, t.row_bytes);
+        });
+    }
 }
 
 // ----------------------------------------------------------------------- scales of a whole row
 
 void pack_int8(const TileJob &t) {
-    for (int n = 0; n < t.rows; ++n) store4(t.scales + 4 * n, load4(t.from + n * t.row_bytes));
+    for (int n = 0; n < t.rows; ++n) store4(t.scales + 4 * n, load4(t.row(n)));
     for (int g = 0; g < t.columns / kGroup; ++g)
-        for (int n = 0; n < t.rows; ++n)
-            put_signed32(t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows + 4 * n,
-                         t.from + n * t.row_bytes + 4 + g * kGroup);
+        by_rows(t.rows, [&](int n, auto word) {
+            put_signed32<decltype(word)>(
+                t.quants + static_cast<std::size_t>(g) * kGroup * kTileRows + 4 * n,
+                t.row(n) + 4 + g * kGroup, t.row_bytes);
+        });
 }
 
 void pack_int4(const TileJob &t) {
     for (int n = 0; n < t.rows; ++n) {
-        const std::uint8_t *row = t.from + n * t.row_bytes;
-        store4(t.scales + 4 * n, load4(row));
-        store4(t.scales + kFloatBytes + 4 * n, load4(row + 4));
+        store4(t.scales + 4 * n, load4(t.row(n)));
+        store4(t.scales + kFloatBytes + 4 * n, load4(t.row(n) + 4));
     }
     for (int g = 0; g < t.columns / kGroup; ++g) {
+        const int at = 8 + g * 18;
         std::uint8_t *small = t.scales + 2 * kFloatBytes + g * 2 * kTileRows;
         for (int n = 0; n < t.rows; ++n) {
-            const std::uint8_t *block = t.from + n * t.row_bytes + 8 + g * 18;
-            small[n] = block[0];
-            small[kTileRows + n] = block[1];
-            put_nibbles16(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, block + 2);
+            small[n] = t.row(n)[at];
+            small[kTileRows + n] = t.row(n)[at + 1];
         }
+        by_rows(t.rows, [&](int n, auto word) {
+            put_nibbles16<decltype(word)>(
+                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, t.row(n) + at + 2,
+                t.row_bytes);
+        });
     }
 }
 
@@ -419,18 +467,6 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
     return value;
 }
 
-// A thread's share of the tiles.
-struct Tiles {
-    int begin;
-    int end;
-};
-
-Tiles tiles_of(const PackedWeight &layout, int thread, int threads) {
-    const std::int64_t tiles = layout.num_tiles();
-    return {static_cast<int>(tiles * thread / threads),
-            static_cast<int>(tiles * (thread + 1) / threads)};
-}
-
 int rows_of(const PackedWeight &layout, int tile) {
     return std::min(kTileRows, layout.num_rows - tile * kTileRows);
 }
@@ -525,14 +561,13 @@ std::size_t packed_bytes(const PackedWeight &layout) {
 }
 
 void pack_tiles(const char *format_name, const std::uint8_t *from, const PackedWeight &layout,
-                std::uint8_t *to, int thread, int threads) {
+                std::uint8_t *to, int begin, int end) {
     const PackFormat &format = find_format(format_name);
     const std::size_t row_bytes = find_dequant_format(format.name)
                                       ->row_bytes(static_cast<std::size_t>(layout.num_columns));
-    const Tiles mine = tiles_of(layout, thread, threads);
     const bool adds_bits =
         format.elements == Elements::kU5 || format.elements == Elements::kU6;
-    for (int tile = mine.begin; tile < mine.end; ++tile) {
+    for (int tile = begin; tile < end; ++tile) {
         std::uint8_t *at = to + static_cast<std::size_t>(tile) * layout.tile_bytes;
         const int rows = rows_of(layout, tile);
         if (rows < kTileRows || adds_bits) std::memset(at, 0, layout.tile_bytes);
@@ -546,39 +581,78 @@ void unpack_row(const PackedWeight &weight, int row, float *out) {
         out[k] = value_at(weight, row / kTileRows, k, row % kTileRows);
 }
 
-PackedMatrix pack_matrix(const char *format_name, const std::uint8_t *from, int num_rows,
-                         int num_columns, int threads, bool compact) {
-    const PackFormat &format = find_format(format_name);
-    PackedWeight weight = packed_layout(format.name, num_rows, num_columns);
-    // Starting a thread costs about as much as packing this many bytes.
-    constexpr std::size_t kThreadBytes = std::size_t{128} << 10;
-    const int useful = static_cast<int>(
-        std::min<std::size_t>(packed_bytes(weight) / kThreadBytes + 1, INT_MAX));
-    const int used = std::max(1, std::min({threads, useful, weight.num_tiles()}));
-    std::vector<CompactTile> tables;
-    if (compact && weight.elements == Elements::kBF16 && num_columns % kCompactColumns == 0) {
-        tables.resize(static_cast<std::size_t>(weight.num_tiles()));
-        on_threads(used, [&](int thread) {
-            const Tiles mine = tiles_of(weight, thread, used);
-            for (int tile = mine.begin; tile < mine.end; ++tile)
-                tables[static_cast<std::size_t>(tile)] = count_compact(
-                    bf16_tile(from, weight, tile), rows_of(weight, tile), num_columns);
-        });
-        make_compact(weight, tables);
+std::vector<PackedMatrix> pack_layer(Pool &pool, const std::vector<RawMatrix> &matrices, bool paired,
+                                     bool compact) {
+    const std::size_t count = matrices.size();
+    std::vector<PackedWeight> weights;
+    for (const RawMatrix &m : matrices)
+        weights.push_back(packed_layout(m.format, m.num_rows, m.num_columns));
+    std::vector<LinearPart> parts(count);
+    std::size_t bytes = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        parts[i].weight = &weights[i];
+        bytes += packed_bytes(weights[i]);
     }
-    std::uint8_t *to = nullptr;
-    std::shared_ptr<Pages> pages = take_memory(packed_bytes(weight), &to);
-    on_threads(used, [&](int thread) {
-        if (weight.elements != Elements::kCompactBF16)
-            return pack_tiles(format.name, from, weight, to, thread, used);
-        const Tiles mine = tiles_of(weight, thread, used);
-        for (int tile = mine.begin; tile < mine.end; ++tile)
-            pack_compact(bf16_tile(from, weight, tile), rows_of(weight, tile), weight,
-                         tables[static_cast<std::size_t>(tile)],
-                         to + static_cast<std::size_t>(tile) * weight.tile_bytes);
+    // A pool that is not pinned has no memory of its own to touch first: fresh threads, no more than
+    // are worth starting. Those of a pool, which begin at one moment, took 40% longer to fill new pages.
+    constexpr std::size_t kThreadBytes = std::size_t{128} << 10;
+    const bool pinned = !pool.places().empty();
+    const std::size_t size = static_cast<std::size_t>(pool.size());
+    const int threads = static_cast<int>(pinned ? size : std::min(size, bytes / kThreadBytes + 1));
+    const auto run = [&](auto job) {
+        if (pinned)
+            pool.run([&](int thread) { job(thread); });
+        else
+            on_threads(threads, job);
+    };
+    const auto each_tile = [&](int thread, auto use) {  // use(matrix, tile), the thread's
+        each_share(parts.data(), static_cast<int>(count), paired, thread, threads,
+                   [&](int part, Tiles mine) {
+                       for (int i = part; i <= part + paired; ++i)
+                           for (int tile = mine.begin; tile < mine.end; ++tile)
+                               use(static_cast<std::size_t>(i), tile);
+                   });
+    };
+    std::vector<std::vector<CompactTile>> tables(count);  // of those that may become compact
+    bool counts = false;
+    for (std::size_t i = 0; i < count; ++i) {
+        const PackedWeight &w = weights[i];
+        if (!compact || w.elements != Elements::kBF16 || w.num_columns % kCompactColumns != 0) continue;
+        tables[i].resize(static_cast<std::size_t>(w.num_tiles()));
+        counts = true;
+    }
+    if (counts)
+        run([&](int thread) {
+            each_tile(thread, [&](std::size_t i, int tile) {
+                const PackedWeight &w = weights[i];
+                if (!tables[i].empty())
+                    tables[i][static_cast<std::size_t>(tile)] = count_compact(
+                        bf16_tile(matrices[i].from, w, tile), rows_of(w, tile), w.num_columns);
+            });
+        });
+    std::vector<std::uint8_t *> to(count);
+    std::vector<std::shared_ptr<Pages>> pages(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        if (!tables[i].empty()) make_compact(weights[i], tables[i]);
+        pages[i] = take_memory(packed_bytes(weights[i]), &to[i]);
+    }
+    run([&](int thread) {
+        each_tile(thread, [&](std::size_t i, int tile) {
+            const PackedWeight &w = weights[i];
+            if (w.elements == Elements::kCompactBF16)
+                pack_compact(bf16_tile(matrices[i].from, w, tile), rows_of(w, tile), w,
+                             tables[i][static_cast<std::size_t>(tile)],
+                             to[i] + static_cast<std::size_t>(tile) * w.tile_bytes);
+            else
+                pack_tiles(matrices[i].format, matrices[i].from, w, to[i], tile, tile + 1);
+        });
     });
-    weight.data = to;
-    return PackedMatrix(format.name, weight, std::move(pages));
+    std::vector<PackedMatrix> packed;
+    for (std::size_t i = 0; i < count; ++i) {
+        weights[i].data = to[i];
+        packed.emplace_back(find_format(matrices[i].format).name, weights[i], std::move(pages[i]));
+    }
+    return packed;
 }
 
 }  // namespace engineroom

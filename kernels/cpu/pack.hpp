@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "kernels.hpp"
-#include "pool.hpp"
 
 namespace engineroom {
 
@@ -33,9 +32,9 @@ PackedWeight packed_layout(const char *format, int num_rows, int num_columns);
 // Bytes of all tiles.
 std::size_t packed_bytes(const PackedWeight &layout);
 
-// Thread's share of the tiles of `layout`, from the checkpoint's rows at `from` to `to`.
+// Tiles [begin, end) of `layout`, from the checkpoint's rows at `from` to `to`.
 void pack_tiles(const char *format, const std::uint8_t *from, const PackedWeight &layout,
-                std::uint8_t *to, int thread, int threads);
+                std::uint8_t *to, int begin, int end);
 
 // fp32 values of one row, read back from the tiles (tests, embeddings of packed tables).
 void unpack_row(const PackedWeight &weight, int row, float *out);

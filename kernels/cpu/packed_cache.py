@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,23 @@ class PackedCache:
         self._packed = 0
 
     def tiles(
-        self, part: RawWeight, pack: Callable[[RawWeight], _native.PackedMatrix]
-    ) -> _native.PackedMatrix:
-        """The tiles of `part`: of the file, or what `pack` makes of it.
+        self,
+        parts: Sequence[RawWeight],
+        pack: Callable[[Sequence[RawWeight]], list[_native.PackedMatrix]],
+    ) -> list[_native.PackedMatrix]:
+        """The tiles of `parts`: of the file or, where it lacks any, what `pack` makes of all.
 
         Bytes that are no view of a mapped file are not the checkpoint's own, and are not kept.
         """
-        mapping = mapping_of(part.data)
-        if mapping is None:
-            return pack(part)
-        name = f"{part.name} {part.packed_format.name} {list(part.shape)} at {mapping[1]}"
-        tiles = self._known.get(name)
-        if tiles is None:
-            tiles = pack(part)
-            self._packed += 1
-        self._used[name] = tiles
-        return tiles
+        names = [_name(part) for part in parts]
+        known = [tiles for name in names if (tiles := self._known.get(name or "")) is not None]
+        if len(known) < len(parts):
+            known = pack(parts)
+        for name, tiles in zip(names, known, strict=True):
+            if name is not None:
+                self._used[name] = tiles
+                self._packed += name not in self._known
+        return known
 
     def save(self) -> None:
         """Write the file where any of its matrices had to be packed."""
@@ -155,6 +156,14 @@ class PackedCache:
                 os.unlink(temporary)
             raise
         return start + at
+
+
+def _name(part: RawWeight) -> str | None:
+    """What the file calls a matrix of its checkpoint; None for bytes of elsewhere."""
+    mapping = mapping_of(part.data)
+    if mapping is None:
+        return None
+    return f"{part.name} {part.packed_format.name} {list(part.shape)} at {mapping[1]}"
 
 
 def _up(num_bytes: int) -> int:

@@ -3,9 +3,11 @@
 
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "kernels.hpp"
 #include "pack.hpp"
+#include "pool.hpp"
 
 namespace engineroom {
 
@@ -26,10 +28,18 @@ class PackedMatrix {
     std::shared_ptr<const void> memory_;  // keeps the tiles alive
 };
 
-// Packs the rows at `from` on up to `threads` threads. compact: bf16 becomes kCompactBF16 where that
-// saves memory.
+// Rows of a checkpoint, as it holds them.
+struct RawMatrix {
+    const char *format;
+    const std::uint8_t *from;
+    int num_rows, num_columns;
+};
+
+// Packs the matrices of one linear layer; `paired`: in pairs of equal rows, as linear_tiles takes
+// them. A pinned thread packs the tiles that it will multiply by (each_share). compact: bf16 becomes
+// kCompactBF16 where that saves memory.
 // Errors: std::invalid_argument as packed_layout; std::bad_alloc.
-PackedMatrix pack_matrix(const char *format, const std::uint8_t *from, int num_rows,
-                         int num_columns, int threads, bool compact);
+std::vector<PackedMatrix> pack_layer(Pool &pool, const std::vector<RawMatrix> &matrices, bool paired,
+                                     bool compact);
 
 }  // namespace engineroom

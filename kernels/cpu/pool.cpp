@@ -2,13 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <set>
-#include <string>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
+#include <utility>
 
 namespace engineroom {
 namespace {
@@ -37,7 +31,8 @@ void spin_until(Done done) {
 
 }  // namespace
 
-Pool::Pool(int size) : size_(std::max(1, size)) {
+Pool::Pool(int size, std::vector<Core> places)
+    : size_(std::max(1, size)), places_(std::move(places)) {
     for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { work(i); });
 }
 
@@ -56,6 +51,14 @@ void Pool::start(Function function, void *context) {
         function(context, 0);
         return;
     }
+    if (places_.empty()) return run_all(function, context);
+    const std::vector<int> before = thread_cpus();
+    pin_thread(places_[0].cpus);
+    run_all(function, context);
+    pin_thread(before);
+}
+
+void Pool::run_all(Function function, void *context) {
     function_ = function;
     context_ = context;
     running_.store(size_ - 1, std::memory_order_relaxed);
@@ -71,6 +74,7 @@ void Pool::start(Function function, void *context) {
 }
 
 void Pool::work(int thread) {
+    if (!places_.empty()) pin_thread(places_[static_cast<std::size_t>(thread)].cpus);
     std::uint32_t seen = 0;
     for (;;) {
         const auto moved = [&] { return generation_.load(std::memory_order_acquire) != seen; };
@@ -102,49 +106,5 @@ void Pool::barrier() {
         spin_until([&] { return epoch_.load(std::memory_order_acquire) != epoch; });
     }
 }
-
-#if defined(__linux__)
-namespace {
-
-std::string first_line(const std::string &path) {
-    std::string text;
-    if (std::FILE *file = std::fopen(path.c_str(), "r")) {
-        char line[256];
-        if (std::fgets(line, sizeof line, file)) text = line;
-        std::fclose(file);
-    }
-    return text;
-}
-
-// Cores' worth of time that the cgroup allows, or a large number.
-int quota() {
-    long long limit = 0, period = 0;
-    if (std::sscanf(first_line("/sys/fs/cgroup/cpu.max").c_str(), "%lld %lld", &limit, &period) != 2) {
-        std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str(), "%lld", &limit);
-        std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str(), "%lld", &period);
-    }
-    if (limit <= 0 || period <= 0) return 1 << 20;
-    return static_cast<int>(std::max(1LL, (limit + period - 1) / period));
-}
-
-}  // namespace
-
-int usable_cores() {
-    cpu_set_t mask;
-    CPU_ZERO(&mask);
-    if (sched_getaffinity(0, sizeof mask, &mask) != 0)
-        return std::max(1u, std::thread::hardware_concurrency());
-    std::set<std::string> cores;  // hardware threads of one core list the same siblings
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &mask)) continue;
-        const std::string siblings = first_line("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
-                                                "/topology/thread_siblings_list");
-        cores.insert(siblings.empty() ? std::to_string(cpu) : siblings);
-    }
-    return std::max(1, std::min(static_cast<int>(cores.size()), quota()));
-}
-#else
-int usable_cores() { return std::max(1u, std::thread::hardware_concurrency()); }
-#endif
 
 }  // namespace engineroom

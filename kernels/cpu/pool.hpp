@@ -9,17 +9,23 @@
 #include <thread>
 #include <vector>
 
+#include "topology.hpp"
+
 namespace engineroom {
 
 // `size` threads, the caller of run() being thread 0. One run() at a time; it may not nest.
+// Thread i runs on the core places[i]; the caller only as long as a run() lasts, for threads that
+// it starts in between inherit where it may run. Nothing is pinned where `places` is empty.
 class Pool {
   public:
-    explicit Pool(int size);
+    explicit Pool(int size) : Pool(size, place_threads(own_cores(), size)) {}
+    Pool(int size, std::vector<Core> places);
     ~Pool();
     Pool(const Pool &) = delete;
     Pool &operator=(const Pool &) = delete;
 
     int size() const { return size_; }
+    const std::vector<Core> &places() const { return places_; }
 
     // Calls job(thread) once on every thread and returns when all have. `job` may not throw where
     // it uses barrier(): the others would wait for ever.
@@ -40,9 +46,11 @@ class Pool {
   private:
     using Function = void (*)(void *, int);
     void start(Function function, void *context);
+    void run_all(Function function, void *context);
     void work(int thread);
 
     const int size_;
+    const std::vector<Core> places_;
     std::vector<std::thread> threads_;
     // Each on a cache line of its own: they are written by different threads.
     alignas(64) std::atomic<std::uint32_t> generation_{0};  // one more per run()
@@ -67,8 +75,5 @@ void on_threads(int count, Job job) {
     job(0);
     for (std::thread &other : others) other.join();
 }
-
-// Cores that this process may use: its affinity mask, physical cores once, within its cgroup quota.
-int usable_cores();
 
 }  // namespace engineroom

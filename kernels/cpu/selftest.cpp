@@ -455,7 +455,7 @@ struct Weight {
                        values.data() + static_cast<std::size_t>(n) * num_columns, blocks);
         packed = packed_layout(info.name, num_rows, num_columns);
         tiles = std::make_unique<Memory>(packed_bytes(packed), 0);
-        pack_tiles(info.name, raw.data(), packed, tiles->data(), 0, 1);
+        pack_tiles(info.name, raw.data(), packed, tiles->data(), 0, packed.num_tiles());
         packed.data = tiles->data();
     }
 

@@ -7,7 +7,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,28 +42,28 @@ class Packer:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def __call__(self, part: RawWeight) -> _native.PackedMatrix:
-        self.names.append(part.name)
-        return _native.pack(part.format.name, part.data, *part.shape, 1)
+    def __call__(self, parts: Sequence[RawWeight]) -> list[_native.PackedMatrix]:
+        self.names += all_names(parts)
+        return [_native.pack(part.format.name, part.data, *part.shape, 1) for part in parts]
 
 
 def start(path: Path, parts: list[RawWeight], key: str = "key") -> tuple[list[str], list[bytes]]:
     """What one start of an engine packs, and all its tiles."""
     packer, cache = Packer(), PackedCache(path, key)
-    tiles = [cache.tiles(part, packer) for part in parts]
+    tiles = [cache.tiles([part], packer)[0] for part in parts]
     cache.save()
     for part, matrix in zip(parts, tiles, strict=True):
         assert (matrix.format, matrix.shape) == (part.format.name, part.shape)
     return packer.names, [bytes(_native.tiles_of(matrix)) for matrix in tiles]
 
 
-def all_names(parts: list[RawWeight]) -> list[str]:
+def all_names(parts: Sequence[RawWeight]) -> list[str]:
     return [part.name for part in parts]
 
 
 def test_the_second_start_packs_nothing(tmp_path: Path, parts: list[RawWeight]) -> None:
     path = tmp_path / "cache" / "tiles"
-    want = [bytes(_native.tiles_of(Packer()(part))) for part in parts]
+    want = [bytes(_native.tiles_of(matrix)) for matrix in Packer()(parts)]
     assert start(path, parts) == (all_names(parts), want)
     assert start(path, parts) == ([], want)
     assert os.listdir(path.parent) == ["tiles"]
@@ -72,7 +72,7 @@ def test_the_second_start_packs_nothing(tmp_path: Path, parts: list[RawWeight]) 
 def test_a_matrix_outlives_the_cache_and_the_file(tmp_path: Path, parts: list[RawWeight]) -> None:
     path = tmp_path / "tiles"
     _, want = start(path, parts)
-    view = _native.tiles_of(PackedCache(path, "key").tiles(parts[0], Packer()))
+    view = _native.tiles_of(PackedCache(path, "key").tiles(parts[:1], Packer())[0])
     path.unlink()
     assert bytes(view) == want[0]
     assert not view.flags.writeable
@@ -84,6 +84,19 @@ def test_what_is_missing_is_added(tmp_path: Path, parts: list[RawWeight]) -> Non
     packed, want = start(path, parts)
     assert packed == all_names(parts[2:])
     assert start(path, parts) == ([], want)
+
+
+def test_a_layer_is_packed_whole_where_one_of_it_is_missing(
+    tmp_path: Path, parts: list[RawWeight]
+) -> None:
+    path = tmp_path / "tiles"
+    _, want = start(path, parts[:2])
+    packer, cache = Packer(), PackedCache(path, "key")
+    tiles = [*cache.tiles(parts[:2], packer), *cache.tiles(parts[1:3], packer)]
+    assert packer.names == all_names(parts[1:3])
+    assert [bytes(_native.tiles_of(matrix)) for matrix in tiles[:3]] == [*want, want[1]]
+    cache.save()
+    assert start(path, parts[:3])[0] == []
 
 
 def test_rows_of_one_tensor_are_told_apart(tmp_path: Path, parts: list[RawWeight]) -> None:
@@ -178,7 +191,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(
 
 
 def test_refusals(tmp_path: Path, parts: list[RawWeight]) -> None:
-    matrix = Packer()(parts[0])
+    matrix = Packer()(parts[:1])[0]
     layout = _native.tiles_layout(matrix)
     path = tmp_path / "tiles"
     path.write_bytes(bytes(matrix.nbytes))

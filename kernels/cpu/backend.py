@@ -87,6 +87,8 @@ class CpuBackend:
         self.isa = isa or tables[0]
         self._dtype = activation_dtype
         self._int8 = activations != "float32"
+        # AMX multiplies bf16 as it lies in memory; the other kernels unpack 12 bits in registers.
+        self._compact = self.isa != "amx"
         self._packed_cache = packed_cache
         self._pool = _native.Pool(threads or _native.usable_cores())
 
@@ -112,7 +114,7 @@ class CpuBackend:
         """Memory that the weights take once lowered: tiles, and tables that rows are read of.
 
         bf16 tiles count in full here, before a weight is read; packed they take 12 bits an element
-        of a trained weight's 16 (`compact` of _native.pack).
+        of a trained weight's 16 (`compact` of _native.pack), but not for AMX.
         """
         total = 0
         uses = _uses(program)
@@ -202,7 +204,10 @@ class CpuBackend:
             lowered.row_columns,
             lowered.result.slot,
         )
-        cache = None if self._packed_cache is None else PackedCache(*self._packed_cache)
+        cache = None
+        if self._packed_cache is not None:
+            path, key = self._packed_cache
+            cache = PackedCache(path, key if self._compact else f"{key} bf16 in full")
         _Binder(self, lowered, weights, native, cache).bind()
         if cache is not None:
             cache.save()
@@ -477,7 +482,7 @@ class _Binder:
         pool = self._backend._pool
         rows = [as_packed(part, pool.size) for part in parts]
         matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
-        tiles = _native.pack_layer(pool, matrices, paired)
+        tiles = _native.pack_layer(pool, matrices, paired, self._backend._compact)
         for part in parts:
             _release_pages(part.data.view(np.ndarray))
         return tiles

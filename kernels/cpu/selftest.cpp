@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "compact.hpp"
 #include "dequant.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
@@ -459,6 +460,24 @@ struct Weight {
         packed.data = tiles->data();
     }
 
+    // The same bf16 in 12 bits; K is a multiple of 8.
+    void compact() {
+        const auto rows_of = [&](int tile) {
+            return std::min(kTileRows, packed.num_rows - tile * kTileRows);
+        };
+        const std::size_t from_tile = static_cast<std::size_t>(kTileRows) * 2 * packed.num_columns;
+        std::vector<CompactTile> tables;
+        for (int tile = 0; tile < packed.num_tiles(); ++tile)
+            tables.push_back(
+                count_compact(raw.data() + tile * from_tile, rows_of(tile), packed.num_columns));
+        if (!make_compact(packed, tables)) std::abort();
+        tiles = std::make_unique<Memory>(packed_bytes(packed), 0);
+        packed.data = tiles->data();
+        for (int tile = 0; tile < packed.num_tiles(); ++tile)
+            pack_compact(raw.data() + tile * from_tile, rows_of(tile), packed, tables[tile],
+                         tiles->data() + tile * packed.tile_bytes);
+    }
+
     static void fill(std::uint8_t *block, const FormatInfo &info, const DequantFormat &format,
                      Random &random) {
         if (format.block_elements == 1) {
@@ -636,6 +655,46 @@ void check_numbers_of_rows(const Kernels &k, const Kernels &other) {
                                     rows);
                 }
             }
+        }
+    }
+}
+
+// bf16 in 12 bits gives the bits of plain bf16, in both forms, with exceptions and without.
+void check_compact(const Kernels &k) {
+    Random random{16};
+    for (Form form : {Form::kF32, Form::kBF16}) {
+        Check check(k.name, std::string("tile of compact BF16 x ") + name_of(form));
+        const int num_rows = 60, num_columns = 520, rows = 13;
+        Weight w({"BF16", {-1, -1}}, num_rows, num_columns, random);
+        const std::uint16_t rare = 0x1001;  // its high byte is in no table
+        for (int i = 0; i < 30; ++i) {
+            const int at = random.below(kTileRows * num_columns);  // the first tile's
+            std::memcpy(w.raw.data() + 2 * at, &rare, 2);
+            w.values[at] = bf16_value(rare);
+        }
+        pack_tiles("BF16", w.raw.data(), w.packed, w.tiles->data(), 0, 1);
+        const Rows x(k, form, random.normals(rows * num_columns), rows, num_columns);
+        const Memory scratch(tile_scratch_bytes(num_columns));
+        std::vector<std::vector<float>> plain;
+        const auto products = [&](int tile, int count) {
+            std::vector<float> out(count * kTileRows, kNaN);
+            for (int k0 = 0; k0 < num_columns; k0 += kSuper)
+                k.tile(w.packed, tile, k0, std::min(k0 + kSuper, num_columns), x.ready, 0, count,
+                       k0 == 0, out.data(), scratch.data());
+            return out;
+        };
+        for (int tile = 0; tile < 2; ++tile) plain.push_back(products(tile, rows));
+        w.compact();
+        for (int tile = 0; tile < 2; ++tile)
+            for (int count : {1, 2, 3, 4, 5, 8, 9, 13}) {
+                const std::vector<float> out = products(tile, count);
+                check.same_bits(out.data(), plain[tile].data(), 4 * out.size(), "rows", count);
+            }
+        std::vector<float> out(num_columns);
+        for (int n = 0; n < num_rows; ++n) {
+            unpack_row(w.packed, n, out.data());
+            check.same_bits(out.data(), w.values.data() + static_cast<std::size_t>(n) * num_columns,
+                            4 * out.size(), "row", n);
         }
     }
 }
@@ -1133,6 +1192,7 @@ int main(int argc, char **argv) {
             check_int8(k);
         }
         if (wanted("tiles")) check_tiles(k);
+        if (wanted("compact")) check_compact(k);
         if (wanted("numbers")) {  // generic, the last table, rounds its multiply-adds twice
             const bool has_peer = usable_kernels(i + 1) != nullptr && usable_kernels(i + 2) != nullptr;
             check_numbers_of_rows(k, has_peer ? *usable_kernels(i + 1) : k);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from engineroom.kernels.backend import KV_DTYPES, KVSpec, StepInputs
 from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
+from engineroom.kernels.cpu.packed_cache import PackedCache
 from engineroom.kernels.cpu.quantise import as_packed
 from engineroom.kernels.fuse import Step
 from engineroom.kernels.program import Program
@@ -361,6 +363,34 @@ def test_a_missing_weight_and_a_wrong_cache_are_named() -> None:
     other = backend.allocate_kv(KVSpec(1, 2, 8, 16, "float32"), 4)
     with pytest.raises(ValueError, match="layer 1 has 2 kv heads of 8; the KV cache has 1 layers"):
         backend.lower(program, packed, other)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_amx_gets_bf16_in_full(amx: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its products read plain bf16 only; files of tiles of the two kinds are told apart."""
+    table, pack, bind = TABLES[-1], _native.pack, _native.StepProgram
+    sizes, keys = [], []
+
+    def spied(fmt: str, data: Any, rows: int, columns: int, threads: int, **options: bool) -> Any:
+        matrix = pack(fmt, data, rows, columns, threads, **options)
+        sizes.append((matrix.nbytes, _native.packed_bytes(fmt, rows, columns)))
+        return matrix
+
+    def kept(path: Path, key: str) -> PackedCache:
+        keys.append(key)
+        return PackedCache(path, key)
+
+    if amx:  # this machine may lack it: lowered as such, bound to kernels that run anywhere
+        monkeypatch.setattr(_native, "kernel_tables", lambda: ["amx", table])
+        monkeypatch.setattr(_native, "StepProgram", lambda isa, *rest: bind(table, *rest))
+    monkeypatch.setattr(_native, "pack", spied)
+    monkeypatch.setattr("engineroom.kernels.cpu.backend.PackedCache", kept)
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = {n: raw(w, BF16, n) for n, w in random_weights(program).items()}
+    cache = (tmp_path / "tiles", "key")
+    executable(program, weights, CpuBackend(isa="amx" if amx else table, packed_cache=cache))
+    assert sizes and all((packed == plain) == amx for packed, plain in sizes)
+    assert keys == ["key bf16 in full" if amx else "key"]
 
 
 def test_planned_memory_is_what_is_taken() -> None:

@@ -452,13 +452,16 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 
 // --------------------------------------------------------------------------- float products
 // How the weights of a step are multiplied: kColumns columns of kStepBytes bytes; add(f, w, x, ...)
-// adds to f [R][kVectors] the products of rows x, `stride` elements apart.
+// adds to f [R][kVectors] the products of rows x, `stride` elements apart. Up to kUnaidedRows rows the
+// processor fetches a straight stream by itself, and our prefetches only take its slots; with more
+// rows its view ahead is too short for the arithmetic (measured).
 
 struct StepBF16 {  // pairs of bf16 with pairs of bf16
     using X = std::uint16_t;
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
     static constexpr int kDistance = kAhead;
+    static constexpr int kUnaidedRows = 8;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -495,6 +498,7 @@ struct StepF32 {
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 4 * kTileRows;
     static constexpr int kDistance = kAhead;
+    static constexpr int kUnaidedRows = 8;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -511,6 +515,7 @@ struct StepF16 {
     static constexpr int kColumns = 1;
     static constexpr int kStepBytes = 2 * kTileRows;
     static constexpr int kDistance = kAhead;
+    static constexpr int kUnaidedRows = 4;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -526,6 +531,7 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     static constexpr int kColumns = 2;
     static constexpr int kStepBytes = 4 * kTileRows;
     static constexpr int kDistance = kAhead;
+    static constexpr int kUnaidedRows = 4;
     template <int R>
     ER_INLINE void add(F (&f)[R][kVectors], const std::uint8_t *w, int v0, const X *x,
                        std::ptrdiff_t stride) {
@@ -547,11 +553,19 @@ struct StepWideBF16 {  // bf16 weights, fp32 activations
     }
 };
 
-// Columns 2 q and 2 q + 1 of 8 of kCompactBF16, from one vector's bytes.
-ER_INLINE P compact_pairs(const std::uint8_t *w, int q, I table) {
-    const I low = i_load(w + 64 * (q / 2)), both = i_load(w + 128);
-    const I places = q / 2 ? i_high_nibbles(both) : i_and(both, i_set_bytes(15));
-    const I high = i_lookup(table, places);
+// One vector's bytes of 8 columns of kCompactBF16.
+struct CompactVector {
+    I low[2], places;
+};
+
+ER_INLINE CompactVector compact_load(const std::uint8_t *w) {
+    return {{i_load(w), i_load(w + 64)}, i_load(w + 128)};
+}
+
+// Columns 2 q and 2 q + 1 of the 8.
+ER_INLINE P compact_pairs(const CompactVector &c, int q, I table) {
+    const I places = q / 2 ? i_high_nibbles(c.places) : i_and(c.places, i_set_bytes(15));
+    const I low = c.low[q / 2], high = i_lookup(table, places);
     return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
 }
 
@@ -564,6 +578,7 @@ struct StepCompact {
     static constexpr int kColumns = kCompactColumns;
     static constexpr int kStepBytes = kCompactBytes;
     static constexpr int kDistance = kAheadNibbles;
+    static constexpr int kUnaidedRows = 2;
     I table;
     const Exception *next;  // the first that was not reached
     std::uint32_t begin;    // the step's first word in a kBF16 tile
@@ -587,12 +602,19 @@ struct StepCompact {
 #pragma GCC unroll 4
                 for (int q = 0; q < kColumns / 2; ++q)
                     i_store(unpacked + q * kWordBytes + 64 * v,
-                            compact_pairs(w + 192 * v, q, table));
+                            compact_pairs(compact_load(w + 192 * v), q, table));
             std::uint16_t *words = reinterpret_cast<std::uint16_t *>(unpacked);
             for (; next->at < end; ++next) words[next->at - begin] = next->bits;
             for (int q = 0; q < kColumns / 2; ++q)
                 Plain::template add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
         } else {
+            // Few rows read all of a step before they use it, in rising order: more of memory is
+            // under way at a time.
+            constexpr bool kReadsFirst = kVectors == kTileVectors && R <= kUnaidedRows;
+            CompactVector c[kVectors];
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) c[v] = compact_load(w + 192 * (v0 + v));
+            if (kReadsFirst) __asm__ volatile("" ::: "memory");
 #pragma GCC unroll 4
             for (int q = 0; q < kColumns / 2; ++q) {
                 // With so many sums no register is free to hold what two q share.
@@ -600,7 +622,8 @@ struct StepCompact {
                 P p[kVectors];
 #pragma GCC unroll 3
                 for (int v = 0; v < kVectors; ++v) {
-                    p[v] = compact_pairs(w + 192 * (v0 + v), q, table);
+                    if (!kReadsFirst) c[v] = compact_load(w + 192 * (v0 + v));
+                    p[v] = compact_pairs(c[v], q, table);
                     if (kKeeps) i_store(unpacked + q * kWordBytes + 64 * (v0 + v), p[v]);
                 }
                 Plain::template add_pairs<R>(f, p, x + 2 * q, stride);
@@ -611,9 +634,10 @@ struct StepCompact {
     }
 };
 
-// out [R][48] from `steps` steps. Weights that come from memory are fetched ahead; for later rows
-// of the same weights `fetch` says what is fetched instead.
-template <class Step, int R, bool kFetchesAhead>
+// out [R][48] from `steps` steps. Weights that come from memory are fetched ahead, but not where
+// kUnaidedRows says so and one pass reads all of a tile; for later rows of the same weights `fetch`
+// says what is fetched instead.
+template <class Step, int R, bool kFromMemory>
 static __attribute__((noinline)) void float_rows(const Step &start, const std::uint8_t *w,
                                                  int steps, const typename Step::X *x,
                                                  std::ptrdiff_t stride, bool first, float *out,
@@ -630,13 +654,12 @@ static __attribute__((noinline)) void float_rows(const Step &start, const std::u
         const typename Step::X *column = x;
         for (int s = 0; s < steps; ++s, at += Step::kStepBytes, column += Step::kColumns) {
             if (v0 == 0) {
-                if (kFetchesAhead) {
+                if constexpr (!kFromMemory)
+                    fetch_step(fetch);
+                else if constexpr (R > Step::kUnaidedRows || kVectors < kTileVectors)
 #pragma GCC unroll 9
                     for (int i = 0; i < (Step::kStepBytes + 63) / 64; ++i)
                         prefetch_far(at + Step::kDistance + 64 * i);
-                } else {
-                    fetch_step(fetch);
-                }
             }
             step.template add<R>(f, at, v0, column, stride);
         }

@@ -368,13 +368,14 @@ def test_a_missing_weight_and_a_wrong_cache_are_named() -> None:
 @pytest.mark.parametrize("amx", [True, False])
 def test_amx_gets_bf16_in_full(amx: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its products read plain bf16 only; files of tiles of the two kinds are told apart."""
-    table, pack, bind = TABLES[-1], _native.pack, _native.StepProgram
+    table, pack_layer, bind = TABLES[-1], _native.pack_layer, _native.StepProgram
     sizes, keys = [], []
 
-    def spied(fmt: str, data: Any, rows: int, columns: int, threads: int, **options: bool) -> Any:
-        matrix = pack(fmt, data, rows, columns, threads, **options)
-        sizes.append((matrix.nbytes, _native.packed_bytes(fmt, rows, columns)))
-        return matrix
+    def spied(pool: Any, matrices: Any, *options: bool) -> Any:
+        packed = pack_layer(pool, matrices, *options)
+        for matrix, (fmt, _, rows, columns) in zip(packed, matrices, strict=True):
+            sizes.append((matrix.nbytes, _native.packed_bytes(fmt, rows, columns)))
+        return packed
 
     def kept(path: Path, key: str) -> PackedCache:
         keys.append(key)
@@ -383,7 +384,7 @@ def test_amx_gets_bf16_in_full(amx: bool, monkeypatch: pytest.MonkeyPatch, tmp_p
     if amx:  # this machine may lack it: lowered as such, bound to kernels that run anywhere
         monkeypatch.setattr(_native, "kernel_tables", lambda: ["amx", table])
         monkeypatch.setattr(_native, "StepProgram", lambda isa, *rest: bind(table, *rest))
-    monkeypatch.setattr(_native, "pack", spied)
+    monkeypatch.setattr(_native, "pack_layer", spied)
     monkeypatch.setattr("engineroom.kernels.cpu.backend.PackedCache", kept)
     program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
     weights = {n: raw(w, BF16, n) for n, w in random_weights(program).items()}

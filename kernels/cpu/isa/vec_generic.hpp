@@ -177,14 +177,14 @@ ER_INLINE F f_odd(P a) {
 // Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
 // quarter of `low` and `high`.
 template <int kFirst>
-ER_INLINE P p_zip(I low, I high) {
+static inline P zipped(I low, I high) {
     Bytes x = {};
     const Bytes a = reinterpret_cast<Bytes>(low), b = reinterpret_cast<Bytes>(high);
     for (int i = 0; i < 64; ++i) x[i] = (i % 2 ? b : a)[i / 16 * 16 + kFirst + i % 16 / 2];
     return reinterpret_cast<P>(x);
 }
-ER_INLINE P p_zip_low(I low, I high) { return p_zip<0>(low, high); }
-ER_INLINE P p_zip_high(I low, I high) { return p_zip<8>(low, high); }
+ER_INLINE P p_zip_low(I low, I high) { return zipped<0>(low, high); }
+ER_INLINE P p_zip_high(I low, I high) { return zipped<8>(low, high); }
 
 // --------------------------------------------------------------------------------- integers
 

@@ -178,10 +178,17 @@ ER_INLINE F f_odd(P a) {
 // quarter of `low` and `high`.
 template <int kFirst>
 static inline P zipped(I low, I high) {
-    Bytes x = {};
-    const Bytes a = reinterpret_cast<Bytes>(low), b = reinterpret_cast<Bytes>(high);
-    for (int i = 0; i < 64; ++i) x[i] = (i % 2 ? b : a)[i / 16 * 16 + kFirst + i % 16 / 2];
-    return reinterpret_cast<P>(x);
+    std::uint8_t a[64], b[64], x[64];
+    std::memcpy(a, &low, 64);
+    std::memcpy(b, &high, 64);
+    for (int i = 0; i < 32; ++i) {
+        const int from = i / 8 * 16 + kFirst + i % 8;
+        x[2 * i] = a[from];
+        x[2 * i + 1] = b[from];
+    }
+    P pairs;
+    std::memcpy(&pairs, x, 64);
+    return pairs;
 }
 ER_INLINE P p_zip_low(I low, I high) { return zipped<0>(low, high); }
 ER_INLINE P p_zip_high(I low, I high) { return zipped<8>(low, high); }
@@ -216,10 +223,12 @@ ER_INLINE I i_bcast16(const std::uint8_t *p) {
     return x;
 }
 ER_INLINE I i_lookup(I table, I places) {
-    Bytes x = {};
-    const Bytes from = reinterpret_cast<Bytes>(table), at = reinterpret_cast<Bytes>(places);
-    for (int i = 0; i < 64; ++i) x[i] = from[at[i]];
-    return reinterpret_cast<I>(x);
+    std::uint8_t from[64], at[64];
+    std::memcpy(from, &table, 64);
+    std::memcpy(at, &places, 64);
+    for (int i = 0; i < 64; ++i) at[i] = from[at[i]];
+    std::memcpy(&places, at, 64);
+    return places;
 }
 // Adds `value` to the bytes whose bit of the 64 at p is set.
 ER_INLINE I i_add_bits(I a, const std::uint8_t *p, std::uint8_t value) {

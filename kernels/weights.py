@@ -100,10 +100,19 @@ INT4 = Format(
     (("d", "f4", 1), ("dmin", "f4", 1)),
 )
 
+# Integers in groups, as GPTQ, AWQ and compressed-tensors checkpoints have them, rows first and ascending
+# in memory; quant/groups.py says what they mean.
+I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 16)))
+I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
+I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
+
 FILE_FORMATS: Mapping[str, Format] = {
     f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
 }
-FORMATS: Mapping[str, Format] = {**FILE_FORMATS, INT8.name: INT8, INT4.name: INT4}
+FORMATS: Mapping[str, Format] = {
+    **FILE_FORMATS,
+    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32)},
+}
 
 
 class WeightTooLarge(ValueError):

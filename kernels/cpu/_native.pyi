@@ -256,7 +256,9 @@ class StepProgram:
         residual: _Place | None,
         norm_dtype: str,
         dtype: str,
-    ) -> None: ...
+        order: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Errors: ValueError for shapes that differ, or an order that is none of x's columns."""
     @property
     def workspace_bytes(self) -> int: ...
     def run(

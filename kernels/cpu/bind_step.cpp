@@ -160,9 +160,10 @@ class BoundProgram {
     void linear(bool barrier, Slot x, const std::string &form, std::optional<Floats> norm, float eps,
                 float offset, nb::list weights, const std::string &epilogue,
                 std::optional<Slot> residual, const std::string &norm_dtype,
-                const std::string &dtype) {
+                const std::string &dtype, std::optional<Ints> order) {
         InputNorm input;
         if (norm) input = {keep(*norm), eps, offset, dtype_of(norm_dtype)};
+        if (order) input.order = order_of(*order, std::get<1>(x));
         std::vector<LinearWeight> all;
         for (nb::handle item : weights) {
             using Entry = std::tuple<std::shared_ptr<PackedMatrix>, std::optional<Floats>, Slot, int>;
@@ -230,6 +231,22 @@ class BoundProgram {
             throw std::invalid_argument("this machine cannot run the kernels '" + isa + "'");
         return kernels;
     }
+    // The places that a linear layer's columns take their values from, each of `columns` once.
+    const std::int32_t *order_of(const Ints &order, int columns) {
+        std::vector<bool> seen(static_cast<std::size_t>(columns));
+        bool fits = order.shape(0) == seen.size();
+        for (std::size_t i = 0; fits && i < seen.size(); ++i) {
+            const std::int32_t at = order.data()[i];
+            fits = at >= 0 && at < columns && !seen[static_cast<std::size_t>(at)];
+            if (fits) seen[static_cast<std::size_t>(at)] = true;
+        }
+        if (!fits)
+            throw std::invalid_argument("an order of " + std::to_string(order.shape(0)) +
+                                        " places is none of the input's " + std::to_string(columns) +
+                                        " columns, each once");
+        kept_.append(nb::cast(order));
+        return order.data();
+    }
     const float *keep(const Floats &array) {
         kept_.append(nb::cast(array));
         return array.data();
@@ -256,7 +273,7 @@ std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, 
     attention.cache.head_dim = head_dim;
     const std::size_t shared =
         num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0;
-    const std::size_t linear = padded(sizeof(float) * static_cast<std::size_t>(widest)) +
+    const std::size_t linear = padded(sizeof(float) * 2 * static_cast<std::size_t>(widest)) +
                                padded(engineroom::prepared_bytes(Form::kF32, widest, kPreparedAlone)) +
                                linear_scratch_bytes(widest);
     const std::size_t scratch =
@@ -324,7 +341,8 @@ void register_step(nb::module_ &m) {
         .def_prop_ro("workspace_bytes", &BoundProgram::workspace_bytes)
         .def("linear", &BoundProgram::linear, nb::arg("barrier"), nb::arg("x"), nb::arg("form"),
              nb::arg("norm").none(), nb::arg("eps"), nb::arg("offset"), nb::arg("weights"),
-             nb::arg("epilogue"), nb::arg("residual").none(), nb::arg("norm_dtype"), nb::arg("dtype"))
+             nb::arg("epilogue"), nb::arg("residual").none(), nb::arg("norm_dtype"), nb::arg("dtype"),
+             nb::arg("order").none() = nb::none())
         .def("run", &BoundProgram::run, nb::arg("token_ids").noconvert(),
              nb::arg("positions").noconvert(), nb::arg("query_start").noconvert(),
              nb::arg("seq_len").noconvert(), nb::arg("block_table").noconvert(),

@@ -256,6 +256,40 @@ ER_VERSIONS void run_int4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT
     }
 }
 
+// I4G32, I4G128: a float scale and a half zero point, then nibbles; byte j of them holds elements 2j
+// (low half) and 2j + 1.
+template <int kElements>
+ER_INLINE void int4_zero(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                         std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 6 + kElements / 2, out += kElements) {
+        const float d = float_of_bits(load_u32(in));
+        const float shift = d * half_at(in + 4);
+        const std::uint8_t *q = in + 6;
+        for (int j = 0; j < kElements / 2; ++j) {
+            out[2 * j] = d * static_cast<float>((q[j] & 15) - 8) - shift;
+            out[2 * j + 1] = d * static_cast<float>((q[j] >> 4) - 8) - shift;
+        }
+    }
+}
+ER_VERSIONS void run_i4g32(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    int4_zero<32>(in, out, blocks);
+}
+ER_VERSIONS void run_i4g128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                            std::size_t blocks) {
+    int4_zero<128>(in, out, blocks);
+}
+
+ER_VERSIONS void run_i8g32(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 38, out += 32) {
+        const float d = float_of_bits(load_u32(in));
+        const float shift = d * half_at(in + 4);
+        for (int j = 0; j < 32; ++j)
+            out[j] = d * static_cast<float>(static_cast<std::int8_t>(in[6 + j])) - shift;
+    }
+}
+
 const DequantFormat kFormats[] = {
     {"F32", 1, 4, 0, run_f32},       {"F16", 1, 2, 0, run_f16},
     {"BF16", 1, 2, 0, run_bf16},     {"Q4_0", 32, 18, 0, run_q4_0},
@@ -263,7 +297,8 @@ const DequantFormat kFormats[] = {
     {"Q5_1", 32, 24, 0, run_q5_1},   {"Q8_0", 32, 34, 0, run_q8_0},
     {"Q4_K", 256, 144, 0, run_q4_k}, {"Q5_K", 256, 176, 0, run_q5_k},
     {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
-    {"INT4", 32, 18, 8, run_int4},
+    {"INT4", 32, 18, 8, run_int4},   {"I4G32", 32, 22, 0, run_i4g32},
+    {"I4G128", 128, 70, 0, run_i4g128}, {"I8G32", 32, 38, 0, run_i8g32},
 };
 constexpr std::size_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 

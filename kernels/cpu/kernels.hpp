@@ -66,6 +66,8 @@ enum class Scaling : std::uint8_t {
     kChannel,      // float d[48]. The kInt8 form multiplies by d last: channel_scale.     INT8
     kChannelMin,   // float d[48], float dmin[48], [K/32] { u8 sc[48], u8 mn[48] }:
                    //   (d sc) u - (dmin mn) per 32.                 INT4
+    kZero32,       // [K/32] { float d[48], half zero[48] }: d (u - bias) - (d zero).   I4G32 I8G32
+    kZero128,      // the same for each 128.                         I4G128
 };
 
 // A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
@@ -73,7 +75,7 @@ enum class Scaling : std::uint8_t {
 struct PackedWeight {
     Elements elements = Elements::kF32;
     Scaling scaling = Scaling::kNone;
-    int bias = 0;  // 8, 16, 32, 128 where Scaling says "u - bias", else 0
+    int bias = 0;  // 8, 16, 32, 128 where a format's integers are signed, else 0
     int num_rows = 0;
     int num_columns = 0;
     std::size_t scales_bytes = 0;  // of a tile, padded

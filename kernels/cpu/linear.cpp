@@ -83,6 +83,11 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
             kernels.round(scratch, columns, norm.dtype);
             from = scratch;
         }
+        if (norm.order != nullptr) {
+            float *ordered = scratch + columns;
+            for (int k = 0; k < columns; ++k) ordered[k] = from[norm.order[k]];
+            from = ordered;
+        }
         const std::ptrdiff_t at = row * to.stride;
         switch (to.form) {
             case Form::kF32: {

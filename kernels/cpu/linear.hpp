@@ -16,15 +16,17 @@ std::size_t prepared_bytes(Form form, int columns, int rows);
 // Lays an Activations out over `memory` (64-byte aligned).
 Activations place_activations(Form form, int columns, int rows, std::uint8_t *memory);
 
-// What stands before the product: an RMS norm whose result is rounded to `dtype`, or nothing.
+// What stands before the product: an RMS norm whose result is rounded to `dtype`, or nothing; then a new
+// order of the columns, or none.
 struct InputNorm {
     const float *weight = nullptr;  // [K]; nullptr: no norm
     float eps = 0;
     float offset = 0;
     Dtype dtype = Dtype::kF32;
+    const std::int32_t *order = nullptr;  // [K]: column k of the product is order[k] of this; nullptr: k
 };
 
-// Rows [row0, row1) of x [rows][x_stride] into `to`. `scratch`: K floats.
+// Rows [row0, row1) of x [rows][x_stride] into `to`. `scratch`: K floats, 2 K where there is an order.
 void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
                   std::ptrdiff_t x_stride, int columns, int row0, int row1, const InputNorm &norm,
                   float *scratch);

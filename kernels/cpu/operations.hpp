@@ -263,7 +263,7 @@ class LinearLayer final : public Operation {
         const int rows = run.num_rows(x_), threads = run.pool->size();
         std::uint8_t *scratch = run.scratch[static_cast<std::size_t>(thread)];
         float *normed = reinterpret_cast<float *>(scratch);
-        std::uint8_t *rest = scratch + padded(sizeof(float) * static_cast<std::size_t>(x_.width));
+        std::uint8_t *rest = scratch + row_bytes();
         Activations in;
         if (rows <= kPreparedAlone) {
             in = place_activations(form_, x_.width, rows, rest);
@@ -297,7 +297,7 @@ class LinearLayer final : public Operation {
         return rows <= kPreparedAlone ? 0 : engineroom::prepared_bytes(form_, x_.width, rows);
     }
     std::size_t scratch_bytes() const override {
-        return padded(sizeof(float) * static_cast<std::size_t>(x_.width)) +
+        return row_bytes() +
                padded(engineroom::prepared_bytes(form_, x_.width, kPreparedAlone)) +
                linear_scratch_bytes(x_.width);
     }
@@ -305,6 +305,12 @@ class LinearLayer final : public Operation {
     static constexpr std::size_t kMaxParts = 64;
 
   private:
+    // What prepare_rows needs for a row that is normed and put in order.
+    std::size_t row_bytes() const {
+        const std::size_t columns = static_cast<std::size_t>(x_.width);
+        return padded(sizeof(float) * (norm_.order != nullptr ? 2 * columns : columns));
+    }
+
     Value x_;
     Form form_;
     InputNorm norm_;

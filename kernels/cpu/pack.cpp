@@ -33,6 +33,7 @@ constexpr int kHalfBytes = 2 * kTileRows;                // one half per output
 constexpr int kSuperMinBytes = 2 * kHalfBytes + 16 * kTileRows;
 constexpr int kSuperSignedBytes = kHalfBytes + 16 * kTileRows;
 constexpr int kFloatBytes = 4 * kTileRows;               // one float per output
+constexpr int kZeroBytes = kFloatBytes + kHalfBytes;     // a scale and a zero point per output
 constexpr std::uint32_t kLow = 0x0f0f0f0fu;
 
 std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -121,6 +122,24 @@ void put_nibbles16(std::uint8_t *to, const std::uint8_t *q, std::size_t row_byte
         const Word a = w[2 * half], b = w[2 * half + 1];
         store_words(to + half * kUnit, join(a, b));
         store_words(to + (half + 2) * kUnit, join<Word>(a >> 4, b >> 4));
+    }
+}
+
+// The low four nibbles of each word, one to a byte.
+template <class Word>
+Word spread_nibbles(Word w) {
+    w = (w | (w << 8)) & 0x00ff00ffu;
+    return (w | (w << 4)) & kLow;
+}
+
+// 16 bytes, byte j of which holds element 2j (low half) and element 2j + 1 (high half).
+template <class Word>
+void put_ascending16(std::uint8_t *to, const std::uint8_t *q, std::size_t row_bytes) {
+    Word w[4];
+    load_words(q, row_bytes, w);
+    for (int i = 0; i < 4; ++i, to += 4 * kTileRows) {
+        const Word first = spread_nibbles<Word>(w[i] & 0xffffu);
+        store_words(to, join(first, spread_nibbles<Word>(w[i] >> 16)));
     }
 }
 
@@ -324,6 +343,44 @@ void pack_int4(const TileJob &t) {
     }
 }
 
+// ------------------------------------------------------------------- scales with a zero point
+
+// Blocks of a float scale, a half zero point, then `quant_bytes` bytes for each group of 32. Calls
+// put(word, first output's bytes in the tile, its bytes in the checkpoint) for each group.
+template <class Put>
+void pack_zero(const TileJob &t, int groups, int quant_bytes, int tile_bytes, Put put) {
+    for (int block = 0; block < t.columns / (kGroup * groups); ++block) {
+        const int at = block * (6 + groups * quant_bytes);
+        std::uint8_t *scale = t.scales + static_cast<std::size_t>(block) * kZeroBytes;
+        for (int n = 0; n < t.rows; ++n) {
+            store4(scale + 4 * n, load4(t.row(n) + at));
+            copy_half(scale + kFloatBytes + 2 * n, t.row(n) + at + 4);
+        }
+        for (int g = 0; g < groups; ++g) {
+            std::uint8_t *to = t.quants + static_cast<std::size_t>(block * groups + g) *
+                                              static_cast<std::size_t>(tile_bytes);
+            by_rows(t.rows, [&](int n, auto word) {
+                put(word, to + 4 * n, t.row(n) + at + 6 + g * quant_bytes);
+            });
+        }
+    }
+}
+
+template <int kGroups>
+void pack_int4_zero(const TileJob &t) {
+    pack_zero(t, kGroups, kGroup / 2, kNibbleBytes,
+              [&](auto word, std::uint8_t *to, const std::uint8_t *from) {
+                  put_ascending16<decltype(word)>(to, from, t.row_bytes);
+              });
+}
+
+void pack_int8_zero(const TileJob &t) {
+    pack_zero(t, 1, kGroup, kGroup * kTileRows,
+              [&](auto word, std::uint8_t *to, const std::uint8_t *from) {
+                  put_signed32<decltype(word)>(to, from, t.row_bytes);
+              });
+}
+
 // ---------------------------------------------------------------------------- the formats
 
 struct PackFormat {
@@ -349,6 +406,9 @@ const PackFormat kFormats[] = {
     {"Q6_K", 256, Elements::kU6, Scaling::kSuperSigned, 32, pack_q6_k},
     {"INT8", 32, Elements::kU8, Scaling::kChannel, 128, pack_int8},
     {"INT4", 32, Elements::kU4, Scaling::kChannelMin, 0, pack_int4},
+    {"I4G32", 32, Elements::kU4, Scaling::kZero32, 8, pack_int4_zero<1>},
+    {"I4G128", 128, Elements::kU4, Scaling::kZero128, 8, pack_int4_zero<4>},
+    {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
 };
 
 const PackFormat &find_format(const char *name) {
@@ -385,6 +445,8 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kSuperSigned: return columns / kSuper * kSuperSignedBytes;
         case Scaling::kChannel: return kFloatBytes;
         case Scaling::kChannelMin: return 2 * kFloatBytes + columns / kGroup * 2 * kTileRows;
+        case Scaling::kZero32: return columns / kGroup * kZeroBytes;
+        case Scaling::kZero128: return columns / (4 * kGroup) * kZeroBytes;
     }
     return 0;
 }
@@ -462,6 +524,12 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             const float scale = float_at(s, n) * static_cast<float>(small[0]);
             return scale * value -
                    float_at(s + kFloatBytes, n) * static_cast<float>(small[kTileRows]);
+        }
+        case Scaling::kZero32:
+        case Scaling::kZero128: {
+            s += k / (w.scaling == Scaling::kZero32 ? kGroup : 4 * kGroup) * kZeroBytes;
+            const float scale = float_at(s, n);
+            return scale * value - scale * half_at(s + kFloatBytes, n);
         }
     }
     return value;

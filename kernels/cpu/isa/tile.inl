@@ -171,6 +171,23 @@ struct ScaleChannelMin {
     }
 };
 
+// A float scale and a zero point that kGroups groups share.
+template <int kGroups>
+struct ScaleZero {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = true;
+    static constexpr bool kLast = false;
+    static constexpr int kBlockBytes = 6 * kTileRows;
+    static constexpr int kBytes = kBlockBytes / kGroups;
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_load(floats(s + group / kGroups * kBlockBytes) + 16 * v);
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        const std::uint8_t *zero = s + group / kGroups * kBlockBytes + 4 * kTileRows;
+        return f_sub(f_zero(), f_mul(scale(s, group, v), f_load_f16(halves(zero) + 16 * v)));
+    }
+};
+
 // fp32 that this unit computed once for many rows: per group its scales, then its minima.
 template <class Scale>
 struct ScaleReady {
@@ -770,6 +787,10 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
         case Elements::kU4:
             if (w.scaling == Scaling::kChannelMin)
                 use(QuantsNibbles<0>{}, ScaleChannelMin{});
+            else if (w.scaling == Scaling::kZero32)
+                use(QuantsNibbles<0>{}, ScaleZero<1>{});
+            else if (w.scaling == Scaling::kZero128)
+                use(QuantsNibbles<0>{}, ScaleZero<4>{});
             else
                 with_scale(QuantsNibbles<0>{});
             break;
@@ -778,6 +799,8 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
         case Elements::kU8:
             if (w.scaling == Scaling::kChannel)
                 use(QuantsU8{}, ScaleChannel{});
+            else if (w.scaling == Scaling::kZero32)
+                use(QuantsU8{}, ScaleZero<1>{});
             else
                 use(QuantsU8{}, ScaleHalf{});
             break;

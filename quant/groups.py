@@ -22,7 +22,7 @@ BLOCK = 32  # columns that have one scale at least
 def i4_values(blocks: np.ndarray) -> np.ndarray:
     """float32 [n, block_elements] of blocks [n] of I4G32 or I4G128."""
     pairs = (blocks["nibbles"][..., None] >> np.array([0, 4], np.uint8)) & np.uint8(15)
-    q = pairs.reshape(len(blocks), -1).astype(np.float32) - np.float32(8)
+    q = pairs.reshape(len(blocks), 2 * pairs.shape[1]).astype(np.float32) - np.float32(8)
     return blocks["d"] * q - blocks["d"] * blocks["zero"].astype(np.float32)
 
 

@@ -419,13 +419,15 @@ void check_int8(const Kernels &k) {
 
 struct FormatInfo {
     const char *name;
-    int halves[2];  // where a block has its scales, or -1
+    int halves[2];  // where a block has its half-precision scales, or -1
+    bool has_float = false;  // a block begins with a float scale
 };
 const FormatInfo kFormats[] = {
     {"F32", {-1, -1}}, {"F16", {-1, -1}}, {"BF16", {-1, -1}}, {"Q4_0", {0, -1}},
     {"Q4_1", {0, 2}},  {"Q5_0", {0, -1}}, {"Q5_1", {0, 2}},   {"Q8_0", {0, -1}},
     {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
-    {"INT4", {-1, -1}},
+    {"INT4", {-1, -1}}, {"I4G32", {4, -1}, true}, {"I4G128", {4, -1}, true},
+    {"I8G32", {4, -1}, true},
 };
 
 // A weight of random blocks: as the checkpoint holds it, in tiles, and its values.
@@ -496,6 +498,10 @@ struct Weight {
         }
         for (std::size_t i = 0; i < format.block_bytes; ++i)
             block[i] = static_cast<std::uint8_t>(random.next());
+        if (info.has_float) {
+            const float d = random.between(-1e-3f, 1e-2f);
+            std::memcpy(block, &d, 4);
+        }
         for (int at : info.halves) {
             if (at < 0) continue;
             double d = rounded(random.between(0.01f, 0.05f), Dtype::kF16);
@@ -564,6 +570,7 @@ void check_tiles(const Kernels &k) {
         std::vector<int> columns;
         if (block == 1) columns = {1, 7, 40, 301};
         if (block == 32) columns = {32, 96, 544};
+        if (block == 128) columns = {128, 384};
         if (block == 256) columns = {256, 768};
         std::vector<Form> forms = {Form::kF32};
         if (std::strcmp(info.name, "BF16") == 0) forms.push_back(Form::kBF16);
@@ -719,6 +726,7 @@ void check_linear(const Kernels &k) {
         {"Q5_1", Form::kInt8, Epilogue::kStore, Dtype::kBF16, 9},
         {"INT8", Form::kInt8, Epilogue::kAddResidual, Dtype::kF32, 1},
         {"INT4", Form::kInt8, Epilogue::kSiluMul, Dtype::kF32, 9},
+        {"I4G128", Form::kInt8, Epilogue::kStore, Dtype::kF32, 9},
     };
     for (const Case &c : cases) {
         const double tolerance =

@@ -96,10 +96,10 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
         state = np.random.default_rng(seed)
         fields = []
         for field, dtype, n in fmt.layout:
-            if dtype == "f2":
+            if dtype in ("f2", "f4"):
                 size = d if field == "d" else m
                 scale = size * state.uniform(0.8, 1.2, (count, n))
-                fields.append(scale.astype("<f2").view(np.uint8))
+                fields.append(scale.astype(f"<{dtype}").view(np.uint8))
             else:
                 width = {"u1": 1, "i1": 1, "u4": 4}[dtype] * n
                 fields.append(state.integers(0, 256, (count, width), dtype=np.uint8))

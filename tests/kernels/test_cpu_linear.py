@@ -52,9 +52,9 @@ def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
         return bits.view(np.uint8) if name == "F32" else (bits >> 16).astype("<u2").view(np.uint8)
     data = rng.integers(0, 256, rows * fmt.row_bytes(columns), np.uint8)
     fields = fields_of(name, data, columns)
-    for field in ("d", "m", "dmin"):
+    for field, size in (("d", 1), ("m", 1), ("dmin", 1), ("zero", 8)):
         if field in fields:
-            fields[field][:] = rng.uniform(-1, 1, fields[field].shape)
+            fields[field][:] = rng.uniform(-size, size, fields[field].shape)
     return data
 
 
@@ -66,6 +66,8 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
         if field in ("d", "m", "dmin"):
             each[0::5] = 0
             each[3::11] = 60000
+        elif field == "zero":
+            each[1::5] = -8
         else:
             each[1::5] = np.iinfo(values.dtype).max
             each[2::5] = np.iinfo(values.dtype).min
@@ -147,7 +149,7 @@ def columns_of(name: str) -> list[int]:
     fmt = FORMATS[name]
     if fmt.is_float:
         return [1, 8, 33, 512]
-    return [256, 512, 2304] if fmt.block_elements == 256 else [32, 64, 96, 512]
+    return {256: [256, 512, 2304], 128: [128, 512, 2304]}.get(fmt.block_elements, [32, 64, 96, 512])
 
 
 # ------------------------------------------------------------------------------ against float64
@@ -170,6 +172,9 @@ def assert_close(
         if form == "int8" and field in fields:
             minimum = largest * np.abs(fields[field].astype(np.float64).reshape(n, -1))
             parts = parts + 2 * np.repeat(minimum, k // minimum.shape[1], axis=1)
+    if form == "int8" and "zero" in fields:
+        shift = np.abs(fields["d"].astype(np.float64) * fields["zero"]).reshape(n, -1)
+        parts = parts + 2 * np.repeat(shift, k // shift.shape[1], axis=1)
     want, bound = exact @ w.T, 4 * 2.0**-24 * np.sqrt(k + 8) * (np.abs(exact) @ parts.T)
     matrix = pack(name, data, n, k)
     for m in rows:
@@ -210,7 +215,7 @@ def test_largest_int8_products(unit: str, name: str) -> None:
     for fill in (0x00, 0x80, 0x7F, 0xFF):
         data = blocks(name, n, k, 1)
         for field, values in fields_of(name, data, k).items():
-            if field not in ("d", "m", "dmin", "scales"):
+            if field not in ("d", "m", "dmin", "zero", "scales"):
                 values[:] = (
                     np.full(1, fill, np.uint8).view(values.dtype)
                     if (values.dtype.itemsize == 1)

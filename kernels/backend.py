@@ -171,6 +171,10 @@ class Backend(Protocol):
         """Memory that a Program's weights take once lowered, mapped pages of the file included."""
         ...
 
+    def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
+        """What packing changes of these weights' values, beyond what `pack_as` asks for."""
+        ...
+
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
         """The cache's dtype where none is asked for; `quantised` tells of the checkpoint."""
         ...

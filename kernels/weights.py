@@ -7,8 +7,8 @@ its own format, because GGUF mixes types within a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,8 +100,8 @@ INT4 = Format(
     (("d", "f4", 1), ("dmin", "f4", 1)),
 )
 
-# Integers in groups, as GPTQ, AWQ and compressed-tensors checkpoints have them, rows first and ascending
-# in memory; quant/groups.py says what they mean.
+# Integers in groups, as GPTQ, AWQ and compressed-tensors checkpoints have them, here rows first and
+# ascending; quant/groups.py says what they mean.
 I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 16)))
 I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
 I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
@@ -138,9 +138,11 @@ class RawWeight:
 
     `shape` is row-major, rows first: a linear layer is [out_features, in_features], a norm [n].
     `buffers` maps a part's name to its bytes (uint8, 1-D, C-contiguous, usually a view of the
-    mapped file; never copied before `pack`). The formats of today have one part, "data". `name`
-    is the checkpoint's own name, for messages. `pack_as`: the format that the backend shall
-    quantise it to as it packs, None for its own.
+    mapped file; never copied before `pack`). The part "data" has the rows of the format, or `make`
+    makes them of the others: make(start, stop) gives the bytes of rows [start, stop) anew, each
+    time that `data` is asked for. `name` is the checkpoint's own name, for messages. `pack_as`: the
+    format that the backend shall quantise it to as it packs, None for its own. `columns`: column k
+    of the rows multiplies column columns[k] of a linear layer's input (int32 [K]); None: column k.
     """
 
     name: str
@@ -148,8 +150,12 @@ class RawWeight:
     shape: tuple[int, ...]
     buffers: Mapping[str, np.ndarray]
     pack_as: Format | None = None
+    columns: np.ndarray | None = None
+    make: Callable[[int, int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
+        if self.make is not None:
+            return
         have = int(self.data.nbytes)
         if have != self.nbytes:
             raise ValueError(
@@ -159,7 +165,16 @@ class RawWeight:
 
     @property
     def data(self) -> np.ndarray:
-        return self.buffers["data"]
+        return self.buffers["data"] if self.make is None else self.make(0, self.shape[0])
+
+    def made(self) -> RawWeight:
+        """The same weight with its rows as they are in `format`."""
+        return self if self.make is None else replace(self, buffers={"data": self.data}, make=None)
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether a backend reads the checkpoint's own bytes."""
+        return self.make is None and self.pack_as is None
 
     @property
     def packed_format(self) -> Format:
@@ -196,14 +211,15 @@ class RawWeight:
                 f"tensor {self.name!r} has {self.shape[0]} rows; "
                 f"[{start}, {stop}) does not lie in it"
             )
+        name, shape = f"{self.name}[{start}:{stop}]", (stop - start, *self.shape[1:])
+        if self.make is not None:
+            make = self.make
+            return replace(
+                self, name=name, shape=shape, make=lambda a, b: make(start + a, start + b)
+            )
         step = self.nbytes // self.shape[0]
-        return RawWeight(
-            name=f"{self.name}[{start}:{stop}]",
-            format=self.format,
-            shape=(stop - start, *self.shape[1:]),
-            buffers={"data": self.data[start * step : stop * step]},
-            pack_as=self.pack_as,
-        )
+        data = self.data[start * step : stop * step]
+        return replace(self, name=name, shape=shape, buffers={"data": data})
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +229,12 @@ class WeightGroup:
     parts: tuple[RawWeight, ...]
 
     def __post_init__(self) -> None:
+        order = self.parts[0].columns
+        if any(not _same_order(p.columns, order) for p in self.parts):
+            raise ValueError(
+                "a weight group needs one order of columns: "
+                + ", ".join(p.name for p in self.parts)
+            )
         if len({p.shape[1:] for p in self.parts}) != 1:
             raise ValueError(
                 "a weight group needs one row length: "
@@ -230,3 +252,7 @@ class WeightGroup:
             starts.append(at)
             at += part.shape[0]
         return tuple(starts)
+
+
+def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))

@@ -79,7 +79,7 @@ class Awq:
             f"{module}.weight",
             int4_format(groups),
             (num_rows, columns),
-            {role: part.data for role, part in parts.items()},
+            {},
             make=made,
         )
 

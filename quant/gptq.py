@@ -100,7 +100,7 @@ class Gptq:
             f"{module}.weight",
             I8G32 if bits == 8 else int4_format(groups),
             (num_rows, columns),
-            {role: part.data for role, part in parts.items()},
+            {},
             columns=order,
             make=made,
         )

@@ -84,7 +84,7 @@ def int4_rows(
     rows = np.empty((len(nibbles), len(groups) // per_block), block_dtype(fmt))
     rows["d"][..., 0] = scale[:, groups[::per_block]]
     rows["zero"][..., 0] = zero[:, groups[::per_block]]
-    rows["nibbles"] = nibbles.reshape(rows.shape + (-1,))
+    rows["nibbles"] = nibbles.reshape((*rows.shape, -1))
     return rows.reshape(-1).view(np.uint8)
 
 
@@ -95,7 +95,7 @@ def int8_rows(
     rows = np.empty((len(quants), len(groups)), block_dtype(I8G32))
     rows["d"][..., 0] = scale[:, groups]
     rows["zero"][..., 0] = zero[:, groups]
-    rows["quants"] = quants.reshape(rows.shape + (-1,))
+    rows["quants"] = quants.reshape((*rows.shape, -1))
     return rows.reshape(-1).view(np.uint8)
 
 

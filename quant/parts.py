@@ -1,4 +1,4 @@
-"""Tensors of which a published checkpoint makes one weight: packed integers, scales, zero points."""
+"""Tensors of which a checkpoint makes one weight: packed integers, scales, zero points."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ class Reader(Protocol):
         ...
 
     def weight(self, module: str, parts: Mapping[str, Part]) -> RawWeight:
-        """The weight of a module. Errors: FormatError for what does not fit together."""
+        """The weight of a module; its `make` reads the parts, and `buffers` is left to the caller.
+
+        Errors: FormatError for what does not fit together.
+        """
         ...
 
     def is_spare(self, part: Part) -> bool:

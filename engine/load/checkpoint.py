@@ -6,16 +6,20 @@ runs: pickle files are refused, and `auto_map` and its like become a note.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ...kernels.weights import Format, RawWeight
+from ...kernels.weights import SMALL_FLOATS, Format, RawWeight
+from ...quant.published import FormatError, Part, Reader, find_weights, reader_of
 from .gguf import GgufFile
 from .mapped import CheckpointError, no_such_tensor, read_small, shown
-from .safetensors import SafetensorsFile, open_shards, read_index
+from .safetensors import FORMATS, STORED, SafetensorsFile, open_shards, read_index
 from .strict_json import parse_object
 
 MAX_CONFIG = 1 << 22  # bytes of a config.json; real ones have a few KiB
@@ -31,7 +35,8 @@ class Checkpoint(Protocol):
     """What the loader, the models and the tokenizers know of a checkpoint.
 
     `metadata` is config.json as a dict, or a GGUF file's key-value pairs. `float_dtype` is the type
-    of a 16-bit checkpoint's weights, "float32" for the others. `total_bytes` counts the tensors'.
+    of a 16-bit checkpoint's weights, "float32" for those of integers and of 32 bits; small floats
+    go with the 16-bit tensors beside them. `total_bytes` counts the tensors'.
     """
 
     @property
@@ -60,6 +65,10 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> RawWeight:
         """One tensor as a view of the mapped file. Errors: CheckpointError for an unknown name."""
+        ...
+
+    def is_spare(self, name: str) -> bool:
+        """Whether a tensor that no model reads may be left unread."""
         ...
 
     def fingerprint(self) -> str:
@@ -121,6 +130,9 @@ class GgufCheckpoint:
     def tensor(self, name: str) -> RawWeight:
         return self._file.tensor(name)
 
+    def is_spare(self, name: str) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return self._file.file.fingerprint()
 
@@ -129,47 +141,100 @@ class GgufCheckpoint:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face folder as a Checkpoint: config.json and one or more .safetensors files."""
+    """A Hugging Face folder as a Checkpoint: config.json and one or more .safetensors files.
+
+    Of a quantised one the tensors that make a weight are hidden behind it: `tensor` gives it as
+    `module.weight`, whatever its parts are called.
+    """
 
     kind: Literal["safetensors"] = "safetensors"
-    quantised = False
 
     def __init__(self, folder: Path, names: frozenset[str]) -> None:
         self.path = folder
         self.metadata = _read_json(folder / "config.json")
         self.architecture = _architecture(self.metadata)
-        _refuse_quantisation(self.metadata)
+        self._reader = _reader(self.metadata)
         self.generation_config: Mapping[str, Any] = (
             _read_json(folder / "generation_config.json")
             if "generation_config.json" in names
             else {}
         )
         notes = _code_notes(self.metadata, names)
+        formats = FORMATS if self._reader is None else STORED
         if WEIGHTS in names:
-            self._files = {WEIGHTS: SafetensorsFile(folder / WEIGHTS)}
+            self._files = {WEIGHTS: SafetensorsFile(folder / WEIGHTS, formats)}
             if INDEX in names:
                 notes.append(f"{INDEX} is ignored: {WEIGHTS} is there too and holds all tensors")
         else:
-            self._files = open_shards(folder, read_index(folder / INDEX))
-        self.notes = tuple(notes)
+            self._files = open_shards(folder, read_index(folder / INDEX), formats)
         self._home = {name: f for f in self._files.values() for name in f.tensors}
-        self.tensor_names = tuple(sorted(self._home))
+        self._made: dict[str, RawWeight] = {}
+        if self._reader is not None:
+            self._made = self._quantised(self._reader)
+            notes += self._reader.notes
+        self.notes = tuple(notes)
+        parts = {p for weight in self._made.values() for p in weight.buffers}
+        self.tensor_names = tuple(sorted({*self._home, *self._made} - (parts - {*self._made})))
+        self.quantised = bool(self._made)
         tensors = [t for f in self._files.values() for t in f.tensors.values()]
         self.total_bytes = sum(t.nbytes for t in tensors)
-        self.float_dtype = _float_dtype((t.format, t.nbytes) for t in tensors)
+        self.float_dtype = _float_dtype(
+            (t.format, t.nbytes) for t in tensors if t.format.name in _DTYPES
+        )
+        if any(
+            w.format.name not in SMALL_FLOATS and not w.format.is_float for w in self._made.values()
+        ):
+            self.float_dtype = "float32"
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._made:
+            return self._made[name].shape
         return self._file_of(name).tensors[name].shape
 
     def tensor(self, name: str) -> RawWeight:
-        return self._file_of(name).tensor(name)
+        if name in self._made:
+            return self._made[name]
+        tensor = self._file_of(name).tensor(name)
+        if tensor.format.name not in FORMATS:
+            raise CheckpointError(
+                name,
+                f"tensor {name!r} is {tensor.format.name} and has no scale by which config.json's "
+                "quantization_config would make it a weight",
+            )
+        return tensor
+
+    def is_spare(self, name: str) -> bool:
+        reader = self._reader
+        return reader is not None and name in self._home and reader.is_spare(self._part(name))
 
     def fingerprint(self) -> str:
-        return " ".join(f.file.fingerprint() for f in self._files.values())
+        files = " ".join(f.file.fingerprint() for f in self._files.values())
+        if self._reader is None:
+            return files
+        # What the same bytes mean stands in config.json.
+        settings = [self.metadata.get(key) for key in ("quantization_config", "compression_config")]
+        meaning = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{files} {meaning[:16]}"
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+    def _quantised(self, reader: Reader) -> dict[str, RawWeight]:
+        """The weights that several tensors make. Errors: CheckpointError."""
+        made: dict[str, RawWeight] = {}
+        try:
+            for name, (module, parts) in find_weights(reader, self._home).items():
+                have = {role: self._part(part) for role, part in parts.items()}
+                buffers = {part.name: part.data for part in have.values()}
+                made[name] = replace(reader.weight(module, have), buffers=buffers)
+        except FormatError as error:
+            raise CheckpointError(error.field, f"{self.path}: {error}") from error
+        return made
+
+    def _part(self, name: str) -> Part:
+        tensor = self._file_of(name).tensor(name)
+        return Part(name, tensor.format.name, tensor.shape, tensor.data)
 
     def _file_of(self, name: str) -> SafetensorsFile:
         file = self._home.get(name)
@@ -243,17 +308,14 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return first
 
 
-def _refuse_quantisation(config: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        settings = config.get(key)
-        if settings is None:
-            continue
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
+def _reader(config: Mapping[str, Any]) -> Reader | None:
+    try:
+        return reader_of(config)
+    except FormatError as error:
         raise CheckpointError(
-            key,
-            f"config.json: {key} with quant_method {shown(repr(method))}: weights quantised this "
-            "way are not supported yet; use the model's 16-bit safetensors or a GGUF version of it",
-        )
+            error.field,
+            f"{error}; or use the model's 16-bit safetensors or a GGUF version of it",
+        ) from error
 
 
 def _code_notes(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -23,6 +23,20 @@ MAX_HEADER = 100_000_000  # bytes: the format's own limit
 MAX_INDEX = 100_000_000
 MAX_DIMS = 8
 FORMATS: Mapping[str, Format] = {f.name: f for f in (F32, F16, BF16)}
+# What the parts of quantised weights are stored as (quant/parts.py): elements of that many bytes.
+STORED: Mapping[str, Format] = {
+    **FORMATS,
+    **{
+        name: Format(name, 1, int(kind[1]), (("value", kind, 1),))
+        for name, kind in (
+            ("F8_E4M3", "u1"),
+            ("I8", "i1"),
+            ("U8", "u1"),
+            ("I32", "i4"),
+            ("I64", "i8"),
+        )
+    },
+}
 _BARE_NAME = re.compile(r"[^/\\\0]{1,250}\.safetensors")
 
 
@@ -40,10 +54,12 @@ class TensorInfo:
 class SafetensorsFile:
     """One .safetensors file: `tensors` by name, and their bytes as views of the map.
 
+    `formats`: what its tensors may be, by dtype.
     Errors: CheckpointError, its `field` naming the header field or the tensor at fault.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, formats: Mapping[str, Format] = FORMATS) -> None:
+        self._formats = formats
         self.file = MappedFile(path)
         try:
             self.tensors = self._read()
@@ -109,10 +125,10 @@ class SafetensorsFile:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._fail(name, "must hold exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in FORMATS:
+        if not isinstance(dtype, str) or dtype not in self._formats:
             raise self._fail(
                 f"{name} dtype",
-                f"{_short(dtype)} is not supported (supported: {', '.join(FORMATS)})",
+                f"{_short(dtype)} is not supported (supported: {', '.join(self._formats)})",
             )
         if not _is_sizes(shape) or len(shape) > MAX_DIMS:
             raise self._fail(
@@ -129,13 +145,13 @@ class SafetensorsFile:
                 f"ends at byte {data + end}, the file at {self.file.size}; it is damaged or was "
                 "not fetched completely",
             )
-        nbytes = math.prod(shape) * FORMATS[dtype].block_bytes
+        nbytes = math.prod(shape) * self._formats[dtype].block_bytes
         if nbytes != end - begin:
             raise self._fail(
                 f"{name} data_offsets",
                 f"{dtype} of shape {shape} takes {nbytes} bytes, the offsets span {end - begin}",
             )
-        return TensorInfo(name, FORMATS[dtype], tuple(shape) or (1,), data + begin, nbytes)
+        return TensorInfo(name, self._formats[dtype], tuple(shape) or (1,), data + begin, nbytes)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -158,7 +174,9 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def open_shards(folder: Path, index: Mapping[str, str]) -> dict[str, SafetensorsFile]:
+def open_shards(
+    folder: Path, index: Mapping[str, str], formats: Mapping[str, Format] = FORMATS
+) -> dict[str, SafetensorsFile]:
     """Every file that an index names, by name; listed and present tensors must agree both ways.
 
     Errors: CheckpointError naming the first tensors that are listed and absent or the reverse.
@@ -169,7 +187,7 @@ def open_shards(folder: Path, index: Mapping[str, str]) -> dict[str, Safetensors
         listed.setdefault(file, set()).add(tensor)
     try:
         for file in sorted(listed):
-            shards[file] = SafetensorsFile(folder / file)
+            shards[file] = SafetensorsFile(folder / file, formats)
             _compare(file, listed[file], shards[file].tensors.keys())
     except BaseException:
         for shard in shards.values():
@@ -200,4 +218,11 @@ def _short(value: Any) -> str:
     return shown(reprlib.repr(value))
 
 
-__all__ = ["CheckpointError", "SafetensorsFile", "TensorInfo", "open_shards", "read_index"]
+__all__ = [
+    "STORED",
+    "CheckpointError",
+    "SafetensorsFile",
+    "TensorInfo",
+    "open_shards",
+    "read_index",
+]

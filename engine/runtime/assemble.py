@@ -75,7 +75,7 @@ class LoadPlan:
     weights: Mapping[str, RawWeight]
     kv: KVSpec
     memory: MemoryPlan
-    notes: tuple[str, ...] = ()  # on what is quantised
+    notes: tuple[str, ...] = ()  # on what becomes of the weights' values
 
 
 def plan_load(
@@ -107,6 +107,7 @@ def plan_load(
     notes: tuple[str, ...] = ()
     if config.quantization is not None:
         weights, notes = _quantised(weights, program, config.quantization, checkpoint)
+    notes += backend.packing_notes(weights)
     memory = plan_memory(
         config,
         model,

@@ -49,7 +49,7 @@ def open_model(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         raise ConfigError(error.field, _not_known(checkpoint, error)) from None
     config = module.config_from_hf(checkpoint.metadata)
     notes = list(config.notes)
-    if config.dtype != checkpoint.float_dtype:
+    if config.dtype != checkpoint.float_dtype and not checkpoint.quantised:
         notes.append(f"config.json says {config.dtype}, the weights are {checkpoint.float_dtype}")
     return module, config.replace(
         dtype=checkpoint.float_dtype,
@@ -176,7 +176,11 @@ def _refuse_unused(
     elif config.tie_embeddings and LM_HEAD in left:
         _require_equal(checkpoint, EMBED, LM_HEAD)
         left.remove(LM_HEAD)
-    unused = sorted(n for n in left if not any(re.fullmatch(p, n) for p in patterns))
+    unused = sorted(
+        n
+        for n in left
+        if not any(re.fullmatch(p, n) for p in patterns) and not checkpoint.is_spare(n)
+    )
     if unused:
         more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         raise CheckpointError(

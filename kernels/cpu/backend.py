@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
 from .lower import OPERATIONS, Lowered, Node, lower
 from .packed_cache import PackedCache, mapping_of
-from .quantise import as_packed
+from .quantise import as_tiles, tiles_format
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
@@ -124,19 +125,38 @@ class CpuBackend:
                 total += 4 * weight.shape[0]
                 continue
             if "linear" in uses.get(name, ()):
-                total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in parts)
+                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
             if "embedding" in uses.get(name, ()):
-                total += sum(p.nbytes for p in parts if p.pack_as is None)
+                total += sum(p.nbytes for p in parts if p.is_as_stored)
         return total
+
+    def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
+        """Which formats have no tiles of their own, and what their rounding to bf16 loses."""
+        kinds: Counter[str] = Counter()
+        for weight in weights.values():
+            for part in weight.parts if isinstance(weight, WeightGroup) else (weight,):
+                kinds[part.packed_format.name] += tiles_format(part) is not part.packed_format
+        return tuple(
+            f"{count} {name} weights are multiplied as bf16 on the CPU: a value moves by at most 1 "
+            "part in 512"
+            for name, count in kinds.items()
+            if count
+        )
 
     def _form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
         """How a linear layer's input is made ready for this weight."""
         parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
-        if self._int8 and all(not p.packed_format.is_float for p in parts):
+        formats = [tiles_format(p) for p in parts]
+        if self._int8 and not any(f.is_float for f in formats):
             return "int8"
-        if self._dtype == "bfloat16" and all(p.packed_format is BF16 for p in parts):
+        if self._dtype == "bfloat16" and all(f is BF16 for f in formats):
             return "bfloat16"
         return "float32"
+
+    def _input(self, weight: CpuWeight) -> tuple[str, bytes]:
+        """What linear layers that share their input must agree on: its form and its order."""
+        order = weight.parts[0].columns
+        return self._form(weight), b"" if order is None else order.tobytes()
 
     # ----------------------------------------------------------------------------------- cache
 
@@ -192,7 +212,7 @@ class CpuBackend:
         Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
         """
         check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
-        lowered = lower(program, lambda name: self._form(weights[name]))
+        lowered = lower(program, lambda name: self._input(weights[name]))
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         vocab = min((program.handles[i].shape[0] for i in tables if i is not None), default=1)
         native = _native.StepProgram(
@@ -336,8 +356,10 @@ class _Binder:
     def _embedding(self, node: Node) -> None:
         op = _op(node)
         table = self._weight(op.inputs[0])
-        if any(part.pack_as for part in table.parts):
-            # Quantised here, for the head that shares it: its tiles are all there is of it.
+        if table.parts[0].columns is not None:
+            raise ValueError(f"table {table.name!r} has its columns in another order")
+        if not all(part.is_as_stored for part in table.parts):
+            # Made here, also for a head that shares it: its tiles are all there is of it.
             name = self._program.handles[op.inputs[0]].name  # type: ignore[index]
             self._pack([name], paired=False)
             parts = self._tiles[name]
@@ -449,6 +471,7 @@ class _Binder:
             residual,
             self._dtype,
             self._rounding(step.outputs[0]),
+            self._weight(step.main[0].inputs[1]).parts[0].columns,
         )
 
     def _entries(
@@ -480,11 +503,12 @@ class _Binder:
 
     def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
         pool = self._backend._pool
-        rows = [as_packed(part, pool.size) for part in parts]
+        rows = [as_tiles(part, pool.size) for part in parts]
         matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
         tiles = _native.pack_layer(pool, matrices, paired, self._backend._compact)
         for part in parts:
-            _release_pages(part.data.view(np.ndarray))
+            for data in part.buffers.values():
+                _release_pages(data.view(np.ndarray))
         return tiles
 
 

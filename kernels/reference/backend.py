@@ -51,6 +51,10 @@ class ReferenceBackend:
         quantised, and fp32 copies of vectors."""
         return sum(_file_bytes(w) + _vector_bytes(w) for w in weights.values())
 
+    def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
+        """None: every format keeps its values."""
+        return ()
+
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
         """The activations' own."""
         return activation_dtype

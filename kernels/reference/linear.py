@@ -43,6 +43,11 @@ class PackedWeight:
     parts: tuple[RawWeight, ...]
     shape: tuple[int, int]
 
+    @property
+    def columns(self) -> np.ndarray | None:
+        """Which column of the input each of its columns multiplies (RawWeight.columns)."""
+        return self.parts[0].columns
+
     @cached_property
     def tiles(self) -> tuple[_Tile, ...]:
         """The weight cut into tiles, in row order; a function of the shapes and formats alone."""
@@ -82,6 +87,7 @@ def pack(weight: RawWeight | WeightGroup, threads: int = 1) -> PackedWeight | to
 
 
 def _dequantised(part: RawWeight) -> torch.Tensor:
+    part = part.made()
     out = torch.empty(part.shape)
     _native.dequantise(part.format.name, part.data, out.view(-1).numpy())
     return out
@@ -90,6 +96,8 @@ def _dequantised(part: RawWeight) -> torch.Tensor:
 def embedding(table: PackedWeight, token_ids: np.ndarray) -> torch.Tensor:
     """See ops.embedding. Returns fp32 [T, H]. Errors: ValueError for an id outside the table."""
     num_rows, width = table.shape
+    if table.columns is not None:
+        raise ValueError(f"table {table.name!r} has its columns in another order")
     if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < num_rows):
         raise ValueError(
             f"token ids {token_ids.min()} .. {token_ids.max()} do not all lie in the "
@@ -164,6 +172,8 @@ def linear(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, workers: Workers
 ) -> torch.Tensor:
     """See ops.linear.  x fp32 [M, K] -> fp32 [M, N]."""
+    if weight.columns is not None:
+        x = x[:, torch.from_numpy(weight.columns)]
     num_rows, num_columns = x.shape
     row_tiles = -(-num_rows // ROW_TILE)
     padded = torch.zeros(row_tiles * ROW_TILE, num_columns)

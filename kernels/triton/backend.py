@@ -56,6 +56,11 @@ class TritonBackend:
                 f"weight {name!r} has shape {list(weight.shape)}; the Triton backend packs weights "
                 "of one dimension (norms, biases) or two (matrices)"
             )
+        if parts[0].columns is not None:
+            raise ValueError(
+                f"weight {name!r} has its columns in another order (act-order), which the Triton "
+                "backend does not multiply; use device='cpu'"
+            )
         if len({form(p.format) for p in parts}) > 1 and len(weight.shape) == 2:
             formats = ", ".join(p.format.name for p in parts)
             raise ValueError(
@@ -85,6 +90,10 @@ class TritonBackend:
             else:
                 total += sum(packed_bytes(p) for p in parts)
         return total
+
+    def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
+        """None: every format keeps its values."""
+        return ()
 
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
         """The activations' own: products with the cache then run in the tensor cores."""

@@ -109,6 +109,8 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
         )
     parts["absmax"].require_shape(-(-num_rows * columns // block))
     parts["quant_map"].require_shape(16)
+    if parts["absmax"].dtype == "U8":
+        _check_nested(parts, state["nested_blocksize"])
     table = parts["quant_map"].floats()
     # Blocks that end within a row, and other codes than NF4's, are multiplied in 16 bits, as
     # bitsandbytes itself does: its values are rounded to the dtype that the state names.
@@ -140,20 +142,24 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
     )
 
 
-def _absmax(parts: Mapping[str, Part], state: Mapping[str, Any]) -> np.ndarray:
-    """float32 [blocks]."""
+def _check_nested(parts: Mapping[str, Part], block: int) -> None:
     absmax = parts["absmax"]
-    if absmax.dtype != "U8":
-        return absmax.floats()
     if "nested_absmax" not in parts or "nested_quant_map" not in parts:
         raise FormatError(
             absmax.name,
             f"tensor {absmax.name!r} is quantised itself, but {absmax.name[:-6]}nested_absmax or "
             "nested_quant_map is missing",
         )
-    size = state["nested_blocksize"]
     parts["nested_quant_map"].require_shape(256)
-    parts["nested_absmax"].require_shape(-(-absmax.shape[0] // size))
+    parts["nested_absmax"].require_shape(-(-absmax.shape[0] // block))
+
+
+def _absmax(parts: Mapping[str, Part], state: Mapping[str, Any]) -> np.ndarray:
+    """float32 [blocks]."""
+    absmax = parts["absmax"]
+    if absmax.dtype != "U8":
+        return absmax.floats()
+    size = state["nested_blocksize"]
     scale = np.repeat(parts["nested_absmax"].floats(), size)[: absmax.shape[0]]
     return parts["nested_quant_map"].floats()[absmax.array()] * scale + np.float32(
         state["nested_offset"]

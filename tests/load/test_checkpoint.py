@@ -164,10 +164,10 @@ def advice_in(message: str) -> str:
 
 
 def test_checkpoint_quantisation_is_named(tmp_path: Path) -> None:
-    config = CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}}
-    with pytest.raises(CheckpointError, match=r"quant_method 'awq'.*not supported yet") as error:
+    config = CONFIG | {"quantization_config": {"quant_method": "aqlm"}}
+    with pytest.raises(CheckpointError, match=r"is 'aqlm'.*supported: 'gptq'.*16-bit") as error:
         open_checkpoint(make_folder(tmp_path / "m", config))
-    assert error.value.field == "quantization_config"
+    assert error.value.field == "quantization_config.quant_method"
     config = CONFIG | {"quantization_config": None}
     assert open_checkpoint(make_folder(tmp_path / "n", config)).quantised is False
 

@@ -76,6 +76,8 @@ def test_a_missing_or_odd_tensor_is_named(kind: str, tmp_path: Path) -> None:
                 c.tensor(name)
         if len(shape) < 2 and "quant_state" not in suffix:
             continue
+        if suffix == ".weight" and ("tensor" in kind or "blocks" in kind):
+            continue  # its scales fit a row less too: the model's shapes tell
         cut = tensor(dtype, np.zeros((shape[0] - 1, *shape[1:]), np.uint8))
         with pytest.raises(CheckpointError, match="m.q_proj") as error:
             open_checkpoint(write(tmp_path / f"cut{i}", settings, {**tensors, suffix: cut}))

@@ -1,0 +1,91 @@
+"""Checkpoints as people publish them, from the folder to the answer, beside a twin of float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engineroom import LLM
+from engineroom.engine.config import EngineConfig
+from engineroom.engine.tools.inspect import inspect_model, render
+from tests.data import data_path
+from tests.load.published import KINDS, write_model
+from tests.load.stories260k import convert
+
+EXACT: dict[str, Any] = {
+    "dtype": "float32",
+    "activations": "float32",
+    "kv_cache_dtype": "float32",
+}
+TEXT = "Once upon a time there was a little girl who had a red ball and a dog."
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = data_path("stories260K/stories260K.bin").parent
+    return convert(folder, tmp_path_factory.mktemp("stories260K"))["hf"]
+
+
+def logprobs(path: Path, **options: Any) -> np.ndarray:
+    with LLM(str(path), max_num_seqs=2, max_model_len=128, **options) as llm:
+        return np.concatenate([rows for _, rows in llm.score_stream(TEXT)])
+
+
+def largest_step(values: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(values - other).max())
+
+
+@kinds
+def test_as_its_twin(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    """The same values multiply the same activations: a few roundings apart.
+
+    Logits of about 1, made of sums of at most 256 products in float32, differ by less than 1e-3
+    over two layers. FP8 and NF4 are multiplied as bf16: every value is off by up to 2^-9, in a
+    random direction, and so is what comes of it, some ten times over.
+    """
+    small, wide = write_model(kind, tokenizer, tmp_path)
+    want = logprobs(wide, device="cpu", **EXACT)
+    got = logprobs(small, device="cpu", **EXACT)
+    as_bf16 = KINDS[kind][2] in ("FP8", "FP8_128", "NF4", "BF16")
+    spread = float(want.std())
+    assert largest_step(got, want) <= (0.05 if as_bf16 else 1e-3) * max(spread, 1)
+    rounded = logprobs(small, device="cpu")  # int8 activations, or bf16 ones
+    assert np.abs(rounded - want).mean() <= 0.05 * max(spread, 1)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["gptq 4 bits, 128, act-order", "FP8 of blocks", "NF4, double"])
+def test_the_reference_backend_keeps_every_value(
+    kind: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the reference backend needs torch")
+    small, wide = write_model(kind, tokenizer, tmp_path)
+    want = logprobs(wide, device="reference", **EXACT)
+    got = logprobs(small, device="reference", **EXACT)
+    assert largest_step(got, want) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gptq 4 bits, 128, act-order", "W8A8, channel", "FP8 of blocks"])
+def test_a_row_is_its_own_function(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    """Law 2: threads and chunks leave every bit as it is."""
+    small, _ = write_model(kind, tokenizer, tmp_path)
+    want = logprobs(small, device="cpu", threads=1)
+    for options in ({"threads": 2}, {"max_num_batched_tokens": 16}, {"block_size": 32}):
+        got = logprobs(small, device="cpu", **options)
+        np.testing.assert_array_equal(got, want)
+
+
+@kinds
+def test_inspect_shows_it(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    small, _ = write_model(kind, tokenizer, tmp_path)
+    report = inspect_model(EngineConfig(model=str(small), device="cpu"))
+    name = KINDS[kind][2]
+    rows = {row["format"]: row for row in report["formats"]}
+    assert rows[name]["tensors"] == 14
+    said = render(report)
+    assert ("multiplied as bf16 on the CPU" in said) == (name in ("FP8", "FP8_128", "NF4"))
+    assert ("activations= decides" in said) == (kind.startswith("W8A8") or "FP8, " in kind)

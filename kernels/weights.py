@@ -106,9 +106,9 @@ I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", 
 I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
 I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
 
-# 8-bit floats with one scale per row (of a tensor with one scale, the same for each), or one per 128
-# elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the 4-bit
-# codebook of bitsandbytes. quant/small_floats.py says what they mean.
+# 8-bit floats with one scale per row (of a tensor with one scale, the same for each), or one per
+# 128 elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the
+# 4-bit codebook of bitsandbytes. quant/small_floats.py says what they mean.
 FP8 = Format("FP8", 32, 32, (("values", "u1", 32),), (("scale", "f4", 1),))
 FP8_128 = Format("FP8_128", 128, 132, (("scale", "f4", 1), ("values", "u1", 128)))
 NF4 = Format("NF4", 64, 36, (("absmax", "f4", 1), ("nibbles", "u1", 32)))

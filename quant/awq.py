@@ -23,10 +23,17 @@ from .parts import (
 )
 
 _PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs the i-th nibble of a word belongs to
-_IGNORED = """
-    backend do_fuse exllama_config fuse_max_seq_len modules_to_fuse modules_to_not_convert
-    zero_point
-""".split()
+_IGNORED = frozenset(
+    (
+        "backend",
+        "do_fuse",
+        "exllama_config",
+        "fuse_max_seq_len",
+        "modules_to_fuse",
+        "modules_to_not_convert",
+        "zero_point",
+    )
+)
 
 
 class Awq:

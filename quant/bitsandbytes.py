@@ -21,11 +21,17 @@ from .groups import int8_channel_rows
 from .parts import FormatError, Layout, Options, Part, require_columns
 from .small_floats import CODEBOOK
 
-_IGNORED = """
-    bnb_4bit_compute_dtype bnb_4bit_quant_storage bnb_4bit_use_double_quant
-    llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight llm_int8_skip_modules
-    llm_int8_threshold
-""".split()
+_IGNORED = frozenset(
+    (
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_storage",
+        "bnb_4bit_use_double_quant",
+        "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+        "llm_int8_skip_modules",
+        "llm_int8_threshold",
+    )
+)
 _MAX_STATE = 1 << 16  # bytes of the JSON text; real ones have about 200
 _DTYPES: Mapping[str, Format] = {"bfloat16": BF16, "float16": F16, "float32": F32}
 

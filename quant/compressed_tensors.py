@@ -42,7 +42,7 @@ from .parts import (
 
 _WHERE = "quantization_config"
 _FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
-_IGNORED = "global_compression_ratio ignore kv_cache_scheme version".split()
+_IGNORED = ("global_compression_ratio", "ignore", "kv_cache_scheme", "version")
 _CLASS = "Linear"
 
 

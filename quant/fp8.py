@@ -18,7 +18,7 @@ from .gguf import block_dtype, row_dtype
 from .parts import FormatError, Layout, Options, Part, require_columns
 
 _BLOCK = 128
-_IGNORED = "modules_to_not_convert ignored_layers fmt dequantize".split()
+_IGNORED = ("modules_to_not_convert", "ignored_layers", "fmt", "dequantize")
 _PER_TENSOR = ("weight_scale", "weight_scale_inv")
 # Scales of activations and of the cache: neither is rounded to FP8 here.
 INPUT_SCALES = re.compile(

@@ -33,14 +33,48 @@ from .parts import (
 )
 
 # What they were made with, or which kernel another engine would take.
-_IGNORED = """
-    act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_auto_increment
-    damp_percent dataset desc_act disable_exllama exllama_config fail_safe failsafe foem gptaq hessian
-    lm_head max_input_length meta method model_file_base_name model_name_or_path model_seqlen
-    module_name_preceding_first_block modules_in_block_to_quantize mse offload_to_disk
-    offload_to_disk_path pad_token_id static_groups sym tokenizer true_sequential use_cuda_fp16
-    use_exllama version vram_strategy wait_for_submodule_finalizers
-""".split()
+_IGNORED = frozenset(
+    (
+        "act_group_aware",
+        "backend",
+        "batch_size",
+        "block_name_to_quantize",
+        "cache_block_outputs",
+        "damp_auto_increment",
+        "damp_percent",
+        "dataset",
+        "desc_act",
+        "disable_exllama",
+        "exllama_config",
+        "fail_safe",
+        "failsafe",
+        "foem",
+        "gptaq",
+        "hessian",
+        "lm_head",
+        "max_input_length",
+        "meta",
+        "method",
+        "model_file_base_name",
+        "model_name_or_path",
+        "model_seqlen",
+        "module_name_preceding_first_block",
+        "modules_in_block_to_quantize",
+        "mse",
+        "offload_to_disk",
+        "offload_to_disk_path",
+        "pad_token_id",
+        "static_groups",
+        "sym",
+        "tokenizer",
+        "true_sequential",
+        "use_cuda_fp16",
+        "use_exllama",
+        "version",
+        "vram_strategy",
+        "wait_for_submodule_finalizers",
+    )
+)
 
 
 class Gptq:

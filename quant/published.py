@@ -12,6 +12,7 @@ from .fp8 import Fp8
 from .gptq import Gptq
 from .parts import FormatError, Options, Part, Reader
 
+QUANTISATION_KEYS = ("quantization_config", "compression_config")  # of config.json
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "gptq": Gptq,
     "awq": Awq,
@@ -26,11 +27,7 @@ def reader_of(config: Mapping[str, Any]) -> Reader | None:
 
     Errors: FormatError for a method or an option that is not supported.
     """
-    given = {
-        key: config[key]
-        for key in ("quantization_config", "compression_config")
-        if config.get(key) is not None
-    }
+    given = {key: config[key] for key in QUANTISATION_KEYS if config.get(key) is not None}
     if not given:
         return None
     key, settings = next(iter(given.items()))
@@ -69,4 +66,12 @@ def find_weights(reader: Reader, names: Collection[str]) -> dict[str, tuple[str,
     return found
 
 
-__all__ = ["METHODS", "FormatError", "Part", "Reader", "find_weights", "reader_of"]
+__all__ = [
+    "METHODS",
+    "QUANTISATION_KEYS",
+    "FormatError",
+    "Part",
+    "Reader",
+    "find_weights",
+    "reader_of",
+]

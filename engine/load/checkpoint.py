@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ...kernels.weights import SMALL_FLOATS, Format, RawWeight
-from ...quant.published import FormatError, Part, Reader, find_weights, reader_of
+from ...quant.published import (
+    QUANTISATION_KEYS,
+    FormatError,
+    Part,
+    Reader,
+    find_weights,
+    reader_of,
+)
 from .gguf import GgufFile
 from .mapped import CheckpointError, no_such_tensor, read_small, shown
 from .safetensors import FORMATS, STORED, SafetensorsFile, open_shards, read_index
@@ -212,7 +219,7 @@ class SafetensorsCheckpoint:
         if self._reader is None:
             return files
         # What the same bytes mean stands in config.json.
-        settings = [self.metadata.get(key) for key in ("quantization_config", "compression_config")]
+        settings = [self.metadata.get(key) for key in QUANTISATION_KEYS]
         meaning = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"{files} {meaning[:16]}"
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...kernels.weights import RawWeight
 from ...quant.gguf import dequantise
+from ...quant.published import QUANTISATION_KEYS
 from ..config import ConfigError, ModelConfig
 from ..load.checkpoint import Checkpoint
 from ..load.mapped import CheckpointError
@@ -47,7 +48,9 @@ def open_model(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         module = find_by_hf(checkpoint.architecture)
     except ConfigError as error:
         raise ConfigError(error.field, _not_known(checkpoint, error)) from None
-    config = module.config_from_hf(checkpoint.metadata)
+    # How its weights are stored is the checkpoint's own matter: it has read it.
+    read = QUANTISATION_KEYS if checkpoint.quantised else ()
+    config = module.config_from_hf({k: v for k, v in checkpoint.metadata.items() if k not in read})
     notes = list(config.notes)
     if config.dtype != checkpoint.float_dtype and not checkpoint.quantised:
         notes.append(f"config.json says {config.dtype}, the weights are {checkpoint.float_dtype}")

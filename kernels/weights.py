@@ -100,10 +100,19 @@ INT4 = Format(
     (("d", "f4", 1), ("dmin", "f4", 1)),
 )
 
+# 8-bit floats with one scale per row (of a tensor with one scale, the same for each), or one per 128
+# elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the 4-bit
+# codebook of bitsandbytes. quant/small_floats.py says what they mean.
+FP8 = Format("FP8", 32, 32, (("values", "u1", 32),), (("scale", "f4", 1),))
+FP8_128 = Format("FP8_128", 128, 132, (("scale", "f4", 1), ("values", "u1", 128)))
+NF4 = Format("NF4", 64, 36, (("absmax", "f4", 1), ("nibbles", "u1", 32)))
+
 FILE_FORMATS: Mapping[str, Format] = {
     f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
 }
 FORMATS: Mapping[str, Format] = {**FILE_FORMATS, INT8.name: INT8, INT4.name: INT4}
+# Those that the CPU backend has no kernel for.
+SMALL_FLOATS: Mapping[str, Format] = {f.name: f for f in (FP8, FP8_128, NF4)}
 
 
 class WeightTooLarge(ValueError):

@@ -6,10 +6,13 @@ import numpy as np
 
 from ..kernels.weights import RawWeight
 from . import gguf
-from .gguf import row_dtype
+from .gguf import block_dtype, row_dtype
 from .integers import int4_values, int8_values
+from .small_floats import fp8_128_values, fp8_values, nf4_values
 
-_WITH_HEADER = {"INT8": int8_values, "INT4": int4_values}
+# Each takes an array of the structured dtype of a row, or of a block.
+_OF_ROWS = {"INT8": int8_values, "INT4": int4_values, "FP8": fp8_values}
+_OF_BLOCKS = {"FP8_128": fp8_128_values, "NF4": nf4_values}
 
 
 def dequantise(weight: RawWeight) -> np.ndarray:
@@ -17,13 +20,16 @@ def dequantise(weight: RawWeight) -> np.ndarray:
 
     Errors: ValueError for a format that is not described in this folder.
     """
-    values = _WITH_HEADER.get(weight.format.name)
-    if values is None:
+    name = weight.format.name
+    if name in _OF_ROWS:
+        values, unit = _OF_ROWS[name], row_dtype(weight.format, weight.shape[-1])
+    elif name in _OF_BLOCKS:
+        values, unit = _OF_BLOCKS[name], block_dtype(weight.format)
+    else:
         return gguf.dequantise(weight)
-    rows = weight.data.view(row_dtype(weight.format, weight.shape[-1]))
     # An infinite or NaN scale is a value like any other here: it propagates.
     with np.errstate(all="ignore"):
-        return values(rows).reshape(weight.shape)
+        return values(weight.data.view(unit)).reshape(weight.shape)
 
 
 __all__ = ["dequantise", "row_dtype"]

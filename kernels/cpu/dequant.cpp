@@ -256,6 +256,63 @@ ER_VERSIONS void run_int4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT
     }
 }
 
+// A float of 4 bits of exponent (bias 7) and 3 of significand: put where a float's are, it is 2^120
+// too small. Subnormals are made from integers, as in float_of_half; 0x7f and 0xff are NaN.
+ER_INLINE float float_of_e4m3(std::uint8_t code) {
+    const std::int32_t magnitude = code & 0x7f;
+    const std::uint32_t sign = static_cast<std::uint32_t>(code & 0x80) << 24;
+    const std::uint32_t normal = (static_cast<std::uint32_t>(magnitude) << 20) + (120u << 23);
+    const std::uint32_t tiny = bits_of_float(static_cast<float>(magnitude) * 0x1p-9f);
+    const std::uint32_t is_tiny = 0u - static_cast<std::uint32_t>(magnitude < 8);
+    const std::uint32_t is_nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7f);
+    const std::uint32_t finite = (tiny & is_tiny) | (normal & ~is_tiny);
+    return float_of_bits(finite | (is_nan & 0x7fc00000u) | sign);
+}
+
+ER_VERSIONS void run_fp8(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                         std::size_t blocks) {
+    const float scale = float_of_bits(load_u32(in));
+    in += 4;
+    for (std::size_t i = 0; i < 32 * blocks; ++i) out[i] = scale * float_of_e4m3(in[i]);
+}
+
+ER_VERSIONS void run_fp8_128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                             std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 132, out += 128) {
+        const float scale = float_of_bits(load_u32(in));
+        for (int j = 0; j < 128; ++j) out[j] = scale * float_of_e4m3(in[4 + j]);
+    }
+}
+
+// The codebook of QLoRA (quant/small_floats.py); byte j holds element 2 j in its high half.
+constexpr float kNf4[16] = {-1.0f,
+                            -0.6961928009986877f,
+                            -0.5250730514526367f,
+                            -0.39491748809814453f,
+                            -0.28444138169288635f,
+                            -0.18477343022823334f,
+                            -0.09105003625154495f,
+                            0.0f,
+                            0.07958029955625534f,
+                            0.16093020141124725f,
+                            0.24611230194568634f,
+                            0.33791524171829224f,
+                            0.44070982933044434f,
+                            0.5626170039176941f,
+                            0.7229568362236023f,
+                            1.0f};
+
+ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                         std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 36, out += 64) {
+        const float absmax = float_of_bits(load_u32(in));
+        for (int j = 0; j < 32; ++j) {
+            out[2 * j] = absmax * kNf4[in[4 + j] >> 4];
+            out[2 * j + 1] = absmax * kNf4[in[4 + j] & 15];
+        }
+    }
+}
+
 const DequantFormat kFormats[] = {
     {"F32", 1, 4, 0, run_f32},       {"F16", 1, 2, 0, run_f16},
     {"BF16", 1, 2, 0, run_bf16},     {"Q4_0", 32, 18, 0, run_q4_0},
@@ -263,7 +320,8 @@ const DequantFormat kFormats[] = {
     {"Q5_1", 32, 24, 0, run_q5_1},   {"Q8_0", 32, 34, 0, run_q8_0},
     {"Q4_K", 256, 144, 0, run_q4_k}, {"Q5_K", 256, 176, 0, run_q5_k},
     {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
-    {"INT4", 32, 18, 8, run_int4},
+    {"INT4", 32, 18, 8, run_int4},   {"FP8", 32, 32, 4, run_fp8},
+    {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_nf4},
 };
 constexpr std::size_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 

@@ -377,10 +377,15 @@ def create(
 ) -> Backend:
     """Construct the chosen backend. activation_dtype is a key of DTYPE_BYTES.
 
-    activations: what multiplies quantised weights, "auto", "int8" or "float32". packed_cache: a
-    file for the weights as the backend lays them out, and what they are made of. Errors:
-    BackendUnavailable where the backend has no such thing.
+    activations: what multiplies quantised weights, "auto", "int8", "fp8" or "float32".
+    packed_cache: a file for the weights as the backend lays them out, and what they are made of.
+    Errors: BackendUnavailable where the backend has no such thing.
     """
+    if activations == "fp8" and choice.name != "triton":
+        raise BackendUnavailable(
+            f"activations='fp8': the {choice.name} backend has no products of 8-bit floats; use "
+            "device='cuda' on a card that has, or activations='auto'"
+        )
     if choice.name == "cpu":
         from .cpu.backend import CpuBackend  # late: the reference needs none of it
 
@@ -395,16 +400,17 @@ def create(
             f"packed_cache: the {choice.name} backend keeps no file; "
             "use device='cpu', or leave it out"
         )
-    if activations == "int8":
-        device = "cuda" if choice.name == "triton" else choice.name
-        raise BackendUnavailable(
-            f"activations='int8': the {choice.name} backend multiplies weights by the activations "
-            f"themselves; use device='cpu' instead of {device!r}, or activations='auto'"
-        )
     if choice.name == "triton":
         from .triton import TritonBackend  # optional third party: torch, triton
 
-        return TritonBackend(activation_dtype=activation_dtype, threads=threads)
+        return TritonBackend(
+            activation_dtype=activation_dtype, threads=threads, activations=activations
+        )
+    if activations == "int8":
+        raise BackendUnavailable(
+            f"activations='int8': the {choice.name} backend multiplies weights by the activations "
+            "themselves; use device='cpu' or 'cuda', or activations='auto'"
+        )
     from .reference import ReferenceBackend  # optional third party: torch
 
     return ReferenceBackend(activation_dtype=activation_dtype, threads=threads)

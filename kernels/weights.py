@@ -106,12 +106,31 @@ I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", 
 I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
 I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
 
-# 8-bit floats with one scale per row (of a tensor with one scale, the same for each), or one per
-# 128 elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the
+# 8-bit floats with a scale per row (of a tensor with one scale, the same for each), or per 128
+# elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the
 # 4-bit codebook of bitsandbytes. quant/small_floats.py says what they mean.
 FP8 = Format("FP8", 32, 32, (("values", "u1", 32),), (("scale", "f4", 1),))
 FP8_128 = Format("FP8_128", 128, 132, (("scale", "f4", 1), ("values", "u1", 128)))
 NF4 = Format("NF4", 64, 36, (("absmax", "f4", 1), ("nibbles", "u1", 32)))
+# Quantiles of a normal distribution: QLoRA (Dettmers et al., 2023), appendix E.
+NF4_CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 FILE_FORMATS: Mapping[str, Format] = {
     f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)

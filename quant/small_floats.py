@@ -5,8 +5,7 @@ A value is one float32 product, rounded once: a scale times a number that the co
 FP8: a code is a float of 4 bits of exponent (bias 7) and 3 of significand, without infinities; 0x7f
 and 0xff are NaN (the OCP 8-bit floating point specification's E4M3). FP8 has a scale per row,
 FP8_128 one per 128 elements.
-NF4: absmax * CODEBOOK[code] per 64 elements; the high half of a byte comes first. The codebook is
-that of QLoRA (Dettmers et al., 2023, appendix E), quantiles of a normal distribution.
+NF4: absmax * NF4_CODEBOOK[code] per 64 elements; the high half of a byte comes first.
 """
 
 # mypy: no-warn-return-any
@@ -16,27 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-CODEBOOK = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
+from ..kernels.weights import NF4_CODEBOOK
+
+_CODEBOOK = np.array(NF4_CODEBOOK, np.float32)
 
 
 def e4m3_values() -> np.ndarray:
@@ -65,7 +46,7 @@ def fp8_128_values(blocks: np.ndarray) -> np.ndarray:
 def nf4_values(blocks: np.ndarray) -> np.ndarray:
     """float32 [n, 64] of blocks [n] of NF4."""
     pairs = blocks["nibbles"][..., None] >> np.array([4, 0], np.uint8)
-    return blocks["absmax"] * CODEBOOK[(pairs & np.uint8(15)).reshape(-1, 64)]
+    return blocks["absmax"] * _CODEBOOK[(pairs & np.uint8(15)).reshape(-1, 64)]
 
 
-__all__ = ["CODEBOOK", "e4m3_values", "fp8_128_values", "fp8_values", "nf4_values"]
+__all__ = ["e4m3_values", "fp8_128_values", "fp8_values", "nf4_values"]

@@ -59,8 +59,8 @@ ENGINE_HELP = {
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None "
     "keeps the checkpoint's own bits",
-    "activations": "what multiplies quantised weights: auto (int8 where the backend has it), int8 "
-    "(groups of 32), or float32, the activations themselves",
+    "activations": "what multiplies quantised weights: auto (int8 on the CPU), int8 (groups of 32; "
+    "on the GPU one scale per token), fp8 (GPU), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16 or "
     "int8 (one fp32 scale per token and kv head; about half of bfloat16's bytes)",
     "max_model_len": "context length in tokens; None is the model's own, or what fits",

@@ -318,7 +318,7 @@ ER_VERSIONS void run_fp8_128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTR
     }
 }
 
-// The codebook of QLoRA (quant/small_floats.py); byte j holds element 2 j in its high half.
+// NF4_CODEBOOK of kernels/weights.py; byte j holds element 2 j in its high half.
 constexpr float kNf4[16] = {-1.0f,
                             -0.6961928009986877f,
                             -0.5250730514526367f,

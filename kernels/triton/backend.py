@@ -15,8 +15,11 @@ from .cache import KVCache
 from .executor import TritonExecutable, shape_of, table_of
 from .lower import ALIGN, lower
 from .numerics import TORCH_DTYPES
-from .quantised import FLOATS, form, packed_bytes
+from .quantised import FLOATS, LAYOUTS, form, packed_bytes
 from .weights import TritonWeight
+
+# What an option of that name puts in place of the activations that multiply quantised weights.
+ACTIVATIONS = {"auto": "", "float32": "", "int8": "int8", "fp8": "fp8"}
 
 
 class TritonBackend:
@@ -25,14 +28,22 @@ class TritonBackend:
     activation_dtype: a key of DTYPE_BYTES; results are rounded once to it. Products of operands of
     one 16-bit dtype run in the tensor cores with fp32 sums; others in fp32. threads: of the
     sampler, which runs on the host; None takes the physical cores that this process may use. No
-    result depends on it.
+    result depends on it. activations: what multiplies quantised weights, "auto" or "float32" for
+    the activations themselves, "int8" or "fp8" for 8 bits with one scale per token.
 
-    Errors: ValueError for a dtype or a number of threads that does not exist.
+    Errors: ValueError for a dtype or a number of threads that does not exist; BackendUnavailable
+    for fp8 on a card that has none.
     """
 
     name = "triton"
 
-    def __init__(self, *, activation_dtype: str = "bfloat16", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        activation_dtype: str = "bfloat16",
+        threads: int | None = None,
+        activations: str = "auto",
+    ) -> None:
         if activation_dtype not in DTYPE_BYTES:
             raise ValueError(
                 f"activation dtype {activation_dtype!r} is unknown; "
@@ -40,7 +51,17 @@ class TritonBackend:
             )
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(
+                f"activations={activations!r} is unknown; supported: {', '.join(ACTIVATIONS)}"
+            )
+        if activations == "fp8" and (lacking := dev.lacks_fp8()):
+            raise BackendUnavailable(
+                f"activations='fp8': {lacking}; use activations='auto', which multiplies fp8 "
+                "weights by the activations themselves"
+            )
         self._dtype = activation_dtype
+        self._activations = ACTIVATIONS[activations]
         self._device = dev.device()
         self._pool = _native.Pool(threads or _native.usable_cores())
 
@@ -61,8 +82,8 @@ class TritonBackend:
                 f"weight {name!r} has its columns in another order (act-order), which the Triton "
                 "backend does not multiply; use device='cpu'"
             )
-        if len({form(p.format) for p in parts}) > 1 and len(weight.shape) == 2:
-            formats = ", ".join(p.format.name for p in parts)
+        if len({form(p.packed_format) for p in parts}) > 1 and len(weight.shape) == 2:
+            formats = ", ".join(p.packed_format.name for p in parts)
             raise ValueError(
                 f"weight {name!r} mixes {formats}; the Triton backend takes one format"
             )
@@ -75,16 +96,12 @@ class TritonBackend:
     ) -> int:
         """Device memory of the weights: matrices in codes or floats, vectors in fp32.
 
-        Errors: BackendUnavailable for weights that are to be quantised on load.
+        Errors: BackendUnavailable for weights that `activations` cannot multiply.
         """
+        self._check_products(program, weights)
         total = 0
         for weight in weights.values():
             parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
-            if any(part.pack_as is not None for part in parts):
-                raise BackendUnavailable(
-                    "quantization: the Triton backend does not quantise on load yet; use "
-                    "device='cpu', or a checkpoint that is quantised already"
-                )
             if len(weight.shape) == 1:
                 total += 4 * weight.shape[0]
             else:
@@ -94,6 +111,26 @@ class TritonBackend:
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
         """None: every format keeps its values."""
         return ()
+
+    def _check_products(
+        self, program: Program, weights: Mapping[str, RawWeight | WeightGroup | TritonWeight]
+    ) -> None:
+        if not self._activations:
+            return
+        for op in program:
+            if op.name != "linear" or op.inputs[1] is None:
+                continue
+            weight = weights[program.handles[op.inputs[1]].name]
+            for part in (weight,) if isinstance(weight, RawWeight) else weight.parts:
+                fmt = part.packed_format
+                if fmt in FLOATS or LAYOUTS[fmt.name].multiplies(self._activations):
+                    continue
+                able = [k for k, v in LAYOUTS.items() if v.multiplies(self._activations)]
+                raise BackendUnavailable(
+                    f"activations={self._activations!r}: weight {part.name!r} is {fmt.name}, which "
+                    f"the Triton backend does not multiply so; it does {', '.join(able)}. Use "
+                    "activations='auto'"
+                )
 
     def kv_dtype(self, activation_dtype: str, quantised: bool) -> str:
         """The activations' own: products with the cache then run in the tensor cores."""
@@ -120,7 +157,8 @@ class TritonBackend:
         shapes = {shape_of(op, self._dtype) for op in layers}
         splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
         widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
-        sums = 4 * max(tokens, rows) * max((linear.padded_groups(w) for w in widths), default=0)
+        columns = max((linear.most_scratch(w, self._activations) for w in widths), default=0)
+        sums = 4 * max(tokens, rows) * columns
         tables = {table_of(op) for op in program if op.name == "rope"}
         a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
         a_token += 4 * 3 * attention.ITEM * len(shapes)
@@ -132,10 +170,12 @@ class TritonBackend:
     ) -> TritonExecutable:
         """Bind a finished Program to its weights (by canonical name) and its cache.
 
-        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
+        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit;
+        BackendUnavailable for weights that `activations` cannot multiply; WeightTooLarge.
         """
+        self._check_products(program, weights)
         dtype = TORCH_DTYPES[self._dtype]
-        return TritonExecutable(program, weights, kv, dtype, self._device)
+        return TritonExecutable(program, weights, kv, dtype, self._device, self._activations)
 
     def sampler(self, vocab_size: int) -> CpuSampler:
         """The sampling program. Logits are copied to the host and sampled there, for now."""
@@ -152,7 +192,12 @@ class TritonBackend:
             "numerics": (
                 f"fp32 sums inside each operation, results rounded to {self._dtype}; products of "
                 "equal 16-bit dtypes in tensor cores, attention's weights rounded to that dtype; "
-                "quantised weights multiplied by their own values"
+                "quantised weights "
+                + (
+                    f"multiplied by {self._activations} activations, one scale per token"
+                    if self._activations
+                    else "multiplied by their own values"
+                )
             ),
             "activations": self._dtype,
             "sampling": "on the host",

@@ -7,6 +7,7 @@ import torch
 import triton
 
 OLDEST = (8, 0)  # compute capability: bf16 in the tensor cores, asynchronous copies
+FP8_SINCE = (9, 0)
 
 
 def interpreted() -> bool:
@@ -41,6 +42,22 @@ def loads_ahead() -> bool:
     """See attention.options."""
     nvidia = torch.version.hip is None and not interpreted()
     return nvidia and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def lacks_fp8() -> str:
+    """Why 8-bit floats cannot be multiplied here, or nothing."""
+    if interpreted():
+        return ""
+    name = torch.cuda.get_device_name()
+    if torch.version.hip is not None:
+        return f"{name} multiplies 8-bit floats of another kind than checkpoints hold"
+    have = torch.cuda.get_device_capability()
+    if have >= FP8_SINCE:
+        return ""
+    return (
+        f"{name} has compute capability {'.'.join(map(str, have))} and no products of 8-bit "
+        f"floats, which begin with {'.'.join(map(str, FP8_SINCE))}"
+    )
 
 
 def free_bytes() -> int | None:

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import triton
 import triton.language as tl
 
+from .linear import codebook, e4m3_to_float
 from .numerics import OPTIONS
-from .quantised import GROUPS, FloatMatrix, Matrix
+from .quantised import GROUPS, FloatMatrix, Matrix, QuantisedMatrix
 
 BLOCK = 512  # elements of a row in one program
 
@@ -31,20 +34,23 @@ def quantised_rows_kernel(
     codes_ptr,
     scale_ptr,
     minimum_ptr,
+    table_ptr,
     index_ptr,
     out_ptr,
     num_rows,
     words,
     out_stride,
     width,
+    KIND: tl.constexpr,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The same from a weight in codes, each value dequantised as quant/gguf.py says."""
+    """The same from a weight in codes, each value dequantised as quant/ says."""
     i = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
@@ -55,13 +61,36 @@ def quantised_rows_kernel(
         code = tl.load(codes_ptr + row * words + word, mask=mask, other=0).to(tl.int32)
         code = (code >> (4 * (at // GROUP % GROUPS))) & 0xF
     else:
-        code = tl.load(codes_ptr + row * words + at, mask=mask, other=0).to(tl.int32)
-    place = (at // GROUP).to(tl.int64) * num_rows + row
-    scale = tl.load(scale_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    out = (code - ZERO).to(tl.float32) * scale
+        code = tl.load(codes_ptr + row * words + at, mask=mask, other=0)
+    if KIND == "nf4":
+        value = tl.load(table_ptr + code)
+    elif KIND == "e4m3":
+        value = e4m3_to_float(code, tl.float32)
+    else:
+        value = (code.to(tl.int32) - ZERO).to(tl.float32)
+    if PER_ROW:
+        place = row + at * 0
+    else:
+        place = (at // GROUP).to(tl.int64) * num_rows + row
+    out = value * tl.load(scale_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if HAS_MINIMUM:
         out += tl.load(minimum_ptr + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + i * out_stride + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def constants(table: QuantisedMatrix) -> dict[str, Any]:
+    """Constants of quantised_rows_kernel that follow from the table."""
+    layout = table.layout
+    return {
+        "KIND": layout.kind,
+        "BITS": layout.bits,
+        "ZERO": layout.zero,
+        "GROUP": layout.group,
+        "GROUPS": GROUPS,
+        "PER_ROW": layout.per_row,
+        "HAS_MINIMUM": layout.minimum,
+        "BLOCK": BLOCK,
+    }
 
 
 def select_rows(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -84,17 +113,13 @@ def embedding(table: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
             table.codes,
             table.scale,
             table.scale if table.minimum is None else table.minimum,
+            codebook(torch.float32, out.device),
             index,
             out,
             table.shape[0],
             table.codes.shape[1],
             out.stride(0),
             width,
-            BITS=table.bits,
-            ZERO=table.zero,
-            GROUP=table.group,
-            GROUPS=GROUPS,
-            HAS_MINIMUM=table.minimum is not None,
-            BLOCK=BLOCK,
+            **constants(table),
             **OPTIONS,
         )

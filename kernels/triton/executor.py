@@ -96,12 +96,14 @@ class TritonExecutable:
         kv: KVCache | None,
         dtype: torch.dtype,
         device: torch.device,
+        activations: str = "",
     ) -> None:
         check_program("Triton", program, weights, kv.spec if kv else None, OPERATIONS)
         self._lowered = lower(program, dtype.itemsize)
         self._kv = kv
         self._dtype = dtype
         self._device = device
+        self._activations = activations  # of quantised weights; see quantised.pack
         self._upload = _Upload(device)
         self._scratch = attention.Scratch(device)
         self._memory = {
@@ -159,7 +161,7 @@ class TritonExecutable:
         return made
 
     def sums(self) -> torch.Tensor:
-        """Scratch of the sums of groups, [rows, groups]."""
+        """Scratch of quantised layers' inputs: sums of groups, and themselves in 8 bits."""
         return self._sums
 
     def _view(self, place: Place) -> torch.Tensor:
@@ -253,7 +255,7 @@ class _Binder:
         self._program = lowered.program
         self._weights = weights
         self._matrices: dict[str, Matrix] = {}
-        self.sums_width = 0  # of the widest weight with minimums
+        self.sums_width = 0  # of the weight that needs most
         self.nbytes = 0
         self._uses: dict[str, int] = {}
         for op in self._program:
@@ -276,9 +278,9 @@ class _Binder:
         return self._matrices[name]
 
     def _pack(self, parts: list[RawWeight]) -> Matrix:
-        matrix = pack(parts, self._owner._device)
+        matrix = pack(parts, self._owner._device, self._owner._activations)
         self.nbytes += matrix.nbytes
-        self.sums_width = max(self.sums_width, linear.sums_width(matrix))
+        self.sums_width = max(self.sums_width, linear.scratch_width(matrix))
         return matrix
 
     def _vector(self, value: int | None) -> torch.Tensor | None:
@@ -381,7 +383,7 @@ class _Binder:
         weights = [self._weights[self._name(op.inputs[1])] for op in ops]
         parts = [part for weight in weights for part in weight.parts]
         alike = (
-            len({form(part.format) for part in parts}) == 1
+            len({form(part.packed_format) for part in parts}) == 1
             and len({op.inputs[2] is None for op in ops}) == 1
             and all(self._uses[self._name(op.inputs[1])] == 1 for op in ops)
             and len({op.output in self._program.fp32_values() for op in ops}) == 1
@@ -433,7 +435,7 @@ class _Binder:
             bias=bias,
             after=after,
             other=other,
-            sums=owner.sums(),
+            scratch=owner.sums(),
         )
 
 

@@ -5,12 +5,16 @@ The product is taken transposed, y^T = W x^T: the weight's rows fill the tensor 
 of instructions. K is walked in steps fixed by the weight alone and never split (law 2). Tokens come
 in tiles of TOKENS[i]; a tile's width changes no bit of a token's result.
 
-Quantised weights stay in their own bits (packing: quantised.py). Each group of a row is multiplied
-as integers, exactly, and its scale is applied to the fp32 sum: what is multiplied is the
-dequantised value. A format with minimums takes the sums of x over groups from `sums_kernel`.
+Quantised weights stay in their own bits (packing: quantised.py). The numbers that codes stand for
+are multiplied exactly, group by group or over the whole row, and the scale is applied to the fp32
+sum: what is multiplied is the dequantised value (but that NF4's table is rounded to the dtype of
+x). A format with minimums takes the sums of x over groups from `sums_kernel`.
 
 Weights and activations of one 16-bit dtype meet in the tensor core; where the two differ, or are
-fp32, products are fp32.
+fp32, products are fp32. Where asked for, a quantised weight is multiplied by x in 8 bits instead,
+integers or floats with one scale for each token (`activations_kernel`): sums of integers are exact
+within a group, or a row that has one scale; sums of 8-bit floats go to fp32 every 128 elements,
+the tensor core's own being of fewer bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -18,6 +22,8 @@ fp32, products are fp32.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +31,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..weights import NF4_CODEBOOK
 from .numerics import OPTIONS, gated
-from .quantised import GROUPS, FloatMatrix, Matrix, QuantisedMatrix
+from .quantised import LAYOUTS, FloatMatrix, Layout, Matrix, QuantisedMatrix
 
 ROWS = 64  # of the weight, in one program: the height of a warpgroup's instruction
 TOKENS = (16, 32, 64, 128)  # widths of a tile of tokens
@@ -142,13 +149,62 @@ def codes_to_float(word, PLANE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.const
     return wide.to(DTYPE)
 
 
+@triton.jit
+def e4m3_to_float(code, DTYPE):
+    """Finite 8-bit floats (uint8) as wider ones, exactly.
+
+    Sign, exponent and significand are put where DTYPE has its own: the value is then too small by
+    a power of two, the difference of the exponents' biases. Subnormals come out right as well.
+    """
+    sign, rest = code & 0x80, code & 0x7F
+    if tl.float16 == DTYPE:
+        bits = (sign.to(tl.int16) << 8) | (rest.to(tl.int16) << 7)
+        return bits.to(tl.float16, bitcast=True) * tl.full((), 2.0**8, DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        bits = (sign.to(tl.int16) << 8) | (rest.to(tl.int16) << 4)
+        return bits.to(tl.bfloat16, bitcast=True) * tl.full((), 2.0**120, DTYPE)
+    else:
+        bits = (sign.to(tl.int32) << 24) | (rest.to(tl.int32) << 20)
+        return bits.to(tl.float32, bitcast=True) * (2.0**120)
+
+
+@triton.jit
+def factors(
+    word,
+    table_ptr,
+    PLANE: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """What codes stand for, in the dtype that is multiplied."""
+    if KIND == "nf4":
+        return tl.load(table_ptr + ((word >> (4 * PLANE)) & 0xF))
+    elif KIND == "e4m3":
+        if tl.float8e4nv == PRODUCT:
+            return word.to(tl.float8e4nv, bitcast=True)
+        else:
+            return e4m3_to_float(word, PRODUCT)
+    elif tl.int8 == PRODUCT:
+        if BITS == 4:
+            return ((word >> (4 * PLANE)) & 0xF).to(tl.int8) - ZERO
+        elif ZERO == 128:
+            return (word ^ 0x80).to(tl.int8, bitcast=True)
+        else:
+            return word.to(tl.int8, bitcast=True) - ZERO
+    else:
+        return codes_to_float(word, PLANE, BITS, ZERO, PRODUCT)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def quantised_kernel(
     x_ptr,
     codes_ptr,
     scale_ptr,
     minimum_ptr,
-    sums_ptr,
+    table_ptr,
+    scratch_ptr,
     bias_ptr,
     other_ptr,
     out_ptr,
@@ -157,7 +213,7 @@ def quantised_kernel(
     K,
     words,
     x_stride,
-    sums_stride,
+    scratch_stride,
     other_stride,
     out_stride,
     HAS_BIAS: tl.constexpr,
@@ -166,14 +222,20 @@ def quantised_kernel(
     PRODUCT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    KIND: tl.constexpr,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """W in codes [num_rows, words], scales (and minimums) [groups, num_rows]."""
+    """W in codes [num_rows, words], scales (and minimums) [groups, num_rows], or scales [num_rows].
+
+    scratch: sums of x over groups; where PRODUCT is int8 or float8e4nv, and x whole steps of it,
+    the scale of each token.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     safe_row = tl.minimum(row, num_rows - 1)
@@ -181,31 +243,50 @@ def quantised_kernel(
     k = tl.arange(0, GROUP)
     code_at = codes_ptr + safe_row.to(tl.int64)[:, None] * words + k[None, :]
     x_at = x_ptr + safe_token[:, None] * x_stride + k[None, :]
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    INTEGERS: tl.constexpr = tl.int8 == PRODUCT
+    FLOAT8: tl.constexpr = tl.float8e4nv == PRODUCT
+    KEPT: tl.constexpr = tl.int32 if INTEGERS and PER_ROW else tl.float32
+    acc = tl.zeros((ROWS, TOKENS), KEPT)
     for start in range(0, K, GROUPS * GROUP):
         if BITS == 4:
             word = tl.load(code_at + start // 4)
         for j in tl.static_range(GROUPS):
             if BITS == 8:
                 word = tl.load(code_at + start + j * GROUP)
-            w = codes_to_float(word, j, BITS, ZERO, PRODUCT)
+            w = factors(word, table_ptr, j, KIND, BITS, ZERO, PRODUCT)
             if WHOLE:
                 x = tl.load(x_at + start + j * GROUP)
             else:
                 x = tl.load(x_at + start + j * GROUP, mask=(k < K - start - j * GROUP)[None, :])
                 x = tl.where((k < K - start - j * GROUP)[None, :], x, 0.0)
-            part = tl.dot(w, tl.trans(x.to(PRODUCT)), input_precision="ieee")
-            group = start // GROUP + j
-            scale = tl.load(scale_ptr + group * num_rows + safe_row).to(tl.float32)
-            acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
-            if HAS_MINIMUM:
-                least = tl.load(minimum_ptr + group * num_rows + safe_row).to(tl.float32)
-                sums = tl.load(sums_ptr + safe_token * sums_stride + group)
-                acc = tl.fma(
-                    tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
-                    tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
-                    acc,
-                )
+            x = tl.trans(x.to(PRODUCT, bitcast=FLOAT8))
+            if PER_ROW and not FLOAT8:
+                acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=KEPT)
+            else:
+                if INTEGERS:
+                    # Below 2^22 in size: put into the significand of 1.5 * 2^23 it is exact.
+                    part = tl.dot(w, x, out_dtype=tl.int32) + 0x4B400000
+                    part = part.to(tl.float32, bitcast=True) - 12582912.0
+                else:
+                    part = tl.dot(w, x, input_precision="ieee")
+                if PER_ROW:
+                    acc += part
+                else:
+                    group = start // GROUP + j
+                    scale = tl.load(scale_ptr + group * num_rows + safe_row).to(tl.float32)
+                    acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
+                    if HAS_MINIMUM:
+                        least = tl.load(minimum_ptr + group * num_rows + safe_row).to(tl.float32)
+                        sums = tl.load(scratch_ptr + safe_token * scratch_stride + group)
+                        acc = tl.fma(
+                            tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
+                            tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
+                            acc,
+                        )
+    if PER_ROW:
+        acc = acc.to(tl.float32) * tl.load(scale_ptr + safe_row)[:, None]
+    if INTEGERS or FLOAT8:
+        acc *= tl.load(scratch_ptr + safe_token * scratch_stride)[None, :]
     _store(
         acc,
         row,
@@ -235,7 +316,67 @@ def sums_kernel(
     tl.store(sums_ptr + token * sums_stride + group, tl.sum(x, 1), mask=group < num_groups)
 
 
+@triton.jit
+def nearest_int8(x):
+    """Nearest integer, ties to even, of |x| <= 127: the rounding of a sum with 1.5 * 2^23."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
+def nearest_e4m3(x):
+    """Nearest 8-bit float, ties to even, of |x| <= 448, as its code (uint8)."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 a code counts steps of 2^-9, which is the last place of 2^14.
+    tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return (sign | tl.where(size < 0x3C800000, tiny, normal)).to(tl.uint8)
+
+
+@triton.jit
+def activations_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    K,
+    width,
+    x_stride,
+    codes_stride,
+    scratch_stride,
+    TO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token of x in 8 bits: code = nearest(x * (most / largest)), 0 from K to width; its scale
+    largest / most. A row of zeros, or below 2^-100, becomes zeros; the
+    scale of one that holds a NaN or an infinity is NaN."""
+    MOST: tl.constexpr = 127.0 if TO == "int8" else 448.0
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, K, BLOCK):
+        inside = at < K - start
+        x = tl.load(x_ptr + token * x_stride + start + at, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+        wrong += x * 0.0
+    most = tl.max(largest, 0)
+    seen = most >= 2.0**-100
+    up = tl.where(seen, tl.div_rn(MOST, tl.where(seen, most, 1.0)), 0.0)
+    scale = tl.where(seen, tl.div_rn(most, MOST), 0.0) + tl.sum(wrong, 0)
+    tl.store(scale_ptr + token * scratch_stride, scale)
+    for start in range(0, width, BLOCK):
+        inside = at < K - start
+        x = tl.load(x_ptr + token * x_stride + start + at, mask=inside, other=0.0).to(tl.float32)
+        # Rounding may have made the product a little more than the most.
+        x = tl.minimum(tl.maximum(x * up, -MOST), MOST)
+        code = nearest_int8(x) if TO == "int8" else nearest_e4m3(x)
+        tl.store(codes_ptr + token * codes_stride + start + at, code, mask=at < width - start)
+
+
 SUMS_BLOCK = 16  # groups of one program of sums_kernel
+ACTIVATIONS_BLOCK = 1024  # elements of a token at a time in activations_kernel
+_ALIGNED = 32  # fp32 columns of scratch
 
 
 def most_tokens(amd: bool) -> int:
@@ -243,9 +384,10 @@ def most_tokens(amd: bool) -> int:
     return TOKENS[-2] if amd else TOKENS[-1]
 
 
-def tokens_of(num_tokens: int) -> int:
-    """Width of the tile that serves so many tokens."""
-    most = most_tokens(amd=torch.version.hip is not None)
+def tokens_of(num_tokens: int, weight: Matrix) -> int:
+    """Width of the tile that serves so many tokens; NF4's wider ones run out of registers."""
+    nf4 = isinstance(weight, QuantisedMatrix) and weight.layout.kind == "nf4"
+    most = TOKENS[1] if nf4 else most_tokens(amd=torch.version.hip is not None)
     return min(next((width for width in TOKENS if num_tokens <= width), most), most)
 
 
@@ -262,32 +404,82 @@ def float_options(product: torch.dtype) -> dict[str, Any]:
 
 def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
     """Constants of quantised_kernel that follow from the weight."""
+    layout, K = w.layout, w.shape[1]
     return {
         "ROWS": ROWS,
         "TOKENS": tokens,
-        "BITS": w.bits,
-        "ZERO": w.zero,
-        "GROUP": w.group,
-        "GROUPS": GROUPS,
-        "HAS_MINIMUM": w.minimum is not None,
-        "WHOLE": w.shape[1] % (GROUPS * w.group) == 0,
+        "KIND": layout.kind,
+        "BITS": layout.bits,
+        "ZERO": layout.zero,
+        "GROUP": layout.group,
+        "GROUPS": layout.step_groups,
+        "PER_ROW": layout.per_row,
+        "HAS_MINIMUM": layout.minimum,
+        "WHOLE": bool(w.activations) or layout.width(K) == K,
     }
 
 
-def quantised_options(tokens: int) -> dict[str, Any]:
-    """Launch options of quantised_kernel; a wide tile is shared by two warpgroups."""
-    return OPTIONS | {"num_stages": 3, "num_warps": 8 if tokens == 128 else 4}
+def product_of(w: QuantisedMatrix, dtype: torch.dtype) -> Any:
+    """What is multiplied where a layer's input has this dtype."""
+    return {"int8": tl.int8, "fp8": tl.float8e4nv, "": _TL[dtype]}[w.activations]
 
 
-def padded_groups(K: int) -> int:
-    """Groups of 32, in whole steps, of a row of K."""
-    return -(-K // (GROUPS * 32)) * GROUPS
+@functools.cache
+def codebook(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What NF4's codes stand for."""
+    return torch.tensor(NF4_CODEBOOK, device=device).to(dtype)
 
 
-def sums_width(weight: Matrix) -> int:
-    """Columns of the sums that a weight needs, 0 for none."""
-    has_minimum = isinstance(weight, QuantisedMatrix) and weight.minimum is not None
-    return padded_groups(weight.shape[1]) if has_minimum else 0
+def quantised_options(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
+    """Launch options of quantised_kernel; a wide tile is shared by two warpgroups.
+
+    Three stages, or two where x of a step would not fit into shared memory three times.
+    """
+    step = w.layout.step_groups * w.layout.group
+    stages = 2 if step > 128 and not w.activations else 3
+    return OPTIONS | {"num_stages": stages, "num_warps": 8 if tokens == 128 else 4}
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // _ALIGNED) * _ALIGNED
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Columns (fp32) of a token's scratch: sums of its groups, or its scale and its codes."""
+
+    sums: int
+    codes: int
+
+    @classmethod
+    def of(cls, layout: Layout, K: int, activations: str) -> Scratch:
+        sums = layout.groups(K) if layout.minimum else 0
+        return cls(sums, layout.width(K) // 4 if activations else 0)
+
+    @property
+    def code_column(self) -> int:
+        return _aligned(1)
+
+    @property
+    def width(self) -> int:
+        if self.codes:
+            return self.code_column + _aligned(self.codes)
+        return _aligned(self.sums)
+
+
+def scratch_width(weight: Matrix) -> int:
+    """Columns of scratch that a weight needs, 0 for none."""
+    if isinstance(weight, FloatMatrix):
+        return 0
+    return Scratch.of(weight.layout, weight.shape[1], weight.activations).width
+
+
+def most_scratch(K: int, activations: str) -> int:
+    """The most that a quantised weight of rows of K may need."""
+    return max(
+        Scratch.of(layout, K, activations if layout.multiplies(activations) else "").width
+        for layout in LAYOUTS.values()
+    )
 
 
 def launch(
@@ -299,18 +491,20 @@ def launch(
     bias: torch.Tensor | None = None,
     after: str = "",
     other: torch.Tensor | None = None,
-    sums: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """out = x W^T + bias, then `after`: "add": other + that; a gate of ops.py: gate(other) * that.
 
     x [M, K], out and other [M, N], each with its own row stride; bias fp32 [N]. `round_to`: what
-    the layer's result is rounded to before `after`. sums: fp32 scratch [M, at least sums_width(W)].
+    the layer's result is rounded to before `after`. scratch: fp32 [at least M, at least
+    scratch_width(W)].
     """
     num_tokens = x.shape[0]
     if not num_tokens:
         return
     num_rows, K = weight.shape
-    tokens = tokens_of(num_tokens)
+    dtype = x.dtype
+    tokens = tokens_of(num_tokens, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(num_tokens, tokens))
     shared = {
@@ -334,17 +528,19 @@ def launch(
             **float_options(product),
         )
         return
-    if weight.minimum is not None:
-        assert sums is not None
-        groups = sums_width(weight)
-        sums_kernel[(num_tokens, triton.cdiv(groups, SUMS_BLOCK))](
+    plan = Scratch.of(weight.layout, K, weight.activations)
+    scratch = out if scratch is None else scratch
+    if weight.activations:
+        x = _in_8_bits(x, weight, scratch, plan)
+    elif plan.sums:
+        sums_kernel[(num_tokens, triton.cdiv(plan.sums, SUMS_BLOCK))](
             x,
-            sums,
+            scratch,
             K,
-            groups,
+            plan.sums,
             x.stride(0),
-            sums.stride(0),
-            GROUP=weight.group,
+            scratch.stride(0),
+            GROUP=weight.layout.group,
             BLOCK=SUMS_BLOCK,
             **OPTIONS,
         )
@@ -353,14 +549,38 @@ def launch(
         weight.codes,
         weight.scale,
         weight.scale if weight.minimum is None else weight.minimum,
-        out if sums is None else sums,
+        codebook(dtype, x.device) if weight.layout.kind == "nf4" else weight.scale,
+        scratch,
         *ends,
         weight.codes.shape[1],
         x.stride(0),
-        0 if sums is None else sums.stride(0),
+        scratch.stride(0),
         *strides,
-        PRODUCT=_TL[x.dtype],
+        PRODUCT=product_of(weight, dtype),
         **shared,
         **quantised_tile(weight, tokens),
-        **quantised_options(tokens),
+        **quantised_options(weight, tokens),
     )
+
+
+def _in_8_bits(
+    x: torch.Tensor, weight: QuantisedMatrix, scratch: torch.Tensor, plan: Scratch
+) -> torch.Tensor:
+    """x as codes in the scratch, its scales and sums beside them."""
+    num_tokens, K = x.shape
+    kind = torch.int8 if weight.activations == "int8" else torch.uint8
+    codes = scratch.view(kind)[:num_tokens, 4 * plan.code_column :]
+    activations_kernel[(num_tokens,)](
+        x,
+        codes,
+        scratch,
+        K,
+        4 * plan.codes,
+        x.stride(0),
+        codes.stride(0),
+        scratch.stride(0),
+        TO=weight.activations,
+        BLOCK=ACTIVATIONS_BLOCK,
+        **OPTIONS,
+    )
+    return codes

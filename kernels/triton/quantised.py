@@ -1,14 +1,16 @@
 """Weights in device memory: floats as they are, quantised ones in codes that a kernel reads well.
 
-A quantised weight is codes, a scale for each group of a row, and perhaps a minimum:
-value = scale * (code - zero) + minimum. Rows are zero-padded to whole steps of four groups.
+A quantised weight is codes, a scale for each row or each group of a row, and perhaps a minimum:
+value = scale * number(code) + minimum, where a code of kind "u" stands for itself less a zero, one
+of "e4m3" for an 8-bit float, one of "nf4" for an entry of a table. Rows are zero-padded to whole
+steps of the kernels.
 
 4 bits: planar. An int16 word holds four codes, one of each of four groups that follow each other:
 word r of a step has element r of group j in bits 4j .. 4j+3, so that each plane is one group and no
 lane has to move. 8 bits: one code a byte; so are held the formats of 5 and 6 bits.
 
 Scales and minimums are [group, row], fp16 where the format's are, fp32 where it multiplies two.
-Formats: as told by quant/gguf.py, which this has to give the same values as.
+Formats: as told by quant/, which this has to give the same values as.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..cpu import _native
+from ..cpu.quantise import as_packed
 from ..weights import BF16, F16, F32, Format, RawWeight
 
-GROUPS = 4  # of a row, in one step of the kernels
+GROUPS = 4  # of a row, in one step of the kernels, where they are small or in planes
 _CHUNK = 1 << 15  # blocks unpacked at a time
 
 FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
@@ -43,30 +47,60 @@ class FloatMatrix:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format's codes are held: bits of each, its zero, elements of a group, its fields."""
+    """How a format's codes are held and multiplied.
 
+    kind, bits, zero: of the codes. group: elements that are multiplied before a sum is scaled, or
+    kept; per_row: one scale for the whole row, not one for each group.
+    """
+
+    kind: str
     bits: int
     zero: int
     group: int
     minimum: bool
     scale_dtype: torch.dtype
+    per_row: bool = False
+
+    @property
+    def step_groups(self) -> int:
+        """Groups of one step of the kernels."""
+        return GROUPS if self.bits == 4 or self.group < 64 else 1
+
+    def groups(self, K: int) -> int:
+        """Groups of a row, in whole steps."""
+        return -(-K // (self.step_groups * self.group)) * self.step_groups
+
+    def width(self, K: int) -> int:
+        """Elements of a row, in whole steps."""
+        return self.groups(K) * self.group
 
     def row_bytes(self, K: int) -> int:
         """Bytes of one packed row: codes, scales and minimums."""
-        groups = -(-K // (GROUPS * self.group)) * GROUPS
-        fields = 2 if self.minimum else 1
-        return groups * (self.group * self.bits // 8 + fields * self.scale_dtype.itemsize)
+        fields = (2 if self.minimum else 1) * (1 if self.per_row else self.groups(K))
+        return self.width(K) * self.bits // 8 + fields * self.scale_dtype.itemsize
+
+    def multiplies(self, activations: str) -> bool:
+        """Whether kernels multiply these codes by "int8" or "fp8" activations."""
+        if activations == "int8":
+            # 32 is the depth of the instruction; with minimums too, kernels run out of registers.
+            return self.kind == "u" and self.group >= 32 and not self.minimum
+        return activations == "fp8" and self.kind == "e4m3"
 
 
 LAYOUTS: dict[str, Layout] = {
-    "Q4_0": Layout(4, 8, 32, False, torch.float16),
-    "Q4_1": Layout(4, 0, 32, True, torch.float16),
-    "Q5_0": Layout(8, 16, 32, False, torch.float16),
-    "Q5_1": Layout(8, 0, 32, True, torch.float16),
-    "Q8_0": Layout(8, 128, 32, False, torch.float16),
-    "Q4_K": Layout(4, 0, 32, True, torch.float32),
-    "Q5_K": Layout(8, 0, 32, True, torch.float32),
-    "Q6_K": Layout(8, 32, 16, False, torch.float32),
+    "Q4_0": Layout("u", 4, 8, 32, False, torch.float16),
+    "Q4_1": Layout("u", 4, 0, 32, True, torch.float16),
+    "Q5_0": Layout("u", 8, 16, 32, False, torch.float16),
+    "Q5_1": Layout("u", 8, 0, 32, True, torch.float16),
+    "Q8_0": Layout("u", 8, 128, 32, False, torch.float16),
+    "Q4_K": Layout("u", 4, 0, 32, True, torch.float32),
+    "Q5_K": Layout("u", 8, 0, 32, True, torch.float32),
+    "Q6_K": Layout("u", 8, 32, 16, False, torch.float32),
+    "INT8": Layout("u", 8, 128, 64, False, torch.float32, per_row=True),
+    "INT4": Layout("u", 4, 0, 32, True, torch.float32),
+    "FP8": Layout("e4m3", 8, 0, 128, False, torch.float32, per_row=True),
+    "FP8_128": Layout("e4m3", 8, 0, 128, False, torch.float32),
+    "NF4": Layout("nf4", 4, 0, 64, False, torch.float32),
 }
 
 
@@ -77,20 +111,9 @@ class QuantisedMatrix:
     shape: tuple[int, int]
     layout: Layout
     codes: torch.Tensor  # 4 bits: int16 [N, padded K / 4]; 8 bits: uint8 [N, padded K]
-    scale: torch.Tensor  # [groups, N]
+    scale: torch.Tensor  # [groups or 1, N]
     minimum: torch.Tensor | None  # [groups, N]
-
-    @property
-    def bits(self) -> int:
-        return self.layout.bits
-
-    @property
-    def zero(self) -> int:
-        return self.layout.zero
-
-    @property
-    def group(self) -> int:
-        return self.layout.group
+    activations: str = ""  # that multiply it: "int8" or "fp8"; the layer's input itself where ""
 
     @property
     def nbytes(self) -> int:
@@ -116,50 +139,60 @@ def form(fmt: Format) -> object:
 
 def packed_bytes(weight: RawWeight) -> int:
     """Device memory of a 2-D weight. Errors: ValueError for a format without a kernel."""
-    form(weight.format)
-    if weight.format in FLOATS:
+    fmt = weight.packed_format
+    form(fmt)
+    if fmt in FLOATS:
         return weight.nbytes
-    return weight.shape[0] * LAYOUTS[weight.format.name].row_bytes(weight.shape[1])
+    return weight.shape[0] * LAYOUTS[fmt.name].row_bytes(weight.shape[1])
 
 
-def pack(parts: list[RawWeight], device: torch.device) -> Matrix:
-    """Parts of one form, stacked by rows, in device memory."""
+def pack(parts: list[RawWeight], device: torch.device, activations: str = "") -> Matrix:
+    """Parts of one form, stacked by rows, in device memory; quantised before where they ask for it.
+
+    activations: "int8" or "fp8" for kernels that take them so. Errors: WeightTooLarge; ValueError
+    for a NaN among FP8's codes.
+    """
     num_rows, K = sum(p.shape[0] for p in parts), parts[0].shape[1]
-    if parts[0].format in FLOATS:
-        data = torch.empty((num_rows, K), dtype=FLOATS[parts[0].format], device=device)
+    fmt = parts[0].packed_format
+    if fmt in FLOATS:
+        data = torch.empty((num_rows, K), dtype=FLOATS[fmt], device=device)
         start = 0
         for part in parts:
             rows = _bytes(part).view(data.dtype).view(part.shape)
             data[start : start + part.shape[0]] = rows.to(device)
             start += part.shape[0]
         return FloatMatrix(data)
-    layout = LAYOUTS[parts[0].format.name]
-    groups = -(-K // (GROUPS * layout.group)) * GROUPS
-    width = groups * layout.group
-    four = layout.bits == 4
+    layout = LAYOUTS[fmt.name]
+    width, four = layout.width(K), layout.bits == 4
     codes = torch.zeros(
         (num_rows, width // 4 if four else width),
         dtype=torch.int16 if four else torch.uint8,
         device=device,
     )
+    groups = 1 if layout.per_row else layout.groups(K)
     scale = torch.zeros((groups, num_rows), dtype=layout.scale_dtype, device=device)
     minimum = torch.zeros_like(scale) if layout.minimum else None
     start = 0
-    for part in parts:
+    for asked in parts:
+        part = as_packed(asked, _native.usable_cores())
         step = max(1, _CHUNK * part.format.block_elements // K)
         for first in range(0, part.shape[0], step):
             count = min(step, part.shape[0] - first)
             raw = _bytes(part.rows(first, first + count)).to(device)
-            q, d, m = _UNPACK[part.format.name](raw.view(-1, part.format.block_bytes))
+            q, d, m = _unpack(raw.view(count, part.row_bytes), part.format)
+            if layout.kind == "e4m3" and bool(((q & 0x7F) == 0x7F).any()):
+                raise ValueError(f"weight {part.name!r} holds a NaN in {part.format.name}")
             here = slice(start + first, start + first + count)
             padded = torch.zeros((count, width), dtype=torch.uint8, device=device)
             padded[:, :K] = q.reshape(count, K)
             codes[here] = _planes(padded, layout.group) if four else padded
-            scale[: K // layout.group, here] = d.reshape(count, -1).t()
+            d = d.reshape(count, -1).t()
+            scale[: len(d), here] = d
             if minimum is not None and m is not None:
-                minimum[: K // layout.group, here] = m.reshape(count, -1).t()
+                minimum[: len(d), here] = m.reshape(count, -1).t()
         start += part.shape[0]
-    return QuantisedMatrix((num_rows, K), layout, codes, scale, minimum)
+    takes = activations if layout.multiplies(activations) else ""
+    return QuantisedMatrix((num_rows, K), layout, codes, scale, minimum, takes)
 
 
 def vector(parts: tuple[RawWeight, ...], device: torch.device) -> torch.Tensor:
@@ -186,8 +219,18 @@ def _planes(codes: torch.Tensor, group: int) -> torch.Tensor:
 
 
 # Each takes blocks uint8 [n, block_bytes] and gives codes uint8 [n, elements], scales and minimums
-# [n, groups] (minimums None where the format has none).
+# [n, groups] (minimums None where the format has none). Those of formats whose rows have a header
+# take the headers uint8 [rows, header_bytes] as well, and give scales [rows, groups].
 _Unpacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _unpack(rows: torch.Tensor, fmt: Format) -> _Unpacked:
+    """Rows uint8 [n, row bytes]."""
+    header = rows[:, : fmt.header_bytes]
+    blocks = rows[:, fmt.header_bytes :].reshape(-1, fmt.block_bytes)
+    if fmt.header:
+        return _UNPACK_ROWS[fmt.name](blocks, header)
+    return _UNPACK[fmt.name](blocks)
 
 
 def _q4_0(b: torch.Tensor) -> _Unpacked:
@@ -228,6 +271,34 @@ def _q6_k(b: torch.Tensor) -> _Unpacked:
     return low | (high << 4).reshape(len(b), -1), scale, None
 
 
+def _int8(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
+    return b ^ 0x80, _single(header), None
+
+
+def _int4(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
+    fields = b[:, :2].reshape(len(header), -1, 2).float()
+    scale, least = (_single(header)[:, None, :] * fields).unbind(2)
+    return _nibbles(b[:, 2:18], 16), scale, -least
+
+
+def _fp8(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
+    return b, _single(header), None
+
+
+def _fp8_128(b: torch.Tensor) -> _Unpacked:
+    return b[:, 4:132], _single(b[:, 0:4]), None
+
+
+def _nf4(b: torch.Tensor) -> _Unpacked:
+    pairs = torch.stack([b[:, 4:36] >> 4, b[:, 4:36] & 0x0F], dim=2)
+    return pairs.reshape(len(b), 64), _single(b[:, 0:4]), None
+
+
+_UNPACK_ROWS: dict[str, Callable[[torch.Tensor, torch.Tensor], _Unpacked]] = {
+    "INT8": _int8,
+    "INT4": _int4,
+    "FP8": _fp8,
+}
 _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -237,11 +308,17 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "FP8_128": _fp8_128,
+    "NF4": _nf4,
 }
 
 
 def _half(b: torch.Tensor) -> torch.Tensor:
     return b.contiguous().view(torch.float16)
+
+
+def _single(b: torch.Tensor) -> torch.Tensor:
+    return b.contiguous().view(torch.float32)
 
 
 def _nibbles(b: torch.Tensor, run: int) -> torch.Tensor:

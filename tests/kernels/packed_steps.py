@@ -14,7 +14,17 @@ from engineroom.kernels import ops  # noqa: E402
 from engineroom.kernels.backend import KVSpec, StepInputs  # noqa: E402
 from engineroom.kernels.program import Handle, Program  # noqa: E402
 from engineroom.kernels.reference import ReferenceBackend  # noqa: E402
-from engineroom.kernels.weights import BF16, F16, F32, Format, RawWeight, WeightGroup  # noqa: E402
+from engineroom.kernels.weights import (  # noqa: E402
+    BF16,
+    F16,
+    F32,
+    FP8,
+    FP8_128,
+    Format,
+    RawWeight,
+    WeightGroup,
+)
+from engineroom.quant.gguf import row_dtype  # noqa: E402
 from engineroom.quant.integers import quantise_int4, quantise_int8  # noqa: E402
 
 ROWS = 96  # of the operand tables that `one_op` reads
@@ -35,6 +45,13 @@ def raw(values: np.ndarray, fmt: Format = F32, name: str = "w") -> RawWeight:
 
 def random_rows(rng: np.random.Generator, fmt: Format, rows: int, columns: int) -> np.ndarray:
     """Bytes of random rows whose scales are finite; of formats with headers, normal values'."""
+    if fmt in (FP8, FP8_128):
+        made = np.zeros(rows, row_dtype(fmt, columns))
+        scales = made if fmt.header else made["blocks"]
+        scales["scale"] = rng.standard_normal(scales["scale"].shape)
+        values = rng.integers(0, 256, made["blocks"]["values"].shape, np.uint8)
+        made["blocks"]["values"] = np.where((values & 0x7F) == 0x7F, 0, values)  # which are NaN
+        return made.view(np.uint8)
     if fmt.header:
         quantise = {"INT8": quantise_int8, "INT4": quantise_int4}[fmt.name]
         return np.frombuffer(quantise(rng.standard_normal((rows, columns), np.float32)), np.uint8)

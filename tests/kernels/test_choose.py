@@ -72,10 +72,12 @@ def test_auto_leaves_the_interpreter_alone(machine, monkeypatch) -> None:  # typ
     assert "very slow" in choice.reason
 
 
-def test_int8_activations_are_the_cpus(machine) -> None:  # type: ignore[no-untyped-def]
-    machine(True, "torch triton")
-    with pytest.raises(BackendUnavailable, match="use device='cpu' instead of 'cuda'"):
-        create(choose("cuda"), activation_dtype="float16", activations="int8")
+def test_activations_that_a_backend_has_not_are_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="use device='cpu' or 'cuda'"):
+        create(choose("reference"), activation_dtype="float16", activations="int8")
+    for device in ("cpu", "reference"):
+        with pytest.raises(BackendUnavailable, match="no products of 8-bit floats"):
+            create(choose(device), activation_dtype="float16", activations="fp8")
 
 
 def test_an_unknown_device_is_refused() -> None:

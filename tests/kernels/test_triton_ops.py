@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 
 from engineroom.kernels import ops
-from engineroom.kernels.backend import KVSpec
+from engineroom.kernels.backend import BackendUnavailable, KVSpec
 from engineroom.kernels.program import Program
-from engineroom.kernels.weights import F16, F32, FILE_FORMATS, Q4_K, RawWeight, WeightGroup
-from engineroom.quant.gguf import dequantise
+from engineroom.kernels.weights import (
+    F16,
+    F32,
+    FORMATS,
+    Q4_K,
+    SMALL_FLOATS,
+    RawWeight,
+    WeightGroup,
+    WeightTooLarge,
+)
+from engineroom.quant.values import dequantise
 from tests.counts import count
 from tests.kernels import programs
 from tests.kernels.packed_steps import (
@@ -22,6 +31,7 @@ from tests.kernels.packed_steps import (
     one_op,
     plain_step,
     random_blocks,
+    random_rows,
     raw,
 )
 from tests.kernels.packed_steps import run as run_reference
@@ -108,10 +118,12 @@ def test_op_rows_do_not_depend_on_their_neighbours(name: str) -> None:
 # ------------------------------------------------------------------------------------- linear
 
 
+ALL = {**FORMATS, **SMALL_FLOATS}
+
+
 def quantised(name: str, rows: int, columns: int) -> RawWeight:
-    fmt = FILE_FORMATS[name]
-    data = random_blocks(RNG, fmt, rows * columns // fmt.block_elements)
-    return RawWeight(name, fmt, (rows, columns), {"data": data})
+    data = random_rows(RNG, ALL[name], rows, columns)
+    return RawWeight(name, ALL[name], (rows, columns), {"data": data})
 
 
 def linear_program(rows: int, columns: int, bias: bool = False) -> Program:
@@ -142,14 +154,14 @@ def test_linear_of_floats(fmt, dtype: str) -> None:  # type: ignore[no-untyped-d
             assert_close(run(program, weights, step, dtype=dtype), want, dtype, 4e-6)
 
 
-QUANTISED = [name for name, fmt in FILE_FORMATS.items() if not fmt.is_float]
+QUANTISED = [name for name, fmt in ALL.items() if not fmt.is_float]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
     """Against float64 over the specification's values, in whole steps and in part of one."""
-    per_block = FILE_FORMATS[name].block_elements
+    per_block = ALL[name].block_elements
     for rows, blocks in ((1, 256 // per_block), (65, max(1, 96 // per_block))):
         columns = blocks * per_block
         w = quantised(name, rows, columns)
@@ -159,12 +171,14 @@ def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
         want = x[:18].astype(dtype).astype(np.float64) @ values.T
         size = np.abs(x[:18]).astype(np.float64) @ np.abs(values).T
         half_ulp = {"float32": 0.0, "float16": 2.0**-11}[dtype]
-        assert (np.abs(got - want) <= 1e-6 * size + half_ulp * np.abs(want) + 1e-6).all()
+        # NF4's table is rounded to the dtype that is multiplied.
+        near = 1e-6 + (half_ulp if name == "NF4" else 0.0)
+        assert (np.abs(got - want) <= near * size + half_ulp * np.abs(want) + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_embedding_has_the_specifications_bits(name: str) -> None:
-    columns = FILE_FORMATS[name].block_elements * 3
+    columns = ALL[name].block_elements * 3
     w = quantised(name, 20, columns)
     p = Program()
     step = ops.StepHandles.of(p)
@@ -177,16 +191,152 @@ def test_embedding_has_the_specifications_bits(name: str) -> None:
     assert np.array_equal(run(p, {"w": w}, ids), dequantise(w))
 
 
-@pytest.mark.parametrize("name", ["F32", "Q4_0", "Q4_1", "Q8_0"])
-def test_linear_rows_do_not_depend_on_how_many_there_are(name: str) -> None:
-    columns, rows = 96, 70
+# Where a layer's input is taken in 8 bits: formats, and what multiplies them.
+IN_8_BITS = [
+    *((n, "int8") for n in ("Q4_0", "Q5_0", "Q8_0", "INT8")),
+    ("FP8", "fp8"),
+    ("FP8_128", "fp8"),
+]
+
+
+def in_8_bits(x: np.ndarray, activations: str) -> np.ndarray:
+    """Rows of x as they are multiplied, float64: torch's rounding to 8-bit floats, numpy's to
+    integers."""
+    most = np.float32({"int8": 127.0, "fp8": 448.0}[activations])
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    up = np.where(largest > 0, most / np.where(largest > 0, largest, 1), 0).astype(np.float32)
+    if activations == "int8":
+        codes = np.rint(x * up).clip(-127, 127)
+    else:
+        codes = torch.from_numpy(x * up).clip(-448, 448).to(torch.float8_e4m3fn).float().numpy()
+    return codes.astype(np.float64) * (largest / most)
+
+
+def hostile_rows(columns: int) -> np.ndarray:
+    """Rows of x: ordinary ones, one of zeros, of a single value, with an outlier, of ties."""
+    x = table(columns, 1.0)
+    x[1] = 0.0
+    x[2] = -3.0
+    x[3, columns // 2] = 1e4
+    x[4] = np.arange(columns) % 128 - 63.5
+    x[4, 0] = 127.0
+    x[5] *= np.float32(2.0**-90)
+    x[6] = np.float32(2.0**-9) * (np.arange(columns) % 34 - 17) / 2  # ties of the smallest fp8
+    x[6, 0] = 448.0
+    return x
+
+
+@pytest.mark.parametrize("name,activations", IN_8_BITS)
+def test_linear_of_activations_in_8_bits(name: str, activations: str) -> None:
+    """Against float64 over the specification's values, of weights and of rows."""
+    per_block = ALL[name].block_elements
+    for rows, blocks, dtype in ((65, max(1, 96 // per_block), "float32"), (1, 5, "float16")):
+        columns = blocks * per_block
+        w = quantised(name, rows, columns)
+        x = hostile_rows(columns)
+        if dtype == "float16":
+            x[5] = 0.0  # it has nothing as small
+        program = linear_program(rows, columns)
+        weights = {"x": x, "w": w}
+        got = run(program, weights, plain_step(18), dtype=dtype, activations=activations)
+        x8 = in_8_bits(x[:18].astype(dtype).astype(np.float32), activations)
+        values = dequantise(w).astype(np.float64)
+        want, size = x8 @ values.T, np.abs(x8) @ np.abs(values).T
+        half_ulp = {"float32": 0.0, "float16": 2.0**-11}[dtype]
+        near = np.abs(got - want) <= 1e-6 * size + half_ulp * np.abs(want)
+        assert near[np.abs(want) < 65504].all()
+
+
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other() -> None:
+    columns = 96
+    x = table(columns, 1.0)
+    weights = {"x": x, "w": quantised("Q4_0", 5, columns)}
+    program = linear_program(5, columns)
+    good = run(program, weights, plain_step(9), activations="int8")
+    x[3, 7], x[6, 95] = np.nan, -np.inf
+    bad = run(program, weights, plain_step(9), activations="int8")
+    assert np.isnan(bad[[3, 6]]).all()
+    others = [0, 1, 2, 4, 5, 7, 8]
+    assert bad[others].tobytes() == good[others].tobytes()
+
+
+@pytest.mark.parametrize(
+    "name,activations",
+    [
+        *((n, "auto") for n in ("F32", "Q4_0", "Q4_1", "Q8_0", "INT8", "FP8_128", "NF4")),
+        ("Q4_0", "int8"),
+        ("INT8", "int8"),
+        ("FP8", "fp8"),
+    ],
+)
+def test_linear_rows_do_not_depend_on_how_many_there_are(name: str, activations: str) -> None:
+    columns, rows = {"FP8_128": 128, "NF4": 64}.get(name, 96), 70
     w = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
     weights = {"x": table(columns, 1.0), "w": w}
     program = linear_program(rows, columns)
-    whole = run(program, weights, plain_step(ROWS))
+    whole = run(program, weights, plain_step(ROWS), activations=activations)
     for num_tokens in (1, 2, 15, 17, 33, 70):
-        some = run(program, weights, plain_step(num_tokens))
+        some = run(program, weights, plain_step(num_tokens), activations=activations)
         assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_hostile_weights(name: str) -> None:
+    """Rows of zero bytes, of one bit, of every bit but a float's exponents."""
+    fmt = ALL[name]
+    columns = fmt.block_elements
+    data = np.zeros((4, fmt.row_bytes(columns)), np.uint8)
+    data[1, -1] = 1
+    data[2] = 0x1B  # no field of a format is infinite or NaN by it
+    data[3] = 0x9B
+    w = RawWeight(name, fmt, (4, columns), {"data": data.reshape(-1)})
+    x = table(columns, 1.0)
+    got = run(linear_program(4, columns), {"x": x, "w": w}, plain_step(3))
+    values = dequantise(w).astype(np.float64)
+    size = np.abs(x[:3]).astype(np.float64) @ np.abs(values).T
+    assert (np.abs(got - x[:3].astype(np.float64) @ values.T) <= 1e-6 * size + 1e-37).all()
+
+
+@pytest.mark.parametrize("target", ["INT8", "INT4"])
+def test_quantising_on_load_has_the_references_weights(target: str) -> None:
+    """Of a table that is also a layer, and of a layer of its own."""
+    w = RawWeight("w", F32, (70, 96), raw(table(96, 1.0, 70)).buffers, ALL[target])
+    program = linear_program(70, 96)
+    weights = {"x": table(96, 1.0), "w": w}
+    want = run_reference(program, weights, plain_step(18)).astype(np.float64)
+    assert_close(run(program, weights, plain_step(18)), want, "float32", 4e-6)
+    backend = TritonBackend(activation_dtype="float32", threads=1)
+    raws = {"x": raw(table(96, 1.0)), "w": w}
+    executable = backend.lower(program, {n: backend.pack(r) for n, r in raws.items()}, None)
+    assert executable.weights_bytes == backend.weights_bytes(program, raws)
+    values = table(96, 1.0, 70)
+    values[3, 5] = np.nan
+    bad = RawWeight("w", F32, (70, 96), raw(values).buffers, ALL[target])
+    with pytest.raises(WeightTooLarge, match="row 3 holds a NaN"):
+        run(program, {"x": table(96, 1.0), "w": bad}, plain_step(1))
+
+
+def test_activations_that_cannot_multiply_a_weight_are_refused() -> None:
+    x = table(256, 1.0)
+    for name, activations in (
+        ("Q4_1", "int8"),
+        ("Q6_K", "int8"),
+        ("NF4", "int8"),
+        ("FP8", "int8"),
+        ("Q8_0", "fp8"),
+    ):
+        weights = {"x": x, "w": quantised(name, 3, 256)}
+        with pytest.raises(BackendUnavailable, match=f"{activations}.*is {name}, which"):
+            run(linear_program(3, 256), weights, plain_step(1), activations=activations)
+    with pytest.raises(ValueError, match="activations='int4' is unknown"):
+        TritonBackend(threads=1, activations="int4")
+
+
+def test_a_nan_among_fp8_codes_is_refused() -> None:
+    w = quantised("FP8", 3, 64)
+    w.data[-1] = 0xFF
+    with pytest.raises(ValueError, match="weight 'FP8' holds a NaN"):
+        run(linear_program(3, 64), {"x": table(64), "w": w}, plain_step(1))
 
 
 def test_what_has_no_kernel_is_refused() -> None:

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from engineroom.kernels.triton import attention, elementwise, embedding, linear, rms_norm, rope
 from engineroom.kernels.triton.numerics import AMD, OPTIONS, next_power_of_two
-from engineroom.kernels.triton.quantised import GROUPS, LAYOUTS, QuantisedMatrix
+from engineroom.kernels.triton.quantised import LAYOUTS, Layout, QuantisedMatrix
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes of one program
-COUNTED = ("HGMMA", "HMMA", "I2F", "LDGSTS", "MUFU.EX2", "LDL", "STL")
+COUNTED = ("HGMMA", "HMMA", "QGMMA", "IGMMA", "IMMA", "I2F", "LDGSTS", "MUFU.EX2", "LDL", "STL")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _TL = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
@@ -129,35 +129,56 @@ def _linear(dtype: str, tokens: int, after: str = "", K: int = 4096) -> Configur
     )
 
 
-def _quantised(fmt: str, dtype: str, tokens: int, K: int = 4096) -> Configuration:
+def _quantised(
+    fmt: str, dtype: str, tokens: int, K: int = 4096, activations: str = ""
+) -> Configuration:
     pointer = _POINTERS[dtype]
     layout = LAYOUTS[fmt]
     empty = torch.empty(0)
-    weight = QuantisedMatrix((4096, K), layout, empty, empty, empty if layout.minimum else None)
-    scale = "*fp16" if layout.scale_dtype == torch.float16 else "*fp32"
-    tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
+    minimum = empty if layout.minimum else None
+    weight = QuantisedMatrix((4096, K), layout, empty, empty, minimum, activations)
+    tensor = {
+        "int8": {"sm_90": ("IGMMA",), "sm_80": ("IMMA",)},
+        "fp8": {"sm_90": ("QGMMA",)},
+        "": {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {},
+    }[activations]
+    # A row that has one scale is converted once, at its end.
+    whole_row = layout.per_row and activations == "int8"
     return Configuration(
-        f"linear {fmt} {dtype} tokens {tokens} K {K}",
+        f"linear {fmt} {activations or dtype} tokens {tokens} K {K}",
         linear.quantised_kernel,
         {
-            "x_ptr": pointer,
-            "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
-            "scale_ptr": scale,
-            "minimum_ptr": scale,
-            "sums_ptr": "*fp32",
+            "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}[activations],
+            **_codes(layout, pointer),
+            "scratch_ptr": "*fp32",
             "bias_ptr": "*fp32",
             "other_ptr": pointer,
             "out_ptr": pointer,
         },
-        {"HAS_BIAS": False, "AFTER": "", "ROUND": _TL[dtype], "PRODUCT": _TL[dtype]}
+        {
+            "HAS_BIAS": False,
+            "AFTER": "",
+            "ROUND": _TL[dtype],
+            "PRODUCT": linear.product_of(weight, getattr(torch, dtype)),
+        }
         | linear.quantised_tile(weight, tokens),
-        linear.quantised_options(tokens),
-        ("num_tokens", "sums_stride"),
+        linear.quantised_options(weight, tokens),
+        ("num_tokens",),
         (),
         tensor,
-        ("I2F",),
-        targets=_targets(tokens),
+        () if whole_row else ("I2F",),
+        targets=tuple(t for t in _targets(tokens) if activations != "fp8" or t == "sm_90"),
     )
+
+
+def _codes(layout: Layout, table: str) -> dict[str, str]:
+    scale = "*fp16" if layout.scale_dtype == torch.float16 else "*fp32"
+    return {
+        "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
+        "scale_ptr": scale,
+        "minimum_ptr": scale,
+        "table_ptr": table if layout.kind == "nf4" else scale,
+    }
 
 
 def _targets(tokens: int) -> tuple[str, ...]:
@@ -211,27 +232,18 @@ def _small(dtype: str) -> Iterator[Configuration]:
         {"BLOCK": embedding.BLOCK},
         OPTIONS,
     )
-    for fmt in ("Q4_0", "Q6_K"):
-        layout = LAYOUTS[fmt]
-        scale = "*fp16" if layout.scale_dtype == torch.float16 else "*fp32"
+    for fmt in ("Q4_0", "Q6_K", "INT8", "FP8", "NF4"):
+        layout, empty = LAYOUTS[fmt], torch.empty(0)
         yield Configuration(
             f"embedding {fmt} {dtype}",
             embedding.quantised_rows_kernel,
             {
-                "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
-                "scale_ptr": scale,
-                "minimum_ptr": scale,
+                **_codes(layout, "*fp32"),
+                "table_ptr": "*fp32",
                 "index_ptr": "*i32",
                 "out_ptr": pointer,
             },
-            {
-                "BITS": layout.bits,
-                "ZERO": layout.zero,
-                "GROUP": layout.group,
-                "GROUPS": GROUPS,
-                "HAS_MINIMUM": layout.minimum,
-                "BLOCK": embedding.BLOCK,
-            },
+            embedding.constants(QuantisedMatrix((0, 0), layout, empty, empty, None)),
             OPTIONS,
         )
     yield Configuration(
@@ -240,8 +252,20 @@ def _small(dtype: str) -> Iterator[Configuration]:
         {"x_ptr": pointer, "sums_ptr": "*fp32"},
         {"GROUP": 32, "BLOCK": linear.SUMS_BLOCK},
         OPTIONS,
-        ("num_groups", "sums_stride"),
+        ("num_groups",),
     )
+    for to in ("int8", "fp8"):
+        yield Configuration(
+            f"activations {dtype} to {to}",
+            linear.activations_kernel,
+            {
+                "x_ptr": pointer,
+                "codes_ptr": "*i8" if to == "int8" else "*u8",
+                "scale_ptr": "*fp32",
+            },
+            {"TO": to, "BLOCK": linear.ACTIVATIONS_BLOCK},
+            OPTIONS,
+        )
 
 
 def configurations() -> Iterator[Configuration]:
@@ -266,10 +290,15 @@ def configurations() -> Iterator[Configuration]:
     yield _linear("bfloat16", 16, K=4864 + 32)  # not whole steps
     yield _linear("float32", 16)
     yield _linear("float32", 128)
-    for fmt in LAYOUTS:
-        for tokens in linear.TOKENS if fmt in ("Q4_0", "Q8_0") else (16, 128):
+    for fmt, layout in LAYOUTS.items():
+        several = {"Q4_0": linear.TOKENS, "Q8_0": linear.TOKENS, "NF4": (16, 32)}
+        for tokens in several.get(fmt, (16, 128)):
             yield _quantised(fmt, "bfloat16", tokens)
-    yield _quantised("Q4_0", "float16", 16)
+        for activations in filter(layout.multiplies, ("int8", "fp8")):
+            for tokens in linear.TOKENS if fmt in ("INT8", "FP8") else (16, 128):
+                yield _quantised(fmt, "bfloat16", tokens, activations=activations)
+    for fmt in ("Q4_0", "FP8", "NF4"):
+        yield _quantised(fmt, "float16", 16)
     yield _quantised("Q4_0", "bfloat16", 16, K=576)
     yield _quantised("Q4_1", "float32", 16)
     yield from _small("bfloat16")
@@ -368,7 +397,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             stack = f", stack {row['stack']}" if row and row["stack"] else ""
             cells.append(f"{row['registers']}, {row['shared']:,}{stack}" if row else "")
         row = made["sm_90"]
-        shown = [f"{row[n]} {n}" for n in ("HGMMA", "MUFU.EX2", "I2F") if row[n]]
+        shown = [f"{row[n]} {n}" for n in ("HGMMA", "QGMMA", "IGMMA", "MUFU.EX2", "I2F") if row[n]]
         cells.append("; ".join([f"{row['instructions']:,}", *shown]))
         lines.append("| " + " | ".join(cells) + " |\n")
     return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], _PAGE.read_text("utf-8"))

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the Triton backend needs torch")
-pytest.importorskip("triton", reason="triton is not installed (it exists for Linux)")
+triton = pytest.importorskip("triton", reason="triton is not installed (it exists for Linux)")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 from engineroom.kernels.backend import KVSpec, StepInputs  # noqa: E402
 from engineroom.kernels.program import Program  # noqa: E402
 from engineroom.kernels.triton import TritonBackend  # noqa: E402
 from engineroom.kernels.weights import RawWeight, WeightGroup  # noqa: E402
+from engineroom.quant.small_floats import e4m3_values  # noqa: E402
 from tests.kernels.packed_steps import raw  # noqa: E402
+
+E4M3 = e4m3_values()
 
 
 def _mend_index() -> None:
@@ -35,12 +38,18 @@ def _fix_columns() -> None:
     are: true of the instructions that the kernels are compiled to, false of numpy's products."""
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
-        left = np.ascontiguousarray(a.data, dtype=np.float32)
+        left, right = values(a), values(b)
         blocks = [
-            left @ np.ascontiguousarray(b.data[:, i : i + 16], dtype=np.float32)
-            for i in range(0, b.data.shape[1], 16)
+            left @ np.ascontiguousarray(right[:, i : i + 16]) for i in range(0, right.shape[1], 16)
         ]
-        return interpreter.TensorHandle(np.concatenate(blocks, axis=1) + d.data, d.dtype.scalar)
+        # Integers are exact in fp32 as far as tests go.
+        out = np.concatenate(blocks, axis=1).astype(d.data.dtype) + d.data
+        return interpreter.TensorHandle(out, d.dtype.scalar)
+
+    def values(operand: Any) -> np.ndarray:
+        if operand.dtype.scalar == triton.language.float8e4nv:  # held as codes
+            return E4M3[operand.data.view(np.uint8)]
+        return np.ascontiguousarray(operand.data, dtype=np.float32)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
@@ -58,9 +67,10 @@ def run(
     *,
     dtype: str = "float32",
     kv: KVSpec | None = None,
+    activations: str = "auto",
 ) -> np.ndarray:
     """Pack, lower and run once on the Triton backend; returns the result, fp32."""
-    backend = TritonBackend(activation_dtype=dtype, threads=1)
+    backend = TritonBackend(activation_dtype=dtype, threads=1, activations=activations)
     packed = {
         name: backend.pack(raw(w, name=name) if isinstance(w, np.ndarray) else w)
         for name, w in weights.items()

@@ -63,7 +63,7 @@ enum class Scaling : std::uint8_t {
     kSuperMin,     // [K/256] { half d[48], half dmin[48], 8 x { u8 sc[48], u8 mn[48] } }:
                    //   (d sc) u - (dmin mn) per 32.                 Q4_K Q5_K
     kSuperSigned,  // [K/256] { half d[48], 16 x { s8 sc[48] } }: (d sc)(u - 32) per 16.   Q6_K
-    kChannel,      // float d[48]. The kInt8 form multiplies by d last: channel_scale.     INT8
+    kChannel,      // float d[48]. The kInt8 form multiplies by d last: FinishedTile.      INT8
     kChannelMin,   // float d[48], float dmin[48], [K/32] { u8 sc[48], u8 mn[48] }:
                    //   (d sc) u - (dmin mn) per 32.                 INT4
     kZero32,       // [K/32] { float d[48], half zero[48] }: d (u - bias) - (d zero).   I4G32 I8G32
@@ -124,6 +124,14 @@ struct Activations {
 // docs/performance.md has what other rules gave.
 constexpr float kOutlier = 25.0f;
 
+// One of several rows' second digits, the rows counted from their first. A row's lie by rising group.
+// Those of a group lie together where they can, so that its weights are read for several rows at once.
+struct FineDigits {
+    std::int32_t group;
+    std::int32_t row;
+    std::int32_t at;  // its place behind the first row's in fine_group
+};
+
 // Where to_int8 writes one row; the members are those of Activations.
 struct Int8Row {
     std::int8_t *q;
@@ -158,8 +166,10 @@ constexpr bool is_paired(Epilogue epilogue) {
 // Finished products of a tile and where they go; `outputs` of a row's 48 are there.
 struct FinishedTile {
     const float *y = nullptr;         // [rows][48]
+    const float *scale = nullptr;     // [48] or nullptr: what y is multiplied by first
     const float *bias = nullptr;      // [outputs] or nullptr
-    const float *up = nullptr;        // [rows][48] of the paired tile, and its bias
+    const float *up = nullptr;        // [rows][48] of the paired tile, its scale and its bias
+    const float *up_scale = nullptr;
     const float *up_bias = nullptr;
     const float *residual = nullptr;  // [rows][residual_stride]
     std::ptrdiff_t residual_stride = 0;
@@ -257,9 +267,10 @@ struct Kernels {
     // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
     void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch);
-    // Adds to out the products of the rows' second digits, if any: after every `tile` of all columns.
-    void (*tile_fine)(const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
-                      float *out);
+    // Adds to out the products of `count` second digits of rows from row0 on: after every `tile` of
+    // all columns.
+    void (*tile_fine)(const PackedWeight &w, int tile, const Activations &a, int row0,
+                      const FineDigits *digits, int count, float *out);
     void (*finish)(const FinishedTile &t);
     // -- attention: one token's K and V of every kv head, rounded to the cache's dtype
     void (*kv_write)(const KVCacheView &cache, std::int32_t slot, const float *k, const float *v);

@@ -17,8 +17,11 @@ namespace {
 // What bounds the blocks. Prepared rows of a block stay in a core's L2 while its tiles pass by
 // (they and two tiles' results take about half of 1 MB); its columns bound a tile's scratch.
 constexpr std::size_t kBlockBytes = std::size_t{384} << 10;
+// Of bf16: a tile in 12 bits is unpacked once a block, and its rows come from the L3 fast enough.
+constexpr std::size_t kBlockBytesBF16 = std::size_t{768} << 10;
 constexpr int kMaxRows = 512;
 constexpr int kMaxColumns = 2048;
+constexpr int kFineRows = 64;  // whose second digits are sorted together: their results stay in the L1
 
 std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -26,6 +29,19 @@ std::size_t stride_of(int columns) { return (static_cast<std::size_t>(columns) +
 
 std::size_t element_bytes(Form form) {
     return form == Form::kF32 ? 4 : form == Form::kBF16 ? 2 : 1;
+}
+
+// Rows of a block.
+int block_rows(Form form, std::size_t stride) {
+    const std::size_t most = form == Form::kBF16 ? kBlockBytesBF16 : kBlockBytes;
+    const std::size_t rows = most / (stride * element_bytes(form));
+    return static_cast<int>(std::clamp<std::size_t>(rows / 8 * 8, 8, kMaxRows));
+}
+
+// Room for the second digits of a block's rows, of up to so many columns.
+std::size_t digits_bytes(int columns) {
+    const std::size_t most = std::max(kBlockBytes, 8 * stride_of(columns));
+    return padded(most / kGroup * sizeof(FineDigits));
 }
 
 }  // namespace
@@ -118,11 +134,31 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
 
 // --------------------------------------------------------------------------------- products
 
-void channel_scale(const PackedWeight &weight, int tile, int rows, float *out) {
-    if (weight.scaling != Scaling::kChannel) return;
-    const float *d = reinterpret_cast<const float *>(weight.scales(tile));
-    for (int row = 0; row < rows; ++row)
-        for (int n = 0; n < kTileRows; ++n) out[row * kTileRows + n] *= d[n];
+const float *channel_scale(const PackedWeight &weight, int tile) {
+    return weight.scaling == Scaling::kChannel
+               ? reinterpret_cast<const float *>(weight.scales(tile))
+               : nullptr;
+}
+
+int fine_digits(const Activations &from, int row0, int rows, FineDigits *out, std::int32_t *starts) {
+    const int groups = static_cast<int>(from.stride / kGroup);
+    const std::int32_t *group = from.fine_group + static_cast<std::ptrdiff_t>(row0) * groups;
+    const std::int32_t *count = from.fine_count + row0;
+    int total = 0;
+    for (int begin = 0; begin < rows; begin += kFineRows) {
+        const int end = std::min(begin + kFineRows, rows);
+        std::fill(starts, starts + groups + 1, 0);
+        for (int row = begin; row < end; ++row)
+            for (int j = 0; j < count[row]; ++j) ++starts[group[row * groups + j] + 1];
+        for (int g = 0; g < groups; ++g) starts[g + 1] += starts[g];
+        for (int row = begin; row < end; ++row)
+            for (int j = 0; j < count[row]; ++j) {
+                const int at = row * groups + j;
+                out[total + starts[group[at]]++] = FineDigits{group[at], row, at};
+            }
+        total += starts[groups];
+    }
+    return total;
 }
 
 namespace {
@@ -134,7 +170,9 @@ struct Work {
     const Activations &from;
     float *first;           // [kMaxRows][48]: a tile's results
     float *second;          // the same, of the tile paired with it
+    FineDigits *digits;     // of the rows at hand
     std::uint8_t *scratch;  // of a kernel
+    int num_digits = 0;
 
     // Products of rows [row0, row0 + rows).
     void multiply(const PackedWeight &weight, int tile, int row0, int rows, float *to) const {
@@ -142,10 +180,8 @@ struct Work {
             const int k1 = std::min(k0 + kMaxColumns, weight.num_columns);
             kernels.tile(weight, tile, k0, k1, from, row0, rows, k0 == 0, to, scratch);
         }
-        if (from.form == Form::kInt8) {
-            kernels.tile_fine(weight, tile, from, row0, rows, to);
-            channel_scale(weight, tile, rows, to);
-        }
+        if (num_digits > 0)
+            kernels.tile_fine(weight, tile, from, row0, digits, num_digits, to);
     }
 
     void finish(const LinearPart *parts, int tile, int row0, int rows) const {
@@ -154,13 +190,18 @@ struct Work {
         const auto bias_of = [at](const LinearPart &of) {
             return of.bias != nullptr ? of.bias + at : nullptr;
         };
+        const auto scale_of = [&](const LinearPart &of) {
+            return from.form == Form::kInt8 ? channel_scale(*of.weight, tile) : nullptr;
+        };
         FinishedTile t;
         multiply(*part.weight, tile, row0, rows, first);
         t.y = first;
+        t.scale = scale_of(part);
         t.bias = bias_of(part);
         if (is_paired(linear.epilogue)) {
             multiply(*parts[1].weight, tile, row0, rows, second);
             t.up = second;
+            t.up_scale = scale_of(parts[1]);
             t.up_bias = bias_of(parts[1]);
         }
         if (linear.epilogue == Epilogue::kAddResidual) {
@@ -186,7 +227,7 @@ int tiles_before(std::size_t limit, std::size_t start, std::size_t bytes, int ti
 }
 
 std::size_t linear_scratch_bytes(int max_columns) {
-    return 2 * sizeof(float) * kMaxRows * kTileRows +
+    return 2 * sizeof(float) * kMaxRows * kTileRows + digits_bytes(max_columns) +
            padded(tile_scratch_bytes(std::min(max_columns, kMaxColumns)));
 }
 
@@ -195,14 +236,15 @@ void linear_tiles(const Kernels &kernels, const Linear &linear, const Activation
     if (rows == 0 || linear.num_parts == 0) return;
     float *first = reinterpret_cast<float *>(scratch);
     float *second = first + kMaxRows * kTileRows;
-    const Work work{kernels, linear, rows_in, first, second,
-                    reinterpret_cast<std::uint8_t *>(second + kMaxRows * kTileRows)};
-    const std::size_t row_bytes =
-        static_cast<std::size_t>(rows_in.stride) * element_bytes(rows_in.form);
-    const int block = static_cast<int>(std::clamp<std::size_t>(kBlockBytes / row_bytes / 8 * 8, 8,
-                                                               kMaxRows));
+    std::uint8_t *digits = reinterpret_cast<std::uint8_t *>(second + kMaxRows * kTileRows);
+    Work work{kernels, linear, rows_in, first, second, reinterpret_cast<FineDigits *>(digits),
+              digits + digits_bytes(static_cast<int>(rows_in.stride))};
+    const int block = block_rows(rows_in.form, static_cast<std::size_t>(rows_in.stride));
     for (int row0 = 0; row0 < rows; row0 += block) {
         const int count = std::min(block, rows - row0);
+        if (rows_in.form == Form::kInt8)
+            work.num_digits = fine_digits(rows_in, row0, count, work.digits,
+                                          reinterpret_cast<std::int32_t *>(work.scratch));
         each_share(linear.parts, linear.num_parts, is_paired(linear.epilogue), thread, threads,
                    [&](int part, Tiles mine) {
                        for (int tile = mine.begin; tile < mine.end; ++tile)

@@ -86,9 +86,12 @@ void each_share(const LinearPart *parts, int num_parts, bool paired, int thread,
     }
 }
 
-// Multiplies finished int8 products out [rows][48] of a tile by the scales that `tile` and
-// `tile_fine` left out: kChannel's, and no other's.
-void channel_scale(const PackedWeight &weight, int tile, int rows, float *out);
+// The scales of a tile that int8 products leave out, [48]: kChannel's; of any other weight nullptr.
+const float *channel_scale(const PackedWeight &weight, int tile);
+
+// Second digits of rows [row0, row0 + rows), which may have up to rows * stride / 32; returns how
+// many they have. starts: stride / 32 + 1 integers of scratch.
+int fine_digits(const Activations &from, int row0, int rows, FineDigits *out, std::int32_t *starts);
 
 // Scratch of one thread.
 std::size_t linear_scratch_bytes(int max_columns);

@@ -563,6 +563,24 @@ const char *name_of(Form form) {
     return form == Form::kF32 ? "f32" : form == Form::kBF16 ? "bf16" : "int8";
 }
 
+// What follows the tiles of int8 rows: their second digits, and the scale that was left out.
+void finish_int8(const Kernels &k, const PackedWeight &w, int tile, const Activations &a, int row0,
+                 int rows, float *out) {
+    const std::size_t groups = static_cast<std::size_t>(a.stride) / kGroup;
+    std::vector<FineDigits> digits(groups * static_cast<std::size_t>(rows));
+    std::vector<std::int32_t> starts(groups + 1);
+    const int count = fine_digits(a, row0, rows, digits.data(), starts.data());
+    k.tile_fine(w, tile, a, row0, digits.data(), count, out);
+    FinishedTile t;
+    t.y = out;
+    t.scale = channel_scale(w, tile);
+    t.out = out;
+    t.out_stride = kTileRows;
+    t.rows = rows;
+    t.outputs = kTileRows;
+    k.finish(t);
+}
+
 void check_tiles(const Kernels &k) {
     Random random{6};
     for (const FormatInfo &info : kFormats) {
@@ -588,10 +606,8 @@ void check_tiles(const Kernels &k) {
                     std::vector<float> all(rows * kTileRows, kNaN);
                     k.tile(w.packed, tile, 0, num_columns, x.ready, 0, rows, true, all.data(),
                            scratch.data());
-                    if (form == Form::kInt8) {
-                        k.tile_fine(w.packed, tile, x.ready, 0, rows, all.data());
-                        channel_scale(w.packed, tile, rows, all.data());
-                    }
+                    if (form == Form::kInt8)
+                        finish_int8(k, w.packed, tile, x.ready, 0, rows, all.data());
                     for (int r = 0; r < rows; ++r)
                         for (int n = 0; n < kTileRows; ++n) {
                             const int output = tile * kTileRows + n;
@@ -608,10 +624,8 @@ void check_tiles(const Kernels &k) {
                         for (int k0 = 0; k0 < num_columns; k0 += kSuper)
                             k.tile(w.packed, tile, k0, std::min(k0 + kSuper, num_columns), x.ready,
                                    begin, count, k0 == 0, some.data(), scratch.data());
-                        if (form == Form::kInt8) {
-                            k.tile_fine(w.packed, tile, x.ready, begin, count, some.data());
-                            channel_scale(w.packed, tile, count, some.data());
-                        }
+                        if (form == Form::kInt8)
+                            finish_int8(k, w.packed, tile, x.ready, begin, count, some.data());
                         check.same_bits(some.data(), all.data() + begin * kTileRows,
                                         4 * some.size(), "rows apart and blocks of K", begin);
                         begin += count;

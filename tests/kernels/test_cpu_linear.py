@@ -470,7 +470,7 @@ def test_hot_loops_keep_their_registers(unit_object: Path) -> None:
     for line in listing.splitlines():
         if line.endswith(">:"):
             name = line
-            if "int8_rows<" in name or "float_rows<" in name:
+            if re.search("(int8|fine|float)_rows<", name):
                 hot.add(name)
         elif name in hot and re.search(r"%zmm.*\(%r[sb]p\)|\(%r[sb]p\).*%zmm", line):
             spills += [] if re.search(r"broadcast|1to16", line) else [(name, line)]

@@ -181,22 +181,27 @@ static void round_to(float *x, int n, Dtype dtype) {
 
 ER_INLINE F load_some(const float *p, int n) { return n == 16 ? f_load(p) : f_load_n(p, n); }
 
+constexpr int kRowsAhead = 4;  // whose results' memory is fetched: of many rows no near cache has it
+
 template <Dtype dtype, Epilogue epilogue>
 static void finish_as(const FinishedTile &t) {
-    const auto load = [](const float *y, const float *bias, int i, int n) {
-        const F x = f_load(y + i);
+    const auto load = [](const float *y, const float *scale, const float *bias, int i, int n) {
+        F x = f_load(y + i);
+        if (scale != nullptr) x = f_mul(x, f_load(scale + i));
         return rounded<dtype>(bias != nullptr ? f_add(x, load_some(bias + i, n)) : x);
     };
     for (std::ptrdiff_t row = 0; row < t.rows; ++row) {
         const float *y = t.y + row * kTileRows;
         float *out = t.out + row * t.out_stride;
+        if (row + kRowsAhead < t.rows)
+            for (int i = 0; i < t.outputs; i += 16) prefetch(out + kRowsAhead * t.out_stride + i);
         for (int i = 0; i < t.outputs; i += 16) {
             const int n = t.outputs - i < 16 ? t.outputs - i : 16;
-            F x = load(y, t.bias, i, n);
+            F x = load(y, t.scale, t.bias, i, n);
             if constexpr (epilogue == Epilogue::kAddResidual) {
                 x = f_add(x, load_some(t.residual + row * t.residual_stride + i, n));
             } else if constexpr (epilogue != Epilogue::kStore) {
-                const F up = load(t.up + row * kTileRows, t.up_bias, i, n);
+                const F up = load(t.up + row * kTileRows, t.up_scale, t.up_bias, i, n);
                 x = epilogue == Epilogue::kSiluMul ? silu_times(x, up) : gelu_tanh_times(x, up);
             }
             if (epilogue != Epilogue::kStore) x = rounded<dtype>(x);

@@ -6,7 +6,7 @@
 // f = fma(w, x, f) in ascending K. The activations' second digits are added behind all of K, in the
 // same way. What varies with the number of rows (unpacking first or on the
 // way, how many rows share registers, blocks of K) leaves them as they are. A scale that all of K
-// shares (kChannel) is left out of t: linear.cpp multiplies by it last.
+// shares (kChannel) is left out of t: finish multiplies by it.
 namespace engineroom {
 namespace ER_ISA {
 
@@ -414,57 +414,100 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
     }
 }
 
-// out [rows][48] += the products of the rows' second digits. The tile was read just before: it comes
-// from the L2, and every row for itself is quick enough for the few groups that have one.
-template <class Quants, class Scale>
+// Adds to out [rows][48] the products of R rows' second digits: of `groups` groups, R digits each, of
+// the same rows. The tile was read just before: it comes from the L2.
+template <class Quants, class Scale, int R>
 static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
                                                 const std::uint8_t *scales, int bias,
-                                                const Activations &a, int row0, int rows,
-                                                float *out) {
+                                                const Activations &a, std::ptrdiff_t first,
+                                                const FineDigits *digits, int groups, float *out) {
     constexpr int kWords = 8 / Scale::kParts;
     const std::int32_t correction = (Quants::kSmall ? 0 : kBias8) - bias;
-    for (int row = row0; row < row0 + rows; ++row, out += kTileRows) {
-        const std::ptrdiff_t at = row * a.stride;
-        const int count = a.fine_count[row];
-        if (count == 0) continue;
-        for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
-            F f[kVectors];
-#pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) f[v] = f_load(out + 16 * (v0 + v));
-            for (int j = 0; j < count; ++j) {
-                const int g = a.fine_group[at / 32 + j];
-                const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
-                const std::int8_t *q = a.fine_q + at + kGroup * j;
-                const std::int32_t *sums = a.fine_sum16 + at / 16 + 2 * j;
-                const F step = f_set(a.fine_scale[at / 32 + j]);
-#pragma GCC unroll 2
-                for (int part = 0; part < Scale::kParts; ++part) {
-                    I c[kVectors];
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v)
-                        c[v] = i_set(correction *
-                                     (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
+    float *to[R];
 #pragma GCC unroll 8
-                    for (int word = 0; word < kWords; ++word) {
-                        const int k4 = part * kWords + word;
-                        const I x = i_bcast4(q + 4 * k4);
+    for (int r = 0; r < R; ++r) to[r] = out + static_cast<std::ptrdiff_t>(digits[r].row) * kTileRows;
+    for (int v0 = 0; v0 < kTileVectors; v0 += kVectors) {
+        F f[R][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-                        for (int v = 0; v < kVectors; ++v) {
-                            const I w = Quants::word(group, k4, v0 + v);
-                            c[v] = Quants::kSmall ? i_dot_small(c[v], w, x) : i_dot8(c[v], w, x);
-                        }
-                    }
+            for (int v = 0; v < kVectors; ++v) f[r][v] = f_load(to[r] + 16 * (v0 + v));
+        const FineDigits *of = digits;
+        for (int i = 0; i < groups; ++i, of += R) {
+            const int g = of->group;
+            const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+#pragma GCC unroll 2
+            for (int part = 0; part < Scale::kParts; ++part) {
+                std::int32_t start[R];
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const std::int32_t *sums = a.fine_sum16 + 2 * (first + of[r].at);
+                    start[r] = correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
+                }
+                I c[R][kVectors];
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v) {
-                        const F d = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
-                        f[v] = f_fma(f_of_i(c[v]), product_scale<Scale>(d, step), f[v]);
+                    for (int v = 0; v < kVectors; ++v) c[r][v] = i_bcast(start + r);
+#pragma GCC unroll 8
+                for (int word = 0; word < kWords; ++word) {
+                    const int k4 = part * kWords + word;
+                    I w[kVectors];
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v) w[v] = Quants::word(group, k4, v0 + v);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const I x = i_bcast4(a.fine_q + kGroup * (first + of[r].at) + 4 * k4);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v)
+                            c[r][v] = Quants::kSmall ? i_dot_small(c[r][v], w[v], x)
+                                                     : i_dot8(c[r][v], w[v], x);
                     }
                 }
-            }
+                F d[kVectors];
 #pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) f_store(out + 16 * (v0 + v), f[v]);
+                for (int v = 0; v < kVectors; ++v)
+                    d[v] = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const F scale = f_set(a.fine_scale[first + of[r].at]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVectors; ++v)
+                        f[r][v] =
+                            f_fma(f_of_i(c[r][v]), product_scale<Scale>(d[v], scale), f[r][v]);
+                }
+            }
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) f_store(to[r] + 16 * (v0 + v), f[r][v]);
     }
+}
+
+template <class Quants, class Scale, int R>
+ER_INLINE void fine_some(int rows, const std::uint8_t *quants, const std::uint8_t *scales, int bias,
+                         const Activations &a, std::ptrdiff_t first, const FineDigits *digits,
+                         int groups, float *out) {
+    if (R == 1 || rows == R)
+        fine_rows<Quants, Scale, R>(quants, scales, bias, a, first, digits, groups, out);
+    else if constexpr (R > 1)
+        fine_some<Quants, Scale, R - 1>(rows, quants, scales, bias, a, first, digits, groups, out);
+}
+
+// How many of `count` digits are of the first's group, up to `most`.
+ER_INLINE int of_one_group(const FineDigits *digits, int count, int most) {
+    int n = 1;
+    while (n < least(count, most) && digits[n].group == digits[0].group) ++n;
+    return n;
+}
+
+// Whether the digits behind `rows` digits are of the same rows, and of another group.
+ER_INLINE bool goes_on(const FineDigits *digits, int count, int rows, int most) {
+    if (count <= rows || of_one_group(digits + rows, count - rows, most) != rows) return false;
+    for (int r = 0; r < rows; ++r)
+        if (digits[rows + r].row != digits[r].row) return false;
+    return true;
 }
 
 // --------------------------------------------------------------------------- float products
@@ -820,11 +863,22 @@ static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, cons
     });
 }
 
-static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
-                      float *out) {
+static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int row0,
+                      const FineDigits *digits, int count, float *out) {
+    const std::ptrdiff_t first = row0 * (a.stride / kGroup);
     with_types(w, [&](auto quants, auto scale) {
-        fine_rows<decltype(quants), decltype(scale)>(w.quants(tile), w.scales(tile), w.bias, a, row0,
-                                                     rows, out);
+        using Quants = decltype(quants);
+        using Scale = decltype(scale);
+        constexpr int kMost = Quants::kRows;
+        while (count > 0) {
+            const int rows = of_one_group(digits, count, kMost);
+            int used = rows;
+            while (goes_on(digits + used - rows, count - used + rows, rows, kMost)) used += rows;
+            fine_some<Quants, Scale, kMost>(rows, w.quants(tile), w.scales(tile), w.bias, a, first,
+                                            digits, used / rows, out);
+            digits += used;
+            count -= used;
+        }
     });
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...kernels import ops
 from ...kernels.ops import Handle
 from ..config import ModelConfig
-from ._blocks import Source, WeightHandles, WeightSpec
+from ._blocks import Source, Sources, WeightHandles, WeightSpec
 from ._fields import MAX_LAYERS, MAX_SIZE, Fields, is_number
 
 MAX_EXPERTS = 1 << 12
@@ -61,7 +61,7 @@ def expert_specs(
     )
     fused = {"hf": f"{hf}.mlp.experts.gate_up_proj", "gguf": f"{gguf}.ffn_gate_up_exps.weight"}
 
-    def halves(name: str, half: int) -> tuple[Source, ...]:
+    def halves(name: str, half: int) -> Sources:
         """Gate (0) or up (1) of each expert in a tensor [E, 2F, H]."""
         starts = ((2 * e + half) * ffn for e in range(count))
         return tuple(Source(name, (at, at + ffn), (count, 2 * ffn, hidden)) for at in starts)
@@ -69,6 +69,7 @@ def expert_specs(
     specs = [router]
     for which, name in zip(("gate", "up", "down"), names, strict=True):
         rows, columns = (hidden, ffn) if which == "down" else (ffn, hidden)
+        stacked: tuple[Sources, ...]
         if which == "down":
             stacked = ((Source(f"{hf}.mlp.experts.down_proj", shape=(count, rows, columns)),),)
         else:

@@ -181,7 +181,7 @@ class CpuBackend:
             for op in program
             if op.name == "expert_linear"
         ]
-        expert_columns, top_k, num_experts = map(max, zip(*experts, (0, 0, 0), strict=True))  # type: ignore[arg-type]
+        expert_columns, top_k, num_experts = map(max, zip(*experts, (0, 0, 0), strict=True))
         return int(
             _native.workspace_bound(
                 lowered.token_columns,

@@ -175,6 +175,14 @@ class ModelConfig:
     attention_softcap: float = 0.0
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
+    num_experts: int = 0  # of each mixture of experts; 0: there is none
+    experts_per_token: int = 0
+    expert_size: int = 0  # intermediate size of one expert
+    shared_expert_size: int = 0  # of the expert that every token passes; 0: there is none
+    renormalise_experts: bool = True  # the chosen experts' weights add up to 1
+    dense_layers: tuple[
+        int, ...
+    ] = ()  # with num_experts: the layers that have one MLP all the same
     dtype: str = "float32"  # of a 16-bit checkpoint; float32 for quantised ones
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -197,6 +205,11 @@ class ModelConfig:
     def score_scale(self) -> float:
         """What query-key products are multiplied by."""
         return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def num_mixtures(self) -> int:
+        """Layers whose MLP is a mixture of experts."""
+        return self.num_layers - len(self.dense_layers) if self.num_experts else 0
 
     @property
     def longest_context(self) -> int:

@@ -10,6 +10,7 @@ Patterns
     linear_group     linear layers of one input: q/k/v, gate/up
     linear_add       a linear layer and the residual addition that is its only reader
     gated_linear     gate and up layers and the silu_mul or gelu_tanh_mul that is their only reader
+    gated_experts    the same of two expert_linear with one input and one choice of experts
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from .program import Handle, Op, Program, R
 __all__ = ["Step", "early_rows", "fuse"]
 
 # Result row t depends on row t of the operands and on nothing that belongs to a token.
-_ROW_WISE = ("linear", "rms_norm", "add", "scale", "softcap", "silu_mul", "gelu_tanh_mul")
+_ROW_WISE = (
+    *("linear", "rms_norm", "add", "scale", "softcap", "silu_mul", "gelu_tanh_mul"),
+    *("top_experts", "expert_weights", "expert_linear", "expert_sum", "sigmoid_scale"),
+)
 _GATES = ("silu_mul", "gelu_tanh_mul")
 
 
@@ -145,17 +149,22 @@ def fuse(program: Program, form_of: Callable[[str], Hashable]) -> list[Step]:
     placed: dict[int, Step] = {}  # at the index of the operation that it stands in place of
 
     for index, op in enumerate(program.ops):
-        if op.name != "linear" or index in taken:
+        if op.name not in ("linear", "expert_linear") or index in taken:
             continue
         group = _group(program, index, readers, taken, form_of)
         after = _after(program, group, readers)
         norm = _norm(program, group, readers, made_at)
         ops = tuple(program.ops[i] for i in group)
-        names = ["norm"] if norm is not None else []
-        names.append("linear_group" if len(ops) > 1 else "linear")
-        if after is not None:
-            name = program.ops[after].name
-            names = [*names[:-1], "linear_add" if name == "add" else "gated_linear"]
+        if op.name == "expert_linear":
+            if after is None:
+                continue
+            names = ["gated_experts"]
+        else:
+            names = ["norm"] if norm is not None else []
+            names.append("linear_group" if len(ops) > 1 else "linear")
+            if after is not None:
+                name = program.ops[after].name
+                names = [*names[:-1], "linear_add" if name == "add" else "gated_linear"]
         step = Step(
             "_".join(names),
             ops,
@@ -180,7 +189,10 @@ def _group(
     taken: set[int],
     form_of: Callable[[str], Hashable],
 ) -> list[int]:
-    """Indices of the linear layers that read what `first` reads, in the same form."""
+    """Indices of the linear layers that read what `first` reads, in the same form.
+
+    Those of experts read the same experts as well.
+    """
     op = program.ops[first]
     x, weight = op.inputs[0], op.inputs[1]
     assert x is not None and weight is not None
@@ -188,7 +200,9 @@ def _group(
     found = []
     for index in readers[x]:
         other = program.ops[index]
-        if other.name != "linear" or index in taken or other.inputs[0] != x:
+        if other.name != op.name or index in taken or other.inputs[0] != x:
+            continue
+        if op.name == "expert_linear" and other.inputs[2] != op.inputs[2]:
             continue
         if form_of(program.handles[other.inputs[1]].name) == form:  # type: ignore[index]
             found.append(index)
@@ -204,7 +218,8 @@ def _after(program: Program, group: Sequence[int], readers: dict[int, list[int]]
     op = program.ops[index]
     if any(readers[v][0] != index for v in outputs) or program.result.id in outputs:
         return None
-    if len(group) == 1 and op.name == "add" and op.inputs[0] != op.inputs[1]:
+    first = program.ops[group[0]].name
+    if len(group) == 1 and first == "linear" and op.name == "add" and op.inputs[0] != op.inputs[1]:
         return index
     if len(group) == 2 and op.name in _GATES and list(op.inputs) == outputs:
         return index
@@ -217,11 +232,12 @@ def _norm(
     readers: dict[int, list[int]],
     made_at: dict[int, int],
 ) -> int | None:
-    """Index of the rms_norm whose only readers are this group, over whole rows."""
-    x = program.ops[group[0]].inputs[0]
+    """Index of the rms_norm whose only readers are this group of `linear`, over whole rows."""
+    first = program.ops[group[0]]
+    x = first.inputs[0]
     assert x is not None
     index = made_at.get(x)
-    if index is None or program.ops[index].name != "rms_norm":
+    if first.name != "linear" or index is None or program.ops[index].name != "rms_norm":
         return None
     weight = program.ops[index].inputs[1]
     assert weight is not None

@@ -9,11 +9,14 @@ Numerics shared by all backends
 * Inside an operation everything is fp32; its result is rounded once to the activation dtype
   (float32, bfloat16 or float16). Logits stay fp32: the Program's result, and back from it through
   `scale` and `softcap` to the operation they follow (the head's `linear`), which is not rounded
-  either. Weights of one dimension (norms, biases) take part as fp32.
+  either; nor are the ids that `top_experts` makes. Weights of one dimension (norms, biases) take
+  part as fp32.
 * Law 2: a row of a result depends on that row's operands alone, bit for bit: never on T, on the
   row's place among the T rows, on its neighbours, on threads, or on how a prompt was chunked. So
   every reduction has an order fixed by shapes that do not contain T.
 * `linear` multiplies the weight's own values (a quantised weight means its dequantised values).
+* A mixture of experts: a token's experts stand in the order of `top_experts`, best first, and are
+  summed in that order. Which other tokens chose an expert shows in no bit.
 * `attention` reads keys in tiles aligned to absolute positions, in ascending order; a tile that a
   row's mask hides entirely leaves the row's running maximum, sum and accumulator untouched. The
   size of a tile is the backend's own, the same for every step. Slots at or past a sequence's
@@ -36,6 +39,9 @@ __all__ = [
     "add",
     "attention",
     "embedding",
+    "expert_linear",
+    "expert_sum",
+    "expert_weights",
     "gelu_tanh_mul",
     "kv_write",
     "linear",
@@ -43,8 +49,10 @@ __all__ = [
     "rope",
     "scale",
     "select_rows",
+    "sigmoid_scale",
     "silu_mul",
     "softcap",
+    "top_experts",
 ]
 
 # Name and shape of every step input a Program may read. Attention and kv_write also read the
@@ -143,6 +151,19 @@ def gelu_tanh_mul(gate: Handle, up: Handle) -> Handle:
     return _append("gelu_tanh_mul", (gate, up), {}, gate.shape)
 
 
+def sigmoid_scale(x: Handle, gate: Handle) -> Handle:
+    """out[t] = x[t] * s, s = 1 / (1 + exp(-gate[t])) rounded to fp32.  x [T, H], gate [T, 1].
+
+    The shared expert's gate of Qwen2-MoE (arXiv:2407.10671).
+    """
+    _rank("sigmoid_scale", "x", x, 2)
+    if gate.shape != (x.shape[0], 1):
+        raise ShapeError(
+            f"sigmoid_scale: gate is {_show(gate)}, expected one column beside {_show(x)}"
+        )
+    return _append("sigmoid_scale", (x, gate), {}, x.shape)
+
+
 def rope(
     x: Handle,
     positions: Handle,
@@ -227,6 +248,70 @@ def attention(
         "softcap": float(softcap),
     }
     return _append("attention", (q, cache), attrs, q.shape)
+
+
+def top_experts(logits: Handle, top_k: int) -> Handle:
+    """The ids of each token's top_k experts, by descending logit, ties to the lower id.
+
+    logits [T, E] -> [T, top_k], whole numbers. A NaN counts as below every number, so that a row's
+    ids are different ones of 0 .. E-1 whatever its logits hold.
+    """
+    _rank("top_experts", "logits", logits, 2)
+    if not 1 <= top_k <= _int(logits, 1):
+        raise ShapeError(
+            f"top_experts: {top_k} of the {logits.shape[1]} experts of {_show(logits)}"
+        )
+    return _append("top_experts", (logits,), {"top_k": top_k}, (logits.shape[0], top_k))
+
+
+def expert_weights(logits: Handle, experts: Handle, *, renormalise: bool) -> Handle:
+    """What each chosen expert's result is multiplied by: out[t, j] = softmax(logits[t])[e_tj].
+
+    logits [T, E], experts [T, k] of `top_experts` -> [T, k]. Where `renormalise`, the softmax is
+    over the chosen logits alone, and a row's weights add up to 1. All in fp32, the largest logit
+    subtracted first; the sum runs over ascending ids, or over the chosen in their order.
+    """
+    _rank("expert_weights", "logits", logits, 2)
+    _rank("expert_weights", "experts", experts, 2)
+    if logits.shape[0] != experts.shape[0]:
+        raise ShapeError(f"expert_weights: rows differ, {_show(logits)} and {_show(experts)}")
+    return _append("expert_weights", (logits, experts), {"renormalise": renormalise}, experts.shape)
+
+
+def expert_linear(x: Handle, weight: Handle, experts: Handle, *, num_experts: int) -> Handle:
+    """out[t, j] = x_tj @ weight_e.T with e = experts[t, j]: `linear` by each chosen expert.
+
+    weight [E*N, K] holds expert e in rows e*N .. (e+1)*N; experts [T, k] of `top_experts`;
+    x [T, K], which every expert of a token reads, or [T, k*K], where x_tj is columns
+    j*K .. (j+1)*K -> [T, k*N], in the same order. An element is that of the `linear` by weight_e.
+    """
+    _rank("expert_linear", "x", x, 2)
+    _rank("expert_linear", "weight", weight, 2)
+    _rank("expert_linear", "experts", experts, 2)
+    rows, width = _int(weight, 0), _int(weight, 1)
+    top_k = _int(experts, 1)
+    if num_experts < 1 or rows % num_experts:
+        raise ShapeError(f"expert_linear: weight is {_show(weight)}, not {num_experts} equal parts")
+    if x.shape[0] != experts.shape[0] or x.shape[1] not in (width, top_k * width):
+        raise ShapeError(
+            f"expert_linear: x is {_show(x)}, weight is {_show(weight)}, experts is "
+            f"{_show(experts)}: a row of x must be {width} or {top_k} times {width} wide"
+        )
+    shape = (x.shape[0], top_k * (rows // num_experts))
+    return _append("expert_linear", (x, weight, experts), {"num_experts": num_experts}, shape)
+
+
+def expert_sum(x: Handle, weights: Handle) -> Handle:
+    """out[t] = sum over j of weights[t, j] * x_tj, x_tj being columns j*H .. (j+1)*H of x[t].
+
+    x [T, k*H], weights [T, k] -> [T, H]. j ascends; each product is rounded to fp32, then added.
+    """
+    _rank("expert_sum", "x", x, 2)
+    _rank("expert_sum", "weights", weights, 2)
+    top_k = _int(weights, 1)
+    if x.shape[0] != weights.shape[0] or _int(x, 1) % top_k:
+        raise ShapeError(f"expert_sum: x is {_show(x)}, weights is {_show(weights)}")
+    return _append("expert_sum", (x, weights), {}, (x.shape[0], _int(x, 1) // top_k))
 
 
 def select_rows(x: Handle, rows: Handle) -> Handle:

@@ -106,12 +106,12 @@ class Program:
         return last
 
     def fp32_values(self) -> frozenset[int]:
-        """The values that stay fp32: the result, back through scale and softcap to the op before.
+        """The values that ops.py keeps in fp32 whatever the activation dtype is.
 
-        These are the logits, which ops.py keeps in fp32 whatever the activation dtype is.
+        The logits: the result, back through scale and softcap to the op before. And experts' ids.
         """
         made_by = {op.output: op for op in self.ops}
-        kept = set()
+        kept = {op.output for op in self.ops if op.name == "top_experts"}
         at = self.result.id if self.result is not None else None
         while at is not None:
             kept.add(at)

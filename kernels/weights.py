@@ -264,6 +264,25 @@ class WeightGroup:
     def shape(self) -> tuple[int, ...]:
         return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
 
+    def split(self, count: int) -> tuple[WeightGroup, ...]:
+        """`count` groups of equally many rows, in order: the experts of a mixture.
+
+        Errors: ValueError where the rows are no multiple of `count`.
+        """
+        size, rest = divmod(self.shape[0], count)
+        if rest:
+            raise ValueError(f"{self.shape[0]} rows are not {count} equal groups")
+        spans = list(zip(self.parts, self.row_starts, strict=True))
+        groups = []
+        for begin in range(0, self.shape[0], size):
+            pieces = [
+                part.rows(max(begin - start, 0), min(begin + size - start, part.shape[0]))
+                for part, start in spans
+                if start < begin + size and start + part.shape[0] > begin
+            ]
+            groups.append(WeightGroup(tuple(pieces)))
+        return tuple(groups)
+
     @property
     def row_starts(self) -> tuple[int, ...]:
         starts, at = [], 0

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.weights import BF16, F16, F32, INT8, NF4, Format, RawWeight
+from ..kernels.weights import BF16, F16, F32, INT8, NF4, NF4_CODEBOOK, Format, RawWeight
 from .gguf import block_dtype
 from .groups import int8_channel_rows
 from .parts import FormatError, Layout, Options, Part, require_columns
-from ..kernels.weights import NF4_CODEBOOK
 
 _IGNORED = frozenset(
     (
@@ -120,7 +119,10 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
     table = parts["quant_map"].floats()
     # Blocks that end within a row, and other codes than NF4's, are multiplied in 16 bits, as
     # bitsandbytes itself does: its values are rounded to the dtype that the state names.
-    as_nf4 = np.array_equal(table, np.array(NF4_CODEBOOK, np.float32)) and block % NF4.block_elements == 0
+    as_nf4 = (
+        np.array_equal(table, np.array(NF4_CODEBOOK, np.float32))
+        and block % NF4.block_elements == 0
+    )
     as_nf4 = as_nf4 and columns % NF4.block_elements == 0 and columns % block == 0
     fmt = NF4 if as_nf4 else state["dtype"]
     if columns % 2:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..kernels.weights import INT4, INT8, Format, RawWeight
+from ..kernels.weights import INT4, INT8, Format, RawWeight, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class NothingToQuantise(ValueError):
 class Quantised:
     """The weights with `pack_as` set where they become small, and what is to be said of it."""
 
-    weights: dict[str, RawWeight]
+    weights: dict[str, RawWeight | WeightGroup]
     notes: tuple[str, ...]
 
 
 def quantise(
-    weights: Mapping[str, RawWeight], linear: Collection[str], head: str, method: str
+    weights: Mapping[str, RawWeight | WeightGroup], linear: Collection[str], head: str, method: str
 ) -> Quantised:
     """Mark the weights named in `linear`, of which `head` makes the logits, by SCHEMES[method].
 
@@ -50,28 +50,32 @@ def quantise(
     sizes: Counter[str] = Counter()  # bytes
     kept: Counter[str] = Counter()
     odd: Counter[int] = Counter()
-    chosen = [name for name in weights if name in linear]
-    elements = sum(weights[name].num_rows * weights[name].shape[-1] for name in chosen)
-    bits = 8 * sum(weights[name].nbytes for name in chosen) / max(elements, 1)
+    chosen = {name: _parts(weight) for name, weight in weights.items() if name in linear}
+    parts = [part for group in chosen.values() for part in group]
+    elements = sum(part.num_rows * part.shape[-1] for part in parts)
+    bits = 8 * sum(part.nbytes for part in parts) / max(elements, 1)
     if bits <= scheme.layers.bits_per_element:
-        formats = ", ".join(sorted({weights[name].format.name for name in chosen}))
+        formats = ", ".join(sorted({part.format.name for part in parts}))
         raise NothingToQuantise(
             f"quantization={method!r} stores {scheme.layers.bits_per_element:g} bits a weight; the "
             f"checkpoint is quantised to {formats} already, {bits:.2f} bits a weight. Load it with "
             "quantization=None, or take a checkpoint of more bits"
         )
-    for name in chosen:
-        weight = weights[name]
+    for name, group in chosen.items():
         target = scheme.head if name == head else scheme.layers
-        if weight.format.bits_per_element <= target.bits_per_element:
-            kept[weight.format.name] += 1
-        elif weight.shape[-1] % target.block_elements:
-            odd[weight.shape[-1]] += 1
-        else:
-            out[name] = dataclasses.replace(weight, pack_as=target)
-            label = f"{target.name}{' (head)' if name == head else ''}"
-            made[label] += 1
-            sizes[label] += out[name].packed_nbytes
+        small = []
+        for part in group:
+            if part.format.bits_per_element <= target.bits_per_element:
+                kept[part.format.name] += 1
+            elif part.shape[-1] % target.block_elements:
+                odd[part.shape[-1]] += 1
+            else:
+                part = dataclasses.replace(part, pack_as=target)
+                label = f"{target.name}{' (head)' if name == head else ''}"
+                made[label] += 1
+                sizes[label] += part.packed_nbytes
+            small.append(part)
+        out[name] = WeightGroup(tuple(small)) if len(small) > 1 else small[0]
     counts = ", ".join(
         f"{n} to {label}, {sizes[label] / 2**20:.1f} MiB" for label, n in made.items()
     )
@@ -83,6 +87,10 @@ def quantise(
         for columns, n in odd.items()
     ]
     return Quantised(out, tuple(notes))
+
+
+def _parts(weight: RawWeight | WeightGroup) -> tuple[RawWeight, ...]:
+    return weight.parts if isinstance(weight, WeightGroup) else (weight,)
 
 
 __all__ = ["SCHEMES", "NothingToQuantise", "Quantised", "Scheme", "quantise"]

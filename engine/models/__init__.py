@@ -6,7 +6,8 @@ Every module here whose name has no leading underscore is a family. It exports
     HF_UNUSED, GGUF_UNUSED                 patterns of tensors that it may leave unread
     GGUF_CONFIG_TENSORS                    tensors of a GGUF file that config_from_gguf() reads
     config_from_hf(config.json) -> ModelConfig
-    config_from_gguf(metadata, tensor_names, config_tensors) -> ModelConfig
+    config_from_gguf(metadata, tensor_names, config_tensors) -> ModelConfig, whose `family` may be
+                                            another file's, where files of several say one name
     weights(config) -> list[WeightSpec]
     forward(config, weights, step) -> Handle [T, H], after the final norm
 
@@ -24,11 +25,12 @@ from typing import Any, Protocol
 from ...kernels import ops
 from ...kernels.ops import Handle, Program, StepHandles
 from ..config import ConfigError, ModelConfig, unknown_name
-from ._blocks import Source, WeightHandles, WeightSpec
+from ._blocks import Source, Sources, WeightHandles, WeightSpec
 
 __all__ = [
     "Family",
     "Source",
+    "Sources",
     "WeightHandles",
     "WeightSpec",
     "find_by_gguf",

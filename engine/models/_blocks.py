@@ -16,23 +16,33 @@ from ..config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint keeps a weight: a tensor's name, and rows [start, stop) of it, or all."""
+    """Where a checkpoint keeps rows of a weight: a tensor's name, and rows [start, stop), or all.
+
+    `shape`: the tensor's own, where the weight's does not tell it, but for dimensions of 1, which
+    converters drop. One of three dimensions stands for its rows: [E, N, K] for E*N rows.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
+
+
+Sources = tuple[Source, ...]  # whose rows, one after another, are the weight
 
 
 @dataclass(frozen=True)
 class WeightSpec:
     """One weight of a model: its canonical name, shape (rows first), and its sources.
 
-    A source of None: that kind of checkpoint has no such weight.
+    No source: that kind of checkpoint has no such weight. `otherwise`: sources of checkpoints
+    without the first tensor of those.
     """
 
     name: str
     shape: tuple[int, ...]
-    hf: Source | None
-    gguf: Source | None
+    hf: Sources
+    gguf: Sources
+    otherwise: tuple[Sources, ...] = ()
 
 
 class WeightHandles:
@@ -95,7 +105,23 @@ def biases(config: ModelConfig) -> dict[str, Names]:
 
 def weight_specs(config: ModelConfig, layer: Mapping[str, Names]) -> list[WeightSpec]:
     """The whole model's weights from one layer's table."""
-    hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    hidden, vocab = config.hidden_size, config.vocab_size
+
+    def whole(name: str, shape: tuple[int, ...], hf: str, gguf: str) -> WeightSpec:
+        return WeightSpec(name, shape, (Source(hf),), (Source(gguf),))
+
+    specs = [whole("embed", (vocab, hidden), "model.embed_tokens.weight", "token_embd.weight")]
+    for i in range(config.num_layers):
+        specs += layer_specs(config, i, layer)
+    specs.append(whole("final_norm", (hidden,), "model.norm.weight", "output_norm.weight"))
+    if not config.tie_embeddings:
+        specs.append(whole("lm_head", (vocab, hidden), "lm_head.weight", "output.weight"))
+    return specs
+
+
+def layer_specs(config: ModelConfig, index: int, layer: Mapping[str, Names]) -> list[WeightSpec]:
+    """The weights of layer `index` that the table names."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
     q_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim
     shapes = {
@@ -115,24 +141,17 @@ def weight_specs(config: ModelConfig, layer: Mapping[str, Names]) -> list[Weight
             return shapes[name.removesuffix("_bias")][:1]
         return shapes.get(name, (hidden,))  # the norms over the hidden dimension
 
-    def whole(name: str, shape: tuple[int, ...], hf: str, gguf: str) -> WeightSpec:
-        return WeightSpec(name, shape, Source(hf), Source(gguf))
-
-    specs = [whole("embed", (vocab, hidden), "model.embed_tokens.weight", "token_embd.weight")]
-    for i in range(config.num_layers):
-        for name, (hf, gguf, *rows) in layer.items():
-            span = rows[0] if rows else None
-            specs.append(
-                WeightSpec(
-                    f"layers.{i}.{name}",
-                    shape(name),
-                    Source(f"model.layers.{i}.{hf}", span),
-                    Source(f"blk.{i}.{gguf}", span),
-                )
+    specs = []
+    for name, (hf, gguf, *rows) in layer.items():
+        span = rows[0] if rows else None
+        specs.append(
+            WeightSpec(
+                f"layers.{index}.{name}",
+                shape(name),
+                (Source(f"model.layers.{index}.{hf}", span),),
+                (Source(f"blk.{index}.{gguf}", span),),
             )
-    specs.append(whole("final_norm", (hidden,), "model.norm.weight", "output_norm.weight"))
-    if not config.tie_embeddings:
-        specs.append(whole("lm_head", (vocab, hidden), "lm_head.weight", "output.weight"))
+        )
     return specs
 
 

@@ -32,8 +32,6 @@ NEUTRAL_GGUF: Mapping[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
     "embedding_scale": (1,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
     "logit_scale": (0, 1),
     "pooling_type": (0,),
     "residual_scale": (0, 1),
@@ -50,11 +48,16 @@ def gguf_fields(meta: Mapping[str, Any], architecture: str) -> Fields:
 
 
 def gguf_sizes(
-    fields: Fields, meta: Mapping[str, Any], tensor_names: Sequence[str]
+    fields: Fields, meta: Mapping[str, Any], tensor_names: Sequence[str], *, experts: bool = False
 ) -> dict[str, Any]:
-    """What every family's GGUF metadata says: keyword arguments of ModelConfig."""
+    """What every family's GGUF metadata says: keyword arguments of ModelConfig.
+
+    `experts`: the family may have them, and reads their keys itself.
+    """
     fields.ignore(*HARMLESS_GGUF)
     fields.neutral(NEUTRAL_GGUF)
+    if not experts:
+        fields.neutral({"expert_count": (0,), "expert_used_count": (0,)})
     hidden = fields.integer("embedding_length", 1, MAX_SIZE)
     heads = fields.integer("attention.head_count", 1, MAX_HEADS)
     kv_heads = fields.integer("attention.head_count_kv", 1, MAX_HEADS, heads)

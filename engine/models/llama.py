@@ -21,12 +21,13 @@ from ._blocks import (
     swiglu,
     weight_specs,
 )
+from ._experts import gguf_experts
 from ._fields import Fields, finish
 from ._gguf import NO_TENSORS, ROPE_FREQS, gguf_fields, gguf_rope, gguf_sizes, gguf_window
 from ._hf import hf_rope, hf_sizes
 
 HF_ARCHITECTURES = ("LlamaForCausalLM",)
-GGUF_ARCHITECTURES = ("llama",)  # Mistral's files say llama too
+GGUF_ARCHITECTURES = ("llama",)  # Mistral's and Mixtral's files say llama too
 HF_UNUSED = ROTARY_BUFFERS
 GGUF_UNUSED = (r"blk\.\d+\.attn_rot_embd\.weight",)
 GGUF_CONFIG_TENSORS = (ROPE_FREQS,)
@@ -87,15 +88,17 @@ def config_from_gguf(
     `tensors` holds the values of those GGUF_CONFIG_TENSORS that the file has. Errors: ConfigError.
     """
     fields = gguf_fields(meta, "llama")
-    sizes = gguf_sizes(fields, meta, tensor_names)
+    sizes = gguf_sizes(fields, meta, tensor_names, experts=True)
     rope = gguf_rope(fields, sizes, tensor_names, tensors, interleaved=True)
+    experts = gguf_experts(fields, sizes, tensor_names, renormalise=True)
     return finish(
         fields,
         sizes,
-        family="llama",
+        family="mixtral" if experts else "llama",
         rope=rope,
         windows=(gguf_window(fields),) * sizes["num_layers"],
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         o_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_up.bias" in tensor_names,
+        **experts,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...kernels.backend import Backend, Choice, KVSpec, choose, create, preload
 from ...kernels.program import Program
-from ...kernels.weights import RawWeight, WeightTooLarge
+from ...kernels.weights import RawWeight, WeightGroup, WeightTooLarge
 from ...quant.policy import NothingToQuantise, quantise
 from .. import models
 from ..config import ConfigError, EngineConfig, ModelConfig
@@ -72,7 +72,7 @@ class LoadPlan:
     config: EngineConfig  # dtypes resolved
     backend: Backend
     program: Program
-    weights: Mapping[str, RawWeight]
+    weights: Mapping[str, RawWeight | WeightGroup]
     kv: KVSpec
     memory: MemoryPlan
     notes: tuple[str, ...] = ()  # on what becomes of the weights' values
@@ -122,10 +122,22 @@ def plan_load(
 
 
 def _quantised(
-    weights: Mapping[str, RawWeight], program: Program, method: str, checkpoint: Checkpoint
-) -> tuple[dict[str, RawWeight], tuple[str, ...]]:
-    """The weights marked for quantising, and notes. Errors: ConfigError where nothing is gained."""
-    linear = [program.handles[op.inputs[1]].name for op in program if op.name == "linear"]  # type: ignore[index]
+    weights: Mapping[str, RawWeight | WeightGroup],
+    program: Program,
+    method: str,
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, RawWeight | WeightGroup], tuple[str, ...]]:
+    """The weights marked for quantising, and notes. Errors: ConfigError where nothing is gained.
+
+    What decides which experts a token takes, and how much of them, keeps its bits: it is small.
+    """
+    deciding = {op.inputs[0] for op in program if op.name == "top_experts"}
+    deciding |= {op.inputs[1] for op in program if op.name == "sigmoid_scale"}
+    linear = [
+        program.handles[op.inputs[1]].name  # type: ignore[index]
+        for op in program
+        if op.name in ("linear", "expert_linear") and op.output not in deciding
+    ]
     try:
         made = quantise(weights, linear, linear[-1], method)
     except NothingToQuantise as error:

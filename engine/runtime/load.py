@@ -7,22 +7,23 @@ are mapped; only `backend.pack` reads them.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ...kernels.weights import RawWeight
+from ...kernels.weights import RawWeight, WeightGroup
 from ...quant.gguf import dequantise
 from ...quant.published import QUANTISATION_KEYS
 from ..config import ConfigError, ModelConfig
 from ..load.checkpoint import Checkpoint
 from ..load.mapped import CheckpointError
-from ..models import Family, Source, WeightSpec, find_by_gguf, find_by_hf
+from ..models import Family, Source, Sources, WeightSpec, families, find_by_gguf, find_by_hf
 
 _SENSES = ("vision_config", "audio_config", "mm_vision_tower")  # of a multimodal config.json
 MAX_CONFIG_TENSOR = 1 << 16  # elements: rope divisors have a few dozen
@@ -43,7 +44,7 @@ def open_model(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         config = module.config_from_gguf(
             checkpoint.metadata, checkpoint.tensor_names, _config_tensors(checkpoint, module)
         )
-        return module, config.replace(dtype=checkpoint.float_dtype)
+        return families()[config.family], config.replace(dtype=checkpoint.float_dtype)
     try:
         module = find_by_hf(checkpoint.architecture)
     except ConfigError as error:
@@ -74,30 +75,29 @@ def _not_known(checkpoint: Checkpoint, error: ConfigError) -> str:
 
 def raw_weights(
     checkpoint: Checkpoint, module: Family, config: ModelConfig
-) -> dict[str, RawWeight]:
+) -> dict[str, RawWeight | WeightGroup]:
     """Every weight of the model by canonical name, as views of the mapped file.
 
     Errors: CheckpointError naming a tensor that is missing, has another shape, or is not used.
     """
-    weights: dict[str, RawWeight] = {}
-    used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    weights: dict[str, RawWeight | WeightGroup] = {}
+    used: dict[str, _Used] = {}
+    names = frozenset(checkpoint.tensor_names)
     for spec in module.weights(config):
-        source = _source(spec, checkpoint)
-        tensor = _tensor(checkpoint, spec, source)
-        start, stop = source.rows or (0, tensor.shape[0])
-        used[source.name].append((start, stop))
-        whole = (start, stop) == (0, tensor.shape[0])
-        try:
-            weights[spec.name] = tensor if whole else tensor.rows(start, stop)
-        except ValueError as error:
-            raise CheckpointError(source.name, f"{error}; {spec.name} is those rows") from error
-        if weights[spec.name].shape != spec.shape:
-            raise CheckpointError(
-                source.name,
-                f"tensor {source.name!r} has shape {list(tensor.shape)}; by the configuration "
-                f"{spec.name} is {list(spec.shape)}",
-            )
-    _refuse_unused_rows(checkpoint, used)
+        parts = []
+        for source in _sources(spec, checkpoint, names):
+            tensor = _tensor(checkpoint, spec, source, names)
+            start, stop = source.rows or (0, tensor.shape[0])
+            used.setdefault(source.name, _Used(tensor.shape[0])).spans.append((start, stop))
+            whole = (start, stop) == (0, tensor.shape[0])
+            try:
+                parts.append(tensor if whole else tensor.rows(start, stop))
+            except ValueError as error:
+                raise CheckpointError(source.name, f"{error}; {spec.name} is those rows") from error
+        if len(parts) == 1 and parts[0].shape != spec.shape:
+            raise _wrong_shape(spec, source, tensor.shape, spec.shape)
+        weights[spec.name] = parts[0] if len(parts) == 1 else WeightGroup(tuple(parts))
+    _refuse_unused_rows(used)
     _refuse_unused(checkpoint, module, config, used)
     return weights
 
@@ -133,38 +133,67 @@ def _with_generation_eos(checkpoint: Checkpoint, config: ModelConfig) -> tuple[i
     return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 
-def _source(spec: WeightSpec, checkpoint: Checkpoint) -> Source:
-    source = spec.gguf if checkpoint.kind == "gguf" else spec.hf
-    if source is None:
+@dataclass
+class _Used:
+    """What the model reads of a tensor of so many rows."""
+
+    num_rows: int
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _sources(spec: WeightSpec, checkpoint: Checkpoint, names: Collection[str]) -> Sources:
+    own = spec.gguf if checkpoint.kind == "gguf" else spec.hf
+    if not own:
         raise CheckpointError(
             spec.name, f"{checkpoint.path}: no {checkpoint.kind} checkpoint holds {spec.name}"
         )
-    return source
+    there = (sources for sources in (own, *spec.otherwise) if sources[0].name in names)
+    return next(there, own)
 
 
-def _tensor(checkpoint: Checkpoint, spec: WeightSpec, source: Source) -> RawWeight:
-    if source.name not in checkpoint.tensor_names:
+def _wrong_shape(
+    spec: WeightSpec, source: Source, shape: tuple[int, ...], wanted: tuple[int, ...]
+) -> CheckpointError:
+    return CheckpointError(
+        source.name,
+        f"tensor {source.name!r} has shape {list(shape)}; by the configuration {spec.name} is "
+        f"{list(wanted)}",
+    )
+
+
+def _tensor(
+    checkpoint: Checkpoint, spec: WeightSpec, source: Source, names: Collection[str]
+) -> RawWeight:
+    """The tensor that a source names, as rows."""
+    if source.name not in names:
         near = difflib.get_close_matches(source.name, checkpoint.tensor_names, n=1)
         raise CheckpointError(
             source.name,
             f"{checkpoint.path}: tensor {source.name!r} is missing; it is {spec.name}, "
             f"{list(spec.shape)}" + (f"; the nearest is {near[0]!r}" if near else ""),
         )
-    return checkpoint.tensor(source.name)
+    tensor = checkpoint.tensor(source.name)
+    if source.shape is None:
+        return tensor
+    if [n for n in tensor.shape if n != 1] != [n for n in source.shape if n != 1]:
+        raise _wrong_shape(spec, source, tensor.shape, source.shape)
+    *rows, columns = source.shape
+    return dataclasses.replace(tensor, shape=(math.prod(rows), columns))
 
 
-def _refuse_unused_rows(checkpoint: Checkpoint, used: dict[str, list[tuple[int, int]]]) -> None:
+def _refuse_unused_rows(used: Mapping[str, _Used]) -> None:
     """Row ranges of a fused tensor must tile it."""
-    for name, spans in used.items():
+    for name, tensor in used.items():
         end = 0
-        for start, stop in sorted(spans):
+        for start, stop in sorted(tensor.spans):
             if start != end:
                 break
             end = stop
-        rows = checkpoint.shape(name)[0]
-        if end != rows:
+        if end != tensor.num_rows:
             raise CheckpointError(
-                name, f"tensor {name!r} has {rows} rows, the model reads the first {end} of them"
+                name,
+                f"tensor {name!r} has {tensor.num_rows} rows, the model reads the first {end} "
+                "of them",
             )
 
 

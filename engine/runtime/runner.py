@@ -11,7 +11,7 @@ import numpy as np
 
 from ...kernels.backend import Backend, KVSpec, SampleResult
 from ...kernels.program import Program
-from ...kernels.weights import RawWeight
+from ...kernels.weights import RawWeight, WeightGroup
 from ..config import ModelConfig
 from ..core.plan import RowResult, ScheduledRequest, StepOutcome, StepPlan, TokenLogprob
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
@@ -36,7 +36,7 @@ class Runner:
         self,
         backend: Backend,
         program: Program,
-        weights: Mapping[str, RawWeight],
+        weights: Mapping[str, RawWeight | WeightGroup],
         *,
         config: ModelConfig,
         kv: KVSpec,

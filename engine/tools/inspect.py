@@ -88,6 +88,10 @@ def _model(model: ModelConfig) -> dict[str, Any]:
         "sliding_windows": windows,
         "sliding_layers": sum(1 for w in model.windows if w),
         "tied_embeddings": model.tie_embeddings,
+        "experts": model.num_experts,
+        "experts_per_token": model.experts_per_token,
+        "shared_expert": bool(model.shared_expert_size),
+        "expert_layers": model.num_mixtures,
     }
 
 
@@ -133,6 +137,7 @@ def render(report: dict[str, Any]) -> str:
         f"  shape          {model['layers']} layers, hidden {model['hidden_size']}, "
         f"{model['heads']} heads over {model['kv_heads']} kv heads of {model['head_dim']}, "
         f"vocabulary {model['vocab_size']:,}",
+        *_experts(model),
         f"  context        {model['context']:,} tokens{_windows(model)}",
         f"  chat template  {'yes' if report['chat_template'] else 'no'}",
         "  formats",
@@ -161,6 +166,16 @@ def render(report: dict[str, Any]) -> str:
     lines += [f"  note: {note}" for note in report["notes"]]
     lines.append(f"will it fit: {'yes' if report['fits'] else 'no'}, because {report['because']}")
     return "\n".join(lines)
+
+
+def _experts(model: dict[str, Any]) -> list[str]:
+    if not model["experts"]:
+        return []
+    shared = ", and a shared one" if model["shared_expert"] else ""
+    return [
+        f"  experts        {model['experts_per_token']} of {model['experts']} a token{shared}, "
+        f"in {model['expert_layers']} layers"
+    ]
 
 
 def _windows(model: dict[str, Any]) -> str:

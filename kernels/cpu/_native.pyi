@@ -261,6 +261,35 @@ class StepProgram:
         """Errors: ValueError for shapes that differ, or an order that is none of x's columns."""
     @property
     def workspace_bytes(self) -> int: ...
+    def top_experts(self, barrier: bool, logits: _Place, out: _Place) -> None: ...
+    def expert_weights(
+        self,
+        barrier: bool,
+        logits: _Place,
+        experts: _Place,
+        out: _Place,
+        renormalise: bool,
+        dtype: str,
+    ) -> None: ...
+    def expert_linear(
+        self,
+        barrier: bool,
+        x: _Place,
+        experts: _Place,
+        out: _Place,
+        form: str,
+        matrices: Sequence[PackedMatrix],
+        epilogue: str,
+        dtype: str,
+    ) -> None:
+        """matrices: one an expert or, where the epilogue is a gate, gate and up of each in turn."""
+
+    def expert_sum(
+        self, barrier: bool, x: _Place, weights: _Place, out: _Place, dtype: str
+    ) -> None: ...
+    def sigmoid_scale(
+        self, barrier: bool, x: _Place, gate: _Place, out: _Place, dtype: str
+    ) -> None: ...
     def run(
         self,
         token_ids: NDArray[np.int32],
@@ -308,6 +337,9 @@ def workspace_bound(
     max_rows: int,
     max_context: int,
     threads: int,
+    expert_columns: int,
+    top_k: int,
+    num_experts: int,
 ) -> int:
     """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""
 

@@ -118,7 +118,7 @@ class CpuBackend:
         of a trained weight's 16 (`compact` of _native.pack), but not for AMX.
         """
         total = 0
-        uses = _uses(program)
+        uses, mixtures = _uses(program), _mixtures(program)
         for name, weight in weights.items():
             parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
             if len(weight.shape) == 1:
@@ -126,6 +126,9 @@ class CpuBackend:
                 continue
             if "linear" in uses.get(name, ()):
                 total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
+            if name in mixtures:
+                each = _by_expert(CpuWeight(parts, weight.shape), mixtures[name]).parts
+                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in each)
             if "embedding" in uses.get(name, ()):
                 total += sum(p.nbytes for p in parts if p.is_as_stored)
         return total
@@ -189,6 +192,16 @@ class CpuBackend:
             max((int(attrs[name]) for attrs in attention), default=0)  # type: ignore[arg-type]
             for name in ("num_heads", "num_kv_heads", "head_dim")
         )
+        experts = [
+            (
+                program.handles[op.inputs[1]].shape[1],  # type: ignore[index]
+                program.handles[op.inputs[2]].shape[1],  # type: ignore[index]
+                op.attrs["num_experts"],
+            )
+            for op in program
+            if op.name == "expert_linear"
+        ]
+        expert_columns, top_k, num_experts = map(max, zip(*experts, (0, 0, 0), strict=True))
         return int(
             _native.workspace_bound(
                 lowered.token_columns,
@@ -201,6 +214,9 @@ class CpuBackend:
                 max_rows,
                 max_context,
                 self._pool.size,
+                int(expert_columns),
+                int(top_k),
+                int(num_experts),
             )
         )
 
@@ -322,7 +338,9 @@ class _Binder:
         self._backend = backend
         self._lowered = lowered
         self._program = lowered.program
-        self._weights = weights
+        self._weights = dict(weights)
+        for name, num_experts in _mixtures(lowered.program).items():
+            self._weights[name] = _by_expert(weights[name], num_experts)
         self._native = native
         self._cache = cache
         self._dtype = backend._dtype
@@ -474,6 +492,50 @@ class _Binder:
             self._weight(step.main[0].inputs[1]).parts[0].columns,
         )
 
+    def _top_experts(self, node: Node) -> None:
+        op = _op(node)
+        logits = node.places[op.inputs[0]].slot  # type: ignore[index]
+        self._native.top_experts(node.barrier, logits, node.places[op.output].slot)
+
+    def _expert_weights(self, node: Node) -> None:
+        op = _op(node)
+        logits, experts = (node.places[i].slot for i in op.inputs)  # type: ignore[index]
+        self._native.expert_weights(
+            node.barrier,
+            logits,
+            experts,
+            node.places[op.output].slot,
+            op.attrs["renormalise"],
+            self._rounding(op.output),
+        )
+
+    def _expert_linear(self, node: Node) -> None:
+        step = node.step
+        assert step is not None
+        x, _, experts = step.main[0].inputs
+        names = [self._program.handles[op.inputs[1]].name for op in step.main]  # type: ignore[index]
+        paired = step.after is not None
+        self._pack(names, paired)
+        self._native.expert_linear(
+            node.barrier,
+            node.places[x].slot,  # type: ignore[index]
+            node.places[experts].slot,  # type: ignore[index]
+            node.places[step.outputs[0]].slot,
+            self._backend._form(self._weight(step.main[0].inputs[1])),
+            _in_order([self._tiles[name] for name in names], paired),
+            "store" if step.after is None else step.after.name,
+            self._rounding(step.outputs[0]),
+        )
+
+    def _by_row(self, node: Node) -> None:
+        """expert_sum, sigmoid_scale: an operand and a number or several for each of its rows."""
+        op = _op(node)
+        x, numbers = (node.places[i].slot for i in op.inputs)  # type: ignore[index]
+        add = getattr(self._native, op.name)
+        add(node.barrier, x, numbers, node.places[op.output].slot, self._rounding(op.output))
+
+    _expert_sum = _sigmoid_scale = _by_row
+
     def _entries(
         self, op: Op, bias: np.ndarray | None, out: tuple[int, int, bool]
     ) -> list[tuple[Any, np.ndarray | None, tuple[int, int, bool], int]]:
@@ -536,6 +598,27 @@ def _uses(program: Program) -> dict[str, set[str]]:
             if i is not None and program.handles[i].kind == "weight":
                 uses.setdefault(program.handles[i].name, set()).add(op.name)
     return uses
+
+
+def _mixtures(program: Program) -> dict[str, int]:
+    """Weight name -> how many experts' rows it holds."""
+    return {
+        program.handles[op.inputs[1]].name: int(op.attrs["num_experts"])  # type: ignore[index,arg-type]
+        for op in program
+        if op.name == "expert_linear"
+    }
+
+
+def _by_expert(weight: CpuWeight, num_experts: int) -> CpuWeight:
+    """The weight with one part an expert. Errors: ValueError for an expert of several formats."""
+    groups = WeightGroup(weight.parts).split(num_experts)
+    for e, group in enumerate(groups):
+        if len(group.parts) > 1:
+            raise ValueError(
+                f"weight {weight.name!r}: expert {e} is {len(group.parts)} tensors or formats; "
+                "the CPU backend takes one an expert"
+            )
+    return CpuWeight(tuple(group.parts[0] for group in groups), weight.shape)
 
 
 def _release_pages(data: np.ndarray) -> None:

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "bindings.hpp"
+#include "experts.hpp"
 #include "operations.hpp"
 #include "step.hpp"
 
@@ -63,6 +64,18 @@ Dtype dtype_of(const std::string &name) {
 
 Dtype cache_dtype_of(const std::string &name) {
     return name == "int8" ? Dtype::kInt8 : dtype_of(name);
+}
+
+Form form_of(const std::string &name) {
+    return one_of<Form>(
+        name, {{"float32", Form::kF32}, {"bfloat16", Form::kBF16}, {"int8", Form::kInt8}});
+}
+
+Epilogue epilogue_of(const std::string &name) {
+    return one_of<Epilogue>(name, {{"store", Epilogue::kStore},
+                                   {"add", Epilogue::kAddResidual},
+                                   {"silu_mul", Epilogue::kSiluMul},
+                                   {"gelu_tanh_mul", Epilogue::kGeluMul}});
 }
 
 // The StepProgram and the Python objects whose memory its operations point into.
@@ -182,14 +195,47 @@ class BoundProgram {
         if (residual) added = value_of(*residual);
         add(barrier,
             std::make_unique<LinearLayer>(
-                value_of(x),
-                one_of<Form>(form, {{"float32", Form::kF32}, {"bfloat16", Form::kBF16}, {"int8", Form::kInt8}}),
-                input, std::move(all),
-                one_of<Epilogue>(epilogue, {{"store", Epilogue::kStore},
-                                            {"add", Epilogue::kAddResidual},
-                                            {"silu_mul", Epilogue::kSiluMul},
-                                            {"gelu_tanh_mul", Epilogue::kGeluMul}}),
-                added, dtype_of(dtype)));
+                value_of(x), form_of(form), input, std::move(all), epilogue_of(epilogue), added,
+                dtype_of(dtype)));
+    }
+
+    void top_experts(bool barrier, Slot logits, Slot out) {
+        add(barrier, std::make_unique<TopExperts>(value_of(logits), value_of(out)));
+    }
+
+    void expert_weights(bool barrier, Slot logits, Slot experts, Slot out, bool renormalise,
+                        const std::string &dtype) {
+        add(barrier, std::make_unique<ExpertWeights>(value_of(logits), value_of(experts), value_of(out),
+                                                     renormalise, dtype_of(dtype)));
+    }
+
+    void expert_linear(bool barrier, Slot x, Slot experts, Slot out, const std::string &form,
+                       std::vector<std::shared_ptr<PackedMatrix>> matrices,
+                       const std::string &epilogue, const std::string &dtype) {
+        const Epilogue end = epilogue_of(epilogue);
+        const Value rows = value_of(x), places = value_of(experts), to = value_of(out);
+        if (matrices.empty() || (is_paired(end) && matrices.size() % 2 == 1))
+            throw std::invalid_argument(std::to_string(matrices.size()) + " matrices for " + epilogue);
+        for (const auto &matrix : matrices) {
+            const PackedWeight &weight = matrix->weight();
+            if ((rows.width != weight.num_columns && rows.width != places.width * weight.num_columns) ||
+                to.width != places.width * weight.num_rows)
+                throw std::invalid_argument("an expert's weight of [" + std::to_string(weight.num_rows) +
+                                            ", " + std::to_string(weight.num_columns) +
+                                            "] does not fit its input or its result");
+        }
+        add(barrier, std::make_unique<ExpertLayer>(rows, places, to, form_of(form), std::move(matrices),
+                                                   end, dtype_of(dtype)));
+    }
+
+    void expert_sum(bool barrier, Slot x, Slot weights, Slot out, const std::string &dtype) {
+        add(barrier, std::make_unique<ExpertSum>(value_of(x), value_of(weights), value_of(out),
+                                                 dtype_of(dtype)));
+    }
+
+    void sigmoid_scale(bool barrier, Slot x, Slot gate, Slot out, const std::string &dtype) {
+        add(barrier, std::make_unique<SigmoidScale>(value_of(x), value_of(gate), value_of(out),
+                                                    dtype_of(dtype)));
     }
 
     nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Ints token_ids, Ints positions, Ints query_start,
@@ -261,23 +307,31 @@ class BoundProgram {
     nb::list kept_;
 };
 
-// Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most.
+// Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most. top_k of
+// num_experts, and expert_columns, the widest of their rows, are 0 where there are no experts.
 std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, int widest,
                             int num_heads, int num_kv_heads, int head_dim, int max_tokens,
-                            int max_rows, int max_context, int threads) {
+                            int max_rows, int max_context, int threads, int expert_columns,
+                            int top_k, int num_experts) {
     const std::size_t arenas = sizeof(float) * (token_columns * static_cast<std::size_t>(max_tokens) +
                                                 row_columns * static_cast<std::size_t>(max_rows));
     Attention attention;
     attention.num_heads = num_heads;
     attention.cache.num_kv_heads = num_kv_heads;
     attention.cache.head_dim = head_dim;
-    const std::size_t shared =
-        num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0;
+    const std::size_t pairs =
+        static_cast<std::size_t>(top_k) * static_cast<std::size_t>(std::max(max_tokens, max_rows));
+    const std::size_t lists = expert_list_bytes(pairs, num_experts) * static_cast<std::size_t>(threads);
+    const std::size_t shared = std::max(
+        num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0,
+        top_k ? lists : 0);
     const std::size_t linear = padded(sizeof(float) * 2 * static_cast<std::size_t>(widest)) +
                                padded(engineroom::prepared_bytes(Form::kF32, widest, kPreparedAlone)) +
                                linear_scratch_bytes(widest);
     const std::size_t scratch =
-        padded(std::max(linear, num_heads ? attention_scratch_bytes(attention) : 0)) + 4096;
+        padded(std::max({linear, num_heads ? attention_scratch_bytes(attention) : 0,
+                         top_k ? expert_scratch_bytes(Form::kF32, expert_columns) : 0})) +
+        4096;
     const std::size_t slack = 5 * (std::size_t{2} << 20);  // five mappings end on whole huge pages
     return arenas + engineroom::prepared_bytes(Form::kF32, widest, std::max(max_tokens, max_rows)) +
            shared + scratch * static_cast<std::size_t>(threads) + slack;
@@ -338,6 +392,11 @@ void register_step(nb::module_ &m) {
         .def("rope", &BoundProgram::rope)
         .def("kv_write", &BoundProgram::kv_write)
         .def("attention", &BoundProgram::attention)
+        .def("top_experts", &BoundProgram::top_experts)
+        .def("expert_weights", &BoundProgram::expert_weights)
+        .def("expert_linear", &BoundProgram::expert_linear)
+        .def("expert_sum", &BoundProgram::expert_sum)
+        .def("sigmoid_scale", &BoundProgram::sigmoid_scale)
         .def_prop_ro("workspace_bytes", &BoundProgram::workspace_bytes)
         .def("linear", &BoundProgram::linear, nb::arg("barrier"), nb::arg("x"), nb::arg("form"),
              nb::arg("norm").none(), nb::arg("eps"), nb::arg("offset"), nb::arg("weights"),

@@ -21,9 +21,16 @@ from ..program import Op, Program, R
 
 __all__ = ["OPERATIONS", "Lowered", "Node", "Place", "lower"]
 
-_IN_PLACE = frozenset(("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope"))
-_BY_ROWS = _IN_PLACE | {"embedding", "rms_norm", "kv_write", "rotations"}
-OPERATIONS = tuple(sorted({"linear", "select_rows", "attention"} | _BY_ROWS - {"rotations"}))
+_IN_PLACE = frozenset(
+    ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope", "sigmoid_scale")
+)
+_BY_ROWS = (
+    _IN_PLACE
+    | {"embedding", "rms_norm", "kv_write", "rotations"}
+    | {"top_experts", "expert_weights", "expert_sum"}
+)
+_ACROSS_ROWS = {"linear", "expert_linear", "select_rows", "attention"}
+OPERATIONS = tuple(sorted(_ACROSS_ROWS | _BY_ROWS - {"rotations"}))
 _ALIGN = 16  # columns: a value's rows may begin a cache line
 
 
@@ -45,7 +52,7 @@ class Place:
 class Node:
     """One native operation. `places` are those of the values it reads and makes, by id."""
 
-    name: str  # of the operation; "linear" for every pattern of linear layers
+    name: str  # of the operation; "linear" or "expert_linear" for every pattern of such layers
     step: Step | None  # None: "rotations"
     barrier: bool
     places: dict[int, Place]

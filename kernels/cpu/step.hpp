@@ -32,7 +32,7 @@ struct Run {
     float *token_arena = nullptr;  // T values
     float *row_arena = nullptr;    // R values
     std::uint8_t *prepared = nullptr;  // activations of the linear layer at hand, for all threads
-    std::uint8_t *shared = nullptr;    // of attention
+    std::uint8_t *shared = nullptr;    // of attention and of experts
     std::vector<std::uint8_t *> scratch;  // one a thread
 
     int num_rows(const Value &v) const { return v.per_logit_row ? step.num_rows : step.num_tokens; }

@@ -66,6 +66,11 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate / (in_whole_vectors(torch.exp, -gate) + 1) * up
 
 
+def sigmoid_scale(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """See ops.sigmoid_scale.  x [T, H], gate [T, 1]."""
+    return x * (1 / (in_whole_vectors(torch.exp, -gate) + 1))
+
+
 def gelu_tanh_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """See ops.gelu_tanh_mul, with (1 + tanh(u)) / 2 written as 1 / (1 + exp(-2u))."""
     u = (gate * gate * gate * 0.044715 + gate) * 0.7978845608028654

@@ -14,6 +14,7 @@ from ..backend import StepInputs, check_program
 from ..program import Program
 from . import attention as att
 from . import elementwise as ew
+from . import experts as mix
 from . import linear as lin
 from .sampling import ReferenceLogits
 
@@ -37,6 +38,12 @@ class ReferenceExecutable:
         self._program = program
         self._result = program.result.id
         self._weights = {h.id: weights[name] for name, h in program.weights.items()}
+        for op in program:
+            if op.name == "expert_linear":
+                weight = op.inputs[1]
+                assert weight is not None
+                packed = weights[program.handles[weight].name]
+                self._weights[weight] = lin.by_expert(packed, int(op.attrs["num_experts"]))  # type: ignore[arg-type]
         self._kv = kv
         self._dtype = activation_dtype
         self._workers = workers
@@ -135,6 +142,26 @@ def _gelu_tanh_mul(run: _Run, attrs: _Attrs, gate: Any, up: Any) -> torch.Tensor
     return ew.gelu_tanh_mul(gate, up)
 
 
+def _sigmoid_scale(run: _Run, attrs: _Attrs, x: Any, gate: Any) -> torch.Tensor:
+    return ew.sigmoid_scale(x, gate)
+
+
+def _top_experts(run: _Run, attrs: _Attrs, logits: Any) -> torch.Tensor:
+    return mix.top_experts(logits, attrs["top_k"])
+
+
+def _expert_weights(run: _Run, attrs: _Attrs, logits: Any, experts: Any) -> torch.Tensor:
+    return mix.expert_weights(logits, experts, attrs["renormalise"])
+
+
+def _expert_linear(run: _Run, attrs: _Attrs, x: Any, weights: Any, experts: Any) -> torch.Tensor:
+    return mix.expert_linear(x, weights, experts, run.workers)
+
+
+def _expert_sum(run: _Run, attrs: _Attrs, x: Any, weights: Any) -> torch.Tensor:
+    return mix.expert_sum(x, weights)
+
+
 def _rope(run: _Run, attrs: _Attrs, x: Any, positions: Any) -> torch.Tensor:
     cos, sin = run.rotations(positions, attrs)
     return ew.rope(x, cos, sin, attrs["head_dim"], attrs["interleaved"])
@@ -156,6 +183,9 @@ _OPERATIONS: dict[str, Callable[..., torch.Tensor | None]] = {
     "add": _add,
     "attention": _attention,
     "embedding": _embedding,
+    "expert_linear": _expert_linear,
+    "expert_sum": _expert_sum,
+    "expert_weights": _expert_weights,
     "gelu_tanh_mul": _gelu_tanh_mul,
     "kv_write": _kv_write,
     "linear": _linear,
@@ -163,6 +193,8 @@ _OPERATIONS: dict[str, Callable[..., torch.Tensor | None]] = {
     "rope": _rope,
     "scale": _scale,
     "select_rows": _select_rows,
+    "sigmoid_scale": _sigmoid_scale,
     "silu_mul": _silu_mul,
     "softcap": _softcap,
+    "top_experts": _top_experts,
 }

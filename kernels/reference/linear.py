@@ -68,6 +68,16 @@ def tile_rows(num_columns: int) -> int:
     return max(1, _TILE_BYTES // (4 * num_columns * ROW_TILE)) * ROW_TILE
 
 
+def by_expert(weight: PackedWeight, num_experts: int) -> tuple[PackedWeight, ...]:
+    """The weights of the experts, each of the same number of rows of `weight`."""
+    rows, width = weight.shape[0] // num_experts, weight.shape[1]
+    whole = WeightGroup(weight.parts)
+    return tuple(
+        PackedWeight(f"{weight.name}, expert {e}", group.parts, (rows, width))
+        for e, group in enumerate(whole.split(num_experts))
+    )
+
+
 def pack(weight: RawWeight | WeightGroup, threads: int = 1) -> PackedWeight | torch.Tensor:
     """2-D: keep the bytes, or quantise them. 1-D (norms, biases): an fp32 tensor.
 

@@ -57,6 +57,17 @@ def _temporaries(
         out = program.handles[op.output]
         padding = 4 * lin.ROW_TILE * (int(x.shape[1]) + int(out.shape[1]))
         return widened * 2 + 4 * elements(op.output) + padding
+    if op.name == "expert_linear":
+        # Rows gathered by expert, all of one expert at worst, as operand and result of a linear.
+        top_k = int(program.handles[op.inputs[2]].shape[1])  # type: ignore[index]
+        width = int(program.handles[op.inputs[1]].shape[1])  # type: ignore[index]
+        pairs = elements(op.inputs[2])  # type: ignore[arg-type]
+        out_width = int(program.handles[op.output].shape[1]) // top_k
+        return widened + 4 * (pairs + lin.ROW_TILE) * 4 * (width + out_width)
+    if op.name in ("top_experts", "expert_weights"):
+        return widened + 8 * 8 * elements(op.inputs[0])  # type: ignore[arg-type]  # 64-bit indices
+    if op.name == "expert_sum":
+        return 2 * widened + 4 * 2 * elements(op.output)
     return widened + 4 * 4 * elements(op.output)
 
 

@@ -40,6 +40,49 @@ def two_layers(
     return p.finish(ops.softcap(ops.linear(x, p.weight("embed", (vocab, hidden))), 20.0))
 
 
+def mixture(
+    hidden: int = 32,
+    ffn: int = 24,
+    num_experts: int = 6,
+    top_k: int = 3,
+    shared: int = 40,
+    vocab: int = 200,
+) -> Program:
+    """Attention and a mixture of experts, twice: as Mixtral has it, and with a shared expert."""
+    p = Program()
+    step = ops.StepHandles.of(p)
+    kv = {"num_kv_heads": 2, "head_dim": hidden // 4}
+    x = ops.embedding(p.weight("embed", (vocab, hidden)), step.token_ids)
+    for i in range(2):
+
+        def w(name: str, *shape: int, i: int = i):  # type: ignore[no-untyped-def]
+            return p.weight(f"{i}.{name}", shape)
+
+        q = ops.linear(x, w("q", hidden, hidden))
+        k, v = (ops.linear(x, w(n, hidden // 2, hidden)) for n in "kv")
+        written = ops.kv_write(k, v, layer=i, **kv)
+        x = ops.add(x, ops.attention(q, written, layer=i, num_heads=4, scale=0.3, **kv))
+        h = ops.rms_norm(x, w("norm", hidden), eps=1e-5)
+        logits = ops.linear(h, w("router", num_experts, hidden))
+        experts = ops.top_experts(logits, top_k)
+        weights = ops.expert_weights(logits, experts, renormalise=i == 0)
+
+        def by_experts(x, name: str, rows: int, columns: int, w=w, experts=experts):  # type: ignore[no-untyped-def]
+            weight = w(name, num_experts * rows, columns)
+            return ops.expert_linear(x, weight, experts, num_experts=num_experts)
+
+        gate, up = (by_experts(h, n, ffn, hidden) for n in ("gates", "ups"))
+        each = by_experts(ops.silu_mul(gate, up), "downs", hidden, ffn)
+        y = ops.expert_sum(each, weights)
+        if i:
+            gate, up = (ops.linear(h, w(n, shared, hidden)) for n in ("gate", "up"))
+            one = ops.linear(ops.silu_mul(gate, up), w("down", hidden, shared))
+            y = ops.add(y, ops.sigmoid_scale(one, ops.linear(h, w("shared", 1, hidden))))
+        x = ops.add(x, y)
+    x = ops.select_rows(x, step.logit_rows)
+    return p.finish(ops.linear(x, p.weight("embed", (vocab, hidden))))
+
+
 def random_weights(program: Program, seed: int = 3) -> dict[str, np.ndarray]:
     """fp32 values for a Program's weights; matrices keep the size of what they multiply."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from engineroom.kernels import ops
 from engineroom.kernels.cpu.lower import lower
 from engineroom.kernels.fuse import early_rows, fuse
 from engineroom.kernels.program import Program, R, T
-from tests.kernels.programs import two_layers
+from tests.kernels.programs import mixture, two_layers
 from tests.models.published import CONFIGS
 
 
@@ -53,6 +53,34 @@ def test_every_operation_is_in_one_step_and_reads_what_is_made(name: str) -> Non
         assert not missing, f"{step.pattern} reads {missing} before it is made"
         known.update(step.outputs)
     assert program.result is not None and program.result.id in known
+
+
+def test_a_mixture_is_one_gated_step_and_one_of_the_experts_alone() -> None:
+    program = early_rows(mixture())
+    assert all(program.handles[op.output].shape[0] == R for op in program.ops[-18:])
+    steps = fuse(program, same_form)
+    made = [s for s in steps if s.main[0].name == "expert_linear"]
+    assert [s.pattern for s in made] == ["gated_experts", "expert_linear"] * 2
+    for gated in made[::2]:
+        weights = [program.handles[op.inputs[1]].name for op in gated.main]  # type: ignore[index]
+        assert [w[2:] for w in weights] == ["gates", "ups"] and gated.after is not None
+    found = Counter(op.output for s in steps for op in (s.norm, *s.main, s.after) if op is not None)
+    assert found == Counter(op.output for op in program)
+    assert len(fuse(program, lambda name: name)) > len(steps)  # gates and ups in forms of their own
+
+
+def test_other_experts_are_no_pair() -> None:
+    p = Program()
+    step = ops.StepHandles.of(p)
+    x = ops.embedding(p.weight("e", (9, 8)), step.token_ids)
+    routers = [ops.linear(x, p.weight(f"router{i}", (4, 8))) for i in range(2)]
+    gate, up = (
+        ops.expert_linear(x, p.weight("w", (4 * 6, 8)), ops.top_experts(r, 2), num_experts=4)
+        for r in routers
+    )
+    p.finish(ops.select_rows(ops.silu_mul(gate, up), step.logit_rows))
+    patterns = [s.pattern for s in fuse(p, same_form)]
+    assert patterns.count("expert_linear") == 2 and "gated_experts" not in patterns
 
 
 def test_layers_of_different_forms_stay_apart() -> None:

@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "MistralForCausalLM": "LLAMA",
     "Qwen2ForCausalLM": "QWEN2",
     "Qwen3ForCausalLM": "QWEN3",
+    "MixtralForCausalLM": "LLAMA",
+    "Qwen2MoeForCausalLM": "QWEN2MOE",
+    "Qwen3MoeForCausalLM": "QWEN3MOE",
     "Gemma2ForCausalLM": "GEMMA2",
     "Gemma3ForCausalLM": "GEMMA3",
     "Phi3ForCausalLM": "PHI3",
@@ -62,6 +65,10 @@ def _metadata(config: dict[str, Any], arch: str, head_dim: int) -> dict[str, Any
         "attention.value_length": head_dim,
         "attention.sliding_window": config.get("sliding_window"),
         "rope.freq_base": float(rope["rope_theta"]),
+        "expert_count": config.get("num_local_experts", config.get("num_experts")),
+        "expert_used_count": config.get("num_experts_per_tok"),
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
         "attn_logit_softcapping": config.get("attn_logit_softcapping"),
         "final_logit_softcapping": config.get("final_logit_softcapping"),
     }
@@ -89,7 +96,7 @@ def _tensors(
     names = gguf.get_tensor_name_map(model_arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     out = {}
-    for name, values in load_file(folder / "model.safetensors").items():
+    for name, values in _stacked(load_file(folder / "model.safetensors")).items():
         if arch == "llama":
             for key, count in heads.items():
                 if key in name:
@@ -98,8 +105,23 @@ def _tensors(
             values = values + np.float32(1)
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new, f"no GGUF name for {name}"
-        out[new] = values
+        out[new] = values.squeeze()
     return out
+
+
+def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with the experts of a layer in one tensor, under the name that the table has."""
+    out: dict[str, np.ndarray] = {}
+    experts: dict[str, list[np.ndarray]] = {}
+    for name in sorted(tensors, key=lambda n: [int(p) if p.isdigit() else 0 for p in n.split(".")]):
+        before, at, after = name.partition(".experts.")
+        if not at:
+            out[name] = tensors[name]
+            continue
+        merged = before.replace("block_sparse_moe", "feed_forward").replace("model.", "")
+        prefix = merged if "feed_forward" in merged else before
+        experts.setdefault(f"{prefix}.experts.{after.partition('.')[2]}", []).append(tensors[name])
+    return out | {name: np.stack(parts) for name, parts in experts.items()}
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -22,6 +22,7 @@ KEYS: dict[str, Any] = {
     "attention.layer_norm_rms_epsilon": 1e-5,
     "vocab_size": 300,
 }
+MIXED: dict[str, Any] = {"expert_count": 8, "expert_used_count": 2}
 FREQS = {"rope_freqs.weight": (1.0,) * 7 + (8.0,)}
 LONG = {"rope_factors_long.weight": (4.0,) * 8, "rope_factors_short.weight": (1.0,) * 8}
 
@@ -88,6 +89,22 @@ def test_what_the_architectures_read() -> None:
     assert yarn.rope.table(4096)[1] == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_what_files_say_of_experts() -> None:
+    mixtral = read("llama", **MIXED)
+    assert (mixtral.family, mixtral.num_experts, mixtral.experts_per_token) == ("mixtral", 8, 2)
+    assert mixtral.expert_size == 200 and mixtral.renormalise_experts
+    assert read("llama", expert_count=0, expert_used_count=0).family == "llama"
+    sizes = {"expert_feed_forward_length": 24, "expert_shared_feed_forward_length": 48}
+    names = ("blk.1.ffn_gate.weight", "blk.0.attn_q.bias")
+    qwen2 = read("qwen2moe", names=names, **MIXED, **sizes)
+    assert (qwen2.family, qwen2.expert_size, qwen2.shared_expert_size) == ("qwen2_moe", 24, 48)
+    assert not qwen2.renormalise_experts and qwen2.qkv_bias
+    assert qwen2.dense_layers == (1,) and qwen2.num_mixtures == 3 and qwen2.notes == ()
+    qwen3 = read("qwen3moe", **MIXED, expert_feed_forward_length=24)
+    assert qwen3.renormalise_experts and qwen3.qk_norm and qwen3.num_mixtures == 4
+    assert not read("qwen3moe", **MIXED, expert_weights_norm=False).renormalise_experts
+
+
 def test_vocabulary_size_from_the_token_list() -> None:
     meta = {f"llama.{k}": v for k, v in KEYS.items() if k != "vocab_size"}
     family = models.find_by_gguf("llama")
@@ -104,7 +121,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"attention__head_count_kv": 4}, "llama.attention.head_count_kv"),
     ("llama", {"attention__value_length": 8}, "llama.attention.value_length"),
     ("llama", {"embedding_length": 95}, "llama.attention.key_length"),
-    ("llama", {"expert_count": 8}, "llama.expert_count"),
+    ("qwen2", {"expert_count": 8}, "qwen2.expert_count"),
+    ("llama", {"expert_count": 8}, "llama.expert_used_count"),
+    ("llama", {"expert_count": 8, "expert_used_count": 9}, "llama.expert_used_count"),
+    ("llama", {"expert_used_count": 2}, "llama.expert_used_count"),
+    ("qwen2moe", {}, "qwen2moe.expert_count"),
+    ("qwen3moe", {**MIXED, "expert_gating_func": 2}, "qwen3moe.expert_gating_func"),
     ("llama", {"rope__scaling__type": "su"}, "llama.rope.scaling.type"),
     ("llama", {"rope__scaling__type": "longrope"}, "rope_factors_long.weight"),
     ("llama", {"rope__scaling__factor": 0.5}, "llama.rope.scaling.factor"),
@@ -135,7 +157,8 @@ def test_unknown_keys_of_the_architecture_become_a_note() -> None:
 MORE = """attention.key_length attention.value_length attention.scale attention.sliding_window
 attention.sliding_window_pattern rope.freq_base rope.dimension_count rope.scaling.type
 rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor
-rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow attn_logit_softcapping expert_count"""
+rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow attn_logit_softcapping expert_count
+expert_used_count expert_feed_forward_length expert_weights_norm"""
 hostile = (
     st.none()
     | st.booleans()
@@ -148,7 +171,7 @@ hostile = (
 
 
 @given(
-    st.sampled_from(ARCHITECTURES),
+    st.sampled_from([*ARCHITECTURES, "qwen2moe", "qwen3moe"]),
     st.dictionaries(st.sampled_from([*KEYS, *MORE.split()]), hostile, min_size=1, max_size=5),
     st.dictionaries(
         st.sampled_from([*FREQS, *LONG]),
@@ -169,4 +192,4 @@ def test_any_metadata_is_read_or_refused_by_key(
         freqs, factor = rope.table(config.max_position)
         assert all(math.isfinite(f) and f > 0 for f in freqs) and math.isfinite(factor)
     if config.num_layers <= 32:
-        models.record(models.find_by_gguf(arch), config)
+        models.record(models.families()[config.family], config)

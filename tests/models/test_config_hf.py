@@ -167,7 +167,7 @@ def test_architectures_not_known() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'LlamaForCausalLM'.*Qwen3ForCausalLM"):
         models.find_by_hf("LlamaForCausaLM")
     with pytest.raises(ConfigError, match="did you mean 'qwen2'"):
-        models.find_by_gguf("qwen2moe")
+        models.find_by_gguf("qwen2vl")
     with pytest.raises(ConfigError, match="images are not supported"):
         models.find_by_hf("Gemma3ForConditionalGeneration")
 

@@ -45,12 +45,12 @@ def folder(path: Path, name: str, change: Callable[[Tensors], Any] | None = None
     tensors: Tensors = {}
     rows: dict[str, int] = {}
     specs = family.weights(family.config_from_hf(values))
-    for spec in specs:
-        assert spec.hf is not None
-        rows[spec.hf.name] = max(rows.get(spec.hf.name, 0), (spec.hf.rows or (0, spec.shape[0]))[1])
-    for spec in specs:
-        shape = (rows[spec.hf.name], *spec.shape[1:])
-        tensors[spec.hf.name] = rng.standard_normal(shape).astype(np.float32)
+    sources = [(source, source.shape or spec.shape) for spec in specs for source in spec.hf]
+    for source, shape in sources:
+        rows[source.name] = max(rows.get(source.name, 0), (source.rows or (0, shape[0]))[1])
+    for source, shape in sources:
+        shape = (rows[source.name], *shape[1:])
+        tensors[source.name] = rng.standard_normal(shape).astype(np.float32)
     if change:
         change(tensors)
     path.mkdir(exist_ok=True)

@@ -11,7 +11,10 @@ from engineroom.engine.models.gemma2 import embedding_scale
 from engineroom.kernels.program import R, T
 from tests.models.published import CONFIGS
 
-FAMILIES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = (
+    *("gemma2", "gemma3", "llama", "mistral", "mixtral", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+)
 
 
 def test_the_folder_is_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def _dynamic_like(**rope: Any) -> dict[str, Any]:
 
 
 WINDOW = {"sliding_window": 7}
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 37}
 CASES = {
     "llama": Case("Llama"),
     "llama-bias": Case(
@@ -114,6 +115,36 @@ CASES = {
             "attention_bias": True,
             "use_sliding_window": True,
             "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mixtral": Case("Mixtral", {"num_local_experts": 5}),
+    "mixtral-window": Case("Mixtral", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 3}),
+    "qwen2-moe": Case("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 53}),
+    "qwen2-moe-mixed": Case(
+        "Qwen2Moe",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "shared_expert_intermediate_size": 30,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3-moe": Case("Qwen3Moe", {**EXPERTS, "head_dim": 18, "norm_topk_prob": True}),
+    "qwen3-moe-mixed": Case(
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            **WINDOW,
+            "head_dim": 12,
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
         },
     ),
     "gemma2": Case("Gemma2", {**WINDOW, "head_dim": 14, "query_pre_attn_scalar": 11}),
@@ -198,13 +229,14 @@ def make(name: str, folder: Path) -> Made:
     suffix = "TextConfig" if case.prefix == "Gemma3" else "Config"
     config = getattr(transformers, case.prefix + suffix)(**{**SIZES, **case.options})
     config._attn_implementation = "eager"  # the others leave out Gemma 2's soft-cap
+    config._experts_implementation = "eager"  # the others want widths of whole 16 bytes
     model = getattr(transformers, case.prefix + "ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for key, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.dim() == 2:
-                p.copy_(noise * 1.3 / p.shape[1] ** 0.5)
+            if p.dim() >= 2:
+                p.copy_(noise * 1.3 / p.shape[-1] ** 0.5)
             else:  # norms about 1 (stored as such, or as 1 less), biases about 0
                 is_one = key.endswith("norm.weight") and not case.prefix.startswith("Gemma")
                 p.copy_(noise * 0.3 + is_one)

@@ -12,7 +12,9 @@ taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill
 fixed side and rows its free one: one instruction family for every number of rows.
 
 Scores are in units of log2: p = 2^(s - max). P is rounded to the cache's dtype for its product
-where q has that dtype too; where they differ, both products are fp32.
+where q has that dtype too; where they differ, both products are fp32. Of a cache in codes the codes
+are multiplied, in q's dtype, which holds them exactly: a key's scale multiplies its scores, a
+value's its p. A sink joins the sum when all splits are merged.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -30,7 +32,7 @@ import triton
 import triton.language as tl
 
 from ..backend import StepInputs
-from .cache import KVCache
+from .cache import KVCache, decoded, unit
 from .numerics import LOG2_E, OPTIONS, next_power_of_two, tanh
 
 TILE = 64  # keys of one product: the height of a warpgroup's instruction; less in fp32
@@ -52,13 +54,19 @@ def _tile(
     acc,
     k_ptr,
     v_ptr,
+    scales_ptr,
     table_ptr,
     block_stride,
+    scales_stride,
     scale,
     cap,
     window,
+    slope,
+    KV_HEADS: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     D: tl.constexpr,
@@ -77,11 +85,22 @@ def _tile(
     inside = (key < end)[:, None] & (d < D)[None, :]
     k = tl.load(k_ptr + at, mask=inside, other=0.0)
     v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    if CODES != "":
+        scales_ptr += block * scales_stride + key % BLOCK_SIZE
+        k_scale = tl.load(scales_ptr, mask=key < end, other=0.0) * unit(CODES)
+        v_scale = tl.load(scales_ptr + KV_HEADS * BLOCK_SIZE, mask=key < end, other=0.0)
+        v_scale = v_scale * unit(CODES)
+        scale = (k_scale * scale)[:, None]
+        k = decoded(k, CODES, q.dtype)
+        v = decoded(v, CODES, q.dtype)
     score = tl.dot(k.to(q.dtype), q, input_precision="ieee")
     if HAS_CAP:
         score = tanh(score * scale / cap) * (cap * LOG2_E)
     else:
         score = score * (scale * LOG2_E)
+    if HAS_SLOPES:
+        away = key.to(tl.float32)[:, None] - position.to(tl.float32)[None, :]
+        score += slope[None, :] * away
     seen = key[:, None] <= position[None, :]
     if HAS_WINDOW:
         seen = seen & (key[:, None] > position[None, :] - window)
@@ -92,6 +111,8 @@ def _tile(
     p = tl.exp2(score - base[None, :])
     keep = tl.exp2(top - base)
     total = total * keep + tl.sum(p, 0)
+    if CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
+        p = tl.where(seen, p * v_scale[:, None], 0.0)
     acc = tl.dot(
         tl.trans(v.to(q.dtype)), p.to(q.dtype), acc * keep[None, :], input_precision="ieee"
     )
@@ -107,13 +128,19 @@ def _split(
     highest,
     k_ptr,
     v_ptr,
+    scales_ptr,
     table_ptr,
     block_stride,
+    scales_stride,
     scale,
     cap,
     window,
+    slope,
+    KV_HEADS: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -140,13 +167,19 @@ def _split(
             acc,
             k_ptr,
             v_ptr,
+            scales_ptr,
             table_ptr,
             block_stride,
+            scales_stride,
             scale,
             cap,
             window,
+            slope,
+            KV_HEADS,
+            CODES,
             HAS_CAP,
             HAS_WINDOW,
+            HAS_SLOPES,
             BLOCK_SIZE,
             TILE,
             D,
@@ -188,8 +221,35 @@ def _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, 
 
 
 @triton.jit
-def _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD):
+def _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES: tl.constexpr):
+    """Of the rows' query heads, in units of log2."""
+    if HAS_SLOPES:
+        return tl.load(slope_ptr + kv_head * SHARED + shared) * LOG2_E
+    else:
+        return 0.0
+
+
+@triton.jit
+def _store(
+    out_ptr,
+    sink_ptr,
+    token,
+    shared,
+    exists,
+    out_stride,
+    kv_head,
+    top,
+    total,
+    acc,
+    HAS_SINKS: tl.constexpr,
+    SHARED,
+    D,
+    D_PAD,
+):
     """acc / total; a padding row has seen nothing, and its acc of 0 is divided by 1."""
+    if HAS_SINKS:
+        sink = tl.load(sink_ptr + kv_head * SHARED + shared) * LOG2_E
+        total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
     d = tl.arange(0, D_PAD)
     at = token * out_stride + (kv_head * SHARED + shared) * D
     inside = exists[:, None] & (d < D)[None, :]
@@ -203,12 +263,16 @@ def walk_kernel(
     q_ptr,
     out_ptr,
     cache_ptr,
+    scales_ptr,
+    slope_ptr,
+    sink_ptr,
     item_ptr,
     position_ptr,
     table_ptr,
     q_stride,
     out_stride,
     block_stride,
+    scales_stride,
     table_width,
     layer,
     scale,
@@ -216,8 +280,11 @@ def walk_kernel(
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -237,6 +304,8 @@ def walk_kernel(
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
     k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
     v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
+    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
@@ -252,13 +321,19 @@ def walk_kernel(
             highest,
             k_ptr,
             v_ptr,
+            scales_ptr,
             table_ptr,
             block_stride,
+            scales_stride,
             scale,
             cap,
             window,
+            slope,
+            KV_HEADS,
+            CODES,
             HAS_CAP,
             HAS_WINDOW,
+            HAS_SLOPES,
             BLOCK_SIZE,
             TILE,
             SPLIT,
@@ -267,7 +342,22 @@ def walk_kernel(
             D_PAD,
         )
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
+    _store(
+        out_ptr,
+        sink_ptr,
+        token,
+        shared,
+        exists,
+        out_stride,
+        kv_head,
+        top,
+        total,
+        acc,
+        HAS_SINKS,
+        SHARED,
+        D,
+        D_PAD,
+    )
 
 
 @triton.jit(do_not_specialize=["layer", "table_width", "window"])
@@ -277,12 +367,15 @@ def split_kernel(
     top_ptr,
     total_ptr,
     cache_ptr,
+    scales_ptr,
+    slope_ptr,
     item_ptr,
     pair_ptr,
     position_ptr,
     table_ptr,
     q_stride,
     block_stride,
+    scales_stride,
     table_width,
     layer,
     scale,
@@ -290,8 +383,10 @@ def split_kernel(
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -311,6 +406,8 @@ def split_kernel(
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
     k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
     v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
+    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
     top, total, acc = _split(
         q,
         position,
@@ -319,13 +416,19 @@ def split_kernel(
         tl.load(item_ptr + 4),
         k_ptr,
         v_ptr,
+        scales_ptr,
         table_ptr,
         block_stride,
+        scales_stride,
         scale,
         cap,
         window,
+        slope,
+        KV_HEADS,
+        CODES,
         HAS_CAP,
         HAS_WINDOW,
+        HAS_SLOPES,
         BLOCK_SIZE,
         TILE,
         SPLIT,
@@ -344,6 +447,7 @@ def split_kernel(
 @triton.jit
 def merge_kernel(
     out_ptr,
+    sink_ptr,
     acc_ptr,
     top_ptr,
     total_ptr,
@@ -352,6 +456,7 @@ def merge_kernel(
     out_stride,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     ITEM: tl.constexpr,
     D: tl.constexpr,
@@ -373,7 +478,22 @@ def merge_kernel(
         split_top = tl.load(top_ptr + place * ROWS + r)
         split_total = tl.load(total_ptr + place * ROWS + r)
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
+    _store(
+        out_ptr,
+        sink_ptr,
+        token,
+        shared,
+        exists,
+        out_stride,
+        kv_head,
+        top,
+        total,
+        acc,
+        HAS_SINKS,
+        SHARED,
+        D,
+        D_PAD,
+    )
 
 
 @dataclass(frozen=True)
@@ -550,18 +670,30 @@ def launch(
     scale: float,
     window: int,
     softcap: float,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     ahead: bool,
 ) -> None:
-    """See ops.attention.  q, out [T, num_heads*head_dim]; ahead: see `options`."""
+    """See ops.attention.  q, out [T, num_heads*head_dim]; slopes, sinks fp32 [num_heads] or None;
+    ahead: see `options`."""
     more = options(shape.product, ahead)
-    places = (cache.block_stride, work.table.stride(0), layer, scale, softcap or 1.0, window)
-    flags = {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
+    places = (cache.block_stride, cache.scales_stride, work.table.stride(0))
+    places += (layer, scale, softcap or 1.0, window)
+    flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
+    flags["HAS_SLOPES"] = slopes is not None
+    # What is absent is not read: any tensor stands for it.
+    scales = cache.data if cache.scales is None else cache.scales
+    slope = work.position if slopes is None else slopes
+    sink = work.position if sinks is None else sinks
     for items, wide in ((work.wide, True), (work.narrow, False)):
         if len(items):
             walk_kernel[(len(items), shape.num_kv_heads)](
                 q,
                 out,
                 cache.data,
+                scales,
+                slope,
+                sink,
                 items,
                 work.position,
                 work.table,
@@ -570,6 +702,7 @@ def launch(
                 *places,
                 **tile(shape, cache.spec.block_size, shape.rows(wide)),
                 **flags,
+                HAS_SINKS=sinks is not None,
                 **more,
             )
     if len(work.pairs):
@@ -580,6 +713,8 @@ def launch(
             q,
             *parts,
             cache.data,
+            scales,
+            slope,
             work.split,
             work.pairs,
             work.position,
@@ -593,10 +728,12 @@ def launch(
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
         merge_kernel[(len(work.split), shape.num_kv_heads)](
             out,
+            sink,
             *parts,
             work.split,
             work.position,
             out.stride(0),
             **{name: constants[name] for name in kept},
+            HAS_SINKS=sinks is not None,
             **OPTIONS,
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engineroom.kernels.backend import KVSpec
+from engineroom.kernels.backend import KV_CODES, KVSpec
 from tests.counts import FULL, count
 from tests.kernels.packed_steps import Paged, assert_close, raw
 from tests.kernels.test_reference_attention import VOCAB, Shape, oracle, tokens_of
@@ -62,6 +62,9 @@ SHAPES = {
     "window of a tile": Shape(window=TILE),
     "softcap": Shape(softcap=2.0),
     "window and softcap": Shape(window=33, softcap=5.0),
+    "alibi": Shape(num_heads=6, alibi=True),
+    "sinks": Shape(num_heads=6, sinks=True, window=20),
+    "alibi, softcap and sinks": Shape(num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0),
 }
 # 1 token; a full last page; one past it; around a tile; into the second split.
 LENGTHS = (1, 16, 17, TILE, TILE + 1, 2 * SPLIT + 3) if FULL else (1, 17, TILE + 1)
@@ -77,15 +80,15 @@ def test_attention_is_its_formula(name: str) -> None:
         assert_close(got, oracle(shape, tokens, "float32", "float32"), "float32", 4e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", (*DTYPES, *KV_CODES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_dtypes(dtype: str, kv_dtype: str) -> None:
     shape = SHAPES["gqa 3"]
     tokens = tokens_of(70)
     got = Layer(shape, dtype=dtype, kv_dtype=kv_dtype).feed_new(tokens)
     want = oracle(shape, tokens, dtype, kv_dtype)
-    # Where both are fp16 the weights are rounded to it for their product.
-    error = 1e-3 if dtype == kv_dtype == "float16" else 4e-6
+    # Where fp16 meets fp16, or codes, the weights are rounded to it for their product.
+    error = 1e-3 if dtype == "float16" and kv_dtype != "float32" else 4e-6
     assert_close(got, want, dtype, error)
 
 

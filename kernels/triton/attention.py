@@ -1,10 +1,11 @@
 """Paged attention for packed rows: decoding, chunks and whole prompts by one family of kernels.
 
 Work. An item is some tokens of one sequence; with one kv head it is a tile of rows (token, query
-head of that kv head). Keys come in tiles of TILE at absolute positions, and splits of SPLIT keys.
+head of that kv head). Keys come in splits of SPLIT at absolute positions: in 16 bits one product of
+all of them, in fp32 several of TILE keys each.
 
-Law 2. A split is an online softmax over its tiles in ascending order that knows nothing of other
-splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
+Law 2. A split is a softmax (an online one over its tiles in ascending order) that knows nothing of
+other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
 `split_kernel` computes single splits side by side and `merge_kernel` merges what it stored. Which
 of the two serves an item, and how many rows stand in its tile, changes no bit: the formulas are the
 same functions, a tile or split that a row cannot see multiplies by 1 and adds 0, and products are
@@ -35,11 +36,12 @@ from ..backend import StepInputs
 from .cache import KVCache, decoded, unit
 from .numerics import LOG2_E, OPTIONS, next_power_of_two, tanh
 
-TILE = 64  # keys of one product: the height of a warpgroup's instruction; less in fp32
-SPLIT = 256  # keys whose softmax stands alone
+SPLIT = 128  # keys whose softmax stands alone: what two warpgroups take in one product
 NARROW = 16  # rows of a tile that decodes, at least
-WIDE = 32  # rows of a tile of a longer chunk, at least, for heads of up to 128
+WIDE = 64  # rows of a tile of a longer chunk, at least, for heads of up to 128
 MIN_PAIRS = 512  # (item, split) pairs that may be computed side by side
+# A maximum before any key is seen: below every score, and not -inf, since -inf - -inf is NaN.
+NOTHING = tl.constexpr(-1e38)
 ITEM = 8  # int32 of an item: sequence, first token, tokens, lowest and highest position, pairs
 
 
@@ -52,8 +54,7 @@ def _tile(
     top,
     total,
     acc,
-    k_ptr,
-    v_ptr,
+    cache_ptr,
     scales_ptr,
     table_ptr,
     block_stride,
@@ -78,13 +79,14 @@ def _tile(
     d = tl.arange(0, D_PAD)
     if BLOCK_SIZE % TILE == 0:  # one block holds the tile
         block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        at = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D + d[None, :]
+        place = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D
     else:
         block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        at = (block * block_stride + key % BLOCK_SIZE * D)[:, None] + d[None, :]
+        place = (block * block_stride + key % BLOCK_SIZE * D)[:, None]
+    at = cache_ptr + place + d[None, :]
     inside = (key < end)[:, None] & (d < D)[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    k = tl.load(at, mask=inside, other=0.0)
+    v = tl.load(at + KV_HEADS * BLOCK_SIZE * D, mask=inside, other=0.0)
     if CODES != "":
         scales_ptr += block * scales_stride + key % BLOCK_SIZE
         k_scale = tl.load(scales_ptr, mask=key < end, other=0.0) * unit(CODES)
@@ -106,10 +108,8 @@ def _tile(
         seen = seen & (key[:, None] > position[None, :] - window)
     score = tl.where(seen, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 0))
-    # Where a row has seen nothing yet both are -inf, and -inf - -inf must not make a NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(score - base[None, :])
-    keep = tl.exp2(top - base)
+    p = tl.exp2(score - new_top[None, :])
+    keep = tl.exp2(top - new_top)
     total = total * keep + tl.sum(p, 0)
     if CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
         p = tl.where(seen, p * v_scale[:, None], 0.0)
@@ -126,8 +126,7 @@ def _split(
     split,
     lowest,
     highest,
-    k_ptr,
-    v_ptr,
+    cache_ptr,
     scales_ptr,
     table_ptr,
     block_stride,
@@ -149,24 +148,23 @@ def _split(
     D_PAD: tl.constexpr,
 ):
     """The softmax of one split for rows at positions lowest .. highest: (top, total, acc^T)."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, highest + 1)
     if HAS_WINDOW:
         begin = tl.maximum(begin, tl.maximum(lowest - window + 1, 0) // TILE * TILE)
-    for start in range(begin, end, TILE):
+    if SPLIT == TILE:
         top, total, acc = _tile(
             q,
             position,
-            start,
+            begin,
             end,
             top,
             total,
             acc,
-            k_ptr,
-            v_ptr,
+            cache_ptr,
             scales_ptr,
             table_ptr,
             block_stride,
@@ -185,6 +183,35 @@ def _split(
             D,
             D_PAD,
         )
+    else:
+        for start in range(begin, end, TILE):
+            top, total, acc = _tile(
+                q,
+                position,
+                start,
+                end,
+                top,
+                total,
+                acc,
+                cache_ptr,
+                scales_ptr,
+                table_ptr,
+                block_stride,
+                scales_stride,
+                scale,
+                cap,
+                window,
+                slope,
+                KV_HEADS,
+                CODES,
+                HAS_CAP,
+                HAS_WINDOW,
+                HAS_SLOPES,
+                BLOCK_SIZE,
+                TILE,
+                D,
+                D_PAD,
+            )
     return top, total, acc
 
 
@@ -192,9 +219,8 @@ def _split(
 def _merge(top, total, acc, split_top, split_total, split_acc):
     """Add the next split's softmax to that of the splits before it."""
     new_top = tl.maximum(top, split_top)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    keep = tl.exp2(top - base)
-    take = tl.exp2(split_top - base)
+    keep = tl.exp2(top - new_top)
+    take = tl.exp2(split_top - new_top)
     total = total * keep + split_total * take
     acc = acc * keep[None, :] + split_acc * take[None, :]
     return new_top, total, acc
@@ -249,7 +275,7 @@ def _store(
     """acc / total; a padding row has seen nothing, and its acc of 0 is divided by 1."""
     if HAS_SINKS:
         sink = tl.load(sink_ptr + kv_head * SHARED + shared) * LOG2_E
-        total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
+        total += tl.exp2(sink - top)
     d = tl.arange(0, D_PAD)
     at = token * out_stride + (kv_head * SHARED + shared) * D
     inside = exists[:, None] & (d < D)[None, :]
@@ -302,11 +328,10 @@ def walk_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
     scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
     slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     first = 0
@@ -319,8 +344,7 @@ def walk_kernel(
             split,
             lowest,
             highest,
-            k_ptr,
-            v_ptr,
+            cache_ptr,
             scales_ptr,
             table_ptr,
             block_stride,
@@ -404,8 +428,7 @@ def split_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
     scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
     slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
     top, total, acc = _split(
@@ -414,8 +437,7 @@ def split_kernel(
         split,
         tl.load(item_ptr + 3),
         tl.load(item_ptr + 4),
-        k_ptr,
-        v_ptr,
+        cache_ptr,
         scales_ptr,
         table_ptr,
         block_stride,
@@ -441,7 +463,8 @@ def split_kernel(
     d = tl.arange(0, D_PAD)
     tl.store(top_ptr + place * ROWS + r, top)
     tl.store(total_ptr + place * ROWS + r, total)
-    tl.store(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :], acc)
+    acc_ptr += place * (D_PAD * ROWS) + d[:, None] + r[None, :] * D_PAD
+    tl.store(acc_ptr, acc, mask=exists[None, :])
 
 
 @triton.jit
@@ -467,14 +490,14 @@ def merge_kernel(
     kv_head = tl.program_id(1)
     token, shared, _, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     r = tl.arange(0, ROWS)
-    d = tl.arange(0, D_PAD)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    at = tl.arange(0, D_PAD)[:, None] + r[None, :] * D_PAD
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     first = tl.load(item_ptr + 5)
     for pair in range(first, first + tl.load(item_ptr + 6)):
         place = (pair * KV_HEADS + kv_head).to(tl.int64)
-        split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :])
+        split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + at, mask=exists[None, :], other=0.0)
         split_top = tl.load(top_ptr + place * ROWS + r)
         split_total = tl.load(total_ptr + place * ROWS + r)
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
@@ -533,9 +556,9 @@ class Shape:
 
 def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     """The constants of walk_kernel and split_kernel."""
-    keys = TILE
+    keys = SPLIT
     if shape.product == "float32":  # by registers: there is no tensor core to share the work
-        keys = TILE // 2 if shape.padded <= 64 else TILE // 4
+        keys = SPLIT // 4 if shape.padded <= 64 else SPLIT // 8
     return {
         "KV_HEADS": shape.num_kv_heads,
         "SHARED": shape.shared,
@@ -554,14 +577,13 @@ def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     }
 
 
-def options(product: str, ahead: bool) -> dict[str, Any]:
-    """Launch options. `ahead`: load the next tile of K and V during a product; it takes shared
-    memory and registers that cards before compute capability 9 do not have. No bit depends on it.
+def options(shape: Shape, ahead: bool) -> dict[str, Any]:
+    """Launch options. `ahead`: load the next split of K and V during a product; it takes shared
+    memory and registers that cards before compute capability 9 do not have, nor any for heads of
+    more than 128. No bit depends on it.
     """
-    return OPTIONS | {
-        "num_stages": 2 if ahead and product != "float32" else 1,
-        "num_warps": 8 if product == "float32" else 4,
-    }
+    ahead = ahead and shape.product != "float32" and shape.padded <= 128
+    return OPTIONS | {"num_stages": 2 if ahead else 1, "num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -676,7 +698,7 @@ def launch(
 ) -> None:
     """See ops.attention.  q, out [T, num_heads*head_dim]; slopes, sinks fp32 [num_heads] or None;
     ahead: see `options`."""
-    more = options(shape.product, ahead)
+    more = options(shape, ahead)
     places = (cache.block_stride, cache.scales_stride, work.table.stride(0))
     places += (layer, scale, softcap or 1.0, window)
     flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}

@@ -83,12 +83,12 @@ def _attention(
             attention.walk_kernel,
             {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": cache, **metadata},
             attention.tile(shape, block, rows) | flags | sinks,
-            attention.options(dtype, True),
+            attention.options(shape, True),
             plain,
             ("scale", "cap"),
             tensor if shape.padded >= 64 else {},
             converts,
-            older=attention.options(dtype, False),
+            older=attention.options(shape, False),
             targets=tuple(t for t in TARGETS if rows == narrow or t != "gfx942"),
         )
     constants = attention.tile(shape, block, shape.rows(False))
@@ -97,12 +97,12 @@ def _attention(
         attention.split_kernel,
         {"q_ptr": pointer, "cache_ptr": cache, "pair_ptr": "*i32", **metadata, **scratch},
         constants | flags,
-        attention.options(dtype, True),
+        attention.options(shape, True),
         plain,
         ("scale", "cap"),
         tensor if shape.padded >= 64 else {},
         converts,
-        older=attention.options(dtype, False),
+        older=attention.options(shape, False),
     )
     if not more or has_sinks:
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")

@@ -94,8 +94,7 @@ class TritonBackend:
         """A zeroed cache of num_blocks. Errors: BackendUnavailable: no such cache."""
         if spec.dtype not in KV_DTYPES:
             raise BackendUnavailable(
-                f"the Triton backend has no KV cache in {spec.dtype}; it has "
-                f"{', '.join(KV_DTYPES)}"
+                f"the Triton backend has no KV cache in {spec.dtype}; it has {', '.join(KV_DTYPES)}"
             )
         return KVCache.zeros(spec, num_blocks, self._device)
 

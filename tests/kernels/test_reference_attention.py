@@ -185,7 +185,9 @@ SHAPES = {
     "window and softcap": Shape(window=33, softcap=5.0),
     "alibi": Shape(num_heads=6, alibi=True),
     "sinks": Shape(num_heads=6, sinks=True, window=20),
-    "alibi, softcap and sinks": Shape(num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0),
+    "alibi, softcap and sinks": Shape(
+        num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0
+    ),
 }
 # 1 token; a full last page; one past it; around one and two key tiles.
 LENGTHS = (1, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 5)

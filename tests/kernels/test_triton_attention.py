@@ -63,7 +63,9 @@ SHAPES = {
     "window and softcap": Shape(window=33, softcap=5.0),
     "alibi": Shape(num_heads=6, alibi=True),
     "sinks": Shape(num_heads=6, sinks=True, window=20),
-    "alibi, softcap and sinks": Shape(num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0),
+    "alibi, softcap and sinks": Shape(
+        num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0
+    ),
 }
 # 1 token; a full last page; one past it; around a split; into the third.
 LENGTHS = (1, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 3) if FULL else (1, 17, SPLIT + 1)

@@ -79,19 +79,19 @@ def decoded(code, CODES: tl.constexpr, DTYPE: tl.constexpr):
     DTYPE's, whose exponents are counted from another number; no case of zero or subnormals apart.
     """
     if CODES == "int8":
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             bits = code.to(tl.int32)
             low = ((bits & 0x7F) | 0x48000000).to(tl.float32, bitcast=True)
             return low - ((bits & 0x80) | 0x48000000).to(tl.float32, bitcast=True)
         else:
             bits = code.to(tl.int16)
-            power: tl.constexpr = 0x4C00 if DTYPE == tl.float16 else 0x4000
+            power: tl.constexpr = 0x4C00 if tl.float16 == DTYPE else 0x4000
             low = ((bits & 0x7F) | power).to(DTYPE, bitcast=True)
             return low - ((bits & 0x80) | power).to(DTYPE, bitcast=True)
     else:
         bits = code.to(tl.int16)
         sign = (bits & 0x80) << 8
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             small = (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True)
             return small * tl.full((), 2.0**112, tl.bfloat16)
         else:

@@ -24,9 +24,10 @@ from .program import Program
 from .weights import RawWeight, WeightGroup
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Of the KV cache, which has int8 as well: ops.kv_write says what that holds.
-KV_DTYPES = (*DTYPE_BYTES, "int8")
-KV_SCALE_BYTES = 4  # of a row of an int8 cache: fp32
+# Of the KV cache, which has bytes with scales as well: ops.kv_write says what those hold.
+KV_CODES = ("int8", "fp8")
+KV_DTYPES = (*DTYPE_BYTES, *KV_CODES)
+KV_SCALE_BYTES = 4  # of a row of bytes: fp32
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class KVSpec:
     """The paged KV cache: its logical shape [num_blocks, layer, 2, kv head, slot in block, dim].
 
     The backend owns the physical order inside one block of one head. `dtype` is one of KV_DTYPES;
-    int8 has one scale beside the `head_dim` bytes of each token and kv head, of K and of V.
+    int8 and fp8 have one scale beside the `head_dim` bytes of each token and kv head, of K and V.
     """
 
     num_layers: int
@@ -45,7 +46,7 @@ class KVSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        if self.dtype == "int8":
+        if self.dtype in KV_CODES:
             row = self.head_dim + KV_SCALE_BYTES
         else:
             row = self.head_dim * DTYPE_BYTES[self.dtype]

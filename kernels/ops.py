@@ -204,6 +204,11 @@ def kv_write(k: Handle, v: Handle, *, layer: int, num_kv_heads: int, head_dim: i
     the largest magnitude of the head_dim values, and q = round-to-even(x * (127 / m)), all in fp32;
     what is read back is scale * q. Where 127 / m overflows (m below 4e-37) q is 0; where a value is
     NaN or infinite the scale is NaN.
+
+    An fp8 cache is the same with 448 in the place of 127 and q rounded to even in e4m3 (4 bits of
+    exponent, 3 of fraction, no infinity, 448 the largest; Micikevicius et al. 2022,
+    arXiv:2209.05433). A scale to a row and not one for all: nothing saturates or is lost below
+    2^-9, no prompt decides what another's keys become, and there is nothing to calibrate.
     """
     _same("kv_write", k, v)
     if k.shape[1] != num_kv_heads * head_dim:
@@ -223,6 +228,8 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    alibi_slopes: Sequence[float] = (),
+    sinks: Handle | None = None,
 ) -> Handle:
     """Causal attention of each token over its own sequence's paged KV.
 
@@ -230,6 +237,10 @@ def attention(
     max(0, p - window + 1) .. p (window 0: from 0).
     score = q.k * scale; where softcap > 0, score = softcap * tanh(score / softcap). Query head h
     reads kv head h // (num_heads / num_kv_heads). Rows of slot -1 give zeros.
+
+    alibi_slopes [num_heads], or empty for none: slope * (key position - p) is added to the score
+    last (Press et al. 2021, arXiv:2108.12409). sinks [num_heads]: a weight, one logit of each query
+    head that joins the softmax's sum and weighs no value (gpt-oss, arXiv:2508.10925).
     """
     _rank("attention", "q", q, 2)
     if num_heads % num_kv_heads:
@@ -238,7 +249,11 @@ def attention(
         )
     if q.shape[1] != num_heads * head_dim:
         raise ShapeError(f"attention: q is {_show(q)}, expected {num_heads} heads of {head_dim}")
-    attrs = {
+    if len(alibi_slopes) not in (0, num_heads):
+        raise ShapeError(f"attention: {len(alibi_slopes)} slopes for {num_heads} query heads")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ShapeError(f"attention: sinks is {_show(sinks)}, expected [{num_heads}]")
+    attrs: dict[str, Attr] = {
         "layer": layer,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
@@ -246,8 +261,9 @@ def attention(
         "scale": float(scale),
         "window": window,
         "softcap": float(softcap),
+        "alibi_slopes": tuple(float(slope) for slope in alibi_slopes),
     }
-    return _append("attention", (q, cache), attrs, q.shape)
+    return _append("attention", (q, cache, sinks), attrs, q.shape)
 
 
 def top_experts(logits: Handle, top_k: int) -> Handle:

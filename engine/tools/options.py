@@ -61,8 +61,9 @@ ENGINE_HELP = {
     "keeps the checkpoint's own bits",
     "activations": "what multiplies quantised weights: auto (int8 on the CPU), int8 (groups of 32; "
     "on the GPU one scale per token), fp8 (GPU), or float32, the activations themselves",
-    "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16 or "
-    "int8 (one fp32 scale per token and kv head; about half of bfloat16's bytes)",
+    "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16, "
+    "int8 or fp8 (one fp32 scale per token and kv head, about half of bfloat16's bytes; int8 is "
+    "the more accurate, and the CPU has no fp8)",
     "max_model_len": "context length in tokens; None is the model's own, or what fits",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens of one step, over all its requests",

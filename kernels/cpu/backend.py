@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..backend import DTYPE_BYTES, KVSpec, StepInputs, check_program
+from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
 from ..program import Op, Program
 from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
@@ -164,7 +164,16 @@ class CpuBackend:
     # ----------------------------------------------------------------------------------- cache
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> CpuCache:
-        """A zeroed cache of num_blocks; pages are taken as they are written."""
+        """A zeroed cache of num_blocks; pages are taken as they are written.
+
+        Errors: BackendUnavailable for an fp8 cache.
+        """
+        if spec.dtype == "fp8":
+            raise BackendUnavailable(
+                "kv_cache_dtype='fp8': the CPU backend has no fp8 KV cache; use 'int8', which takes "
+                f"the same {spec.bytes_per_token:,} bytes a token and is more accurate, or "
+                "device='cuda'"
+            )
         native = _native.KVCache(
             spec.dtype,
             spec.num_layers,
@@ -225,8 +234,15 @@ class CpuBackend:
     ) -> CpuExecutable:
         """Bind a finished Program to its weights (by canonical name) and its cache.
 
-        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit.
+        Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit;
+        BackendUnavailable for ALiBi or attention sinks.
         """
+        for op in program:
+            if op.name == "attention" and (op.attrs["alibi_slopes"] or op.inputs[2] is not None):
+                raise BackendUnavailable(
+                    f"attention of layer {op.attrs['layer']} has ALiBi slopes or sinks, which the "
+                    "CPU backend does not compute; use device='cuda' or device='reference'"
+                )
         check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
         lowered = lower(program, lambda name: self._input(weights[name]))
         tables = [op.inputs[0] for op in program if op.name == "embedding"]

@@ -27,14 +27,15 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CACHE_DTYPES = TORCH_DTYPES | {"int8": torch.int8}
+CODES = {"int8": (torch.int8, 127), "fp8": (torch.float8_e4m3fn, 448)}  # dtype and largest value
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim].
 
-    An int8 cache also has scales, fp32 [num_blocks, layer, 2, kv head, slot, 1].
+    A cache of CODES has bytes there (torch indexes no fp8), and scales, fp32 [num_blocks, layer, 2,
+    kv head, slot, 1].
     """
 
     spec: KVSpec
@@ -44,8 +45,10 @@ class KVCache:
     @classmethod
     def zeros(cls, spec: KVSpec, num_blocks: int) -> KVCache:
         rows = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size)
-        data = torch.zeros(*rows, spec.head_dim, dtype=CACHE_DTYPES[spec.dtype])
-        return cls(spec, data, torch.zeros(*rows, 1) if spec.dtype == "int8" else None)
+        coded = spec.dtype in CODES
+        dtype = torch.int8 if coded else TORCH_DTYPES[spec.dtype]
+        data = torch.zeros(*rows, spec.head_dim, dtype=dtype)
+        return cls(spec, data, torch.zeros(*rows, 1) if coded else None)
 
     @property
     def nbytes(self) -> int:
@@ -54,14 +57,19 @@ class KVCache:
     def write(self, layer: int, block: torch.Tensor, slot: torch.Tensor, x: torch.Tensor) -> None:
         """Store x, fp32 [n, 2, kv head, dim], at n places (block, slot)."""
         if self.scales is not None:
-            x, scale = _quantised(x)
+            dtype, largest = CODES[self.spec.dtype]
+            x, scale = _quantised(x, largest)
             _by_token(self.scales, layer)[block, slot] = scale
+            x = (x.round() if dtype == torch.int8 else x).to(dtype).view(torch.int8)
         _by_token(self.data, layer)[block, slot] = x.to(self.data.dtype)
 
     def read(self, layer: int, block: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """What n places (block, slot) hold, fp32 [n, 2, kv head, dim]."""
-        x = _by_token(self.data, layer)[block, slot].float()
-        return x if self.scales is None else x * _by_token(self.scales, layer)[block, slot]
+        x = _by_token(self.data, layer)[block, slot]
+        if self.scales is None:
+            return x.float()
+        scale = _by_token(self.scales, layer)[block, slot]
+        return x.view(CODES[self.spec.dtype][0]).float() * scale
 
 
 def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
@@ -69,13 +77,13 @@ def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
     return x[:, layer].permute(0, 3, 1, 2, 4)
 
 
-def _quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ops.kv_write.  Whole numbers [..., dim] and scales [..., 1]; x = number * scale."""
+def _quantised(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ops.kv_write.  Numbers to be rounded [..., dim] and scales [..., 1]: x = number * scale."""
     most = x.abs().amax(-1, keepdim=True)
-    factor = torch.tensor(127.0) / most  # the quotient: 127 / most would be 127 * (1 / most)
+    factor = torch.tensor(float(largest)) / most  # a number / most would be number * (1 / most)
     usable = torch.isfinite(most) & torch.isfinite(factor)
-    q = torch.round(x * factor).where(usable, torch.zeros(()))  # to even
-    return q, (most / 127).where(torch.isfinite(most), torch.tensor(torch.nan))
+    q = (x * factor).where(usable, torch.zeros(()))
+    return q, (most / largest).where(torch.isfinite(most), torch.tensor(torch.nan))
 
 
 class Sequences:
@@ -117,9 +125,12 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
+    alibi_slopes: tuple[float, ...],
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See ops.attention.  q fp32 [T, num_heads * head_dim] -> same."""
+    """See ops.attention.  q fp32 [T, num_heads * head_dim] -> same; sinks fp32 [num_heads]."""
     shared = num_heads // num_kv_heads  # query heads of one kv head
+    slopes = None if not alibi_slopes else torch.tensor(alibi_slopes)
     out = torch.zeros_like(q)
     heads = q.view(-1, num_kv_heads, shared, head_dim)
     tokens_at_once = max(1, GROUP_TILES * QUERY_TILE // shared)
@@ -129,7 +140,11 @@ def attention(
             keys = _Keys(cache, layer, at.block_table[s], seq_len)
             rows = heads[start:stop].transpose(1, 2).reshape(-1, num_kv_heads, head_dim)
             positions = np.repeat(at.positions[start:stop], shared)
-            result = _attend(rows, positions, keys, scale, window, softcap)
+            more = [
+                None if x is None else x.view(num_kv_heads, shared).T.repeat(stop - start, 1)
+                for x in (slopes, sinks)
+            ]
+            result = _attend(rows, positions, keys, scale, window, softcap, *more)
             result = result.view(stop - start, shared, num_kv_heads, head_dim)
             out[start:stop] = result.transpose(1, 2).reshape(stop - start, -1)
     return out
@@ -162,13 +177,25 @@ def _attend(
     scale: float,
     window: int,
     cap: float,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """rows [M, kv head, dim] of one sequence, positions [M] (-1: sees nothing) -> same as rows."""
+    """rows [M, kv head, dim] of one sequence, positions [M] (-1: sees nothing) -> same as rows.
+
+    slopes, sinks [M, kv head].
+    """
     count, num_kv_heads, head_dim = rows.shape
     tiles = -(-count // QUERY_TILE)
     padded = torch.zeros(tiles * QUERY_TILE, num_kv_heads, head_dim)
     padded[:count] = rows
     q = padded.view(tiles, QUERY_TILE, num_kv_heads, head_dim).transpose(1, 2).contiguous()
+
+    def by_row(x: torch.Tensor) -> torch.Tensor:
+        """x [M, kv head] as [tiles, kv head, QUERY_TILE, 1], zeros past M."""
+        more = torch.zeros(tiles * QUERY_TILE, num_kv_heads)
+        more[:count] = x
+        return more.view(tiles, QUERY_TILE, num_kv_heads, 1).transpose(1, 2)
+
     last = np.full(tiles * QUERY_TILE, -1, dtype=np.int64)  # the last key that each row sees
     last[:count] = positions
     first = np.maximum(0, last - window + 1) if window else np.zeros_like(last)
@@ -194,6 +221,8 @@ def _attend(
         if cap:
             score = softcap(score, cap)
         position = torch.arange(j * KEY_TILE, (j + 1) * KEY_TILE)
+        if slopes is not None:
+            score += by_row(slopes)[some] * (position - last_key[some])
         hidden = (position > last_key[some]) | (position < first_key[some])
         score.masked_fill_(hidden, -torch.inf)
         new_maximum = torch.maximum(maximum[some], score.amax(-1, keepdim=True))
@@ -204,6 +233,8 @@ def _attend(
         acc[some] = acc[some] * keep + _products(weight, v)
         total[some] = total[some] * keep + row_sum(weight)
         maximum[some] = new_maximum
+    if sinks is not None:
+        total += in_whole_vectors(torch.exp, by_row(sinks) - maximum.masked_fill(total == 0, 0))
     out = acc / total.masked_fill(total == 0, 1)  # a row that sees nothing gives zeros
     return out.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[:count]
 

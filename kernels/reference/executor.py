@@ -171,8 +171,8 @@ def _kv_write(run: _Run, attrs: _Attrs, k: Any, v: Any) -> None:
     att.kv_write(k, v, run.kv, attrs["layer"], run.sequences)
 
 
-def _attention(run: _Run, attrs: _Attrs, q: Any, written: Any) -> torch.Tensor:
-    return att.attention(q, run.kv, run.sequences, **attrs)
+def _attention(run: _Run, attrs: _Attrs, q: Any, written: Any, sinks: Any) -> torch.Tensor:
+    return att.attention(q, run.kv, run.sequences, sinks=sinks, **attrs)
 
 
 def _select_rows(run: _Run, attrs: _Attrs, x: torch.Tensor, rows: np.ndarray) -> torch.Tensor:

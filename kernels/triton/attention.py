@@ -1,10 +1,11 @@
 """Paged attention for packed rows: decoding, chunks and whole prompts by one family of kernels.
 
 Work. An item is some tokens of one sequence; with one kv head it is a tile of rows (token, query
-head of that kv head). Keys come in tiles of TILE at absolute positions, and splits of SPLIT keys.
+head of that kv head). Keys come in splits of SPLIT at absolute positions: in 16 bits one product of
+all of them, in fp32 several of TILE keys each.
 
-Law 2. A split is an online softmax over its tiles in ascending order that knows nothing of other
-splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
+Law 2. A split is a softmax (an online one over its tiles in ascending order) that knows nothing of
+other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
 `split_kernel` computes single splits side by side and `merge_kernel` merges what it stored. Which
 of the two serves an item, and how many rows stand in its tile, changes no bit: the formulas are the
 same functions, a tile or split that a row cannot see multiplies by 1 and adds 0, and products are
@@ -12,7 +13,9 @@ taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill
 fixed side and rows its free one: one instruction family for every number of rows.
 
 Scores are in units of log2: p = 2^(s - max). P is rounded to the cache's dtype for its product
-where q has that dtype too; where they differ, both products are fp32.
+where q has that dtype too; where they differ, both products are fp32. Of a cache in codes the codes
+are multiplied, in q's dtype, which holds them exactly: a key's scale multiplies its scores, a
+value's its p. A sink joins the sum when all splits are merged.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -30,14 +33,15 @@ import triton
 import triton.language as tl
 
 from ..backend import StepInputs
-from .cache import KVCache
+from .cache import KVCache, decoded, unit
 from .numerics import LOG2_E, OPTIONS, next_power_of_two, tanh
 
-TILE = 64  # keys of one product: the height of a warpgroup's instruction; less in fp32
-SPLIT = 256  # keys whose softmax stands alone
+SPLIT = 128  # keys whose softmax stands alone: what two warpgroups take in one product
 NARROW = 16  # rows of a tile that decodes, at least
-WIDE = 32  # rows of a tile of a longer chunk, at least, for heads of up to 128
+WIDE = 64  # rows of a tile of a longer chunk, at least, for heads of up to 128
 MIN_PAIRS = 512  # (item, split) pairs that may be computed side by side
+# A maximum before any key is seen: below every score, and not -inf, since -inf - -inf is NaN.
+NOTHING = tl.constexpr(-1e38)
 ITEM = 8  # int32 of an item: sequence, first token, tokens, lowest and highest position, pairs
 
 
@@ -50,15 +54,20 @@ def _tile(
     top,
     total,
     acc,
-    k_ptr,
-    v_ptr,
+    cache_ptr,
+    scales_ptr,
     table_ptr,
     block_stride,
+    scales_stride,
     scale,
     cap,
     window,
+    slope,
+    KV_HEADS: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     D: tl.constexpr,
@@ -70,28 +79,40 @@ def _tile(
     d = tl.arange(0, D_PAD)
     if BLOCK_SIZE % TILE == 0:  # one block holds the tile
         block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        at = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D + d[None, :]
+        place = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D
     else:
         block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        at = (block * block_stride + key % BLOCK_SIZE * D)[:, None] + d[None, :]
+        place = (block * block_stride + key % BLOCK_SIZE * D)[:, None]
+    at = cache_ptr + place + d[None, :]
     inside = (key < end)[:, None] & (d < D)[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    k = tl.load(at, mask=inside, other=0.0)
+    v = tl.load(at + KV_HEADS * BLOCK_SIZE * D, mask=inside, other=0.0)
+    if CODES != "":
+        scales_ptr += block * scales_stride + key % BLOCK_SIZE
+        k_scale = tl.load(scales_ptr, mask=key < end, other=0.0) * unit(CODES)
+        v_scale = tl.load(scales_ptr + KV_HEADS * BLOCK_SIZE, mask=key < end, other=0.0)
+        v_scale = v_scale * unit(CODES)
+        scale = (k_scale * scale)[:, None]
+        k = decoded(k, CODES, q.dtype)
+        v = decoded(v, CODES, q.dtype)
     score = tl.dot(k.to(q.dtype), q, input_precision="ieee")
     if HAS_CAP:
         score = tanh(score * scale / cap) * (cap * LOG2_E)
     else:
         score = score * (scale * LOG2_E)
+    if HAS_SLOPES:
+        away = key.to(tl.float32)[:, None] - position.to(tl.float32)[None, :]
+        score += slope[None, :] * away
     seen = key[:, None] <= position[None, :]
     if HAS_WINDOW:
         seen = seen & (key[:, None] > position[None, :] - window)
     score = tl.where(seen, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 0))
-    # Where a row has seen nothing yet both are -inf, and -inf - -inf must not make a NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(score - base[None, :])
-    keep = tl.exp2(top - base)
+    p = tl.exp2(score - new_top[None, :])
+    keep = tl.exp2(top - new_top)
     total = total * keep + tl.sum(p, 0)
+    if CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
+        p = tl.where(seen, p * v_scale[:, None], 0.0)
     acc = tl.dot(
         tl.trans(v.to(q.dtype)), p.to(q.dtype), acc * keep[None, :], input_precision="ieee"
     )
@@ -105,15 +126,20 @@ def _split(
     split,
     lowest,
     highest,
-    k_ptr,
-    v_ptr,
+    cache_ptr,
+    scales_ptr,
     table_ptr,
     block_stride,
+    scales_stride,
     scale,
     cap,
     window,
+    slope,
+    KV_HEADS: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -122,36 +148,70 @@ def _split(
     D_PAD: tl.constexpr,
 ):
     """The softmax of one split for rows at positions lowest .. highest: (top, total, acc^T)."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, highest + 1)
     if HAS_WINDOW:
         begin = tl.maximum(begin, tl.maximum(lowest - window + 1, 0) // TILE * TILE)
-    for start in range(begin, end, TILE):
+    if SPLIT == TILE:
         top, total, acc = _tile(
             q,
             position,
-            start,
+            begin,
             end,
             top,
             total,
             acc,
-            k_ptr,
-            v_ptr,
+            cache_ptr,
+            scales_ptr,
             table_ptr,
             block_stride,
+            scales_stride,
             scale,
             cap,
             window,
+            slope,
+            KV_HEADS,
+            CODES,
             HAS_CAP,
             HAS_WINDOW,
+            HAS_SLOPES,
             BLOCK_SIZE,
             TILE,
             D,
             D_PAD,
         )
+    else:
+        for start in range(begin, end, TILE):
+            top, total, acc = _tile(
+                q,
+                position,
+                start,
+                end,
+                top,
+                total,
+                acc,
+                cache_ptr,
+                scales_ptr,
+                table_ptr,
+                block_stride,
+                scales_stride,
+                scale,
+                cap,
+                window,
+                slope,
+                KV_HEADS,
+                CODES,
+                HAS_CAP,
+                HAS_WINDOW,
+                HAS_SLOPES,
+                BLOCK_SIZE,
+                TILE,
+                D,
+                D_PAD,
+            )
     return top, total, acc
 
 
@@ -159,9 +219,8 @@ def _split(
 def _merge(top, total, acc, split_top, split_total, split_acc):
     """Add the next split's softmax to that of the splits before it."""
     new_top = tl.maximum(top, split_top)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    keep = tl.exp2(top - base)
-    take = tl.exp2(split_top - base)
+    keep = tl.exp2(top - new_top)
+    take = tl.exp2(split_top - new_top)
     total = total * keep + split_total * take
     acc = acc * keep[None, :] + split_acc * take[None, :]
     return new_top, total, acc
@@ -188,8 +247,35 @@ def _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, 
 
 
 @triton.jit
-def _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD):
+def _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES: tl.constexpr):
+    """Of the rows' query heads, in units of log2."""
+    if HAS_SLOPES:
+        return tl.load(slope_ptr + kv_head * SHARED + shared) * LOG2_E
+    else:
+        return 0.0
+
+
+@triton.jit
+def _store(
+    out_ptr,
+    sink_ptr,
+    token,
+    shared,
+    exists,
+    out_stride,
+    kv_head,
+    top,
+    total,
+    acc,
+    HAS_SINKS: tl.constexpr,
+    SHARED,
+    D,
+    D_PAD,
+):
     """acc / total; a padding row has seen nothing, and its acc of 0 is divided by 1."""
+    if HAS_SINKS:
+        sink = tl.load(sink_ptr + kv_head * SHARED + shared) * LOG2_E
+        total += tl.exp2(sink - top)
     d = tl.arange(0, D_PAD)
     at = token * out_stride + (kv_head * SHARED + shared) * D
     inside = exists[:, None] & (d < D)[None, :]
@@ -203,12 +289,16 @@ def walk_kernel(
     q_ptr,
     out_ptr,
     cache_ptr,
+    scales_ptr,
+    slope_ptr,
+    sink_ptr,
     item_ptr,
     position_ptr,
     table_ptr,
     q_stride,
     out_stride,
     block_stride,
+    scales_stride,
     table_width,
     layer,
     scale,
@@ -216,8 +306,11 @@ def walk_kernel(
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -235,9 +328,10 @@ def walk_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
+    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
+    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     first = 0
@@ -250,15 +344,20 @@ def walk_kernel(
             split,
             lowest,
             highest,
-            k_ptr,
-            v_ptr,
+            cache_ptr,
+            scales_ptr,
             table_ptr,
             block_stride,
+            scales_stride,
             scale,
             cap,
             window,
+            slope,
+            KV_HEADS,
+            CODES,
             HAS_CAP,
             HAS_WINDOW,
+            HAS_SLOPES,
             BLOCK_SIZE,
             TILE,
             SPLIT,
@@ -267,7 +366,22 @@ def walk_kernel(
             D_PAD,
         )
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
+    _store(
+        out_ptr,
+        sink_ptr,
+        token,
+        shared,
+        exists,
+        out_stride,
+        kv_head,
+        top,
+        total,
+        acc,
+        HAS_SINKS,
+        SHARED,
+        D,
+        D_PAD,
+    )
 
 
 @triton.jit(do_not_specialize=["layer", "table_width", "window"])
@@ -277,12 +391,15 @@ def split_kernel(
     top_ptr,
     total_ptr,
     cache_ptr,
+    scales_ptr,
+    slope_ptr,
     item_ptr,
     pair_ptr,
     position_ptr,
     table_ptr,
     q_stride,
     block_stride,
+    scales_stride,
     table_width,
     layer,
     scale,
@@ -290,8 +407,10 @@ def split_kernel(
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -309,23 +428,29 @@ def split_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    k_ptr = cache_ptr + (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    v_ptr = k_ptr + KV_HEADS * (BLOCK_SIZE * D)
+    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
+    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
+    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
     top, total, acc = _split(
         q,
         position,
         split,
         tl.load(item_ptr + 3),
         tl.load(item_ptr + 4),
-        k_ptr,
-        v_ptr,
+        cache_ptr,
+        scales_ptr,
         table_ptr,
         block_stride,
+        scales_stride,
         scale,
         cap,
         window,
+        slope,
+        KV_HEADS,
+        CODES,
         HAS_CAP,
         HAS_WINDOW,
+        HAS_SLOPES,
         BLOCK_SIZE,
         TILE,
         SPLIT,
@@ -338,12 +463,14 @@ def split_kernel(
     d = tl.arange(0, D_PAD)
     tl.store(top_ptr + place * ROWS + r, top)
     tl.store(total_ptr + place * ROWS + r, total)
-    tl.store(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :], acc)
+    acc_ptr += place * (D_PAD * ROWS) + d[:, None] + r[None, :] * D_PAD
+    tl.store(acc_ptr, acc, mask=exists[None, :])
 
 
 @triton.jit
 def merge_kernel(
     out_ptr,
+    sink_ptr,
     acc_ptr,
     top_ptr,
     total_ptr,
@@ -352,6 +479,7 @@ def merge_kernel(
     out_stride,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     ITEM: tl.constexpr,
     D: tl.constexpr,
@@ -362,18 +490,33 @@ def merge_kernel(
     kv_head = tl.program_id(1)
     token, shared, _, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     r = tl.arange(0, ROWS)
-    d = tl.arange(0, D_PAD)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    at = tl.arange(0, D_PAD)[:, None] + r[None, :] * D_PAD
+    top = tl.full((ROWS,), NOTHING, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((D_PAD, ROWS), tl.float32)
     first = tl.load(item_ptr + 5)
     for pair in range(first, first + tl.load(item_ptr + 6)):
         place = (pair * KV_HEADS + kv_head).to(tl.int64)
-        split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + d[:, None] * ROWS + r[None, :])
+        split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + at, mask=exists[None, :], other=0.0)
         split_top = tl.load(top_ptr + place * ROWS + r)
         split_total = tl.load(total_ptr + place * ROWS + r)
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
-    _store(out_ptr, token, shared, exists, out_stride, kv_head, total, acc, SHARED, D, D_PAD)
+    _store(
+        out_ptr,
+        sink_ptr,
+        token,
+        shared,
+        exists,
+        out_stride,
+        kv_head,
+        top,
+        total,
+        acc,
+        HAS_SINKS,
+        SHARED,
+        D,
+        D_PAD,
+    )
 
 
 @dataclass(frozen=True)
@@ -413,9 +556,9 @@ class Shape:
 
 def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     """The constants of walk_kernel and split_kernel."""
-    keys = TILE
+    keys = SPLIT
     if shape.product == "float32":  # by registers: there is no tensor core to share the work
-        keys = TILE // 2 if shape.padded <= 64 else TILE // 4
+        keys = SPLIT // 4 if shape.padded <= 64 else SPLIT // 8
     return {
         "KV_HEADS": shape.num_kv_heads,
         "SHARED": shape.shared,
@@ -434,14 +577,13 @@ def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     }
 
 
-def options(product: str, ahead: bool) -> dict[str, Any]:
-    """Launch options. `ahead`: load the next tile of K and V during a product; it takes shared
-    memory and registers that cards before compute capability 9 do not have. No bit depends on it.
+def options(shape: Shape, ahead: bool) -> dict[str, Any]:
+    """Launch options. `ahead`: load the next split of K and V during a product; it takes shared
+    memory and registers that cards before compute capability 9 do not have, nor any for heads of
+    more than 128. No bit depends on it.
     """
-    return OPTIONS | {
-        "num_stages": 2 if ahead and product != "float32" else 1,
-        "num_warps": 8 if product == "float32" else 4,
-    }
+    ahead = ahead and shape.product != "float32" and shape.padded <= 128
+    return OPTIONS | {"num_stages": 2 if ahead else 1, "num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -550,18 +692,30 @@ def launch(
     scale: float,
     window: int,
     softcap: float,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     ahead: bool,
 ) -> None:
-    """See ops.attention.  q, out [T, num_heads*head_dim]; ahead: see `options`."""
-    more = options(shape.product, ahead)
-    places = (cache.block_stride, work.table.stride(0), layer, scale, softcap or 1.0, window)
-    flags = {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
+    """See ops.attention.  q, out [T, num_heads*head_dim]; slopes, sinks fp32 [num_heads] or None;
+    ahead: see `options`."""
+    more = options(shape, ahead)
+    places = (cache.block_stride, cache.scales_stride, work.table.stride(0))
+    places += (layer, scale, softcap or 1.0, window)
+    flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
+    flags["HAS_SLOPES"] = slopes is not None
+    # What is absent is not read: any tensor stands for it.
+    scales = cache.data if cache.scales is None else cache.scales
+    slope = work.position if slopes is None else slopes
+    sink = work.position if sinks is None else sinks
     for items, wide in ((work.wide, True), (work.narrow, False)):
         if len(items):
             walk_kernel[(len(items), shape.num_kv_heads)](
                 q,
                 out,
                 cache.data,
+                scales,
+                slope,
+                sink,
                 items,
                 work.position,
                 work.table,
@@ -570,6 +724,7 @@ def launch(
                 *places,
                 **tile(shape, cache.spec.block_size, shape.rows(wide)),
                 **flags,
+                HAS_SINKS=sinks is not None,
                 **more,
             )
     if len(work.pairs):
@@ -580,6 +735,8 @@ def launch(
             q,
             *parts,
             cache.data,
+            scales,
+            slope,
             work.split,
             work.pairs,
             work.position,
@@ -593,10 +750,12 @@ def launch(
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
         merge_kernel[(len(work.split), shape.num_kv_heads)](
             out,
+            sink,
             *parts,
             work.split,
             work.position,
             out.stride(0),
             **{name: constants[name] for name in kept},
+            HAS_SINKS=sinks is not None,
             **OPTIONS,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec
+from ..backend import DTYPE_BYTES, KV_DTYPES, BackendUnavailable, KVSpec
 from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
@@ -138,10 +138,9 @@ class TritonBackend:
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A zeroed cache of num_blocks. Errors: BackendUnavailable: no such cache."""
-        if spec.dtype not in DTYPE_BYTES:
+        if spec.dtype not in KV_DTYPES:
             raise BackendUnavailable(
-                f"the Triton backend has no KV cache in {spec.dtype}; it has "
-                f"{', '.join(DTYPE_BYTES)}"
+                f"the Triton backend has no KV cache in {spec.dtype}; it has {', '.join(KV_DTYPES)}"
             )
         return KVCache.zeros(spec, num_blocks, self._device)
 

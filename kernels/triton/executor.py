@@ -115,8 +115,9 @@ class TritonExecutable:
         program = self._lowered.program
         ropes = [op for op in program if op.name == "rope"]
         self._rotations = {table_of(op): rope.Rotations(*table_of(op)) for op in ropes}
-        # Queries and keys meet in the tensor cores where they have one 16-bit dtype.
-        same = kv is not None and kv.data.dtype == dtype
+        # Queries and keys meet in the tensor cores where they have one 16-bit dtype, or codes that
+        # it holds.
+        same = kv is not None and (kv.data.dtype == dtype or kv.scales is not None)
         self.product = str(dtype).removeprefix("torch.") if same else "float32"
         layers = [op for op in program if op.name == "attention"]
         self._shapes = {shape_of(op, self.product) for op in layers}
@@ -360,6 +361,9 @@ class _Binder:
         names = ("layer", "scale", "window", "softcap")
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
         attrs["ahead"] = loads_ahead()
+        slopes: Any = op.attrs["alibi_slopes"]
+        attrs["slopes"] = torch.tensor(slopes, device=owner._device) if slopes else None
+        attrs["sinks"] = self._vector(op.inputs[2])
 
         def launch(step: _Step) -> None:
             work = step.work[shape]

@@ -1,5 +1,7 @@
 """rope and kv_write: a token's heads are rotated, and its keys and values stored in their slot.
 
+A cache in codes takes a head's scale from what is to be stored, in the same launch.
+
 cos and sin come as a table [T, 2, F], the very numbers that kernels/reference/ multiplies by.
 """
 
@@ -16,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache import KVCache
+from .cache import KVCache, encoded, factor_and_scale, magnitude
 from .numerics import OPTIONS, next_power_of_two
 
 _CHUNK = 256  # positions: the table grows by whole chunks, so each entry has one place in an array
@@ -52,20 +54,42 @@ class Rotations:
 
 
 @triton.jit
+def _factor(most, scale_ptr, mask, CODES: tl.constexpr):
+    """What multiplies heads of largest magnitudes `most`; stores their scales."""
+    factor, scale = factor_and_scale(most, CODES)
+    tl.store(scale_ptr, scale, mask=mask)
+    return factor[:, None]
+
+
+@triton.jit
+def _put(x, factor, dst, mask, CODES: tl.constexpr):
+    """Store x, of the source's dtype, in the destination's."""
+    if CODES == "":
+        tl.store(dst, x.to(dst.dtype.element_ty), mask=mask)
+    else:
+        tl.store(dst, encoded(x.to(tl.float32), factor, CODES), mask=mask)
+
+
+@triton.jit
 def _rotate(
     src_ptr,
     dst_ptr,
+    scale_ptr,
     table_ptr,
     head,
     mask,
     dst_head_stride,
+    CODES: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     F: tl.constexpr,
     F_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Rotate heads [HEADS] of D elements; a result is rounded to the source's dtype first."""
+    """Rotate heads [HEADS] of D elements; a result is rounded to the source's dtype first.
+
+    scale_ptr [HEADS]: where each head's scale goes, of CODES.
+    """
     j = tl.arange(0, F_PAD)
     if INTERLEAVED:
         first, second = 2 * j, 2 * j + 1
@@ -80,22 +104,43 @@ def _rotate(
     b = tl.load(src + second[None, :], mask=pairs, other=0.0).to(tl.float32)
     one = (a * cos - b * sin).to(src_ptr.dtype.element_ty)
     two = (b * cos + a * sin).to(src_ptr.dtype.element_ty)
-    tl.store(dst + first[None, :], one.to(dst_ptr.dtype.element_ty), mask=pairs)
-    tl.store(dst + second[None, :], two.to(dst_ptr.dtype.element_ty), mask=pairs)
     if 2 * F < D:
         d = tl.arange(0, D_PAD)[None, :]
         rest = mask[:, None] & (d >= 2 * F) & (d < D)
         passed = tl.load(src + d, mask=rest, other=0.0)
-        tl.store(dst + d, passed.to(dst_ptr.dtype.element_ty), mask=rest)
+    factor = 0.0
+    if CODES != "":
+        largest = tl.maximum(magnitude(one.to(tl.float32)), magnitude(two.to(tl.float32)))
+        most = tl.max(largest, 1)
+        if 2 * F < D:
+            most = tl.maximum(most, tl.max(magnitude(passed.to(tl.float32)), 1))
+        factor = _factor(most, scale_ptr, mask, CODES)
+    _put(one, factor, dst + first[None, :], pairs, CODES)
+    _put(two, factor, dst + second[None, :], pairs, CODES)
+    if 2 * F < D:
+        _put(passed, factor, dst + d, rest, CODES)
 
 
 @triton.jit
-def _copy(src_ptr, dst_ptr, head, mask, dst_head_stride, D: tl.constexpr, D_PAD: tl.constexpr):
+def _copy(
+    src_ptr,
+    dst_ptr,
+    scale_ptr,
+    head,
+    mask,
+    dst_head_stride,
+    CODES: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Store heads [HEADS] of D elements as they are."""
     d = tl.arange(0, D_PAD)[None, :]
     inside = mask[:, None] & (d < D)
     x = tl.load(src_ptr + head[:, None] * D + d, mask=inside, other=0.0)
-    dst = dst_ptr + head[:, None] * dst_head_stride + d
-    tl.store(dst, x.to(dst_ptr.dtype.element_ty), mask=inside)
+    factor = 0.0
+    if CODES != "":
+        factor = _factor(tl.max(magnitude(x.to(tl.float32)), 1), scale_ptr, mask, CODES)
+    _put(x, factor, dst_ptr + head[:, None] * dst_head_stride + d, inside, CODES)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -105,6 +150,7 @@ def rope_kernel(
     v_ptr,
     q_out_ptr,
     cache_ptr,
+    scales_ptr,
     table_ptr,
     slot_ptr,
     q_stride,
@@ -112,7 +158,9 @@ def rope_kernel(
     v_stride,
     q_out_stride,
     block_stride,
+    scales_stride,
     layer,
+    CODES: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     ROTATE_K: tl.constexpr,
@@ -135,10 +183,12 @@ def rope_kernel(
         _rotate(
             q_ptr + t * q_stride,
             q_out_ptr + t * q_out_stride,
+            q_out_ptr,
             table_ptr,
             head,
             head < Q_HEADS,
             D,
+            "",
             D,
             D_PAD,
             F,
@@ -151,18 +201,24 @@ def rope_kernel(
             part = (block - q_blocks) // kv_blocks  # 0: keys, 1: values
             head = (block - q_blocks) % kv_blocks * HEADS + tl.arange(0, HEADS)
             mask = head < KV_HEADS
-            page = cache_ptr + (slot // BLOCK_SIZE).to(tl.int64) * block_stride
+            number = (slot // BLOCK_SIZE).to(tl.int64)
+            page = cache_ptr + number * block_stride
             page += (layer * 2 + part) * (KV_HEADS * BLOCK_SIZE * D) + slot % BLOCK_SIZE * D
+            scale = scales_ptr + number * scales_stride + slot % BLOCK_SIZE
+            scale += ((layer * 2 + part) * KV_HEADS + head) * BLOCK_SIZE
+            stride: tl.constexpr = BLOCK_SIZE * D
             if part == 1:
-                _copy(v_ptr + t * v_stride, page, head, mask, BLOCK_SIZE * D, D, D_PAD)
+                _copy(v_ptr + t * v_stride, page, scale, head, mask, stride, CODES, D, D_PAD)
             elif ROTATE_K:
                 _rotate(
                     k_ptr + t * k_stride,
                     page,
+                    scale,
                     table_ptr,
                     head,
                     mask,
-                    BLOCK_SIZE * D,
+                    stride,
+                    CODES,
                     D,
                     D_PAD,
                     F,
@@ -170,7 +226,7 @@ def rope_kernel(
                     INTERLEAVED,
                 )
             else:
-                _copy(k_ptr + t * k_stride, page, head, mask, BLOCK_SIZE * D, D, D_PAD)
+                _copy(k_ptr + t * k_stride, page, scale, head, mask, stride, CODES, D, D_PAD)
 
 
 @dataclass(frozen=True)
@@ -214,6 +270,7 @@ def launch(
         v,
         some if q_out is None else q_out,
         some if cache is None else cache.data,
+        some if cache is None or cache.scales is None else cache.scales,
         some if rotation is None else rotation.table,
         some if slot is None else slot,
         some.stride(0),
@@ -221,7 +278,9 @@ def launch(
         v.stride(0),
         0 if q_out is None else q_out.stride(0),
         0 if cache is None else cache.block_stride,
+        0 if cache is None else cache.scales_stride,
         layer,
+        CODES="" if cache is None else cache.codes,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         ROTATE_K=rotate_k,

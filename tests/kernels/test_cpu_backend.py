@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engineroom.kernels.backend import KV_DTYPES, KVSpec, StepInputs
+from engineroom.kernels.backend import KV_DTYPES, BackendUnavailable, KVSpec, StepInputs
 from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
 from engineroom.kernels.cpu.packed_cache import PackedCache
@@ -160,7 +160,15 @@ def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+CPU_KV_DTYPES = tuple(dtype for dtype in KV_DTYPES if dtype != "fp8")
+
+
+def test_an_fp8_cache_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="no fp8 KV cache; use 'int8'"):
+        CpuBackend().allocate_kv(KVSpec(1, 1, 8, 16, "fp8"), 1)
+
+
+@pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)
 @pytest.mark.parametrize("block_size, dim", [(16, 8), (3, 6)])
 def test_the_cache_takes_the_bytes_that_its_spec_says(
     kv_dtype: str, block_size: int, dim: int

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference backend needs torch")
 
 from engineroom.kernels import ops  # noqa: E402
-from engineroom.kernels.backend import KV_DTYPES, KVSpec, StepInputs  # noqa: E402
+from engineroom.kernels.backend import KV_CODES, KV_DTYPES, KVSpec, StepInputs  # noqa: E402
 from engineroom.kernels.program import Program  # noqa: E402
 from engineroom.kernels.reference import ReferenceBackend  # noqa: E402
 from engineroom.kernels.reference.attention import GROUP_TILES, KEY_TILE, QUERY_TILE  # noqa: E402
@@ -37,6 +37,13 @@ class Shape:
     window: int = 0
     softcap: float = 0.0
     scale: float = 0.3
+    alibi: bool = False
+    sinks: bool = False
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """Powers of two for any number of heads, as Press et al. have them for powers of two."""
+        return tuple(2.0 ** (-8 * (h + 1) / self.num_heads) for h in range(self.num_heads))
 
     def program(self) -> Program:
         program = Program()
@@ -53,16 +60,23 @@ class Shape:
         kv = {"layer": 1, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         cache = ops.kv_write(k, v, **kv)
         shape = {"num_heads": self.num_heads, "window": self.window, "softcap": self.softcap}
+        if self.alibi:
+            shape["alibi_slopes"] = self.slopes
+        if self.sinks:
+            shape["sinks"] = program.weight("sinks", (self.num_heads,))
         out = ops.attention(q, cache, scale=self.scale, **kv, **shape)
         return program.finish(ops.select_rows(out, step.logit_rows))
 
     def tables(self, seed: int = 0, spread: float = 1.5) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
         heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
-        return {
+        tables = {
             name: (rng.standard_normal((VOCAB, n * self.head_dim)) * spread).astype(np.float32)
             for name, n in heads.items()
         }
+        if self.sinks:
+            tables["sinks"] = rng.standard_normal(self.num_heads).astype(np.float32) * 2
+        return tables
 
 
 class Layer:
@@ -106,18 +120,32 @@ class Layer:
 
 def cached(x: np.ndarray, kv_dtype: str) -> np.ndarray:
     """x [n, heads, dim] as the cache holds it, in float64."""
-    if kv_dtype != "int8":
+    if kv_dtype not in KV_CODES:
         return rounded(x, kv_dtype)
+    largest = np.float32({"int8": 127, "fp8": 448}[kv_dtype])
     most = np.abs(x.astype(np.float32)).max(-1, keepdims=True)
-    q = np.rint(x.astype(np.float32) * (np.float32(127) / most))
-    return q.astype(np.float64) * (most / np.float32(127))
+    q = x.astype(np.float32) * (largest / most)
+    q = np.rint(q) if kv_dtype == "int8" else e4m3(q)
+    return q.astype(np.float64) * (most / largest)
+
+
+E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)])
+E4M3 = E4M3[:-1]  # the last code is NaN
+
+
+def e4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest of all 127 magnitudes, of two as near the one of the even code."""
+    away = np.abs(np.abs(x.astype(np.float64))[..., None] - E4M3)
+    even = np.arange(len(E4M3)) % 2
+    return np.copysign(E4M3[np.lexsort((np.broadcast_to(even, away.shape), away))[..., 0]], x)
 
 
 def oracle(
     shape: Shape, tokens: Sequence[int], dtype: str, kv_dtype: str, spread: float = 1.5
 ) -> np.ndarray:
     """One softmax per (token, head) over the keys it may see, in float64."""
-    t = {n: rounded(x, dtype)[tokens] for n, x in shape.tables(spread=spread).items()}
+    tables = shape.tables(spread=spread)
+    t = {n: rounded(tables[n], dtype)[tokens] for n in "qkv"}
     d = shape.head_dim
     q = t["q"].reshape(len(tokens), -1, d)
     k, v = (cached(t[n].reshape(len(tokens), -1, d), kv_dtype) for n in "kv")
@@ -129,8 +157,13 @@ def oracle(
             score = k[first : p + 1, g] @ q[p, h] * shape.scale
             if shape.softcap:
                 score = shape.softcap * np.tanh(score / shape.softcap)
+            if shape.alibi:
+                score = score + shape.slopes[h] * (np.arange(first, p + 1) - p)
+            if shape.sinks:  # one more key, without a value
+                score = np.append(score, tables["sinks"][h])
             weight = np.exp(score - score.max())
-            out[p, h] = weight @ v[first : p + 1, g] / weight.sum()
+            weight /= weight.sum()
+            out[p, h] = weight[: p + 1 - first] @ v[first : p + 1, g]
     return out.reshape(len(tokens), -1)
 
 
@@ -150,6 +183,11 @@ SHAPES = {
     "window of a key tile": Shape(window=KEY_TILE),
     "softcap": Shape(softcap=2.0),
     "window and softcap": Shape(window=33, softcap=5.0),
+    "alibi": Shape(num_heads=6, alibi=True),
+    "sinks": Shape(num_heads=6, sinks=True, window=20),
+    "alibi, softcap and sinks": Shape(
+        num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0
+    ),
 }
 # 1 token; a full last page; one past it; around one and two key tiles.
 LENGTHS = (1, 16, 17, KEY_TILE - 1, KEY_TILE, KEY_TILE + 1, 2 * KEY_TILE + 5)

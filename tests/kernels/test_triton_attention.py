@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engineroom.kernels.backend import KVSpec
+from engineroom.kernels.backend import KV_CODES, KVSpec
 from tests.counts import FULL, count
 from tests.kernels.packed_steps import Paged, assert_close, raw
 from tests.kernels.test_reference_attention import VOCAB, Shape, oracle, tokens_of
@@ -40,8 +40,7 @@ class Layer(ReferenceLayer):
         self._executable = backend.lower(shape.program(), weights, self.cache)
 
 
-TILE = attention.TILE
-SPLIT = 2 * TILE if FULL else TILE  # of these tests, so that a few tokens are several splits
+SPLIT = attention.SPLIT if FULL else 64  # of these tests, so that a few tokens are several splits
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +58,17 @@ SHAPES = {
     "head 256": Shape(num_heads=2, num_kv_heads=1, head_dim=256, scale=0.05),
     "window 1": Shape(window=1),
     "window 24": Shape(window=24),
-    "window of a tile": Shape(window=TILE),
+    "window of a split": Shape(window=SPLIT),
     "softcap": Shape(softcap=2.0),
     "window and softcap": Shape(window=33, softcap=5.0),
+    "alibi": Shape(num_heads=6, alibi=True),
+    "sinks": Shape(num_heads=6, sinks=True, window=20),
+    "alibi, softcap and sinks": Shape(
+        num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0
+    ),
 }
-# 1 token; a full last page; one past it; around a tile; into the second split.
-LENGTHS = (1, 16, 17, TILE, TILE + 1, 2 * SPLIT + 3) if FULL else (1, 17, TILE + 1)
+# 1 token; a full last page; one past it; around a split; into the third.
+LENGTHS = (1, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 3) if FULL else (1, 17, SPLIT + 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -77,15 +81,15 @@ def test_attention_is_its_formula(name: str) -> None:
         assert_close(got, oracle(shape, tokens, "float32", "float32"), "float32", 4e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", (*DTYPES, *KV_CODES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_dtypes(dtype: str, kv_dtype: str) -> None:
     shape = SHAPES["gqa 3"]
     tokens = tokens_of(70)
     got = Layer(shape, dtype=dtype, kv_dtype=kv_dtype).feed_new(tokens)
     want = oracle(shape, tokens, dtype, kv_dtype)
-    # Where both are fp16 the weights are rounded to it for their product.
-    error = 1e-3 if dtype == kv_dtype == "float16" else 4e-6
+    # Where fp16 meets fp16, or codes, the weights are rounded to it for their product.
+    error = 1e-3 if dtype == "float16" and kv_dtype != "float32" else 4e-6
     assert_close(got, want, dtype, error)
 
 
@@ -142,7 +146,7 @@ def test_splits_side_by_side_are_splits_one_after_the_other(
 def test_rows_do_not_depend_on_neighbours() -> None:
     shape = SHAPES["gqa 3"]
     rng = np.random.default_rng(5)
-    tokens = tokens_of(TILE + 10)
+    tokens = tokens_of(SPLIT + 10)
     alone = Layer(shape).feed_new(tokens)
     for trial in range(count(reduced=1, full=12)):
         layer = Layer(shape, num_blocks=600, fill=np.nan)

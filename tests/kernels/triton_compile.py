@@ -58,13 +58,21 @@ class Configuration:
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
-def _attention(shape: attention.Shape, block: int, **flags: bool) -> Iterator[Any]:
+def _attention(
+    shape: attention.Shape, block: int, codes: str = "", has_sinks: bool = False, **has: bool
+) -> Iterator[Any]:
     dtype = shape.product
     pointer = _POINTERS[dtype]
-    flags = {"HAS_CAP": False, "HAS_WINDOW": False} | flags
+    flags: dict[str, Any] = {"HAS_CAP": False, "HAS_WINDOW": False, "HAS_SLOPES": False} | has
+    flags["CODES"] = codes
+    sinks = {"HAS_SINKS": has_sinks}
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
-    more = "".join(f" {k.removeprefix('HAS_').lower()}" for k, v in flags.items() if v)
+    named = (f" {k.removeprefix('HAS_').lower()}" for k, v in (has | sinks).items() if v)
+    more = (f" {codes}" if codes else "") + "".join(named)
     metadata = {"item_ptr": "*i32", "position_ptr": "*i32", "table_ptr": "*i32"}
+    metadata |= {"scales_ptr": "*fp32", "slope_ptr": "*fp32", "sink_ptr": "*fp32"}
+    cache = "*i8" if codes else pointer
+    converts = () if has.get("HAS_SLOPES") else ("I2F",)
     scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     plain = ("layer", "table_width", "window")
     tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
@@ -73,34 +81,36 @@ def _attention(shape: attention.Shape, block: int, **flags: bool) -> Iterator[An
         yield Configuration(
             f"attention walk {dtype} {heads} page {block} rows {rows}{more}",
             attention.walk_kernel,
-            {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": pointer, **metadata},
-            attention.tile(shape, block, rows) | flags,
-            attention.options(dtype, True),
+            {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": cache, **metadata},
+            attention.tile(shape, block, rows) | flags | sinks,
+            attention.options(shape, True),
             plain,
             ("scale", "cap"),
             tensor if shape.padded >= 64 else {},
-            older=attention.options(dtype, False),
+            converts,
+            older=attention.options(shape, False),
             targets=tuple(t for t in TARGETS if rows == narrow or t != "gfx942"),
         )
     constants = attention.tile(shape, block, shape.rows(False))
     yield Configuration(
         f"attention split {dtype} {heads} page {block} rows {shape.rows(False)}{more}",
         attention.split_kernel,
-        {"q_ptr": pointer, "cache_ptr": pointer, "pair_ptr": "*i32", **metadata, **scratch},
+        {"q_ptr": pointer, "cache_ptr": cache, "pair_ptr": "*i32", **metadata, **scratch},
         constants | flags,
-        attention.options(dtype, True),
+        attention.options(shape, True),
         plain,
         ("scale", "cap"),
         tensor if shape.padded >= 64 else {},
-        older=attention.options(dtype, False),
+        converts,
+        older=attention.options(shape, False),
     )
-    if not more:
+    if not more or has_sinks:
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
         yield Configuration(
-            f"attention merge {dtype} {heads}",
+            f"attention merge {dtype} {heads}{' sinks' if has_sinks else ''}",
             attention.merge_kernel,
-            {"out_ptr": pointer, "item_ptr": "*i32", "position_ptr": "*i32", **scratch},
-            {name: constants[name] for name in kept},
+            {"out_ptr": pointer, **metadata, **scratch},
+            {name: constants[name] for name in kept} | sinks,
             OPTIONS,
         )
 
@@ -209,12 +219,20 @@ def _small(dtype: str) -> Iterator[Configuration]:
             ("eps", "offset"),
         )
     rotated = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "cache_ptr")
-    for heads, kv_heads, rotate in ((32, 8, True), (32, 0, False), (0, 8, False)):
+    read = {"table_ptr": "*fp32", "slot_ptr": "*i32", "scales_ptr": "*fp32"}
+    for heads, kv_heads, rotate, codes in (
+        (32, 8, True, ""),
+        (32, 8, True, "int8"),
+        (32, 8, True, "fp8"),
+        (32, 0, False, ""),
+        (0, 8, False, ""),
+    ):
         yield Configuration(
-            f"rope {dtype} {heads}+{kv_heads} heads of 128",
+            f"rope {dtype} {heads}+{kv_heads} heads of 128{' ' + codes if codes else ''}",
             rope.rope_kernel,
-            dict.fromkeys(rotated, pointer) | {"table_ptr": "*fp32", "slot_ptr": "*i32"},
+            dict.fromkeys(rotated, pointer) | read | ({"cache_ptr": "*i8"} if codes else {}),
             {
+                "CODES": codes,
                 "Q_HEADS": heads,
                 "KV_HEADS": kv_heads,
                 "ROTATE_K": rotate,
@@ -224,6 +242,7 @@ def _small(dtype: str) -> Iterator[Configuration]:
             | rope.tile(128, 64 if heads else 0, max(heads, kv_heads)),
             OPTIONS,
             ("layer",),
+            without=("I2F",),
         )
     yield Configuration(
         f"select_rows {dtype}",
@@ -279,6 +298,16 @@ def configurations() -> Iterator[Configuration]:
     yield from _attention(shape(32, 32, 80, "bfloat16"), 16)
     yield from _attention(shape(8, 4, 256, "bfloat16"), 16, HAS_CAP=True, HAS_WINDOW=True)
     yield from _attention(shape(64, 4, 128, "bfloat16"), 128, HAS_WINDOW=True)
+    for dtype, codes in (("bfloat16", "int8"), ("bfloat16", "fp8"), ("float16", "int8")):
+        yield from _attention(shape(32, 8, 128, dtype), 16, codes)
+    yield from _attention(shape(32, 8, 128, "bfloat16"), 64, "int8")
+    yield from _attention(shape(9, 3, 64, "bfloat16"), 16, "int8")
+    yield from _attention(shape(32, 32, 96, "bfloat16"), 16, "fp8")
+    yield from _attention(shape(8, 4, 256, "bfloat16"), 16, "int8")
+    yield from _attention(shape(32, 8, 128, "float32"), 16, "int8")
+    yield from _attention(shape(32, 8, 128, "float32"), 16, "fp8")
+    yield from _attention(shape(32, 32, 128, "bfloat16"), 16, HAS_SLOPES=True)
+    yield from _attention(shape(64, 8, 64, "bfloat16"), 16, has_sinks=True, HAS_WINDOW=True)
     yield from _attention(shape(32, 8, 128, "float32"), 16)
     yield from _attention(shape(8, 4, 8, "float32"), 16)
     yield from _attention(shape(8, 4, 256, "float32"), 16)

@@ -60,6 +60,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    overlaps = False
 
     def __init__(
         self,

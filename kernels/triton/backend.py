@@ -31,6 +31,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    overlaps = True
 
     def __init__(self, *, activation_dtype: str = "bfloat16", threads: int | None = None) -> None:
         if activation_dtype not in DTYPE_BYTES:

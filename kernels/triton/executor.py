@@ -13,7 +13,7 @@ from ..program import Op, Program
 from ..weights import RawWeight
 from . import attention, elementwise, embedding, linear, rms_norm, rope
 from .cache import KVCache
-from .device import loads_ahead
+from .device import event, loads_ahead
 from .lower import ALIGN, OPERATIONS, Lowered, Node, Place, lower
 from .quantised import Matrix, form, pack, vector
 from .weights import TritonWeight
@@ -26,12 +26,18 @@ class TritonLogits:
     """[R, V] fp32 logits in device memory; the next step overwrites them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
+        self._made = event(tensor.device)
 
     def numpy(self) -> np.ndarray:
         """[R, V] float32 copy on the host."""
-        copy: np.ndarray = self._tensor.to("cpu", copy=True).numpy()
+        copy: np.ndarray = self.tensor.to("cpu", copy=True).numpy()
         return copy
+
+    def wait(self) -> None:
+        """Until the step that makes them is over; a step launched since may still be running."""
+        if self._made is not None:
+            self._made.synchronize()
 
 
 class _Step:
@@ -52,8 +58,7 @@ class _Upload:
         self._device = device
         self._host = torch.empty(0, dtype=torch.int32)
         self._there = torch.empty(0, dtype=torch.int32, device=device)
-        cuda = device.type == "cuda"
-        self._copied: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._copied: Any = event(device)
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +140,8 @@ class TritonExecutable:
         counts = {False: len(step.token_ids), True: len(step.logit_rows)}
         self._make_room(counts)
         bound = self._metadata(step)
+        if step.sampled is not None:
+            embedding.fill_in(bound.token_ids, step.sampled)
         for launch in self._launches:
             launch(bound)
         return TritonLogits(self.view(self._result))
@@ -215,6 +222,13 @@ class TritonExecutable:
 
     def _check(self, step: StepInputs) -> None:
         ids = step.token_ids
+        if step.sampled is not None:
+            if ids.size and ids.min() < -len(step.sampled):
+                raise ValueError(
+                    f"token id {ids.min()} means row {-1 - ids.min()} of the step before, which "
+                    f"sampled {len(step.sampled)}"
+                )
+            ids = np.maximum(ids, 0)
         if self._vocab and ids.size and not (ids.min() >= 0 and ids.max() < self._vocab):
             raise ValueError(
                 f"token ids {ids.min()} .. {ids.max()} do not all lie in the vocabulary of "

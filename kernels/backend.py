@@ -151,6 +151,15 @@ class Executable(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparedExecutable(Executable, Protocol):
+    """An executable that has something to do before its first step."""
+
+    def prepare(self, max_tokens: int, max_rows: int, max_context: int) -> None:
+        """Make ready for steps within these limits; the arguments are workspace_bytes' own."""
+        ...
+
+
 class Sampler(Protocol):
     """The lowered sampling program."""
 

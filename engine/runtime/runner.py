@@ -14,6 +14,7 @@ from ...kernels.backend import (
     Backend,
     KVSpec,
     LaunchingSampler,
+    PreparedExecutable,
     SampleResult,
     Sampling,
     SamplingInputs,
@@ -78,12 +79,16 @@ class Runner:
         config: ModelConfig,
         kv: KVSpec,
         num_blocks: int,
+        limits: tuple[int, int, int],
     ) -> None:
+        """limits: tokens and logit rows of a step, and tokens of a sequence, at most."""
         self.backend = backend
         self._cache = backend.allocate_kv(kv, num_blocks)
         self.kv_nbytes = num_blocks * kv.bytes_per_block
         packed = {name: backend.pack(weight) for name, weight in weights.items()}
         self._executable = backend.lower(program, packed, self._cache)
+        if isinstance(self._executable, PreparedExecutable):
+            self._executable.prepare(*limits)
         self._sampler = backend.sampler(config.vocab_size)
         sampler = self._sampler
         self._launching = sampler if isinstance(sampler, LaunchingSampler) else None

@@ -1,13 +1,15 @@
 """The engine: one model, its scheduler and its runner, turned one step at a time.
 
-`Engine.step()` is schedule -> build -> execute -> commit. It is not thread-safe: whoever turns it
-(LLM, or a client's engine thread) is its only caller.
+`Engine.step()` is schedule -> build -> execute -> commit; on a backend that overlaps, the last two
+are of the step launched by the call before. It is not thread-safe: whoever turns it (LLM, or a
+client's engine thread) is its only caller.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 from .config import EngineConfig
 from .core.detokenize import TextStream, TokenPieces
 from .core.outputs import OutputGroup
-from .core.plan import StepOutcome, StepPlan
 from .core.request import (
     ParameterError,
     Request,
@@ -28,7 +29,7 @@ from .core.request import (
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import StepLog, StepRecord
 from .runtime.assemble import LoadedModel, Progress, load_model
-from .runtime.runner import Execution, LogprobObserver
+from .runtime.runner import Execution, Flight, LogprobObserver
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """A step in flight, when its turn began, and how long it took to plan."""
+
+    flight: Flight
+    started: float
+    schedule_s: float
 
 
 class Engine:
@@ -79,6 +89,7 @@ class Engine:
         self._runner = loaded.runner
         self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
         self._groups: dict[str, OutputGroup] = {}
+        self._in_flight: deque[_Flying] = deque()  # launched, not committed
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -164,37 +175,43 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._groups)
+        return bool(self._groups or self._in_flight)
 
     def step(self) -> list[RequestOutput]:
-        """Turn the engine once: schedule, build, execute, commit. Returns what changed."""
+        """Turn the engine once: schedule, build, execute, commit. Returns what changed.
+
+        On a backend that overlaps, the step scheduled here is launched behind the one in flight,
+        and that one is what is committed: its tokens are shown one call later.
+        """
         started = self._clock()
         plan = self.scheduler.schedule()
-        scheduled = self._clock()
-        if plan is None:
-            return self._outputs(self.scheduler.drain_finished())
-        execution = self._execute(plan)
-        executed = self._clock()
+        before = self._in_flight[-1] if self._in_flight else None
+        flying = None
+        if plan is not None:
+            scheduled = self._clock()
+            flight = self._runner.launch(plan, None if before is None else before.flight)
+            flying = _Flying(flight, started, scheduled - started)
+            self._in_flight.append(flying)
+        outputs = None if before is None else self._commit(before)
+        if flying is not None:
+            self._runner.sample(flying.flight)  # every token before it is known now
+            if not self._runner.backend.overlaps:
+                outputs = self._commit(flying)
+        return self._outputs(self.scheduler.drain_finished()) if outputs is None else outputs
+
+    def _commit(self, flying: _Flying) -> list[RequestOutput]:
+        """Wait for the oldest step in flight, take its answer and record it."""
+        plan = flying.flight.plan
+        execution = self._runner.answer(flying.flight)
+        answered = self._clock()
+        self._in_flight.popleft()
         updates = [
             *self.scheduler.commit(plan, execution.outcome),
             *self.scheduler.drain_finished(),
         ]
         outputs = self._outputs(updates)
-        self._record(plan, execution, started, scheduled - started, self._clock() - executed)
+        self._record(flying, execution, self._clock() - answered)
         return outputs
-
-    def _execute(self, plan: StepPlan) -> Execution:
-        """Run the plan; a step that fails ends its own requests, and the engine goes on."""
-        started = self._clock()
-        try:
-            return self._runner.execute(plan)
-        except Exception as error:
-            message = f"the step failed: {type(error).__name__}: {error}"
-            failed = StepOutcome(
-                rows=tuple(() for _ in plan.requests),
-                errors=dict.fromkeys(range(len(plan.requests)), message),
-            )
-            return Execution(failed, 0.0, self._clock() - started)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -205,8 +222,11 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Release the log, the template's helper process and the mapped file."""
+        """Release the log, the template's helper process and the mapped file; a step in flight is
+        let land, and its answer dropped."""
         self._closed = True
+        for flying in self._in_flight:
+            self._runner.answer(flying.flight)  # it may read what is released here
         self.log.close()
         self.loaded.close()
 
@@ -315,21 +335,15 @@ class Engine:
                 self._runner.observers.pop(group.samples[0].key, None)
         return outputs
 
-    def _record(
-        self,
-        plan: StepPlan,
-        execution: Execution,
-        started: float,
-        schedule_s: float,
-        commit_s: float,
-    ) -> None:
+    def _record(self, flying: _Flying, execution: Execution, commit_s: float) -> None:
+        plan = flying.flight.plan
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         self._num_steps += 1
         self.log.append(
             StepRecord(
                 step_id=plan.step_id,
-                t_start=started,
-                t_schedule_s=schedule_s,
+                t_start=flying.started,
+                t_schedule_s=flying.schedule_s,
                 t_build_s=execution.build_s,
                 t_execute_s=execution.execute_s,
                 t_commit_s=commit_s,

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class StepInputs:
     Sequence s owns tokens query_start[s] .. query_start[s+1]; after the step it has seq_len[s]
     tokens in the cache; block_table[s, i] is the block of its positions i*block_size onward.
     `slot[t]` = block * block_size + offset, or -1 for a padding row.
+
+    Where the step before is still on its way, a backend that overlaps is given its `sampled`
+    tokens, and token id -1 - r is the one that row r of that step's sampling program drew.
     """
 
     token_ids: np.ndarray  # [T]
@@ -73,6 +76,7 @@ class StepInputs:
     block_table: np.ndarray  # [S, max_blocks]
     slot: np.ndarray  # [T]
     logit_rows: np.ndarray  # [R]  indices into T
+    sampled: Any = None  # Sampling.tokens of the step before
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +141,24 @@ class Logits(Protocol):
 
     def numpy(self) -> np.ndarray: ...  # [R, V] f32 copy on the host
 
+    def wait(self) -> None: ...  # until the step that makes them is over
+
 
 class Executable(Protocol):
     """A lowered model Program."""
 
-    def run(self, step: StepInputs) -> Logits: ...
+    def run(self, step: StepInputs) -> Logits:
+        """Compute one step; a backend that overlaps returns before it is over."""
+        ...
+
+
+@runtime_checkable
+class PreparedExecutable(Executable, Protocol):
+    """An executable that has something to do before its first step."""
+
+    def prepare(self, max_tokens: int, max_rows: int, max_context: int) -> None:
+        """Make ready for steps within these limits; the arguments are workspace_bytes' own."""
+        ...
 
 
 class Sampler(Protocol):
@@ -154,10 +171,28 @@ class Sampler(Protocol):
     def log_softmax(self, logits: Logits) -> np.ndarray: ...  # [R, V] f32, same numerics as run()
 
 
+class Sampling(Protocol):
+    """A sampling program that may still be running."""
+
+    tokens: Any  # [R] as the backend's next step reads them, see StepInputs.sampled
+
+    def result(self) -> SampleResult: ...  # waits for it
+
+
+@runtime_checkable
+class LaunchingSampler(Sampler, Protocol):
+    """A sampler that works where the logits lie, behind the step that makes them."""
+
+    def launch(self, logits: Logits, rows: SamplingInputs) -> Sampling:
+        """As run(), without waiting; keeps neither argument's arrays."""
+        ...
+
+
 class Backend(Protocol):
     """One way of computing. Constructed by `choose(...).create(...)`."""
 
     name: str
+    overlaps: bool  # a step may be launched while the one before is still running
 
     def pack(self, weight: RawWeight | WeightGroup) -> Any:
         """Take one weight in; the only way in. The result is opaque and goes to `lower`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from .sampling_params import ParameterError, SamplingParams, needs_history
+from .sampling_params import ParameterError, SamplingParams
 from .steplog import Timeline
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "check_identity",
     "check_params",
     "check_token_ids",
-    "needs_history",
 ]
 
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
@@ -127,7 +126,6 @@ class Request:
         "text",
         "timeline",
         "token_ids",
-        "waits",
     )
 
     def __init__(
@@ -203,7 +201,6 @@ class Request:
         self.decode_entry = (request_id, sample_index, 1, "decode")  # see StepRecord.requests
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
-        self.waits = needs_history(params)
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0

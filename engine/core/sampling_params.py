@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-__all__ = ["ParameterError", "SamplingParams", "check_choice", "needs_history"]
+__all__ = ["ParameterError", "SamplingParams", "check_choice"]
 
 _MAX_TOKENS = 1 << 24  # longer than any context; keeps every derived number an int32
 _MAX_ID = (1 << 31) - 1
@@ -188,23 +188,6 @@ class SamplingParams:
         for name in changes:
             check_choice("sampling parameter", name, _FIELDS)
         return dataclasses.replace(self, **changes)
-
-
-def needs_history(params: SamplingParams) -> bool:
-    """True where the sampler's input for a token depends on the tokens sampled before it.
-
-    Such a request waits for its pending token before its next one is scheduled.
-    """
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-        or params.dry_multiplier != 0.0
-        or params.no_repeat_ngram_size != 0
-        or bool(params.bad_words)
-        or params.min_tokens > 0
-        or params.logits_processor is not None
-    )
 
 
 def check_choice(what: str, name: object, known: Iterable[str]) -> None:

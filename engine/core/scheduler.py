@@ -219,9 +219,7 @@ class Scheduler:
     def _chunk(self, request: Request, draft: _Draft, start: int) -> int:
         """How many tokens from `start` this step gives the request; 0 = none now."""
         length = len(request.token_ids)
-        if request.num_pending and (
-            request.waits or length - request.num_prompt_tokens >= request.max_tokens
-        ):
+        if request.num_pending and length - request.num_prompt_tokens >= request.max_tokens:
             return 0
         num_tokens = min(length - start, draft.budget)
         if request.prompt_rows < request.max_prompt_rows:

@@ -17,6 +17,9 @@ _log = logging.getLogger("engineroom.steplog")
 class StepRecord:
     """One step. Times in seconds (t_start on the engine's clock), blocks after its commit.
 
+    t_execute_s: from its launch, or the answer of the step before where that came later, to its
+    own answer. Where steps overlap (Backend.overlaps) the other three are of the host alone, while
+    the device runs a step; the sum is then not the step's time, but t_execute_s may be added up.
     `requests`: (request_id, sample_index, tokens computed, "prefill" or "decode") in packed order.
     """
 

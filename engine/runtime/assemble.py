@@ -197,6 +197,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             config=model,
             kv=plan.kv,
             num_blocks=memory.num_blocks,
+            limits=(config.max_num_batched_tokens, config.max_logit_rows, memory.max_model_len),
         )
     except BaseException as error:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:

@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from operator import is_
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
-from ..core.plan import SAMPLE, StepPlan
+from ..core.plan import PENDING, SAMPLE, StepPlan
 from ..core.request import Request, SamplingParams
 
 
@@ -25,14 +25,22 @@ class StepInputsBuilder:
         self._block_size = block_size
         self._tables = _BlockTables()
 
-    def build(self, plan: StepPlan) -> StepInputs:
-        """The plan's tokens in order; shapes and meanings are StepInputs' own."""
+    def build(self, plan: StepPlan, before: StepPlan | None = None) -> StepInputs:
+        """The plan's tokens in order; shapes and meanings are StepInputs' own.
+
+        `before` is the plan still in flight, if any, that samples the tokens not known yet.
+        """
         _, starts, tokens, tables, offsets, _ = zip(*plan.requests, strict=True)
         num_seqs, block_size = len(starts), np.int32(self._block_size)
         start = np.array(starts, dtype=np.int32)
         query_start = np.zeros(num_seqs + 1, dtype=np.int32)
         np.cumsum(list(map(len, tokens)), out=query_start[1:])
         token_ids = np.array(list(chain.from_iterable(tokens)), dtype=np.int32)
+        if before is not None:
+            rows_before = _sampled_rows(before)
+            for s, end in zip(plan.requests, query_start[1:].tolist(), strict=True):
+                if s.token_ids[-1] == PENDING:
+                    token_ids[end - 1] = -1 - rows_before[s.request]
         counts = query_start[1:] - query_start[:-1]
         owner = np.repeat(np.arange(num_seqs), counts)
         positions = np.arange(len(token_ids), dtype=np.int32) + (start - query_start[:-1])[owner]
@@ -51,6 +59,12 @@ class StepInputsBuilder:
             slot=block_table[owner, positions // block_size] * block_size + positions % block_size,
             logit_rows=np.array(rows, dtype=np.int32),
         )
+
+
+def _sampled_rows(plan: StepPlan) -> dict[Request, int]:
+    """Of each request that samples, the row that does: its last."""
+    ends = accumulate(len(s.targets) for s in plan.requests)
+    return {s.request: end - 1 for s, end in zip(plan.requests, ends, strict=True) if s.samples}
 
 
 class _BlockTables:
@@ -112,7 +126,11 @@ class SamplingInputsBuilder:
         self._constants: _Constants | None = None
 
     def build(self, plan: StepPlan, step: StepInputs) -> SamplingInputs:
-        """Rows in packed order; `step` are the plan's own inputs. See SamplingInputs."""
+        """Rows in packed order; `step` are the plan's own inputs. See SamplingInputs.
+
+        Penalties, bans and the like read the tokens so far: those sampled by earlier plans must
+        be known. What the rows of a request that has ended meanwhile hold is of no account.
+        """
         constants = self._constants_of(plan)
         changing: dict[str, np.ndarray] = {}
         if self._seen:

@@ -61,6 +61,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    overlaps = False
 
     def __init__(
         self,

@@ -29,6 +29,9 @@ class CpuLogits:
         """[R, V] float32 copy."""
         return self._array.copy()
 
+    def wait(self) -> None:
+        """They are there."""
+
     def view(self) -> np.ndarray:
         """[R, V] float32 on the memory itself; not to be written to."""
         return self._array

@@ -28,6 +28,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    overlaps = False
 
     def __init__(self, *, activation_dtype: str = "float32", threads: int | None = None) -> None:
         if activation_dtype not in DTYPE_BYTES:

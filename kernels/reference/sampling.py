@@ -24,6 +24,9 @@ class ReferenceLogits:
         """[R, V] float32 copy."""
         return self.view().copy()
 
+    def wait(self) -> None:
+        """They are there."""
+
     def view(self) -> np.ndarray:
         """[R, V] float32 on the tensor's own memory; not to be written to."""
         return self.tensor.detach().numpy()

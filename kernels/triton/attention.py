@@ -42,7 +42,9 @@ WIDE = 64  # rows of a tile of a longer chunk, at least, for heads of up to 128
 MIN_PAIRS = 512  # (item, split) pairs that may be computed side by side
 # A maximum before any key is seen: below every score, and not -inf, since -inf - -inf is NaN.
 NOTHING = tl.constexpr(-1e38)
+SPLIT_PROGRAMS = 1024  # programs that fill a card without splitting
 ITEM = 8  # int32 of an item: sequence, first token, tokens, lowest and highest position, pairs
+_NO_ITEM = np.array([0, 0, 0, -1, -1, 0, 0, 0], dtype=np.int32)
 
 
 @triton.jit
@@ -461,8 +463,8 @@ def split_kernel(
     place = (pair * KV_HEADS + kv_head).to(tl.int64)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
-    tl.store(top_ptr + place * ROWS + r, top)
-    tl.store(total_ptr + place * ROWS + r, total)
+    tl.store(top_ptr + place * ROWS + r, top, mask=exists)
+    tl.store(total_ptr + place * ROWS + r, total, mask=exists)
     acc_ptr += place * (D_PAD * ROWS) + d[:, None] + r[None, :] * D_PAD
     tl.store(acc_ptr, acc, mask=exists[None, :])
 
@@ -498,8 +500,8 @@ def merge_kernel(
     for pair in range(first, first + tl.load(item_ptr + 6)):
         place = (pair * KV_HEADS + kv_head).to(tl.int64)
         split_acc = tl.load(acc_ptr + place * (D_PAD * ROWS) + at, mask=exists[None, :], other=0.0)
-        split_top = tl.load(top_ptr + place * ROWS + r)
-        split_total = tl.load(total_ptr + place * ROWS + r)
+        split_top = tl.load(top_ptr + place * ROWS + r, mask=exists, other=0.0)
+        split_total = tl.load(total_ptr + place * ROWS + r, mask=exists, other=0.0)
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
     _store(
         out_ptr,
@@ -595,8 +597,34 @@ class Plan:
     split: np.ndarray  # [n, ITEM] tiles of rows(False), split
     pairs: np.ndarray  # [n, 2] item of `split`, split
 
+    def padded(self, num_items: int, num_pairs: int, table_width: int) -> Plan:
+        """The plan of decoding sequences in lists of fixed lengths, filled with what computes and
+        stores nothing. Items name the place in a flat table where their sequence's row begins.
+        """
+        narrow = np.tile(_NO_ITEM, (num_items, 1))
+        narrow[: len(self.narrow)] = self.narrow
+        narrow[:, 0] *= table_width
+        if not num_pairs:
+            return Plan(self.wide, narrow, self.split, self.pairs)
+        split = np.tile(_NO_ITEM, (num_items + 1, 1))  # the last is what spare pairs belong to
+        split[: len(self.split)] = self.split
+        split[:, 0] *= table_width
+        pairs = np.tile(np.array([num_items, 0], dtype=np.int32), (num_pairs, 1))
+        pairs[: len(self.pairs)] = self.pairs
+        return Plan(self.wide, narrow, split, pairs)
 
-def plan(step: StepInputs, shape: Shape, last: np.ndarray, split_programs: int = 1024) -> Plan:
+
+def most_pairs(shape: Shape, fewest: int, most: int, max_context: int) -> int:
+    """Pairs that `plan` makes at most of `fewest` to `most` decoding sequences of max_context."""
+    splits = -(-max_context // SPLIT)
+    if fewest * shape.num_kv_heads >= SPLIT_PROGRAMS or splits < 2:
+        return 0
+    return min(most * splits, max(MIN_PAIRS, splits))
+
+
+def plan(
+    step: StepInputs, shape: Shape, last: np.ndarray, split_programs: int = SPLIT_PROGRAMS
+) -> Plan:
     """Cut a step's tokens into items. last [T]: position, -1 for a padding row.
 
     An item of more than one split is split while pairs are left, longest first, unless there

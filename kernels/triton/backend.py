@@ -9,7 +9,7 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, linear
+from . import attention, graphs, linear
 from . import device as dev
 from .cache import KVCache
 from .executor import TritonExecutable, shape_of, table_of
@@ -36,6 +36,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    overlaps = True
 
     def __init__(
         self,
@@ -147,7 +148,8 @@ class TritonBackend:
     def workspace_bytes(
         self, program: Program, max_tokens: int, max_rows: int, max_context: int
     ) -> int:
-        """Upper bound of values, splits of attention, sums of groups, and a step's metadata."""
+        """Upper bound of values, splits of attention, sums of groups, a step's metadata, and the
+        steps that are recorded, with theirs."""
         lowered = lower(program, DTYPE_BYTES[self._dtype])
         tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
@@ -162,7 +164,11 @@ class TritonBackend:
         a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
         a_token += 4 * 3 * attention.ITEM * len(shapes)
         metadata = tokens * a_token + 4 * rows + len(shapes) * 8 * pairs + 128 * 32
-        return values + splits + sums + metadata
+        recorded = list(graphs.buckets(shapes, max_tokens, max_rows, max_context))
+        most = max(bucket.rows for bucket in recorded)
+        metadata += most * a_token + len(shapes) * 4 * (2 * pairs + attention.ITEM) + 128 * 32
+        nodes = len(recorded) * graphs.launches(lowered) * graphs.NODE_BYTES
+        return values + splits + sums + metadata + nodes
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None

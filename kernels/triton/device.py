@@ -60,6 +60,16 @@ def lacks_fp8() -> str:
     )
 
 
+def event(device: torch.device) -> torch.cuda.Event | None:
+    """An event recorded now, behind what was launched; None under the interpreter, which has run
+    it already."""
+    if device.type != "cuda":
+        return None
+    made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    made.record()
+    return made
+
+
 def free_bytes() -> int | None:
     """Device memory that is free now; None where tensors lie in the host's memory."""
     return None if interpreted() else int(torch.cuda.mem_get_info()[0])

@@ -1,4 +1,5 @@
-"""embedding and select_rows: rows of a table, or of a value, copied by index."""
+"""embedding and select_rows: rows of a table, or of a value, copied by index; and token ids that
+the step before left on the device."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (the arguments of a kernel have Triton's types)
@@ -91,6 +92,25 @@ def constants(table: QuantisedMatrix) -> dict[str, Any]:
         "HAS_MINIMUM": layout.minimum,
         "BLOCK": BLOCK,
     }
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def fill_in_kernel(id_ptr, sampled_ptr, num_tokens, BLOCK: tl.constexpr):
+    """Id -1 - r becomes sampled[r], or 0 where that row failed."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(id_ptr + at, mask=at < num_tokens, other=0)
+    late = token < 0
+    sampled = tl.load(sampled_ptr + tl.where(late, -1 - token, 0), mask=late, other=0)
+    tl.store(id_ptr + at, tl.maximum(sampled, 0), mask=late)
+
+
+def fill_in(token_ids: torch.Tensor, sampled: torch.Tensor) -> None:
+    """See StepInputs.sampled.  token_ids int32 [T], changed in place; sampled int32 [rows]."""
+    num_tokens = len(token_ids)
+    if num_tokens:
+        fill_in_kernel[(triton.cdiv(num_tokens, BLOCK),)](
+            token_ids, sampled, num_tokens, BLOCK=BLOCK, **OPTIONS
+        )
 
 
 def select_rows(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:

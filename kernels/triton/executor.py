@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from ..program import Op, Program
 from ..weights import RawWeight
 from . import attention, elementwise, embedding, linear, rms_norm, rope
 from .cache import KVCache
-from .device import loads_ahead
+from .device import event, loads_ahead
+from .graphs import Graphs, Record, Work, buckets, cuda_record, padded
 from .lower import ALIGN, OPERATIONS, Lowered, Node, Place, lower
 from .quantised import Matrix, form, pack, vector
 from .weights import TritonWeight
@@ -26,12 +28,18 @@ class TritonLogits:
     """[R, V] fp32 logits in device memory; the next step overwrites them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
+        self._made = event(tensor.device)
 
     def numpy(self) -> np.ndarray:
         """[R, V] float32 copy on the host."""
-        copy: np.ndarray = self._tensor.to("cpu", copy=True).numpy()
+        copy: np.ndarray = self.tensor.to("cpu", copy=True).numpy()
         return copy
+
+    def wait(self) -> None:
+        """Until the step that makes them is over; a step launched since may still be running."""
+        if self._made is not None:
+            self._made.synchronize()
 
 
 class _Step:
@@ -52,30 +60,37 @@ class _Upload:
         self._device = device
         self._host = torch.empty(0, dtype=torch.int32)
         self._there = torch.empty(0, dtype=torch.int32, device=device)
-        cuda = device.type == "cuda"
-        self._copied: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._copied: Any = event(device)
 
     @property
     def nbytes(self) -> int:
         return self._there.nbytes
+
+    def size(self, arrays: list[np.ndarray]) -> int:
+        """What `arrays` take, in elements."""
+        return sum(-(-max(array.size, 1) // _ALIGNED) * _ALIGNED for array in arrays)
+
+    def reserve(self, size: int) -> None:
+        """Have room for so many elements: copies that fit lie where they lay before."""
+        if size > self._host.numel():
+            pinned = self._device.type == "cuda"
+            self._host = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+            self._there = torch.empty(size, dtype=torch.int32, device=self._device)
 
     def __call__(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
         """Each array, of int32 or float32, as a tensor of its shape and dtype on the device."""
         starts, size = [], 0
         for array in arrays:
             starts.append(size)
-            size += -(-max(array.size, 1) // _ALIGNED) * _ALIGNED
-        cuda = self._copied is not None
-        if cuda:
+            size += self.size([array])
+        if self._copied is not None:
             self._copied.synchronize()  # the last copy may still read the host's buffer
-        if size > self._host.numel():
-            self._host = torch.empty(size, dtype=torch.int32, pin_memory=cuda)
-            self._there = torch.empty(size, dtype=torch.int32, device=self._device)
+        self.reserve(size)
         flat = self._host.numpy()
         for array, start in zip(arrays, starts, strict=True):
             flat[start : start + array.size] = np.ascontiguousarray(array).view(np.int32).ravel()
         self._there[:size].copy_(self._host[:size], non_blocking=True)
-        if cuda:
+        if self._copied is not None:
             self._copied.record()
         out = []
         for array, start in zip(arrays, starts, strict=True):
@@ -105,6 +120,9 @@ class TritonExecutable:
         self._device = device
         self._activations = activations  # of quantised weights; see quantised.pack
         self._upload = _Upload(device)
+        self._recorded_upload = _Upload(device)  # of the steps that were recorded
+        self._graphs: Graphs | None = None
+        self._limits: dict[str, int] = {}
         self._scratch = attention.Scratch(device)
         self._memory = {
             per_row: torch.empty(0, dtype=torch.uint8, device=device) for per_row in (False, True)
@@ -132,15 +150,73 @@ class TritonExecutable:
         assert program.result is not None
         self._result = program.result.id
 
+    def prepare(
+        self, max_tokens: int, max_rows: int, max_context: int, record: Record | None = None
+    ) -> None:
+        """Take the memory of steps within these limits, and record the decoding ones where there is
+        a card, or with `record`. What was recorded knows where things lie: no larger step is run.
+        """
+        record = record or (cuda_record if self._device.type == "cuda" else None)
+        if record is None:
+            return
+        self._limits = {
+            "tokens": max_tokens,
+            "logit rows": max_rows,
+            "tokens of a sequence": max_context,
+        }
+        self._make_room({False: max_tokens, True: max_rows})
+        for shape in self._shapes:
+            self._scratch.parts(shape, max(attention.MIN_PAIRS, -(-max_context // attention.SPLIT)))
+        width = -(-max_context // self._kv.spec.block_size) if self._kv is not None else 1
+        steps = {
+            bucket: padded(*self._nothing(bucket.rows, width), bucket)
+            for bucket in buckets(self._shapes, max_tokens, max_rows, max_context)
+        }
+        most = max(self._recorded_upload.size(self._arrays(*step)) for step in steps.values())
+        self._recorded_upload.reserve(most)
+        replays = {}
+        for bucket, step in steps.items():
+            bound = self._bind(self._recorded_upload, *step)
+            self._make_room({False: bucket.rows, True: bucket.rows})
+            replays[bucket] = record(partial(self._launch, bound))
+        self._graphs = Graphs(replays)
+
+    def _nothing(self, rows: int, table_width: int) -> tuple[StepInputs, np.ndarray, Work]:
+        """A step of no tokens, with the block tables of `rows` sequences."""
+        none = np.zeros(0, dtype=np.int32)
+        table = np.zeros((rows, table_width), dtype=np.int32)
+        start = np.zeros(1, dtype=np.int32)
+        step = StepInputs(none, none, start, none, table, none, none)
+        return step, none, {shape: attention.plan(step, shape, none) for shape in self._shapes}
+
     def run(self, step: StepInputs) -> TritonLogits:
-        """Compute one step. Errors: ValueError for ids, slots or blocks that do not exist."""
+        """Launch one step; its arguments' arrays are read before this returns.
+
+        Errors: ValueError for ids, slots or blocks that do not exist.
+        """
         self._check(step)
-        counts = {False: len(step.token_ids), True: len(step.logit_rows)}
-        self._make_room(counts)
-        bound = self._metadata(step)
+        last = np.where(step.slot >= 0, step.positions, -1).astype(np.int32)
+        work = {shape: attention.plan(step, shape, last) for shape in self._shapes}
+        bucket = self._graphs.bucket(step, work) if self._graphs is not None else None
+        if bucket is not None:
+            bound = self._bind(self._recorded_upload, *padded(step, last, work, bucket))
+            self._fill_in(bound, step)
+            self._graphs.replay(bucket)  # type: ignore[union-attr]
+        else:
+            self._make_room({False: len(step.token_ids), True: len(step.logit_rows)})
+            bound = self._bind(self._upload, step, last, work)
+            self._fill_in(bound, step)
+            self._launch(bound)
+        place = self._lowered.places[self._result]
+        return TritonLogits(self._view(place, len(step.logit_rows)))
+
+    def _launch(self, bound: _Step) -> None:
         for launch in self._launches:
             launch(bound)
-        return TritonLogits(self.view(self._result))
+
+    def _fill_in(self, bound: _Step, step: StepInputs) -> None:
+        if step.sampled is not None:
+            embedding.fill_in(bound.token_ids, step.sampled)
 
     @property
     def weights_bytes(self) -> int:
@@ -150,24 +226,26 @@ class TritonExecutable:
     @property
     def workspace_bytes(self) -> int:
         """Device memory of values, scratch and metadata taken so far."""
-        buffers = [*self._memory.values(), self._sums]
-        return sum(b.nbytes for b in buffers) + self._scratch.nbytes + self._upload.nbytes
+        tensors = sum(b.nbytes for b in [*self._memory.values(), self._sums])
+        uploads = self._upload.nbytes + self._recorded_upload.nbytes
+        return tensors + self._scratch.nbytes + uploads
 
     def view(self, value: int | None) -> torch.Tensor:
         """A value of this step, [rows, width]."""
         assert value is not None
         made = self._views.get(value)
         if made is None:
-            made = self._views[value] = self._view(self._lowered.places[value])
+            place = self._lowered.places[value]
+            made = self._views[value] = self._view(place, self._rows[place.per_logit_row])
         return made
 
     def sums(self) -> torch.Tensor:
         """Scratch of quantised layers' inputs: sums of groups, and themselves in 8 bits."""
         return self._sums
 
-    def _view(self, place: Place) -> torch.Tensor:
+    def _view(self, place: Place, rows: int) -> torch.Tensor:
         dtype = torch.float32 if place.fp32 else self._dtype
-        rows, room = self._rows[place.per_logit_row], self._room(place.per_logit_row)
+        room = self._room(place.per_logit_row)
         size = dtype.itemsize
         return torch.as_strided(
             self._memory[place.per_logit_row].view(dtype),
@@ -198,18 +276,22 @@ class TritonExecutable:
         if self._sums_width and most > self._sums.shape[0]:
             self._sums = torch.empty((most, self._sums_width), device=self._device)
 
-    def _metadata(self, step: StepInputs) -> _Step:
-        last = np.where(step.slot >= 0, step.positions, -1).astype(np.int32)
-        table = np.ascontiguousarray(step.block_table, dtype=np.int32)
-        arrays = [step.token_ids, step.logit_rows, step.slot, last, table]
+    def _arrays(self, step: StepInputs, last: np.ndarray, work: Work) -> list[np.ndarray]:
+        """What a step's launches read. The block tables are last: where the others lie follows from
+        numbers of rows, items and pairs alone."""
+        arrays = [step.token_ids, step.logit_rows, step.slot, last]
         arrays += [table.rows(step.positions) for table in self._rotations.values()]
         for shape in self._shapes:
-            plan = attention.plan(step, shape, last)
+            plan = work[shape]
             arrays += [plan.wide, plan.narrow, plan.split, plan.pairs]
-        there = iter(self._upload(arrays))
+        return [*arrays, np.ascontiguousarray(step.block_table, dtype=np.int32)]
+
+    def _bind(self, upload: _Upload, step: StepInputs, last: np.ndarray, work: Work) -> _Step:
+        *rest, blocks = upload(self._arrays(step, last, work))
+        there = iter(rest)
         bound = _Step()
         bound.token_ids, bound.logit_rows, bound.slot = next(there), next(there), next(there)
-        position, blocks = next(there), next(there)
+        position = next(there)
         bound.tables = {key: next(there) for key in self._rotations}
         for shape in self._shapes:
             wide, narrow, split, pairs = (next(there) for _ in range(4))
@@ -217,7 +299,18 @@ class TritonExecutable:
         return bound
 
     def _check(self, step: StepInputs) -> None:
+        sizes = (len(step.token_ids), len(step.logit_rows), int(step.seq_len.max(initial=0)))
+        for (what, most), size in zip(self._limits.items(), sizes, strict=False):
+            if size > most:
+                raise ValueError(f"a step of {size} {what}; it was prepared for {most}")
         ids = step.token_ids
+        if step.sampled is not None:
+            if ids.size and ids.min() < -len(step.sampled):
+                raise ValueError(
+                    f"token id {ids.min()} means row {-1 - ids.min()} of the step before, which "
+                    f"sampled {len(step.sampled)}"
+                )
+            ids = np.maximum(ids, 0)
         if self._vocab and ids.size and not (ids.min() >= 0 and ids.max() < self._vocab):
             raise ValueError(
                 f"token ids {ids.min()} .. {ids.max()} do not all lie in the vocabulary of "

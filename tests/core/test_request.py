@@ -15,7 +15,6 @@ from engineroom.engine.core.request import (
     RequestState,
     SamplingParams,
     check_token_ids,
-    needs_history,
 )
 from tests.counts import count
 
@@ -204,24 +203,6 @@ def test_hostile_values_give_a_parameter_error_or_valid_parameters(options):
         low, high = SamplingParams.BOUNDS[name]
         assert value is None or low <= value <= high
     assert SamplingParams.from_dict(params.to_dict()) == params
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"repetition_penalty": 1.1},
-        {"presence_penalty": 0.1},
-        {"frequency_penalty": -0.1},
-        {"dry_multiplier": 1},
-        {"no_repeat_ngram_size": 2},
-        {"bad_words": ["x"]},
-        {"min_tokens": 1},
-        {"logits_processor": print},
-    ],
-)
-def test_needs_history(options):
-    assert needs_history(SamplingParams(**options))
-    assert not needs_history(SamplingParams(logit_bias={1: 1}, stop="x", seed=3))
 
 
 def test_replayable():

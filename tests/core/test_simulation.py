@@ -75,19 +75,9 @@ def _starve_the_last(patch):
     patch.setattr(Scheduler, "_chunk", chunk)
 
 
-def _forget_history(patch):
-    whole = Scheduler._chunk
-
-    def chunk(self, request, draft, start):
-        request.waits = False
-        return whole(self, request, draft, start)
-
-    patch.setattr(Scheduler, "_chunk", chunk)
-
-
 @pytest.mark.parametrize(
     "bug",
-    [_lose_a_block, _keep_stale_keys, _release_in_flight, _starve_the_last, _forget_history],
+    [_lose_a_block, _keep_stale_keys, _release_in_flight, _starve_the_last],
     ids=lambda bug: bug.__name__.strip("_"),
 )
 def test_a_planted_bug_is_found_and_its_seed_told(bug, monkeypatch):

@@ -287,17 +287,18 @@ def test_the_timeline_adds_up(llm):
     assert 0 < timings.time_to_first_token_s <= timings.total_s
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(llm, monkeypatch):
-    runner = llm.engine._runner
-    real = runner.execute
+@pytest.mark.parametrize("part", ["_executable", "_sampler"])
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(part, llm, monkeypatch):
+    failing = getattr(llm.engine._runner, part)
+    real = failing.run
     calls = iter([True])
 
-    def once(plan):
+    def once(*inputs):
         if next(calls, False):
             raise MemoryError("injected")
-        return real(plan)
+        return real(*inputs)
 
-    monkeypatch.setattr(runner, "execute", once)
+    monkeypatch.setattr(failing, "run", once)
     out = llm.generate([PROMPT], greedy(max_tokens=2))[0].outputs[0]
     assert out.finish_reason == "error" and "injected" in out.error
     assert llm.generate([PROMPT], greedy(max_tokens=2))[0].outputs[0].finish_reason == "length"

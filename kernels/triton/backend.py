@@ -9,7 +9,7 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, linear
+from . import attention, linear, sampling
 from . import device as dev
 from .cache import KVCache
 from .executor import TritonExecutable, shape_of, table_of
@@ -128,9 +128,10 @@ class TritonBackend:
         dtype = TORCH_DTYPES[self._dtype]
         return TritonExecutable(program, weights, kv, dtype, self._device)
 
-    def sampler(self, vocab_size: int) -> CpuSampler:
-        """The sampling program. Logits are copied to the host and sampled there, for now."""
-        return CpuSampler(vocab_size, self._pool)
+    def sampler(self, vocab_size: int) -> sampling.TritonSampler:
+        """The sampling program, on the device; on the host for logits that a processor changed."""
+        host = CpuSampler(vocab_size, self._pool)
+        return sampling.TritonSampler(vocab_size, self._device, host)
 
     def available_memory(self) -> int | None:
         """Free bytes of the card; None under the interpreter, which uses the host's memory."""
@@ -146,6 +147,6 @@ class TritonBackend:
                 "quantised weights multiplied by their own values"
             ),
             "activations": self._dtype,
-            "sampling": "on the host",
+            "sampling": "on the device",
             **dev.describe(),
         }

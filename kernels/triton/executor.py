@@ -26,11 +26,11 @@ class TritonLogits:
     """[R, V] fp32 logits in device memory; the next step overwrites them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
 
     def numpy(self) -> np.ndarray:
         """[R, V] float32 copy on the host."""
-        copy: np.ndarray = self._tensor.to("cpu", copy=True).numpy()
+        copy: np.ndarray = self.tensor.to("cpu", copy=True).numpy()
         return copy
 
 
@@ -45,7 +45,7 @@ class _Step:
         self.work: dict[attention.Shape, attention.DevicePlan] = {}
 
 
-class _Upload:
+class Upload:
     """One copy of many small arrays to buffers that stay."""
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class TritonExecutable:
         self._kv = kv
         self._dtype = dtype
         self._device = device
-        self._upload = _Upload(device)
+        self._upload = Upload(device)
         self._scratch = attention.Scratch(device)
         self._memory = {
             per_row: torch.empty(0, dtype=torch.uint8, device=device) for per_row in (False, True)

@@ -372,8 +372,8 @@ def filter_kernel(
         heavy, last = tl.full((), 1 << 62, tl.int64), tl.full((), -1, tl.int64)
         chance = number(row_ptr, XTC_PROBABILITY)
         if chance > 0:
-            xtc_word, _, _, _ = drawn_words(row_ptr, tl.full((), 0, tl.int32), STREAM_XTC)
-            if uniform_of_word(xtc_word) < chance:
+            blocks = drawn_words(row_ptr, tl.full((), 0, tl.int32), STREAM_XTC)
+            if uniform_of_word(blocks[0]) < chance:
                 weight = tl.zeros((BLOCK,), tl.int64)
                 for start in range(0, n, BLOCK):
                     z, _ = survivors(

@@ -24,8 +24,8 @@ class TritonBackend:
 
     activation_dtype: a key of DTYPE_BYTES; results are rounded once to it. Products of operands of
     one 16-bit dtype run in the tensor cores with fp32 sums; others in fp32. threads: of the
-    sampler, which runs on the host; None takes the physical cores that this process may use. No
-    result depends on it.
+    sampler of logits that a processor has changed on the host; None takes the physical cores that
+    this process may use. No result depends on it.
 
     Errors: ValueError for a dtype or a number of threads that does not exist.
     """
@@ -102,7 +102,8 @@ class TritonBackend:
     def workspace_bytes(
         self, program: Program, max_tokens: int, max_rows: int, max_context: int
     ) -> int:
-        """Upper bound of values, splits of attention, sums of groups, and a step's metadata."""
+        """Upper bound of values, splits of attention, sums of groups, a step's metadata,
+        and sampling."""
         lowered = lower(program, DTYPE_BYTES[self._dtype])
         tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
@@ -116,7 +117,9 @@ class TritonBackend:
         a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
         a_token += 4 * 3 * attention.ITEM * len(shapes)
         metadata = tokens * a_token + 4 * rows + len(shapes) * 8 * pairs + 128 * 32
-        return values + splits + sums + metadata
+        assert program.result is not None
+        drawing = sampling.workspace_bytes(rows, int(program.result.shape[1]))
+        return values + splits + sums + metadata + drawing
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None

@@ -48,7 +48,7 @@ def top_kernel(x_ptr, rows_ptr, tops_ptr, x_stride, vocab, chunks, width, CHUNK:
     x = tl.load(x_ptr + row * x_stride + at, mask=at < vocab, other=NEG_INF)
     score = tl.where(at < vocab, packed(x, at), LOWEST)
     there = tops_ptr + (row * chunks + chunk) * width
-    for i in range(0, wanted):
+    for i in range(wanted):
         best = tl.max(score, 0)
         tl.store(there + i, best)
         score = tl.where(score == best, LOWEST, score)
@@ -94,7 +94,7 @@ def logprobs_kernel(
             tl.store(ranks_ptr + row, 1 + tl.sum(higher, 0))
         filled = tl.minimum(wanted, vocab)
         before = tl.full((), (1 << 63) - 1, tl.int64)
-        for i in range(0, filled):
+        for i in range(filled):
             best = tl.full((BLOCK,), LOWEST, tl.int64)
             for start in range(0, chunks * wanted, BLOCK):
                 at = start + tl.arange(0, BLOCK)

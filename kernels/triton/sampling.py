@@ -292,4 +292,5 @@ class _Launches:
 def workspace_bytes(rows: int, vocab_size: int) -> int:
     """Upper bound of the memory of a step of so many rows: what is found of each chunk, changed
     logits, ids and z of the tokens listed."""
-    return rows * (8 * SLOTS.value * triton.cdiv(vocab_size, CHUNK) + 12 * vocab_size)
+    found = 8 * int(SLOTS.value) * -(-vocab_size // CHUNK)
+    return rows * (found + 12 * vocab_size)

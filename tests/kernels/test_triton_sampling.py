@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engineroom.kernels import sampling
 from engineroom.kernels.backend import SampleResult, SamplingInputs
 from engineroom.kernels.cpu.sampler import CpuLogits, CpuSampler
 from tests.counts import FULL, count
@@ -102,6 +103,19 @@ def test_each_filter_alone(name: str, grid: float) -> None:
     keys = [{"seed": 9, "position": i, "num_logprobs": 3 * i} for i in range(2)]
     rows = inputs([FILTERS[name] | key for key in keys], 1300)
     assert bits(on_device(x, rows)) == bits(on_host(x, rows))
+
+
+def test_borders_among_equal_tokens_are_exact() -> None:
+    """The token that wins where it is kept is the last one kept, or the first one dropped."""
+    noise = sampling.gumbel_f32(sampling.uniforms(11, 0, 0, sampling.STREAM_GUMBEL, 256))
+    winner = int(noise.argmax())
+    kept = {True: winner + 1, False: winner}
+    filters: list[dict[str, Any]] = [{"top_k": n} for n in kept.values()]
+    for name in ("top_p", "typical_p"):
+        filters += [{name: n / 256} for n in kept.values()]
+    rows = inputs([{"seed": 11, **one} for one in filters], 256)
+    tokens = on_device(np.zeros((len(filters), 256), np.float32), rows).tokens
+    assert (tokens == winner).tolist() == [True, False] * 3
 
 
 def test_a_real_vocabulary() -> None:

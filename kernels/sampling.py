@@ -65,6 +65,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -453,11 +454,12 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def check_logits(x: np.ndarray, vocab_size: int) -> None:
-    """Errors: ValueError unless x is float32 [R, vocab_size]."""
-    if x.ndim != 2 or x.shape[1] != vocab_size or x.dtype != np.float32:
+def check_logits(x: Any, vocab_size: int) -> None:
+    """Errors: ValueError unless x, of numpy or torch, is float32 [R, vocab_size]."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if x.ndim != 2 or x.shape[1] != vocab_size or dtype != "float32":
         raise ValueError(
-            f"logits are {x.dtype} {list(x.shape)}; this sampler was made for float32 "
+            f"logits are {dtype} {list(x.shape)}; this sampler was made for float32 "
             f"[R, {vocab_size}]"
         )
 

@@ -9,7 +9,7 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, graphs, linear
+from . import attention, graphs, linear, sampling
 from . import device as dev
 from .cache import KVCache
 from .executor import TritonExecutable, shape_of, table_of
@@ -27,9 +27,10 @@ class TritonBackend:
 
     activation_dtype: a key of DTYPE_BYTES; results are rounded once to it. Products of operands of
     one 16-bit dtype run in the tensor cores with fp32 sums; others in fp32. threads: of the
-    sampler, which runs on the host; None takes the physical cores that this process may use. No
-    result depends on it. activations: what multiplies quantised weights, "auto" or "float32" for
-    the activations themselves, "int8" or "fp8" for 8 bits with one scale per token.
+    sampler of logits that a processor has changed on the host; None takes the physical cores that
+    this process may use. No result depends on it. activations: what multiplies quantised weights,
+    "auto" or "float32" for the activations themselves, "int8" or "fp8" for 8 bits with one scale
+    per token.
 
     Errors: ValueError for a dtype or a number of threads that does not exist; BackendUnavailable
     for fp8 on a card that has none.
@@ -148,8 +149,8 @@ class TritonBackend:
     def workspace_bytes(
         self, program: Program, max_tokens: int, max_rows: int, max_context: int
     ) -> int:
-        """Upper bound of values, splits of attention, sums of groups, a step's metadata, and the
-        steps that are recorded, with theirs."""
+        """Upper bound of values, splits of attention, sums of groups, a step's metadata, sampling,
+        and the steps that are recorded, with theirs."""
         lowered = lower(program, DTYPE_BYTES[self._dtype])
         tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
@@ -168,7 +169,9 @@ class TritonBackend:
         most = max(bucket.rows for bucket in recorded)
         metadata += most * a_token + len(shapes) * 4 * (2 * pairs + attention.ITEM) + 128 * 32
         nodes = len(recorded) * graphs.launches(lowered) * graphs.NODE_BYTES
-        return values + splits + sums + metadata + nodes
+        assert program.result is not None
+        drawing = sampling.workspace_bytes(rows, int(program.result.shape[1]))
+        return values + splits + sums + metadata + nodes + drawing
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None
@@ -182,9 +185,10 @@ class TritonBackend:
         dtype = TORCH_DTYPES[self._dtype]
         return TritonExecutable(program, weights, kv, dtype, self._device, self._activations)
 
-    def sampler(self, vocab_size: int) -> CpuSampler:
-        """The sampling program. Logits are copied to the host and sampled there, for now."""
-        return CpuSampler(vocab_size, self._pool)
+    def sampler(self, vocab_size: int) -> sampling.TritonSampler:
+        """The sampling program, on the device; on the host for logits that a processor changed."""
+        host = CpuSampler(vocab_size, self._pool)
+        return sampling.TritonSampler(vocab_size, self._device, host)
 
     def available_memory(self) -> int | None:
         """Free bytes of the card; None under the interpreter, which uses the host's memory."""
@@ -205,6 +209,6 @@ class TritonBackend:
                 )
             ),
             "activations": self._dtype,
-            "sampling": "on the host",
+            "sampling": "on the device",
             **dev.describe(),
         }

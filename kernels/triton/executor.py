@@ -53,7 +53,7 @@ class _Step:
         self.work: dict[attention.Shape, attention.DevicePlan] = {}
 
 
-class _Upload:
+class Upload:
     """One copy of many small arrays to buffers that stay."""
 
     def __init__(self, device: torch.device) -> None:
@@ -119,8 +119,8 @@ class TritonExecutable:
         self._dtype = dtype
         self._device = device
         self._activations = activations  # of quantised weights; see quantised.pack
-        self._upload = _Upload(device)
-        self._recorded_upload = _Upload(device)  # of the steps that were recorded
+        self._upload = Upload(device)
+        self._recorded_upload = Upload(device)  # of the steps that were recorded
         self._graphs: Graphs | None = None
         self._limits: dict[str, int] = {}
         self._scratch = attention.Scratch(device)
@@ -286,7 +286,7 @@ class TritonExecutable:
             arrays += [plan.wide, plan.narrow, plan.split, plan.pairs]
         return [*arrays, np.ascontiguousarray(step.block_table, dtype=np.int32)]
 
-    def _bind(self, upload: _Upload, step: StepInputs, last: np.ndarray, work: Work) -> _Step:
+    def _bind(self, upload: Upload, step: StepInputs, last: np.ndarray, work: Work) -> _Step:
         *rest, blocks = upload(self._arrays(step, last, work))
         there = iter(rest)
         bound = _Step()

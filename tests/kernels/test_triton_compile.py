@@ -28,6 +28,8 @@ REDUCED = (
     "attention split bfloat16 32/8x128 page 16 ",
     "linear bfloat16 tokens 16 K 4096",
     "linear Q4_0 bfloat16 tokens 16 K 4096",
+    "sampling draw",
+    "sampling filter",
 )
 
 

@@ -25,9 +25,22 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engineroom.kernels.triton import attention, elementwise, embedding, linear, rms_norm, rope
+from engineroom.kernels.triton import (
+    attention,
+    elementwise,
+    embedding,
+    linear,
+    rms_norm,
+    rope,
+    sampling,
+    sampling_draw,
+    sampling_edits,
+    sampling_filters,
+    sampling_logprobs,
+)
 from engineroom.kernels.triton.numerics import AMD, OPTIONS, next_power_of_two
 from engineroom.kernels.triton.quantised import LAYOUTS, Layout, QuantisedMatrix
+from engineroom.kernels.triton.sampling_rows import BAN, BIAS, CHUNK, HISTORY
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -287,6 +300,47 @@ def _small(dtype: str) -> Iterator[Configuration]:
         )
 
 
+def _sampling(vocab: int) -> Iterator[Configuration]:
+    """The kernels of sampling, which know a vocabulary by its number of chunks."""
+    chunks = next_power_of_two(triton.cdiv(vocab, CHUNK))
+    integers = ("rows", "mask", "ids", "tokens", "logprobs", "ranks", "top_ids", "top_logprobs")
+    types = {f"{name}_ptr": "*i32" for name in integers}
+    types |= {f"{name}_ptr": "*fp32" for name in ("x", "work", "z", "out")}
+    types |= {"found_ptr": "*i64", "tops_ptr": "*i64"}
+    row, part = (
+        {"BLOCK": sampling.BLOCK, "CHUNKS": chunks},
+        {"CHUNK": CHUNK, "CHUNKS": chunks},
+    )
+
+    def made(name: str, kernel: Any, constants: dict[str, Any], **more: str) -> Configuration:
+        of_row = "BLOCK" in constants
+        return Configuration(
+            f"sampling {name}",
+            kernel,
+            {k: v for k, v in (types | more).items() if k in kernel.arg_names},
+            constants,
+            sampling.ROW_OPTIONS if of_row else OPTIONS,
+            ("width", "chunks"),
+        )
+
+    yield made("largest", sampling_draw.largest_kernel, {"CHUNK": CHUNK})
+    yield made(f"draw V {vocab}", sampling_draw.draw_kernel, part)
+    yield made(f"finish V {vocab}", sampling_draw.finish_kernel, {"CHUNKS": chunks})
+    yield made("copy", sampling_edits.copy_kernel, {"CHUNK": CHUNK})
+    for name, stage in (("bias", BIAS), ("ban", BAN), ("history", HISTORY)):
+        constants = {"STAGE": stage.value, "ENTRIES": sampling_edits.ENTRIES}
+        values = "*fp32" if name == "bias" else "*i32"
+        yield made(name, sampling_edits.edit_kernel, constants, values_ptr=values)
+    yield made(f"sigma V {vocab}", sampling_filters.sigma_kernel, row)
+    yield made(f"count V {vocab}", sampling_filters.count_kernel, part)
+    yield made(f"list V {vocab}", sampling_filters.list_kernel, part)
+    yield made(f"filter V {vocab}", sampling_filters.filter_kernel, row)
+    yield made(f"weigh V {vocab}", sampling_logprobs.weigh_kernel, part)
+    yield made("top", sampling_logprobs.top_kernel, {"CHUNK": CHUNK})
+    yield made(f"logprobs V {vocab}", sampling_logprobs.logprobs_kernel, row)
+    yield made(f"log_softmax V {vocab}", sampling_logprobs.log_softmax_kernel, part)
+
+
 def configurations() -> Iterator[Configuration]:
     """Every kernel at the tiles that the launchers choose for common models."""
     shape = attention.Shape
@@ -332,6 +386,7 @@ def configurations() -> Iterator[Configuration]:
     yield _quantised("Q4_1", "float32", 16)
     yield from _small("bfloat16")
     yield from _small("float32")
+    yield from _sampling(131072)
 
 
 def compiled(configuration: Configuration, target: str) -> dict[str, Any]:

@@ -102,7 +102,64 @@ def _gpu(args: argparse.Namespace) -> int:
     return status
 
 
+# ----------------------------------------------------------------------------------------- kernels
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        width, out_width = (int(part) for part in text.split("x"))
+        if width > 0 and out_width > 0 and width % 32 == 0:
+            return width, out_width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not KxN such as 4096x14336, K a multiple of 32")
+
+
+def _tokens(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) <= 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 to 65536")
+
+
+def _configure_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", type=_shape, action="append", metavar="KxN", help="of a linear layer"
+    )
+    parser.add_argument("--tokens", type=_tokens, action="append", metavar="M", help="rows at once")
+    parser.add_argument("--format", action="append", metavar="NAME", help="of the weights")
+    parser.add_argument("--threads", type=_tokens, metavar="N", help="default: the cores here")
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=3.0,
+        metavar="X",
+        help="time to stay within; less means fewer repetitions (default: %(default)s)",
+    )
+    for kind in ("json", "csv", "md"):
+        parser.add_argument(f"--{kind}", metavar="PATH", help=f"write the tables as {kind}")
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    kernels = importlib.import_module(f"{__package__}.kernels")
+    unknown = [name for name in args.format or () if name not in kernels.FORMATS_TIMED]
+    if unknown:
+        known = ", ".join(kernels.FORMATS_TIMED)
+        raise BackendUnavailable(f"--format {unknown[0]} is not timed here; known: {known}")
+    status: int = kernels.run(
+        minutes=args.minutes,
+        threads=args.threads,
+        shapes=args.shape or kernels.SHAPES,
+        tokens=args.tokens or kernels.TOKENS,
+        formats=args.format or kernels.FORMATS_TIMED,
+        paths={"json": args.json, "csv": args.csv, "md": args.md},
+    )
+    return status
+
+
 BENCHES = {
+    "kernels": Bench(
+        "Each operation on the CPU beside what this machine allows", _configure_kernels, _kernels
+    ),
     "gpu": Bench(
         "Proof of the GPU's kernels on this card: right, law 2, fast", _configure_gpu, _gpu
     ),

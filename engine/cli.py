@@ -320,6 +320,18 @@ def _models(args: argparse.Namespace) -> int:
     return 0 if all(m["verified"] is not False for m in report["models"]) else 3
 
 
+def _configure_bench(parser: argparse.ArgumentParser) -> None:
+    from .bench.command import configure
+
+    configure(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.command import run
+
+    return run(args)
+
+
 def _usage(message: str) -> int:
     print(f"engineroom: E-USAGE-01  {message}", file=sys.stderr)
     return 2
@@ -333,6 +345,7 @@ _COMMANDS = {
     ),
     "doctor": _Command("This machine, the backends, and a self-check", _configure_doctor, _doctor),
     "models": _Command("Short names and supported architectures", _configure_models, _models),
+    "bench": _Command("Measure kernels beside what this machine allows", _configure_bench, _bench),
 }
 
 if __name__ == "__main__":

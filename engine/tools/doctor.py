@@ -27,16 +27,17 @@ def examine() -> dict[str, Any]:
     """Everything, as plain values. Loads no torch."""
     backend, backends = _backend()
     return {
-        "engineroom": _version("engineroom"),
+        "engineroom": package_version("engineroom"),
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "cpu": _cpu(),
-        "gpus": _gpus(),
+        "cpu": cpu_facts(),
+        "gpus": gpu_names(),
         "memory": {"available": available_memory(), "total": _total_memory()},
         "cache": {"folder": str(models_dir()), "free": _free(models_dir())},
         "packages": {
-            kind: {name: _version(name) for name in names} for kind, names in _PACKAGES.items()
+            kind: {name: package_version(name) for name in names}
+            for kind, names in _PACKAGES.items()
         },
         "backends": backends,
         "checks": _checks(backend),
@@ -73,7 +74,7 @@ def _checks(backend: Backend | None) -> list[dict[str, Any]]:
     return run_checks(backend)
 
 
-def _cpu() -> dict[str, Any]:
+def cpu_facts() -> dict[str, Any]:
     try:
         from ...kernels.cpu import _native
 
@@ -93,7 +94,7 @@ def _cpu() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     if sys.platform == "darwin":
-        return _output(["sysctl", "-n", "machdep.cpu.brand_string"])
+        return command_output(["sysctl", "-n", "machdep.cpu.brand_string"])
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -106,14 +107,16 @@ def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _gpus() -> list[str]:
+def gpu_names() -> list[str]:
     """Names of NVIDIA GPUs, whether or not torch sees them."""
     if shutil.which("nvidia-smi") is None:
         return []
-    return [line for line in _output(["nvidia-smi", "-L"]).splitlines() if line.startswith("GPU")]
+    return [
+        line for line in command_output(["nvidia-smi", "-L"]).splitlines() if line.startswith("GPU")
+    ]
 
 
-def _output(command: list[str]) -> str:
+def command_output(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -126,7 +129,7 @@ def _free(folder: Path) -> int | None:
     return shutil.disk_usage(existing).free if existing else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -163,4 +166,12 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["examine", "exit_status", "render"]
+__all__ = [
+    "command_output",
+    "cpu_facts",
+    "examine",
+    "exit_status",
+    "gpu_names",
+    "package_version",
+    "render",
+]

@@ -323,6 +323,15 @@ def place_threads(
 def usable_cores() -> int:
     """Physical cores that this process may use, within its affinity and its cgroup's quota."""
 
+def probe_read(pool: Pool, num_bytes: int, repeats: int = 8) -> float:
+    """Bytes a second that the pool's threads read together, each its part of num_bytes; the fastest
+    of `repeats` readings. Errors: ValueError for less than 256 bytes a thread."""
+
+def probe_dots(pool: Pool, kind: str, repeats: int = 10) -> float:
+    """Operations a second (a product and a sum are two) of the widest dot instruction of "int8",
+    "bf16" or "f32" operands; 0 where this processor has none that the probe knows.
+    Errors: ValueError for another kind."""
+
 def packed_bytes(format_name: str, num_rows: int, num_columns: int) -> int:
     """Bytes of a matrix in tiles. Errors: ValueError for an unknown format or odd columns."""
 

@@ -74,6 +74,7 @@ NB_MODULE(_native, m) {
     engineroom::register_counter(m);
     engineroom::register_pack(m);
     engineroom::register_packed_file(m);
+    engineroom::register_probe(m);
     engineroom::register_quantise(m);
     engineroom::register_linear(m);
     engineroom::register_attention(m);

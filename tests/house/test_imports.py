@@ -65,7 +65,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "kernels",
         "quant",
     ),
-    "torch": ("kernels.reference", "kernels.triton", "quant.calibrate"),
+    "torch": ("kernels.reference", "kernels.triton", "quant.calibrate", "engine.bench.gpu"),
     "triton": ("kernels.triton",),
     "tokenizers": ("engine.load",),
     "sentencepiece": ("engine.load",),

@@ -1,0 +1,166 @@
+"""`engineroom bench`: which benchmarks there are, their flags, and what runs each.
+
+A benchmark is one entry of BENCHES. Its module is imported when it is asked for, so that one that
+needs torch costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ...kernels.backend import BackendUnavailable, choose
+
+_INTERPRETED = "TRITON_INTERPRET"
+
+
+class Bench(NamedTuple):
+    summary: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """A parser for each benchmark."""
+    benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, bench in BENCHES.items():
+        sub = benches.add_parser(
+            name, help=bench.summary, description=bench.summary + ".", allow_abbrev=False
+        )
+        bench.configure(sub)
+        sub.set_defaults(flags=[flag for flag in sub._option_string_actions if len(flag) > 2])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen benchmark; 2 where this machine lacks what it needs, with what to mend."""
+    try:
+        return BENCHES[args.bench].run(args)
+    except BackendUnavailable as error:
+        print(f"engineroom: bench {args.bench}: {error}", file=sys.stderr)
+        return 2
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return value
+
+
+# --------------------------------------------------------------------------------------------- gpu
+
+
+def _configure_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report", action="store_true", help="time every kernel too, and write report.md and .json"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="X",
+        help="time to stay within; less means fewer repetitions (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        default="bench-gpu",
+        metavar="DIR",
+        help="folder of the report (default: %(default)s)",
+    )
+    parser.add_argument("-m", "--model", help="time this model too, as the engine loads it")
+    parser.add_argument(
+        "--rehearsal",
+        action="store_true",
+        help=f"with {_INTERPRETED}=1: tiny shapes on the CPU, to try the command; no times",
+    )
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    choice = choose("cuda")
+    interpreted = "interpreter" in choice.reason
+    if args.rehearsal != interpreted:
+        raise BackendUnavailable(
+            f"--rehearsal runs on Triton's interpreter: set {_INTERPRETED}=1"
+            if args.rehearsal
+            else f"{_INTERPRETED} is set, so nothing would run on a card; unset it, or try the "
+            "command with --rehearsal"
+        )
+    report = importlib.import_module(f"{__package__}.gpu.report")
+    status: int = report.run(
+        report=args.report,
+        minutes=args.minutes,
+        output=args.output,
+        model=args.model,
+        rehearsal=args.rehearsal,
+    )
+    return status
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        width, out_width = (int(part) for part in text.split("x"))
+        if width > 0 and out_width > 0 and width % 32 == 0:
+            return width, out_width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not KxN such as 4096x14336, K a multiple of 32")
+
+
+def _tokens(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) <= 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 to 65536")
+
+
+def _configure_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape", type=_shape, action="append", metavar="KxN", help="of a linear layer"
+    )
+    parser.add_argument("--tokens", type=_tokens, action="append", metavar="M", help="rows at once")
+    parser.add_argument("--format", action="append", metavar="NAME", help="of the weights")
+    parser.add_argument("--threads", type=_tokens, metavar="N", help="default: the cores here")
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=3.0,
+        metavar="X",
+        help="time to stay within; less means fewer repetitions (default: %(default)s)",
+    )
+    for kind in ("json", "csv", "md"):
+        parser.add_argument(f"--{kind}", metavar="PATH", help=f"write the tables as {kind}")
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    kernels = importlib.import_module(f"{__package__}.kernels")
+    unknown = [name for name in args.format or () if name not in kernels.FORMATS_TIMED]
+    if unknown:
+        known = ", ".join(kernels.FORMATS_TIMED)
+        raise BackendUnavailable(f"--format {unknown[0]} is not timed here; known: {known}")
+    status: int = kernels.run(
+        minutes=args.minutes,
+        threads=args.threads,
+        shapes=args.shape or kernels.SHAPES,
+        tokens=args.tokens or kernels.TOKENS,
+        formats=args.format or kernels.FORMATS_TIMED,
+        paths={"json": args.json, "csv": args.csv, "md": args.md},
+    )
+    return status
+
+
+BENCHES = {
+    "kernels": Bench(
+        "Each operation on the CPU beside what this machine allows", _configure_kernels, _kernels
+    ),
+    "gpu": Bench(
+        "Proof of the GPU's kernels on this card: right, law 2, fast", _configure_gpu, _gpu
+    ),
+}

@@ -1,0 +1,369 @@
+"""Is every kernel right? Each beside its formula in fp64, on fresh random numbers.
+
+Outputs lie in buffers full of NaN with rows and columns around them that nobody may touch; cache
+slots that no sequence has written are NaN too. An element passes where it is within a bound that
+follows from the one rounding to its dtype and the order of fp32 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ....kernels.cpu.sampler import CpuLogits, CpuSampler
+from ....kernels.triton import TritonBackend
+from ....kernels.triton.cache import KVCache
+from ....kernels.weights import BF16, F16, F32, Format
+from ....quant.gguf import dequantise
+from . import launches
+from .card import Card
+from .launches import Heads
+from .sizes import Sizes
+
+_PAD_ROWS, _PAD_COLUMNS = 3, 16
+_TINY = 2.0**-24  # fp16's smallest step
+_FLOATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report. `error` is the worst one as a share of its bound; at most 1 passes."""
+
+    kind: str
+    name: str
+    dtype: str
+    shape: str
+    error: float | None
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A check before it has run; `run` returns the worst error as a share of its bound."""
+
+    name: str
+    dtype: str
+    shape: str
+    run: Callable[[], float]
+    kind: str = "correct"
+
+
+def run_probe(probe: Probe) -> Check:
+    """The check's row, whatever happens: what raises has failed, and says how."""
+    error, detail = None, ""
+    try:
+        error = probe.run()
+    except Exception as raised:
+        detail = f"{type(raised).__name__}: {raised}".splitlines()[0][:200]
+    passed = error is not None and error <= 1
+    finite = error if error is not None and np.isfinite(error) else None
+    if error is not None and finite is None:
+        detail = "a result is not finite, or memory beside the output was written"
+    return Check(probe.kind, probe.name, probe.dtype, probe.shape, finite, passed, detail)
+
+
+class Guarded:
+    """An output [rows, width] full of NaN, inside of memory that is not to be touched."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (rows + 2 * _PAD_ROWS, width + _PAD_COLUMNS)
+        self._memory = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        self.out = self._memory[_PAD_ROWS : _PAD_ROWS + rows, :width]
+
+    def result(self) -> torch.Tensor:
+        """The output in fp64; infinite throughout where something beside it was written."""
+        around = self._memory.clone()
+        around[_PAD_ROWS : _PAD_ROWS + self.out.shape[0], : self.out.shape[1]] = float("nan")
+        out = self.out.double()
+        return out if bool(around.isnan().all()) else torch.full_like(out, float("inf"))
+
+
+def worst(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> float:
+    """The largest error as a share of its bound; infinite where a result is not a number."""
+    share = (got - want).abs() / (bound + _TINY)
+    return float("inf") if bool(share.isnan().any()) else float(share.max())
+
+
+def half_step(dtype: torch.dtype) -> float:
+    """What rounding to dtype changes at most, relatively."""
+    return torch.finfo(dtype).eps / 2
+
+
+def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe]:
+    """Every check of correctness. A new kernel is one more line here."""
+    for dtype in sizes.dtypes:
+        name = str(dtype).removeprefix("torch.")
+        for fmt in launches.WEIGHTS:
+            if not fmt.is_float or fmt == _FLOATS[dtype]:
+                yield from _linears(card, sizes, fmt, dtype, rng)
+        for heads in sizes.heads:
+            for case, new in (("decode", 1), ("chunks", 40)):
+                yield Probe(
+                    f"attention, {case}",
+                    name,
+                    f"{heads.label()}, contexts {min(sizes.lengths)} to {max(sizes.lengths)}",
+                    lambda heads=heads, new=new, dtype=dtype: _attention(  # type: ignore[misc]
+                        card, heads, sizes, new, dtype, rng
+                    ),
+                )
+        yield from _by_rows(card, sizes, dtype)
+        yield Probe(
+            "rope and cache",
+            name,
+            f"{sizes.rows} rows, {sizes.attention.label()}",
+            lambda dtype=dtype: _rope(card, sizes, dtype, rng),  # type: ignore[misc]
+        )
+    for temperature in (0.0, 0.8):
+        yield Probe(
+            "sampling, beside the CPU's tokens",
+            "float32",
+            f"{max(sizes.sampled)} rows of {sizes.vocab}, temperature {temperature}",
+            lambda t=temperature: _sampling(card, sizes, t, rng),  # type: ignore[misc]
+        )
+
+
+# ---------------------------------------------------------------------------------------- linear
+
+
+def _linears(
+    card: Card, sizes: Sizes, fmt: Format, dtype: torch.dtype, rng: np.random.Generator
+) -> Iterator[Probe]:
+    rows, columns = sizes.layer
+    columns -= columns % fmt.block_elements
+    afters = ("", "add", "silu_mul", "gelu_tanh_mul") if fmt.is_float else ("",)
+    for after in afters:
+        for tokens in (sizes.batches[-1],) if after else (1, sizes.batches[-1]):
+            yield Probe(
+                f"linear {fmt.name}" + (f" then {after}" if after else ""),
+                str(dtype).removeprefix("torch."),
+                f"{tokens} x {columns} x {rows}",
+                lambda after=after, tokens=tokens: _linear(  # type: ignore[misc]
+                    card, fmt, (rows, columns), tokens, dtype, after, rng
+                ),
+            )
+
+
+def _linear(
+    card: Card,
+    fmt: Format,
+    layer: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    after: str,
+    rng: np.random.Generator,
+) -> float:
+    rows, columns = layer
+    raw = launches.random_weight(fmt, rows, columns, rng)
+    weight = launches.pack(raw, card.device)[0]
+    x = torch.randn(tokens, columns, device=card.device).to(dtype)
+    other = torch.randn(tokens, rows, device=card.device).to(dtype)
+    bias = torch.randn(rows, device=card.device)
+    guarded = Guarded(tokens, rows, dtype, card.device)
+    more = {"after": after, "other": other} if after else {}
+    launches.multiply(x, weight, guarded.out, bias=bias, **more)()
+    wide = torch.from_numpy(dequantise(raw)).to(card.device).double()
+    sums = x.double() @ wide.T + bias.double()
+    size = x.double().abs() @ wide.abs().T + bias.double().abs()
+    error = sums.abs() * (half_step(dtype) if after else 0) + size * 2.0**-22 * columns**0.5
+    want, slope = sums, torch.ones_like(sums)
+    if after == "add":
+        want = other.double() + sums
+    elif after:
+        slope = gate(other.double(), after)
+        want = slope * sums
+    bound = slope.abs() * error + want.abs() * (half_step(dtype) + 2.0**-20)
+    return worst(guarded.result(), want, bound)
+
+
+def gate(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The activation of silu_mul or gelu_tanh_mul."""
+    if name == "silu_mul":
+        return x * torch.sigmoid(x)
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    card: Card, heads: Heads, sizes: Sizes, new: int, dtype: torch.dtype, rng: np.random.Generator
+) -> float:
+    lengths = sizes.lengths
+    cache, keys, values = filled_cache(card, heads, lengths, sizes.block_size, dtype, rng)
+    counts = [min(new, n) for n in lengths]
+    step = launches.paged_step(lengths, counts, sizes.block_size, np.random.default_rng(1))
+    q = torch.randn(sum(counts), heads.q_width, device=card.device).to(dtype)
+    guarded = Guarded(len(q), heads.q_width, dtype, card.device)
+    launches.attend(q, guarded.out, cache, step, heads)()
+    got, at, share = guarded.result(), 0, 0.0
+    for s, count in enumerate(counts):
+        want, size = attention_formula(q[at : at + count], keys[s], values[s], heads)
+        product = half_step(dtype) if dtype != torch.float32 else 0.0
+        bound = size * (product * 1.1 + 2.0**-17) + want.abs() * half_step(dtype)
+        share = max(share, worst(got[at : at + count], want, bound))
+        at += count
+    return share
+
+
+def filled_cache(
+    card: Card,
+    heads: Heads,
+    lengths: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+) -> tuple[KVCache, list[torch.Tensor], list[torch.Tensor]]:
+    """A cache that holds random K and V of whole sequences, by the kernel that writes it, and what
+    it was given. Blocks are those of paged_step(lengths, ..., default_rng(1))."""
+    cache = launches.new_cache(
+        heads, launches.cache_blocks(lengths, block_size), block_size, dtype, card.device
+    )
+    step = launches.paged_step(lengths, lengths, block_size, np.random.default_rng(1))
+    width = heads.num_kv_heads * heads.head_dim
+    k, v = (torch.randn(sum(lengths), width, device=card.device).to(dtype) for _ in range(2))
+    launches.write(cache, k, v, torch.from_numpy(step.slot).to(card.device))()
+    return cache, list(torch.split(k, list(lengths))), list(torch.split(v, list(lengths)))
+
+
+def attention_formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last tokens' attention to their sequence in fp64, and the same of |v|."""
+    count, length, d = len(q), len(k), heads.head_dim
+    shared = heads.num_heads // heads.num_kv_heads
+    query = q.double().view(count, heads.num_kv_heads, shared, d)
+    key, value = (x.double().view(length, heads.num_kv_heads, d) for x in (k, v))
+    scores = torch.einsum("tgsd,kgd->tgsk", query, key) * heads.scale
+    if heads.softcap:
+        scores = torch.tanh(scores / heads.softcap) * heads.softcap
+    position = torch.arange(length - count, length, device=q.device)[:, None]
+    past = position - torch.arange(length, device=q.device)[None, :]
+    seen = (past >= 0) & ((past < heads.window) if heads.window else (past >= 0))
+    scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+    p = torch.softmax(scores, dim=-1)
+    out = torch.einsum("tgsk,kgd->tgsd", p, value).reshape(count, -1)
+    return out, torch.einsum("tgsk,kgd->tgsd", p, value.abs()).reshape(count, -1)
+
+
+# ---------------------------------------------------------------------------------- row by row
+
+
+def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
+    def rows(width: int) -> torch.Tensor:
+        return torch.randn(sizes.rows, width, device=card.device).to(dtype)
+
+    def compare(out: Guarded, want: torch.Tensor, size: torch.Tensor | None = None) -> float:
+        size = want if size is None else size
+        bound = want.abs() * half_step(dtype) + size.abs() * 2.0**-19
+        return worst(out.result(), want, bound)
+
+    def norm() -> float:
+        x, weight = rows(sizes.hidden), torch.randn(sizes.hidden, device=card.device)
+        out = Guarded(sizes.rows, sizes.hidden, dtype, card.device)
+        launches.normalise(x, weight, out.out, 1e-5)()
+        mean = x.double().square().mean(-1, keepdim=True)
+        return compare(out, x.double() / (mean + 1e-5).sqrt() * weight.double())
+
+    def mapped(name: str) -> float:
+        a, b = rows(sizes.ffn), rows(sizes.ffn)
+        out = Guarded(sizes.rows, sizes.ffn, dtype, card.device)
+        launches.elementwise_op(name, a, b, out.out, 3.0)()
+        x, y = a.double(), b.double()
+        if name == "add":
+            return compare(out, x + y, x.abs() + y.abs())
+        if name == "scale":
+            return compare(out, x * 3.0)
+        if name == "softcap":
+            return compare(out, torch.tanh(x / 3.0) * 3.0)
+        return compare(out, gate(x, name) * y, x * y)
+
+    def selected() -> float:
+        x = rows(sizes.hidden)
+        index = torch.randint(0, sizes.rows, (7,), device=card.device, dtype=torch.int32)
+        out = Guarded(7, sizes.hidden, dtype, card.device)
+        launches.rows_of(x, index, out.out)()
+        return compare(out, x[index.long()].double())
+
+    found: list[tuple[str, int, Callable[[], float]]] = [
+        ("rms_norm", sizes.hidden, norm),
+        ("select_rows", sizes.hidden, selected),
+    ]
+    found += [
+        (op, sizes.ffn, lambda op=op: mapped(op))  # type: ignore[misc]
+        for op in ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul")
+    ]
+    for name, width, run in found:
+        dtype_name = str(dtype).removeprefix("torch.")
+        yield Probe(name, dtype_name, f"{sizes.rows} x {width}", run)
+
+
+def _rope(card: Card, sizes: Sizes, dtype: torch.dtype, rng: np.random.Generator) -> float:
+    heads, count = sizes.attention, sizes.rows
+    step = launches.paged_step([count], [count], sizes.block_size, rng)
+    slot = step.slot.copy()
+    slot[::5] = -1  # padding: writes nothing
+    cache = launches.new_cache(
+        heads,
+        launches.cache_blocks([count], sizes.block_size),
+        sizes.block_size,
+        dtype,
+        card.device,
+    )
+    q, k, v = (
+        torch.randn(count, n * heads.head_dim, device=card.device).to(dtype)
+        for n in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+    )
+    out = Guarded(count, heads.q_width, dtype, card.device)
+    there = torch.from_numpy(slot).to(card.device)
+    launches.rotate_and_write(heads, q, out.out, (k, v), cache, there, step.positions)()
+    want_q, size_q = rotated(q, step.positions, heads)
+    want_k, size_k = rotated(k, step.positions, heads)
+    slots = cache.data[:, 0].permute(0, 3, 1, 2, 4).reshape(-1, 2, k.shape[1])  # [slot, k or v, :]
+    kept = slot >= 0
+    written = slots[torch.from_numpy(slot[kept]).to(card.device).long()].double()
+    rest = np.setdiff1d(np.arange(len(slots)), slot[kept])
+    if not bool(slots[torch.from_numpy(rest).to(card.device)].isnan().all()):
+        return float("inf")
+    here = torch.from_numpy(kept).to(card.device)
+    zero = torch.zeros(())
+
+    def bound(want: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return want.abs() * half_step(dtype) + size * 2.0**-20
+
+    return max(
+        worst(out.result(), want_q, bound(want_q, size_q)),
+        worst(written[:, 0], want_k[here], bound(want_k, size_k)[here]),
+        worst(written[:, 1], v[here].double(), zero.to(card.device)),
+    )
+
+
+def rotated(
+    x: torch.Tensor, positions: np.ndarray, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rope in fp64, and the sum of its terms' sizes."""
+    half = heads.head_dim // 2
+    inv_freq = np.array([10000.0 ** (-i / half) for i in range(half)], np.float32)
+    angle = torch.from_numpy((positions[:, None].astype(np.float32) * inv_freq).astype(np.float64))
+    cos, sin = (f(angle).to(x.device)[:, None, :] for f in (torch.cos, torch.sin))
+    a, b = x.double().view(len(x), -1, 2, half).unbind(2)
+    out = torch.stack([a * cos - b * sin, b * cos + a * sin], 2)
+    size = torch.stack([(a * cos).abs() + (b * sin).abs(), (b * cos).abs() + (a * sin).abs()], 2)
+    return out.reshape(len(x), -1), size.reshape(len(x), -1)
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def _sampling(card: Card, sizes: Sizes, temperature: float, rng: np.random.Generator) -> float:
+    """Infinite unless each token is the one that the CPU's sampler draws."""
+    logits = rng.standard_normal((max(sizes.sampled), sizes.vocab), np.float32) * 4
+    rows = launches.sampling_rows(len(logits), temperature, sizes.vocab)
+    want = CpuSampler(sizes.vocab, 1).run(CpuLogits(logits), rows)
+    sampler = TritonBackend(threads=1).sampler(sizes.vocab)
+    got = sampler.run(sampler.from_numpy(logits), rows)
+    same = np.array_equal(got.tokens, want.tokens)
+    return 0.0 if same else float("inf")

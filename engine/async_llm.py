@@ -6,14 +6,17 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .client import (
     CLOSE_SECONDS,
     EngineClient,
+    EngineDeadError,
     EngineError,
     EngineInfo,
+    EngineStartError,
     Messages,
+    RequestFailed,
     RequestRefused,
     merge,
 )
@@ -24,6 +27,7 @@ from .core.request import RequestOutput, SamplingParams
 from .engine import Engine
 
 Prompt = str | Sequence[int]
+_Result = TypeVar("_Result")
 
 
 class AsyncLLM:
@@ -118,12 +122,31 @@ class AsyncLLM:
         """
 
         async def ready() -> Prompt:
-            await self._loaded()
-            return await asyncio.to_thread(
-                self._client.render_chat, list(messages), **template_options
-            )
+            return await self.render_chat(messages, **template_options)
 
         return self._stream(ready, params, request_id, priority, cache_salt)
+
+    async def render_chat(self, messages: Messages, **template_options: Any) -> list[int]:
+        """Prompt token ids of a conversation, as chat() takes it. Errors: chat()'s."""
+        return await self._ask(lambda: self._client.render_chat(list(messages), **template_options))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Errors: ParameterError, EngineDeadError, RequestFailed."""
+        return await self._ask(
+            lambda: self._client.tokenize(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out. Errors: AdmissionError("token_id"),
+        ParameterError, EngineDeadError, RequestFailed."""
+        return await self._ask(lambda: self._client.detokenize(token_ids))
+
+    async def _ask(self, question: Callable[[], _Result]) -> _Result:
+        await self._loaded()
+        try:
+            return await asyncio.to_thread(question)
+        except RequestRefused as error:
+            raise error.unwrap() from None
 
     async def abort(self, request_id: str) -> None:
         """End a request with what it has; its stream ends with finish_reason "abort".
@@ -161,6 +184,11 @@ class AsyncLLM:
     def is_alive(self) -> bool:
         """True while requests are accepted."""
         return self._client.is_alive
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long the engine has shown no progress on what it has to do, in seconds."""
+        return self._client.stalled_s
 
     def _stream(
         self,
@@ -311,4 +339,13 @@ class _Mailbox:
         self._arrived.set()
 
 
-__all__ = ["AsyncLLM", "OutputStream"]
+__all__ = [
+    "AsyncLLM",
+    "EngineDeadError",
+    "EngineError",
+    "EngineInfo",
+    "EngineStartError",
+    "OutputStream",
+    "RequestFailed",
+    "RequestRefused",
+]

@@ -39,6 +39,7 @@ _CLOSE_SECONDS = 3600.0  # a parent that asked for an end watches the time itsel
 _CHUNK = 1 << 18
 _MAX_LOGS = 1000  # records waiting for a parent that does not read; later ones are counted
 
+_Question = wire.RenderChat | wire.Tokenize | wire.Detokenize | wire.Stats
 Progress = Callable[[str], None]
 ConfiguredFactory = Callable[[EngineConfig, Progress], EngineLike]
 
@@ -161,10 +162,8 @@ class _Server:
                 client.abort(request_id)
             case wire.Ping(ticket):
                 self._outbox.message(wire.Pong(ticket=ticket, stalled_s=client.stalled_s))
-            case wire.RenderChat():
-                self._spawn(self._render, client, message)
-            case wire.Stats(ticket):
-                self._spawn(self._stats, client, ticket)
+            case wire.RenderChat() | wire.Tokenize() | wire.Detokenize() | wire.Stats():
+                self._spawn(self._answer, client, message)
             case wire.Shutdown(drain):
                 self._spawn(self._shut_down, client, drain)
 
@@ -236,25 +235,13 @@ class _Server:
         except EngineDeadError:
             pass  # every sink is told by Fatal, or by the socket's end
 
-    def _render(self, client: ThreadClient, message: wire.RenderChat) -> None:
+    def _answer(self, client: ThreadClient, message: _Question) -> None:
         try:
-            ids = client.render_chat(message.messages, **message.options)
+            self._outbox.message(_ask(client, message))
         except EngineDeadError:
             pass  # as in _submit()
         except Exception as exc:
             self._outbox.message(_refused(exc, ticket=message.ticket))
-        else:
-            self._outbox.message(wire.Rendered(ticket=message.ticket, token_ids=tuple(ids)))
-
-    def _stats(self, client: ThreadClient, ticket: int) -> None:
-        try:
-            stats = client.stats(_CLOSE_SECONDS)
-        except EngineDeadError:
-            pass  # as in _submit()
-        except Exception as exc:
-            self._outbox.message(_refused(exc, ticket=ticket))
-        else:
-            self._outbox.message(wire.StatsReply(ticket=ticket, stats=stats))
 
     def _shut_down(self, client: ThreadClient, drain: bool) -> None:
         client.close(drain=drain, timeout=_CLOSE_SECONDS)
@@ -306,12 +293,26 @@ class _Server:
         try:
             return wire.encode(message)
         except wire.WireError as exc:
-            if isinstance(message, (wire.Rendered, wire.StatsReply)):
+            if isinstance(message, (wire.Rendered, wire.Text, wire.StatsReply)):
                 return wire.encode(_refused(exc, ticket=message.ticket))
             if isinstance(message, wire.Ready):
                 return wire.encode(wire.Fatal(kind="WireError", field="", text=str(exc)))
             text = f"a message was lost: {exc}"
             return wire.encode(wire.Log(level=logging.ERROR, logger=__name__, text=text))
+
+
+def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:
+    ticket = message.ticket
+    match message:
+        case wire.RenderChat(_, messages, options):
+            ids = client.render_chat(messages, **options)
+        case wire.Tokenize(_, text, special):
+            ids = client.tokenize(text, add_special_tokens=special)
+        case wire.Detokenize(_, token_ids):
+            return wire.Text(ticket=ticket, text=client.detokenize(token_ids))
+        case wire.Stats():
+            return wire.StatsReply(ticket=ticket, stats=client.stats(_CLOSE_SECONDS))
+    return wire.Rendered(ticket=ticket, token_ids=tuple(ids))
 
 
 def _refused(error: Exception, *, request_id: str = "", ticket: int = 0) -> wire.Refused:

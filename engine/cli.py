@@ -320,6 +320,9 @@ def _models(args: argparse.Namespace) -> int:
     return 0 if all(m["verified"] is not False for m in report["models"]) else 3
 
 
+# ------------------------------------------------------------------------------------------ bench
+
+
 def _configure_bench(parser: argparse.ArgumentParser) -> None:
     from .bench.command import configure
 
@@ -332,6 +335,26 @@ def _bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
+# ------------------------------------------------------------------------------------------ serve
+
+
+def _configure_serve(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import add_engine_flags, add_serve_flags
+
+    parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
+    add_serve_flags(parser)
+    add_engine_flags(parser)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from engineroom import __version__
+
+    from .serve.server import serve
+    from .tools.options import engine_config, serve_config
+
+    return serve(engine_config(args, args.model), serve_config(args), version=__version__)
+
+
 def _usage(message: str) -> int:
     print(f"engineroom: E-USAGE-01  {message}", file=sys.stderr)
     return 2
@@ -340,6 +363,9 @@ def _usage(message: str) -> int:
 _COMMANDS = {
     "chat": _Command("A conversation in the terminal", _configure_chat, _chat),
     "complete": _Command("Continue a text; pipes in and out", _configure_complete, _complete),
+    "serve": _Command(
+        "A server that speaks OpenAI's interface, over HTTP", _configure_serve, _serve
+    ),
     "inspect": _Command(
         "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect
     ),

@@ -106,7 +106,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class EngineLike(Protocol):
-    """The part of Engine that a client uses. All of it runs on one thread but render_chat()."""
+    """The part of Engine that a client uses.
+
+    All of it runs on one thread but render_chat(), tokenize() and detokenize().
+    """
 
     @property
     def config(self) -> EngineConfig: ...
@@ -128,6 +131,8 @@ class EngineLike(Protocol):
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
     def render_chat(self, messages: Messages, **options: Any) -> list[int]: ...
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def detokenize(self, token_ids: Sequence[int]) -> str: ...
     def stats(self) -> Any: ...
     def close(self) -> None: ...
 
@@ -178,6 +183,14 @@ class EngineClient(ABC):
         """
 
     @abstractmethod
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; blocks. Errors: those of render_chat()."""
+
+    @abstractmethod
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out; blocks. Errors: render_chat()'s."""
+
+    @abstractmethod
     def stats(self, timeout: float = 30.0) -> dict[str, Any]:
         """EngineStats as plain data; blocks until the step in flight ends.
 
@@ -195,6 +208,11 @@ class EngineClient(ABC):
     @abstractmethod
     def is_alive(self) -> bool:
         """True from start() until the engine is closed or has failed."""
+
+    @property
+    @abstractmethod
+    def stalled_s(self) -> float:
+        """For how long the engine has shown no progress on what it has to do, in seconds."""
 
     @abstractmethod
     def _submit(self, submission: Submission, sink: Sink) -> None: ...

@@ -97,6 +97,10 @@ class ProcessClient(EngineClient):
         process = self._link.process
         return None if process is None else process.pid
 
+    @property
+    def stalled_s(self) -> float:
+        return self._link.stalled_s
+
     def abort(self, request_id: str) -> None:
         if request_id in self._link.sinks:
             self._link.send(wire.Abort(request_id=request_id))
@@ -112,6 +116,21 @@ class ProcessClient(EngineClient):
             lambda ticket: wire.RenderChat(ticket=ticket, messages=plain_messages, options=options)
         )
         return list(answer.result())
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        answer = self._link.call(
+            lambda ticket: wire.Tokenize(
+                ticket=ticket, text=text, add_special_tokens=add_special_tokens
+            )
+        )
+        return list(answer.result())
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        answer = self._link.call(
+            lambda ticket: wire.Detokenize(ticket=ticket, token_ids=tuple(token_ids))
+        )
+        text: str = answer.result()
+        return text
 
     def stats(self, timeout: float = 30.0) -> dict[str, Any]:
         answer = self._link.call(lambda ticket: wire.Stats(ticket=ticket))
@@ -177,6 +196,7 @@ class _Link:
         self._writer: threading.Thread | None = None
         # The heart: monotonic seconds.
         self._heard = self._ticked = 0.0
+        self._stalled_s = 0.0  # the child's last word on its step
         self._stall_told = False
 
     # ----------------------------------------------------------------------- from any thread
@@ -370,7 +390,11 @@ class _Link:
                 return self._stalled(stalled)
             case wire.Refused():
                 self._refused(message)
-            case wire.Rendered(ticket, result) | wire.StatsReply(ticket, result):
+            case (
+                wire.Rendered(ticket, result)
+                | wire.Text(ticket, result)
+                | wire.StatsReply(ticket, result)
+            ):
                 self._answer(ticket, result)
             case wire.Log(level, name, text):
                 logging.getLogger(name).log(level, "%s", text)
@@ -435,7 +459,14 @@ class _Link:
             else:
                 future.set_result(result)
 
+    @property
+    def stalled_s(self) -> float:
+        """Of the step in flight as last heard of, and of the silence since where it is long."""
+        silent = time.monotonic() - self._heard
+        return self._stalled_s + (silent if silent > 2 * min(1.0, self._watchdog / 4) else 0.0)
+
     def _stalled(self, seconds: float) -> str | None:
+        self._stalled_s = seconds
         if seconds > self._step_timeout:
             return f"hangs: one step has been running for {seconds:.1f} s"
         if seconds <= self._watchdog:

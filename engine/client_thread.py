@@ -9,10 +9,10 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .client import (
     CLOSE_SECONDS,
@@ -57,6 +57,7 @@ class _Close:
     drain: bool
 
 
+_Result = TypeVar("_Result")
 _Command = Submission | _Abort | _Call | _Close
 
 
@@ -88,14 +89,15 @@ class ThreadClient(EngineClient):
             self._turner.commands.put(_Abort(request_id))
 
     def render_chat(self, messages: Messages, **options: Any) -> list[int]:
-        # On the caller's thread: a slow template must not hold up the step of its neighbours.
-        engine = self._turner.loaded()
-        try:
-            return engine.render_chat(messages, **options)
-        except ValueError as exc:
-            raise RequestRefused.of(exc) from exc
-        except Exception as exc:
-            raise RequestFailed(f"rendering the chat failed: {describe(exc)}") from exc
+        return self._beside("rendering the chat", lambda e: e.render_chat(messages, **options))
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._beside(
+            "tokenizing", lambda e: e.tokenize(text, add_special_tokens=add_special_tokens)
+        )
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self._beside("detokenizing", lambda e: e.detokenize(token_ids))
 
     def stats(self, timeout: float = 30.0) -> dict[str, Any]:
         answer = self._turner.call(lambda engine: plain(engine.stats()))
@@ -109,6 +111,16 @@ class ThreadClient(EngineClient):
     def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
         self._turner.close(drain, timeout)
         self._finalizer.detach()
+
+    def _beside(self, what: str, work: Callable[[EngineLike], _Result]) -> _Result:
+        """On the caller's thread: a slow template must not hold up the step of its neighbours."""
+        engine = self._turner.loaded()
+        try:
+            return work(engine)
+        except ValueError as exc:
+            raise RequestRefused.of(exc) from exc
+        except Exception as exc:
+            raise RequestFailed(f"{what} failed: {describe(exc)}") from exc
 
     def _submit(self, submission: Submission, sink: Sink) -> None:
         self._turner.submit(submission, sink)

@@ -171,6 +171,18 @@ class Engine:
         """The text that `render_chat` encodes."""
         return self.loaded.require_chat_template().render(messages, **options)
 
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, as add_request() takes it. Errors: ParameterError("prompt")."""
+        if add_special_tokens:
+            return self._prompt_ids(text, SamplingParams())
+        return self.tokenizer.encode(_unicode(text), add_special_tokens=False)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out. Errors: AdmissionError("token_id")."""
+        check_token_ids(SamplingParams(), token_ids, self.model_config.vocab_size)
+        known = [t for t in token_ids if t < self.tokenizer.vocab_size]
+        return self.tokenizer.decode(known)
+
     # ----------------------------------------------------------------------------------- steps
 
     @property
@@ -233,16 +245,7 @@ class Engine:
     # --------------------------------------------------------------------------------- private
 
     def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ParameterError(
-                    "prompt", f"the prompt is not valid Unicode text: {error}"
-                ) from None
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = prompt
+        ids = self.tokenizer.encode(_unicode(prompt)) if isinstance(prompt, str) else prompt
         keep = params.truncate_prompt_tokens
         return ids if keep is None else ids[-keep:]
 
@@ -358,3 +361,12 @@ class Engine:
                 backend=self._runner.backend.name,
             )
         )
+
+
+def _unicode(text: str) -> str:
+    """The text itself. Errors: ParameterError("prompt") for a lone surrogate, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError("prompt", f"the prompt is not valid Unicode text: {error}") from None
+    return text

@@ -103,6 +103,21 @@ class RenderChat(_Message):
     options: dict[str, Any]
 
 
+class Tokenize(_Message):
+    """Text to token ids; answered by Rendered."""
+
+    ticket: int
+    text: str
+    add_special_tokens: bool
+
+
+class Detokenize(_Message):
+    """Token ids to text; answered by Text."""
+
+    ticket: int
+    token_ids: tuple[int, ...]
+
+
 class Stats(_Message):
     """Answered by StatsReply."""
 
@@ -189,10 +204,17 @@ class Refused(_Message):
 
 
 class Rendered(_Message):
-    """A chat's prompt token ids."""
+    """A chat's prompt token ids, or a text's."""
 
     ticket: int
     token_ids: tuple[int, ...]
+
+
+class Text(_Message):
+    """The text of token ids."""
+
+    ticket: int
+    text: str
 
 
 class StatsReply(_Message):
@@ -225,8 +247,8 @@ class Fatal(_Message):
     text: str
 
 
-ToChild = Configure | Submit | Abort | RenderChat | Stats | Ping | Shutdown
-ToParent = Progress | Ready | Output | Refused | Rendered | StatsReply | Pong | Log | Fatal
+ToChild = Configure | Submit | Abort | RenderChat | Tokenize | Detokenize | Stats | Ping | Shutdown
+ToParent = Progress | Ready | Output | Refused | Rendered | Text | StatsReply | Pong | Log | Fatal
 
 # ------------------------------------------------------------------------------------------ framing
 

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..config import EngineConfig
+from ..serve.settings import ServeConfig
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,13 @@ ERRORS = (
         "kernels.backend.BackendUnavailable",
     ),
     ErrorCode(
+        "E-SERVE-01",
+        2,
+        "the server cannot listen where it was told to",
+        "another --port (0 takes any free one) or --host",
+        "engine.serve.server.ServeError",
+    ),
+    ErrorCode(
         "E-ENGINE-01",
         8,
         "the engine ended this request with an error; others go on",
@@ -239,22 +247,26 @@ _BY_CODE = {row.code: row for row in ERRORS}
 
 def find(error: BaseException) -> ErrorCode:
     """The row of an exception; E-INTERNAL-01 where none names its class."""
-    detail = getattr(error, "code", "")
-    if isinstance(detail, str) and detail in _BY_CODE:
-        return _BY_CODE[detail]  # a SourceError carries a FetchError's code
     names = {
         f"{c.__module__}.{c.__qualname__}".removeprefix("engineroom.") for c in type(error).__mro__
     }
-    if _CONFIG in names and getattr(error, "field", "") not in _options():
+    field, code = getattr(error, "field", ""), getattr(error, "code", "")
+    if "engine.client.EngineStartError" in names:  # what another process met, by its short name
+        kind = getattr(error, "kind", "")
+        names = {row.raised for row in ERRORS if row.raised.rpartition(".")[2] == kind}
+        code = field
+    if code in _BY_CODE:
+        return _BY_CODE[code]  # a SourceError carries a FetchError's code
+    if _CONFIG in names and field not in _options():
         return _BY_CODE["E-CKPT-02"]  # not an option of ours, so it came with the checkpoint
     for row in ERRORS:
-        if row.raised in names and row.detail in ("", detail):
+        if row.raised in names and row.detail in ("", code):
             return row
     return _BY_CODE["E-INTERNAL-01"]
 
 
 def _options() -> set[str]:
-    return {field.name for field in dataclasses.fields(EngineConfig)}
+    return {f.name for kind in (EngineConfig, ServeConfig) for f in dataclasses.fields(kind)}
 
 
 __all__ = ["ERRORS", "EXIT_STATUSES", "ErrorCode", "find"]

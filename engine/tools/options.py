@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from ..config import EngineConfig
+from ..config import ConfigError, EngineConfig
 from ..core.request import SamplingParams
+from ..serve.settings import ServeConfig
 
 # One sentence per field; the documentation's tables are made from the same. A test holds the keys
 # equal to the fields.
@@ -182,6 +185,57 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
             _flag(group, field, ENGINE_HELP[field.name], field.default)
 
 
+SERVE_HELP = {
+    "host": "address to listen on; anything but this machine's own needs API keys",
+    "port": "port to listen on; 0 takes any free one",
+    "served_model_name": "what clients call the model; None is the model's own name",
+    "allowed_hosts": "a name that requests may call it by, besides localhost and addresses",
+    "cors_origins": "an origin whose pages may call this server",
+    "shared_prefix_cache": "share cached prompt beginnings across API keys",
+    "timeout_ms": "ends requests after so many milliseconds that name no timeout_ms of their own",
+    "drain_timeout": "seconds that running requests get to finish in after a signal",
+    "health_timeout": "seconds without progress after which /health fails",
+    "max_body_bytes": "longest body of a request",
+    "max_header_bytes": "longest headers of a request",
+}
+_KEYS_VARIABLE = "ENGINEROOM_API_KEYS"
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of ServeConfig but the keys: `ps` shows arguments to everybody."""
+    group = parser.add_argument_group("server")
+    for field in dataclasses.fields(ServeConfig):
+        if field.name in SERVE_HELP:
+            _flag(group, field, SERVE_HELP[field.name], field.default)
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"API keys, one a line; without it {_KEYS_VARIABLE} is read, separated by commas",
+    )
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """The parsed flags as a ServeConfig. Errors: ConfigError."""
+    given = _given(args, SERVE_HELP)
+    for name in ("allowed_hosts", "cors_origins"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return ServeConfig(**given, api_keys=_api_keys(args.api_key_file))
+
+
+def _api_keys(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return tuple(k for k in os.environ.get(_KEYS_VARIABLE, "").split(",") if k)
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("api_keys", f"--api-key-file {path}: {error}") from error
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not keys:
+        raise ConfigError("api_keys", f"--api-key-file {path}: it holds no key")
+    return keys
+
+
 def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The parsed flags over `defaults`. Errors: ParameterError."""
     given = _given(args, (f.name for f in dataclasses.fields(SamplingParams)))
@@ -207,9 +261,12 @@ __all__ = [
     "COMPLETE_DEFAULTS",
     "ENGINE_HELP",
     "SAMPLING_HELP",
+    "SERVE_HELP",
     "add_engine_flags",
     "add_sampling_flags",
+    "add_serve_flags",
     "count",
     "engine_config",
     "sampling_params",
+    "serve_config",
 ]

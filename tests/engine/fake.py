@@ -26,6 +26,7 @@ from engineroom.engine.core.request import (
     SamplingParams,
     Timings,
     Usage,
+    check_token_ids,
 )
 
 VOCAB = 1000
@@ -165,6 +166,15 @@ class FakeEngine:
         if "hostile" in text:
             raise TemplateError("the template refuses hostile messages")
         return list((text + repr(sorted(options.items()))).encode())
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if _word(text) == "bug":
+            raise KeyError("a bug of ours")
+        return [7] * add_special_tokens + list(text.encode())
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        check_token_ids(SamplingParams(), token_ids, VOCAB)
+        return bytes(t for t in token_ids if t < 256).decode("utf-8", "replace")
 
     def stats(self) -> FakeStats:
         return FakeStats(self.num_live, self.steps)

@@ -1,0 +1,175 @@
+"""POST /v1/completions: plain text, one or several prompts in one call."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from msgspec import UNSET
+
+from ..core.request import CompletionOutput, RequestOutput
+from . import answers, schema
+from .requests import completion_params, prompts
+from .service import Caller, Service, Work
+from .sse import DONE, event
+
+
+class Completions:
+    """One call: `whole()` or `events()`, once. Choice p * n + i is sample i of prompt p.
+
+    Errors: those of Service.run().
+    """
+
+    def __init__(self, service: Service, request: schema.CompletionRequest, caller: Caller) -> None:
+        service.check_model(request.model)
+        self._service = service
+        self._request = request
+        self._params = completion_params(request)
+        self._id = f"cmpl-{request.request_id or secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._fingerprint = service.fingerprint
+        many = prompts(request)
+        self._works = [
+            Work(
+                prompt=prompt,
+                params=self._params,
+                caller=caller,
+                priority=request.priority,
+                timeout_ms=request.timeout_ms,
+                cache_salt=request.cache_salt,
+                request_id=self._id if len(many) == 1 else f"{self._id}-{index}",
+            )
+            for index, prompt in enumerate(many)
+        ]
+
+    async def whole(self) -> schema.Completion:
+        """The answer when all of it is complete."""
+        together = _together([self._service.run(w) for w in self._works])
+        last = {index: output async for index, output in together}
+        outputs = [last[index] for index in sorted(last)]
+        return self._answer(
+            [
+                self._choice(prompt, c, c.text, 0, True, output)
+                for prompt, output in enumerate(outputs)
+                for c in output.outputs
+            ],
+            usage=answers.total_usage(outputs),
+            timings=answers.timings(outputs[0]) if len(outputs) == 1 else UNSET,
+        )
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: the text as it comes, an ending of each choice, usage."""
+        options = self._request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        shown: dict[tuple[int, int], int] = {}  # tokens of each choice
+        last: dict[int, RequestOutput] = {}
+        ended: set[tuple[int, int]] = set()
+        async for prompt, output in _together([self._service.run(w) for w in self._works]):
+            last[prompt] = output
+            for completion, delta in zip(output.outputs, output.deltas, strict=True):
+                key = (prompt, completion.index)
+                start = shown.get(key, 0)
+                finished = completion.finish_reason is not None and key not in ended
+                news = completion.logprobs is not None and len(completion.token_ids) > start
+                if not (delta or finished or news):
+                    continue
+                first = key not in shown
+                shown[key] = len(completion.token_ids)
+                if finished:
+                    ended.add(key)
+                yield event(
+                    self._answer(
+                        [self._choice(prompt, completion, delta, start, finished, output, first)],
+                        usage=None if with_usage else UNSET,
+                    )
+                )
+        if with_usage:
+            outputs = list(last.values())
+            yield event(
+                self._answer(
+                    [],
+                    usage=answers.total_usage(outputs),
+                    timings=answers.timings(outputs[0]) if len(outputs) == 1 else UNSET,
+                )
+            )
+        yield DONE
+
+    def _choice(
+        self,
+        prompt: int,
+        completion: CompletionOutput,
+        text: str,
+        start: int,
+        finished: bool,
+        output: RequestOutput,
+        first: bool = True,
+    ) -> schema.CompletionChoice:
+        rows = output.prompt_logprobs
+        echoed = first and bool(self._request.echo) and rows is not None
+        return schema.CompletionChoice(
+            index=prompt * self._params.n + completion.index,
+            text=text,
+            logprobs=answers.completion_logprobs(
+                completion,
+                start,
+                self._request.logprobs or 0,
+                offset=len(completion.text) - len(text),
+                prompt=(output.prompt_token_ids, rows or ()) if echoed else None,
+            ),
+            finish_reason=completion.finish_reason if finished else None,
+            stop_reason=completion.stop_reason if finished else UNSET,
+            seed=completion.seed if finished else UNSET,
+            token_ids=completion.token_ids[start:] if self._request.return_token_ids else UNSET,
+        )
+
+    def _answer(
+        self,
+        choices: list[schema.CompletionChoice],
+        *,
+        usage: schema.Usage | object | None = UNSET,
+        timings: schema.Timings | object = UNSET,
+    ) -> schema.Completion:
+        return schema.Completion(
+            id=self._id,
+            created=self._created,
+            model=self._service.model_name,
+            choices=choices,
+            system_fingerprint=self._fingerprint,
+            usage=usage,  # type: ignore[arg-type]
+            timings=timings,  # type: ignore[arg-type]
+        )
+
+
+async def _together(
+    streams: Sequence[AsyncIterator[RequestOutput]],
+) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Outputs of several requests as they come, with their index. One's failure ends all."""
+    waiting: dict[asyncio.Future[RequestOutput], int] = {}
+
+    def ask(index: int) -> None:
+        waiting[asyncio.ensure_future(anext(streams[index]))] = index  # type: ignore[arg-type]
+
+    try:
+        for index in range(len(streams)):
+            ask(index)
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in sorted(done, key=waiting.__getitem__):
+                index = waiting.pop(future)
+                try:
+                    output = future.result()
+                except StopAsyncIteration:
+                    continue
+                ask(index)
+                yield index, output
+    finally:
+        for future in waiting:
+            future.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+
+__all__ = ["Completions"]

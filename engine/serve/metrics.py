@@ -1,0 +1,114 @@
+"""What /metrics tells: Prometheus counters and histograms of requests, gauges of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..core.request import RequestOutput
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_TOKENS = tuple(2.0**n for n in range(15))
+# EngineStats' fields as gauges; those that only grow are counters for Prometheus all the same.
+_GAUGES = {
+    "num_running": "requests that run",
+    "num_waiting": "requests that wait",
+    "free_blocks": "blocks of the KV cache that are empty",
+    "cached_blocks": "blocks that hold a prefix nobody uses",
+    "owned_blocks": "blocks that running requests hold",
+    "num_preemptions": "preemptions since the engine started",
+    "num_cached_tokens": "prompt tokens found in the prefix cache since the engine started",
+}
+
+
+class Metrics:
+    """One registry of its own: a program that embeds two servers keeps them apart."""
+
+    def __init__(self, model: str) -> None:
+        self._registry = CollectorRegistry()
+        labels = {"registry": self._registry}
+        self._model = model
+        name = ["model"]
+        self._requests = Counter(
+            "engineroom_requests",
+            "requests that ended, by how",
+            ["model", "finish_reason"],
+            **labels,
+        )
+        self._http = Counter(
+            "engineroom_http_responses",
+            "answers, by route and status",
+            ["route", "status"],
+            **labels,
+        )
+        self._prompt = Counter("engineroom_prompt_tokens", "tokens of prompts", name, **labels)
+        self._cached = Counter(
+            "engineroom_cached_tokens", "of them, found in the prefix cache", name, **labels
+        )
+        self._generated = Counter("engineroom_generated_tokens", "tokens made", name, **labels)
+        self._ttft = self._histogram("time_to_first_token", "from admission", _SECONDS)
+        self._total = self._histogram("request", "from admission to the end", _SECONDS)
+        self._queued = self._histogram("queued", "waiting, preemptions included", _SECONDS)
+        self._per_token = self._histogram("per_token", "between two tokens, a mean", _TOKEN_SECONDS)
+        self._length = Histogram(
+            "engineroom_output_tokens",
+            "tokens of an answer",
+            name,
+            buckets=_TOKENS,
+            registry=self._registry,
+        )
+        self._engine = {
+            field: Gauge(f"engineroom_{field}", text, name, **labels)
+            for field, text in _GAUGES.items()
+        }
+        self._up = Gauge("engineroom_up", "1 while requests are accepted", name, **labels)
+        self._restarts = Gauge(
+            "engineroom_engine_restarts", "of the engine's process", name, **labels
+        )
+
+    def _histogram(self, what: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"engineroom_{what}_seconds", text, ["model"], buckets=buckets, registry=self._registry
+        )
+
+    def answered(self, route: str, status: int) -> None:
+        """One HTTP answer."""
+        self._http.labels(route, str(status)).inc()
+
+    def ended(self, caller: str, output: RequestOutput | None, seconds: float) -> None:
+        """One request's end; no output where it was refused or its engine died."""
+        model = self._model
+        self._total.labels(model).observe(seconds)
+        if output is None:
+            self._requests.labels(model, "refused").inc()
+            return
+        for completion in output.outputs:
+            self._requests.labels(model, completion.finish_reason or "abort").inc()
+            self._length.labels(model).observe(len(completion.token_ids))
+        self._prompt.labels(model).inc(output.usage.prompt_tokens)
+        self._cached.labels(model).inc(output.usage.cached_tokens)
+        self._generated.labels(model).inc(output.usage.completion_tokens)
+        t = output.timings
+        self._queued.labels(model).observe(t.queued_s)
+        if t.time_to_first_token_s is not None:
+            self._ttft.labels(model).observe(t.time_to_first_token_s)
+        tokens = max((len(c.token_ids) for c in output.outputs), default=0)
+        if tokens > 1:
+            self._per_token.labels(model).observe(t.decode_s / (tokens - 1))
+
+    def page(self, stats: Mapping[str, Any] | None, *, ready: bool, restarts: int) -> bytes:
+        """The text that Prometheus scrapes. stats: EngineStats as plain data, where it is known."""
+        self._up.labels(self._model).set(ready)
+        self._restarts.labels(self._model).set(restarts)
+        for field, gauge in self._engine.items():
+            value = (stats or {}).get("scheduler", {}).get(field)
+            if value is not None:
+                gauge.labels(self._model).set(value)
+        return generate_latest(self._registry)
+
+
+__all__ = ["CONTENT_TYPE", "Metrics"]

@@ -1,0 +1,154 @@
+"""The operations of the server as data: routes and /openapi.json are made from one table."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from . import schema
+from .errors import ERRORS
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path. `open`: no API key is asked for. `streams`: also as events."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct] | None = None
+    part: type[msgspec.Struct] | None = None  # of a stream
+    media: str = "application/json"
+    open: bool = False
+
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        "chat_completions",
+        "Answer a conversation",
+        schema.ChatRequest,
+        schema.ChatCompletion,
+        schema.ChatChunk,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        "completions",
+        "Continue texts",
+        schema.CompletionRequest,
+        schema.Completion,
+        schema.Completion,
+    ),
+    Operation("GET", "/v1/models", "models", "The served model", answer=schema.ModelList),
+    Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=schema.Model),
+    Operation(
+        "POST", "/tokenize", "tokenize", "Text to token ids", schema.TokenizeRequest, schema.Tokens
+    ),
+    Operation(
+        "POST",
+        "/detokenize",
+        "detokenize",
+        "Token ids to text",
+        schema.DetokenizeRequest,
+        schema.Detokenized,
+    ),
+    Operation("GET", "/health/live", "live", "The server answers", open=True),
+    Operation("GET", "/health/ready", "ready", "Requests would be accepted", open=True),
+    Operation("GET", "/health", "health", "The engine makes progress", open=True),
+    Operation("GET", "/metrics", "metrics", "Prometheus metrics", media="text/plain"),
+    Operation("GET", "/openapi.json", "openapi", "This document"),
+)
+
+
+@functools.cache
+def document(version: str) -> bytes:
+    """OpenAPI 3.1 as JSON."""
+    kinds = {
+        kind for op in OPERATIONS for kind in (op.body, op.answer, op.part) if kind is not None
+    }
+    _, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for op in OPERATIONS:
+        paths.setdefault(op.path.replace(":path", ""), {})[op.method.lower()] = _operation(op)
+    whole = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "engineroom",
+            "version": version,
+            "description": "OpenAI's interface over a local language model.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {**components, "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return msgspec.json.encode(whole)
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"enum": [row.code for row in ERRORS]},
+            },
+        }
+    },
+}
+
+
+def _operation(op: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {op.media: {"schema": _ref(op.answer)}}
+    if op.part is not None:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    statuses = sorted({row.status for row in ERRORS})
+    said: dict[str, Any] = {
+        "operationId": op.handler,
+        "summary": op.summary,
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            **{str(status): _refusal(status) for status in statuses},
+        },
+        "security": [] if op.open else [{"key": []}, {}],
+    }
+    if op.body is not None:
+        said["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(op.body)}},
+        }
+    if "{" in op.path:
+        said["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    return said
+
+
+def _ref(kind: type[msgspec.Struct] | None) -> dict[str, Any]:
+    return {} if kind is None else {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    codes = ", ".join(row.code for row in ERRORS if row.status == status)
+    return {
+        "description": codes,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+
+
+__all__ = ["OPERATIONS", "Operation", "document"]

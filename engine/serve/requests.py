@@ -1,0 +1,204 @@
+"""A request as it came over the wire -> prompt and SamplingParams, or the field that is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..core.request import SamplingParams
+from . import schema
+from .errors import ApiError
+
+# What a field of ours is called in OpenAI's interface, for the error's `param`.
+CHAT_NAMES = {"logprobs": "top_logprobs", "max_tokens": "max_completion_tokens"}
+
+
+def chat_params(request: schema.ChatRequest) -> SamplingParams:
+    """Errors: ApiError("unsupported"), ParameterError."""
+    _refuse_in_chat(request)
+    values = _sampling(request)
+    if request.max_completion_tokens is not None:
+        if request.max_tokens not in (None, request.max_completion_tokens):
+            raise ApiError(
+                "invalid_value",
+                f"max_tokens={request.max_tokens} and max_completion_tokens="
+                f"{request.max_completion_tokens} are the same thing; give one",
+                param="max_tokens",
+            )
+        values["max_tokens"] = request.max_completion_tokens
+    values.setdefault("max_tokens", None)  # up to the end of the context
+    if request.logprobs:
+        values["logprobs"] = request.top_logprobs or 0
+    elif request.top_logprobs is not None:
+        raise ApiError("invalid_value", "top_logprobs needs logprobs=true", param="top_logprobs")
+    return SamplingParams(**values)
+
+
+def completion_params(request: schema.CompletionRequest) -> SamplingParams:
+    """Errors: ApiError("unsupported"), ParameterError."""
+    if request.suffix:
+        raise ApiError(
+            "unsupported",
+            "suffix: filling in between two texts is not supported; ask for what follows `prompt`",
+            param="suffix",
+        )
+    _check_stream(request)
+    values = _sampling(request)
+    if request.logprobs is not None:
+        values["logprobs"] = request.logprobs
+    if request.echo:
+        values["echo"] = True
+        if request.logprobs is not None:
+            values["prompt_logprobs"] = request.logprobs
+    return SamplingParams(**values)
+
+
+def prompts(request: schema.CompletionRequest) -> list[str | list[int]]:
+    """Each prompt. Errors: ApiError for an empty list, or one of several kinds."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise ApiError("prompt_empty", "prompt is an empty list", param="prompt")
+    kinds = {type(p) for p in prompt}
+    if len(kinds) > 1:
+        raise ApiError(
+            "invalid_value",
+            "prompt is a text, a list of texts, token ids, or a list of lists of token ids, not "
+            "several of them at once",
+            param="prompt",
+        )
+    if kinds == {int}:
+        return [[p for p in prompt if isinstance(p, int)]]
+    return [p for p in prompt if not isinstance(p, int)]
+
+
+def template_messages(messages: list[schema.Message]) -> list[dict[str, Any]]:
+    """As chat templates read them: text parts joined, tool arguments as objects."""
+    return [_message(m) for m in messages]
+
+
+def template_options(request: schema.ChatRequest) -> dict[str, Any]:
+    """Keyword arguments of the chat template. Errors: ApiError("unsupported")."""
+    options = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        options["reasoning_effort"] = request.reasoning_effort
+    if request.documents is not None:
+        options["documents"] = request.documents
+    if request.add_generation_prompt is not None:
+        options["add_generation_prompt"] = request.add_generation_prompt
+    if request.continue_final_message:
+        raise ApiError(
+            "unsupported",
+            "continue_final_message: the answer always begins a message of its own",
+            param="continue_final_message",
+        )
+    return options
+
+
+def _sampling(request: schema.Sampling) -> dict[str, Any]:
+    """The fields of SamplingParams that were given."""
+    names = schema.Sampling.__struct_fields__
+    given = {name: getattr(request, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_stream(request: schema.Common) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError("invalid_value", "stream_options needs stream=true", param="stream_options")
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        raise ApiError(
+            "unsupported",
+            "stream_options.include_obfuscation: parts are sent as they are",
+            param="stream_options.include_obfuscation",
+        )
+
+
+_NOTHING: tuple[Any, ...] = (None, "", False)
+# Fields of the interface that may be sent only with these values, and why not with others.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "functions": (_NOTHING, "functions is the older name of tools"),
+    "function_call": ((*_NOTHING, "none"), "function_call is the older name of tool_choice"),
+    "modalities": ((None, ["text"]), "this server answers in text alone"),
+    "audio": (_NOTHING, "this server answers in text alone"),
+    "prediction": (_NOTHING, "predicted outputs are not supported"),
+    "store": (_NOTHING, "answers are not stored"),
+    "service_tier": ((None, "auto", "default"), "there is one tier of service"),
+    "verbosity": (_NOTHING, "say it in the messages; models served here have no such control"),
+    "web_search_options": (_NOTHING, "this server searches nothing"),
+    "prompt_cache_retention": (
+        (None, "in_memory", "in-memory"),
+        "the prefix cache is in memory, until its blocks are needed",
+    ),
+}
+
+
+def _refuse_in_chat(request: schema.ChatRequest) -> None:
+    _check_stream(request)
+    for name, (allowed, why) in _REFUSED.items():
+        value = getattr(request, name)
+        if value not in allowed:
+            raise ApiError("unsupported", f"{name}: {why}", param=name)
+    if request.best_of is not None and request.stream:
+        raise ApiError(
+            "unsupported",
+            "best_of: its samples are ranked at the end; use stream=false",
+            param="best_of",
+        )
+
+
+def _text(content: str | list[Any] | None) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    return "".join(
+        part.text if isinstance(part, schema.TextPart) else part.refusal for part in content
+    )
+
+
+def _message(message: schema.Message) -> dict[str, Any]:
+    match message:
+        case schema.AssistantMessage():
+            plain: dict[str, Any] = {"role": "assistant", "content": _text(message.content)}
+            if plain["content"] is None:
+                plain["content"] = message.refusal or ""
+            if message.reasoning_content is not None:
+                plain["reasoning_content"] = message.reasoning_content
+            if message.tool_calls:
+                plain["tool_calls"] = [_call(call) for call in message.tool_calls]
+        case schema.ToolMessage():
+            plain = {
+                "role": "tool",
+                "content": _text(message.content),
+                "tool_call_id": message.tool_call_id,
+            }
+        case schema.DeveloperMessage():  # what "system" is called in newer clients
+            plain = {"role": "system", "content": _text(message.content)}
+        case schema.SystemMessage():
+            plain = {"role": "system", "content": _text(message.content)}
+        case schema.UserMessage():
+            plain = {"role": "user", "content": _text(message.content)}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _call(call: schema.ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments  # a model's own slip, which it should see again
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+__all__ = [
+    "CHAT_NAMES",
+    "chat_params",
+    "completion_params",
+    "prompts",
+    "template_messages",
+    "template_options",
+]

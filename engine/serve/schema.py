@@ -1,0 +1,355 @@
+"""What crosses the wire in OpenAI's interface: requests read strictly, answers as plain structs.
+
+Source: the OpenAI API reference (chat completions, completions, models, embeddings). Every field of
+a request is known here, or the request is refused; what a field may not ask for is in refuse.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class Strict(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A part of a request: unknown fields are errors."""
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+class TextPart(Strict, kw_only=True, tag_field="type", tag="text"):
+    text: str
+
+
+class RefusalPart(Strict, kw_only=True, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+Text = str | list[TextPart]
+
+
+class SystemMessage(Strict, kw_only=True, tag_field="role", tag="system"):
+    content: Text
+    name: str | None = None
+
+
+class DeveloperMessage(Strict, kw_only=True, tag_field="role", tag="developer"):
+    content: Text
+    name: str | None = None
+
+
+class UserMessage(Strict, kw_only=True, tag_field="role", tag="user"):
+    content: Text
+    name: str | None = None
+
+
+class FunctionCall(Strict, kw_only=True):
+    name: Name
+    arguments: str
+
+
+class ToolCall(Strict, kw_only=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | None = None  # as it was streamed
+
+
+class AssistantMessage(Strict, kw_only=True, tag_field="role", tag="assistant"):
+    content: str | list[TextPart | RefusalPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None  # as an answer of ours carries it
+
+
+class ToolMessage(Strict, kw_only=True, tag_field="role", tag="tool"):
+    content: Text
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+# -------------------------------------------------------------------------------- the requests
+
+
+class StreamOptions(Strict, kw_only=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Sampling(Strict, kw_only=True):
+    """SamplingParams under their own names; None is the default. A test holds them equal."""
+
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_range: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+
+
+class Common(Sampling, kw_only=True):
+    """What chat and plain completions share beside sampling."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # engineroom's own
+    priority: int = 0
+    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]  # texts, token ids, or lists of them
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+class ChatRequest(Common, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    # Read, and refused by name where they ask for something (see refuse.py).
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    verbosity: str | None = None
+    web_search_options: Any = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class TokenizeRequest(Strict, kw_only=True):
+    """POST /tokenize: a text, or messages as the chat template renders them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+# ---------------------------------------------------------------------------------- the answers
+
+
+class TokenDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    """Tokens of a request. cached_tokens were found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: TokenDetails
+
+
+class Timings(Struct):
+    """engineroom's own: where the time of a request went, in milliseconds."""
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    time_to_first_token_ms: float | None
+    per_token_ms: float | None  # decode, a token after the first
+
+
+class TopLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(Struct, kw_only=True):
+    role: str = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class ChatChoice(Struct, kw_only=True):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: str | int | None
+    seed: int
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct, kw_only=True):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    timings: Timings
+    prompt_logprobs: Any = UNSET
+    system_fingerprint: str
+
+
+class Delta(Struct, kw_only=True, omit_defaults=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[Any] | UnsetType = UNSET
+
+
+class ChunkChoice(Struct, kw_only=True):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    seed: int | UnsetType = UNSET
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatChunk(Struct, kw_only=True):
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
+
+
+class CompletionLogprobs(Struct):
+    """OpenAI's older form: parallel lists, one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    seed: int | UnsetType = UNSET
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class Completion(Struct, kw_only=True):
+    """The whole answer, and each part of a stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
+
+
+class Model(Struct, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "engineroom"
+    max_model_len: int
+
+
+class ModelList(Struct, kw_only=True):
+    object: str = "list"
+    data: list[Model]
+
+
+class Tokens(Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class Detokenized(Struct):
+    prompt: str

@@ -1,0 +1,191 @@
+"""Run the application: sockets, signals, draining, and the engine's process beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ..async_llm import AsyncLLM
+from ..config import EngineConfig
+from .accesslog import JsonFormatter
+from .app import make_app
+from .keeper import Keeper
+from .service import Service
+from .settings import ServeConfig
+
+log = logging.getLogger(__name__)
+_CLOSE_SECONDS = 2.0  # for connections that have had their answer
+
+
+class ServeError(OSError):
+    """The server cannot listen where it was told to."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's, which would collect headers without end."""
+
+    max_header_bytes = 64 << 10
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._header_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > self.max_header_bytes + 4096:  # up to there the door answers
+            self.transport.close()
+            return
+        super().on_header(name, value)
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: the first signal drains, a second one stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(
+    config: EngineConfig,
+    settings: ServeConfig,
+    *,
+    version: str = "",
+    make: Callable[[], AsyncLLM] | None = None,
+) -> int:
+    """Load the model and serve it until a signal; the exit status.
+
+    `make` gives the engine (default: a supervised child process). Errors: ServeError where the
+    address cannot be bound; EngineStartError.
+    """
+    listener = _bind(settings)
+    _log_as_json()
+    names = [f.name for f in dataclasses.fields(config) if f.name != "model"]
+    options = {name: getattr(config, name) for name in names}
+    keeper = Keeper(make or (lambda: AsyncLLM(config.model, client="process", **options)))
+    service = Service(keeper, settings, config.model, version=version)
+    with listener:
+        return asyncio.run(_serve(service, listener))
+
+
+async def _serve(service: Service, listener: socket.socket) -> int:
+    settings = service.settings
+    protocol = type("Protocol", (BoundedProtocol,), {"max_header_bytes": settings.max_header_bytes})
+    server = Server(
+        uvicorn.Config(
+            make_app(service),
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(_CLOSE_SECONDS),
+        )
+    )
+    signals = _Signals()
+    with signals:
+        loading = asyncio.create_task(service.keeper.start())
+        running = asyncio.create_task(server.serve([listener]))
+        ending = asyncio.create_task(signals.first.wait())
+        try:
+            # Health and refusals are answered while the model loads.
+            await asyncio.wait((loading, ending, running), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                log.info("serving %s on %s", service.model_name, url(listener))
+                await asyncio.wait((running, ending), return_when=asyncio.FIRST_COMPLETED)
+            service.draining = True
+            if not running.done():
+                await _drain(service, signals)
+        finally:
+            service.draining = True
+            loading.cancel()
+            ending.cancel()
+            await service.keeper.close()
+            server.should_exit = True
+            await asyncio.gather(running, loading, ending, return_exceptions=True)
+    return 0
+
+
+async def _drain(service: Service, signals: _Signals) -> None:
+    settings = service.settings
+    log.info(
+        "draining: %d requests may finish within %g s (a second signal stops them)",
+        service.num_live,
+        settings.drain_timeout,
+    )
+    idle = asyncio.create_task(service.idle(settings.drain_timeout))
+    again = asyncio.create_task(signals.second.wait())
+    await asyncio.wait((idle, again), return_when=asyncio.FIRST_COMPLETED)
+    if service.num_live:
+        log.warning("%d requests are ended before they finished", service.num_live)
+    for task in (idle, again):
+        task.cancel()
+    await asyncio.gather(idle, again, return_exceptions=True)
+
+
+class _Signals:
+    """SIGTERM and SIGINT as two events, while inside."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def __enter__(self) -> _Signals:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._caught)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    def _caught(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+def _bind(settings: ServeConfig) -> socket.socket:
+    """The listening socket, before anything is loaded. Errors: ServeError."""
+    try:
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
+            "is another server running there? --port 0 takes any free port"
+        ) from error
+
+
+def url(listener: socket.socket) -> str:
+    """Where the server answers."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("engineroom", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+    logging.getLogger("engineroom").setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+__all__ = ["ServeError", "Server", "serve", "url"]

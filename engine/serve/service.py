@@ -1,0 +1,186 @@
+"""Service: what every route needs: the engine, the settings, who is running, how it all ends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..async_llm import AsyncLLM, EngineInfo
+from ..core.request import RequestOutput, SamplingParams
+from .errors import ApiError
+from .keeper import Keeper
+from .metrics import Metrics
+from .settings import ServeConfig
+
+TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a short name of the API key, never the key itself; "" where none is asked for."""
+
+    name: str
+    salt: bytes  # makes the prefix cache private
+
+    @classmethod
+    def of(cls, key: str, *, shared_cache: bool) -> Caller:
+        digest = hashlib.sha256(b"engineroom\0" + key.encode()).digest()
+        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16])
+
+
+NOBODY = Caller("", b"")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One prompt and how to run it."""
+
+    prompt: str | Sequence[int]
+    params: SamplingParams
+    caller: Caller
+    priority: int = 0
+    timeout_ms: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+
+    @property
+    def salt(self) -> bytes:
+        """Of the prefix cache: the caller's and the request's own, hashed into 32 bytes."""
+        if not self.caller.salt and not self.cache_salt:
+            return b""
+        return hashlib.sha256(self.caller.salt + b"\0" + (self.cache_salt or "").encode()).digest()
+
+
+class Service:
+    """One served model."""
+
+    def __init__(
+        self, keeper: Keeper, settings: ServeConfig, model_name: str, *, version: str = ""
+    ) -> None:
+        self.version = version  # engineroom's own, for /openapi.json
+        self.keeper = keeper
+        self.settings = settings
+        self.model_name = settings.served_model_name or model_name
+        self.metrics = Metrics(self.model_name)
+        self.draining = False
+        self._live: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_live(self) -> int:
+        """Requests between their admission and their last output."""
+        return len(self._live)
+
+    @property
+    def created(self) -> int:
+        return int(self.keeper.started)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.keeper.info
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: changes where the same seed may give another output."""
+        config = self.keeper.info.config
+        said = f"{config.model}|{config.dtype}|{config.quantization}|{config.kv_cache_dtype}"
+        return "er_" + hashlib.sha256(said.encode()).hexdigest()[:12]
+
+    def check_model(self, name: str | None) -> None:
+        """Errors: ApiError("model_not_found")."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                "model_not_found",
+                f"the model {name[:100]!r} is not served here; this server has {self.model_name!r}",
+                param="model",
+            )
+
+    async def run(self, work: Work) -> AsyncIterator[RequestOutput]:
+        """Growing outputs of one prompt. Leaving the loop aborts it within a step.
+
+        Errors: ApiError, ParameterError, AdmissionError, EngineDeadError, RequestFailed.
+        """
+        if self.draining:
+            raise ApiError("draining", "the server is ending and takes no more requests")
+        llm = self.keeper.llm
+        timeout_ms = work.timeout_ms or self.settings.timeout_ms
+        request_id = work.request_id or uuid.uuid4().hex
+        stream = llm.generate(
+            work.prompt,
+            work.params,
+            request_id=request_id,
+            priority=work.priority,
+            cache_salt=work.salt,
+        )
+        deadline = _Deadline(llm, request_id, timeout_ms)
+        self._live.add(request_id)
+        self._idle.clear()
+        started = time.monotonic()
+        last: RequestOutput | None = None
+        try:
+            async for output in stream:
+                last = deadline.over(output)
+                yield last
+                _raise_failure(last)
+        finally:
+            deadline.cancel()
+            await stream.aclose()
+            self._live.discard(request_id)
+            if not self._live:
+                self._idle.set()
+            self.metrics.ended(work.caller.name, last, time.monotonic() - started)
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until nothing runs; False where it took longer."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class _Deadline:
+    """Aborts a request when its time is over, and gives that end its own finish reason."""
+
+    def __init__(self, llm: AsyncLLM, request_id: str, timeout_ms: int | None) -> None:
+        self._abort = lambda: llm.client.abort(request_id)
+        self._late = False
+        self._timer = None
+        if timeout_ms is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout_ms / 1000.0, self._expire)
+
+    def over(self, output: RequestOutput) -> RequestOutput:
+        """The output as the caller should see it."""
+        if not self._late:
+            return output
+        if not output.finished:
+            self._abort()  # it began after its time
+        outputs = tuple(
+            replace(c, finish_reason=TIMEOUT) if c.finish_reason == "abort" else c
+            for c in output.outputs
+        )
+        return replace(output, outputs=outputs)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        self._late = True
+        self._abort()
+
+
+def _raise_failure(output: RequestOutput) -> None:
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise ApiError("engine_error", completion.error or "the engine gave no reason")
+
+
+__all__ = ["NOBODY", "TIMEOUT", "Caller", "Service", "Work"]

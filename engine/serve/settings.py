@@ -1,0 +1,74 @@
+"""How a server runs: where it listens, whom it lets in, and what it bounds."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Options of `engineroom serve` beside the engine's own. Errors: ConfigError.
+
+    `api_keys`: empty lets everybody in. `allowed_hosts`: names that a request's Host header may
+    carry besides localhost, the bound host and IP addresses. Times in seconds but `timeout_ms`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None  # None: the name that --model was given
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    shared_prefix_cache: bool = False  # across API keys
+    timeout_ms: int | None = None  # of requests that name none
+    drain_timeout: float = 30.0
+    health_timeout: float = 30.0  # without progress on what runs, /health is 503
+    max_body_bytes: int = 16 << 20
+    max_header_bytes: int = 64 << 10
+
+    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
+        "port": (0, 65535),
+        "timeout_ms": (1, 86_400_000),
+        "drain_timeout": (0, 86_400),
+        "health_timeout": (1, 3_600),
+        "max_body_bytes": (1 << 10, 1 << 30),
+        "max_header_bytes": (1 << 10, 1 << 20),
+    }
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(name, f"{name} must be in {low:g}..{high:g}, not {value!r}")
+        for key in self.api_keys:
+            if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError(
+                    "api_keys",
+                    "an API key is at least 8 printable ASCII characters without spaces; one of "
+                    f"those given has {len(key)} characters",
+                )
+        if len(set(self.api_keys)) != len(self.api_keys):
+            raise ConfigError("api_keys", "an API key is given twice")
+        if not self.host:
+            raise ConfigError("host", "host must be a name or an address, such as 127.0.0.1")
+        if not self.is_local and not self.api_keys:
+            raise ConfigError(
+                "api_keys",
+                f"host={self.host!r} can be reached from other machines and no API key is set; "
+                "give --api-key-file FILE, or serve 127.0.0.1 behind a proxy that asks for one",
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """True where only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+__all__ = ["ServeConfig"]

@@ -1,0 +1,144 @@
+"""Server-sent events, and noticing that a client has gone: the two ways an answer is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError
+
+_encoder = msgspec.json.Encoder()
+DONE = b"data: [DONE]\n\n"
+_Result = TypeVar("_Result")
+
+
+class Disconnected(Exception):
+    """The client went away before its answer."""
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """One event of a JSON value (HTML Living Standard, server-sent events)."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def dump(value: Any) -> bytes:
+    """JSON of an answer."""
+    return _encoder.encode(value)
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
+    """The work's result; cancelled where the client leaves first. Errors: Disconnected."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        await _cancel(task)
+        await _cancel(leaving)
+
+
+class EventStream:
+    """An ASGI response of events, whose source is closed as soon as nobody reads any more.
+
+    `events` has begun: what it has to refuse was refused by a status. A failure later is told by
+    `failure`, whose event is the last. A slow reader holds up nothing but its own source, which
+    merges what it has not sent.
+    """
+
+    status_code = 200
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        failure: Callable[[Exception], bytes],
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self._events = events
+        self._failure = failure
+        self._headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+            **(headers or {}),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(gone(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            await _cancel(sending)
+            await _cancel(leaving)
+            close = getattr(self._events, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _send(self, send: Send) -> None:
+        try:
+            async for part in self._events:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        except Exception as error:
+            last = self._failure(error)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def begun(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same events, the first of which is there: what fails before it is raised here."""
+    first = await anext(events)
+
+    async def whole() -> AsyncIterator[bytes]:
+        try:
+            yield first
+            async for part in events:
+                yield part
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    return whole()
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+    try:
+        await task
+    except (asyncio.CancelledError, Exception):
+        pass  # its own failure was told already, or nobody is there to be told
+
+
+def error_event(error: ApiError) -> bytes:
+    """The last event of a stream that failed, in OpenAI's form."""
+    return event(error.envelope())
+
+
+__all__ = [
+    "DONE",
+    "Disconnected",
+    "EventStream",
+    "begun",
+    "dump",
+    "error_event",
+    "event",
+    "gone",
+    "unless_gone",
+]

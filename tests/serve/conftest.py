@@ -65,7 +65,8 @@ def start(model: str = "fake", **options: Any) -> Running:
     service, runner, loop = made
 
     def stop() -> None:
-        loop.call_soon_threadsafe(runner.stop)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(runner.stop)
         thread.join(15)
         assert not thread.is_alive(), "the server did not end"
 

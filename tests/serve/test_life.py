@@ -89,7 +89,7 @@ def test_an_engine_that_is_killed_is_started_anew(serving: Any) -> None:
 
 def test_health_tells_of_an_engine_without_progress(serving: Any) -> None:
     running = serving(health_timeout=1.0)
-    hang = threading.Thread(target=post, args=(running, PLAIN, completion("hang:4: now")))
+    hang = threading.Thread(target=post, args=(running, PLAIN, completion("hang:3:", max_tokens=1)))
     hang.start()
     running.wait_until(lambda: get(running, "/health").status == 503, 8)
     assert get(running, "/health").json["status"] == "stalled"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from msgspec import UNSET
 
@@ -29,7 +29,7 @@ class Chat:
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
 
-    async def _outputs(self) -> AsyncIterator[RequestOutput]:
+    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         request = self._request
         ids = await self._service.keeper.llm.render_chat(
             template_messages(request.messages), **self._options
@@ -74,7 +74,7 @@ class Chat:
             system_fingerprint=self._fingerprint,
         )
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events: the role, the text as it comes, an ending of each choice, usage."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET
 
@@ -59,7 +59,7 @@ class Completions:
             timings=answers.timings(outputs[0]) if len(outputs) == 1 else UNSET,
         )
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events: the text as it comes, an ending of each choice, usage."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
@@ -143,13 +143,13 @@ class Completions:
 
 
 async def _together(
-    streams: Sequence[AsyncIterator[RequestOutput]],
-) -> AsyncIterator[tuple[int, RequestOutput]]:
+    streams: Sequence[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of several requests as they come, with their index. One's failure ends all."""
     waiting: dict[asyncio.Future[RequestOutput], int] = {}
 
     def ask(index: int) -> None:
-        waiting[asyncio.ensure_future(anext(streams[index]))] = index  # type: ignore[arg-type]
+        waiting[asyncio.ensure_future(anext(streams[index]))] = index
 
     try:
         for index in range(len(streams)):
@@ -169,7 +169,7 @@ async def _together(
             future.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
 
 __all__ = ["Completions"]

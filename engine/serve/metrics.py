@@ -30,26 +30,33 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry()
-        labels = {"registry": self._registry}
+        registry = self._registry
         self._model = model
         name = ["model"]
         self._requests = Counter(
             "engineroom_requests",
             "requests that ended, by how",
             ["model", "finish_reason"],
-            **labels,
+            registry=registry,
         )
         self._http = Counter(
             "engineroom_http_responses",
             "answers, by route and status",
             ["route", "status"],
-            **labels,
+            registry=registry,
         )
-        self._prompt = Counter("engineroom_prompt_tokens", "tokens of prompts", name, **labels)
+        self._prompt = Counter(
+            "engineroom_prompt_tokens", "tokens of prompts", name, registry=registry
+        )
         self._cached = Counter(
-            "engineroom_cached_tokens", "of them, found in the prefix cache", name, **labels
+            "engineroom_cached_tokens",
+            "of them, found in the prefix cache",
+            name,
+            registry=registry,
         )
-        self._generated = Counter("engineroom_generated_tokens", "tokens made", name, **labels)
+        self._generated = Counter(
+            "engineroom_generated_tokens", "tokens made", name, registry=registry
+        )
         self._ttft = self._histogram("time_to_first_token", "from admission", _SECONDS)
         self._total = self._histogram("request", "from admission to the end", _SECONDS)
         self._queued = self._histogram("queued", "waiting, preemptions included", _SECONDS)
@@ -62,12 +69,12 @@ class Metrics:
             registry=self._registry,
         )
         self._engine = {
-            field: Gauge(f"engineroom_{field}", text, name, **labels)
+            field: Gauge(f"engineroom_{field}", text, name, registry=registry)
             for field, text in _GAUGES.items()
         }
-        self._up = Gauge("engineroom_up", "1 while requests are accepted", name, **labels)
+        self._up = Gauge("engineroom_up", "1 while requests are accepted", name, registry=registry)
         self._restarts = Gauge(
-            "engineroom_engine_restarts", "of the engine's process", name, **labels
+            "engineroom_engine_restarts", "of the engine's process", name, registry=registry
         )
 
     def _histogram(self, what: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -23,7 +23,7 @@ from .service import Service
 from .settings import ServeConfig
 
 log = logging.getLogger(__name__)
-_CLOSE_SECONDS = 2.0  # for connections that have had their answer
+_CLOSE_SECONDS = 2  # for connections that have had their answer
 
 
 class ServeError(OSError):
@@ -67,96 +67,98 @@ def serve(
     `make` gives the engine (default: a supervised child process). Errors: ServeError where the
     address cannot be bound; EngineStartError.
     """
-    listener = _bind(settings)
+    listener = bind(settings)
     _log_as_json()
     names = [f.name for f in dataclasses.fields(config) if f.name != "model"]
     options = {name: getattr(config, name) for name in names}
     keeper = Keeper(make or (lambda: AsyncLLM(config.model, client="process", **options)))
     service = Service(keeper, settings, config.model, version=version)
     with listener:
-        return asyncio.run(_serve(service, listener))
-
-
-async def _serve(service: Service, listener: socket.socket) -> int:
-    settings = service.settings
-    protocol = type("Protocol", (BoundedProtocol,), {"max_header_bytes": settings.max_header_bytes})
-    server = Server(
-        uvicorn.Config(
-            make_app(service),
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(_CLOSE_SECONDS),
-        )
-    )
-    signals = _Signals()
-    with signals:
-        loading = asyncio.create_task(service.keeper.start())
-        running = asyncio.create_task(server.serve([listener]))
-        ending = asyncio.create_task(signals.first.wait())
-        try:
-            # Health and refusals are answered while the model loads.
-            await asyncio.wait((loading, ending, running), return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-                log.info("serving %s on %s", service.model_name, url(listener))
-                await asyncio.wait((running, ending), return_when=asyncio.FIRST_COMPLETED)
-            service.draining = True
-            if not running.done():
-                await _drain(service, signals)
-        finally:
-            service.draining = True
-            loading.cancel()
-            ending.cancel()
-            await service.keeper.close()
-            server.should_exit = True
-            await asyncio.gather(running, loading, ending, return_exceptions=True)
+        asyncio.run(_serve(service, listener))
     return 0
 
 
-async def _drain(service: Service, signals: _Signals) -> None:
-    settings = service.settings
-    log.info(
-        "draining: %d requests may finish within %g s (a second signal stops them)",
-        service.num_live,
-        settings.drain_timeout,
-    )
-    idle = asyncio.create_task(service.idle(settings.drain_timeout))
-    again = asyncio.create_task(signals.second.wait())
-    await asyncio.wait((idle, again), return_when=asyncio.FIRST_COMPLETED)
-    if service.num_live:
-        log.warning("%d requests are ended before they finished", service.num_live)
-    for task in (idle, again):
-        task.cancel()
-    await asyncio.gather(idle, again, return_exceptions=True)
-
-
-class _Signals:
-    """SIGTERM and SIGINT as two events, while inside."""
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-
-    def __enter__(self) -> _Signals:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._caught)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        loop = asyncio.get_running_loop()
+async def _serve(service: Service, listener: socket.socket) -> None:
+    runner = Runner(service)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, runner.stop)
+    try:
+        await runner.run(listener)
+    finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
-    def _caught(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+
+class Runner:
+    """A service on a socket, from loading its model to its last answer."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._asked = asyncio.Event()
+        self._insisted = asyncio.Event()
+
+    def stop(self) -> None:
+        """Drain: take nothing more and let what runs finish; again: end it."""
+        (self._insisted if self._asked.is_set() else self._asked).set()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until stop(). Health is answered, and the rest refused, while the model loads.
+
+        Errors: EngineStartError.
+        """
+        service = self._service
+        limit = service.settings.max_header_bytes
+        server = Server(
+            uvicorn.Config(
+                make_app(service),
+                http=type("Protocol", (BoundedProtocol,), {"max_header_bytes": limit}),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        loading = asyncio.create_task(service.keeper.start())
+        serving = asyncio.create_task(server.serve([listener]))
+        asked = asyncio.create_task(self._asked.wait())
+        first = asyncio.FIRST_COMPLETED
+        try:
+            await asyncio.wait((loading, asked, serving), return_when=first)
+            if loading.done():
+                loading.result()
+                log.info("serving %s on %s", service.model_name, url(listener))
+                await asyncio.wait((serving, asked), return_when=first)
+                await self._drain()
+        finally:
+            service.draining = True
+            loading.cancel()
+            asked.cancel()
+            await service.keeper.close()
+            server.should_exit = True
+            await asyncio.gather(serving, loading, asked, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        service, settings = self._service, self._service.settings
+        service.draining = True
+        log.info(
+            "draining: %d requests may finish within %g s (a second signal stops them)",
+            service.num_live,
+            settings.drain_timeout,
+        )
+        idle = asyncio.create_task(service.idle(settings.drain_timeout))
+        insisted = asyncio.create_task(self._insisted.wait())
+        await asyncio.wait((idle, insisted), return_when=asyncio.FIRST_COMPLETED)
+        if service.num_live:
+            log.warning("%d requests are ended before they finished", service.num_live)
+        for task in (idle, insisted):
+            task.cancel()
+        await asyncio.gather(idle, insisted, return_exceptions=True)
 
 
-def _bind(settings: ServeConfig) -> socket.socket:
+def bind(settings: ServeConfig) -> socket.socket:
     """The listening socket, before anything is loaded. Errors: ServeError."""
     try:
         found = socket.getaddrinfo(
@@ -188,4 +190,4 @@ def _log_as_json() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-__all__ = ["ServeError", "Server", "serve", "url"]
+__all__ = ["Runner", "ServeError", "bind", "serve", "url"]

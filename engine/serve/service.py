@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from ..async_llm import AsyncLLM, EngineInfo
@@ -100,7 +100,7 @@ class Service:
                 param="model",
             )
 
-    async def run(self, work: Work) -> AsyncIterator[RequestOutput]:
+    async def run(self, work: Work) -> AsyncGenerator[RequestOutput, None]:
         """Growing outputs of one prompt. Leaving the loop aborts it within a step.
 
         Errors: ApiError, ParameterError, AdmissionError, EngineDeadError, RequestFailed.
@@ -149,7 +149,8 @@ class _Deadline:
     """Aborts a request when its time is over, and gives that end its own finish reason."""
 
     def __init__(self, llm: AsyncLLM, request_id: str, timeout_ms: int | None) -> None:
-        self._abort = lambda: llm.client.abort(request_id)
+        self._llm = llm
+        self._request_id = request_id
         self._late = False
         self._timer = None
         if timeout_ms is not None:
@@ -175,6 +176,9 @@ class _Deadline:
     def _expire(self) -> None:
         self._late = True
         self._abort()
+
+    def _abort(self) -> None:
+        self._llm.client.abort(self._request_id)
 
 
 def _raise_failure(output: RequestOutput) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -63,7 +63,7 @@ class EventStream:
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes, None],
         failure: Callable[[Exception], bytes],
         headers: dict[str, str] | None = None,
     ) -> None:
@@ -88,9 +88,7 @@ class EventStream:
         finally:
             await _cancel(sending)
             await _cancel(leaving)
-            close = getattr(self._events, "aclose", None)
-            if close is not None:
-                await close()
+            await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
         try:
@@ -102,17 +100,17 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def begun(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def begun(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """The same events, the first of which is there: what fails before it is raised here."""
     first = await anext(events)
 
-    async def whole() -> AsyncIterator[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
         try:
             yield first
             async for part in events:
                 yield part
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
     return whole()
 

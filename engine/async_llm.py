@@ -23,7 +23,7 @@ from .client import (
 from .client_process import ProcessClient
 from .client_thread import ThreadClient
 from .config import ConfigError, EngineConfig
-from .core.request import RequestOutput, SamplingParams
+from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
 from .engine import Engine
 
 Prompt = str | Sequence[int]
@@ -146,7 +146,9 @@ class AsyncLLM:
         try:
             return await asyncio.to_thread(question)
         except RequestRefused as error:
-            raise error.unwrap() from None
+            if isinstance(error.error, ParameterError | AdmissionError):
+                raise error.error from None
+            raise  # the same from a thread and from another process
 
     async def abort(self, request_id: str) -> None:
         """End a request with what it has; its stream ends with finish_reason "abort".

@@ -49,7 +49,10 @@ def _answer(rng: np.random.Generator, plan: StepPlan) -> StepOutcome:
 def _equal(kept: StepInputs | SamplingInputs, anew: StepInputs | SamplingInputs) -> None:
     for field in dataclasses.fields(kept):
         a, b = getattr(kept, field.name), getattr(anew, field.name)
-        assert a.dtype == b.dtype and a.tolist() == b.tolist(), field.name
+        if a is None or b is None:
+            assert a is b, field.name
+        else:
+            assert a.dtype == b.dtype and a.tolist() == b.tolist(), field.name
 
 
 def test_what_is_kept_equals_what_is_made_anew() -> None:

@@ -105,11 +105,12 @@ def test_each_filter_alone(name: str, grid: float) -> None:
     assert bits(on_device(x, rows)) == bits(on_host(x, rows))
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=1, full=16)))
+@pytest.mark.parametrize("seed", range(count(reduced=1, full=12)))
 def test_borders_among_equal_tokens_are_exact(seed: int) -> None:
     """The token that wins where it is kept is the last one kept, or the first one dropped."""
     noise = sampling.gumbel_f32(sampling.uniforms(seed, 0, 0, sampling.STREAM_GUMBEL, 256))
     winner = int(noise.argmax())
+    assert winner > 0, "a filter of no tokens is off"
     kept = {True: winner + 1, False: winner}
     filters: list[dict[str, Any]] = [{"top_k": n} for n in kept.values()]
     for name in ("top_p", "typical_p"):

@@ -98,6 +98,9 @@ LAYOUTS: dict[str, Layout] = {
     "Q6_K": Layout("u", 8, 32, 16, False, torch.float32),
     "INT8": Layout("u", 8, 128, 64, False, torch.float32, per_row=True),
     "INT4": Layout("u", 4, 0, 32, True, torch.float32),
+    "I4G32": Layout("u", 4, 8, 32, True, torch.float32),
+    "I4G128": Layout("u", 4, 8, 64, True, torch.float32),
+    "I8G32": Layout("u", 8, 128, 32, True, torch.float32),
     "FP8": Layout("e4m3", 8, 0, 128, False, torch.float32, per_row=True),
     "FP8_128": Layout("e4m3", 8, 0, 128, False, torch.float32),
     "NF4": Layout("nf4", 4, 0, 64, False, torch.float32),
@@ -281,6 +284,25 @@ def _int4(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
     return _nibbles(b[:, 2:18], 16), scale, -least
 
 
+def _i4g32(b: torch.Tensor) -> _Unpacked:
+    return _pairs(b[:, 6:22]), *_zero(b)
+
+
+def _i4g128(b: torch.Tensor) -> _Unpacked:
+    scale, minimum = _zero(b)
+    return _pairs(b[:, 6:70]), scale.repeat(1, 2), minimum.repeat(1, 2)
+
+
+def _i8g32(b: torch.Tensor) -> _Unpacked:
+    return b[:, 6:38] ^ 0x80, *_zero(b)
+
+
+def _zero(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, and minimums made of them and the zero points."""
+    scale = _single(b[:, 0:4])
+    return scale, -(scale * _half(b[:, 4:6]).float())
+
+
 def _fp8(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
     return b, _single(header), None
 
@@ -308,6 +330,9 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "I4G32": _i4g32,
+    "I4G128": _i4g128,
+    "I8G32": _i8g32,
     "FP8_128": _fp8_128,
     "NF4": _nf4,
 }
@@ -319,6 +344,11 @@ def _half(b: torch.Tensor) -> torch.Tensor:
 
 def _single(b: torch.Tensor) -> torch.Tensor:
     return b.contiguous().view(torch.float32)
+
+
+def _pairs(b: torch.Tensor) -> torch.Tensor:
+    """Of each byte the low nibble, then the high one."""
+    return torch.stack([b & 0x0F, b >> 4], dim=2).reshape(len(b), -1)
 
 
 def _nibbles(b: torch.Tensor, run: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ head of that kv head). Keys come in splits of SPLIT at absolute positions: in 16
 all of them, in fp32 several of TILE keys each.
 
 Law 2. A split is a softmax (an online one over its tiles in ascending order) that knows nothing of
-other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
-`split_kernel` computes single splits side by side and `merge_kernel` merges what it stored. Which
-of the two serves an item, and how many rows stand in its tile, changes no bit: the formulas are the
-same functions, a tile or split that a row cannot see multiplies by 1 and adds 0, and products are
+other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in
+registers; `split_kernel` computes single splits side by side, `merge_kernel` merges what it stored.
+Which of the two serves an item, and how many rows stand in its tile, changes no bit: formulas are
+the same functions, a tile or split that a row cannot see multiplies by 1 and adds 0; products are
 taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill the tensor core's
 fixed side and rows its free one: one instruction family for every number of rows.
 
@@ -727,8 +727,8 @@ def launch(
     """See ops.attention.  q, out [T, num_heads*head_dim]; slopes, sinks fp32 [num_heads] or None;
     ahead: see `options`."""
     more = options(shape, ahead)
-    places = (cache.block_stride, cache.scales_stride, work.table.stride(0))
-    places += (layer, scale, softcap or 1.0, window)
+    strides = (cache.block_stride, cache.scales_stride, work.table.stride(0))
+    places = (*strides, layer, scale, softcap or 1.0, window)
     flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
     flags["HAS_SLOPES"] = slopes is not None
     # What is absent is not read: any tensor stands for it.

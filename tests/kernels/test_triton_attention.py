@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -70,7 +70,9 @@ SHAPES = {
     "window and softcap": Shape(window=33, softcap=5.0),
     "alibi": Shape(num_heads=6, alibi=True),
     "sinks": Shape(num_heads=6, sinks=True, window=20),
-    "alibi, softcap and sinks": Shape(alibi=True, sinks=True, softcap=3.0),
+    "alibi, softcap and sinks": Shape(
+        num_heads=2, num_kv_heads=1, alibi=True, sinks=True, softcap=3.0
+    ),
 }
 # 1 token; a full last page; one past it; around a split; into the third.
 LENGTHS = (1, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 3) if FULL else (1, SPLIT + 1)
@@ -147,7 +149,7 @@ def test_splits_side_by_side_are_splits_one_after_the_other(
         def planned(*args, n=programs):  # type: ignore[no-untyped-def]
             return plan(*args, split_programs=n)
 
-        heads = attention.Shape(4, 2, 8, dtype, ahead=False)
+        heads = attention.Shape(shape.num_heads, shape.num_kv_heads, 8, dtype, ahead=False)
         assert len(planned(step, heads, step.positions).pairs) == pairs
         monkeypatch.setattr(attention, "plan", planned)
         answers.append(layer.run(step).tobytes())
@@ -177,6 +179,24 @@ def test_rows_do_not_depend_on_neighbours(name: str, dtype: str, kv_dtype: str) 
             got = layer.run(step)[start : start + len(chunk)]
             assert got.tobytes() == alone[done : done + len(chunk)].tobytes()
             done += len(chunk)
+
+
+@dataclass(frozen=True)
+class OneBad(Shape):
+    """Token 0 has no numbers for a value."""
+
+    def tables(self, seed: int = 0, spread: float = 1.5) -> dict[str, np.ndarray]:
+        tables = super().tables(seed, spread)
+        tables["v"][0] = np.nan
+        return tables
+
+
+@pytest.mark.parametrize("kv_dtype", KV_CODES)
+def test_rows_before_a_value_without_a_scale_do_not_see_it(kv_dtype: str) -> None:
+    want = Layer(Shape(), kv_dtype=kv_dtype).feed_new([5, 3])
+    got = Layer(OneBad(), kv_dtype=kv_dtype).feed_new([5, 3, 0])
+    assert got[:2].tobytes() == want.tobytes()
+    assert np.isnan(got[2]).all()
 
 
 @pytest.mark.parametrize("placed", ["after the sequences", "inside a sequence"])

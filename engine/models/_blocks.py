@@ -195,17 +195,19 @@ def attend(
             interleaved=rope.interleaved,
         )
 
-    heads = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    cache = ops.kv_write(rotate(k), v, layer=index, **heads)
+    cache = ops.kv_write(
+        rotate(k), v, layer=index, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim
+    )
     return ops.attention(
         rotate(q),
         cache,
         layer=index,
         num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
         scale=config.score_scale,
         window=config.windows[index],
         softcap=config.attention_softcap,
-        **heads,
     )
 
 

@@ -171,8 +171,8 @@ class CpuBackend:
         """
         if spec.dtype == "fp8":
             raise BackendUnavailable(
-                "kv_cache_dtype='fp8': the CPU backend has no fp8 KV cache; use 'int8', which takes "
-                f"the same {spec.bytes_per_token:,} bytes a token and is more accurate, or "
+                "kv_cache_dtype='fp8': the CPU backend has no fp8 KV cache; use 'int8', which "
+                f"takes the same {spec.bytes_per_token:,} bytes a token and is more accurate, or "
                 "device='cuda'"
             )
         native = _native.KVCache(

@@ -78,7 +78,7 @@ def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
 
 
 def _quantised(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ops.kv_write.  Numbers to be rounded [..., dim] and scales [..., 1]: x = number * scale."""
+    """See ops.kv_write.  Numbers to be rounded [..., dim], scales [..., 1]: x = number * scale."""
     most = x.abs().amax(-1, keepdim=True)
     factor = torch.tensor(float(largest)) / most  # a number / most would be number * (1 / most)
     usable = torch.isfinite(most) & torch.isfinite(factor)

@@ -5,10 +5,10 @@ head of that kv head). Keys come in splits of SPLIT at absolute positions: in 16
 all of them, in fp32 several of TILE keys each.
 
 Law 2. A split is a softmax (an online one over its tiles in ascending order) that knows nothing of
-other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in registers;
-`split_kernel` computes single splits side by side and `merge_kernel` merges what it stored. Which
-of the two serves an item, and how many rows stand in its tile, changes no bit: the formulas are the
-same functions, a tile or split that a row cannot see multiplies by 1 and adds 0, and products are
+other splits; splits are merged in ascending order by `_merge`. `walk_kernel` does both in
+registers; `split_kernel` computes single splits side by side, `merge_kernel` merges what it stored.
+Which of the two serves an item, and how many rows stand in its tile, changes no bit: formulas are
+the same functions, a tile or split that a row cannot see multiplies by 1 and adds 0; products are
 taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill the tensor core's
 fixed side and rows its free one: one instruction family for every number of rows.
 
@@ -38,7 +38,7 @@ from .numerics import LOG2_E, OPTIONS, next_power_of_two, tanh
 
 SPLIT = 128  # keys whose softmax stands alone: what two warpgroups take in one product
 NARROW = 16  # rows of a tile that decodes, at least
-WIDE = 64  # rows of a tile of a longer chunk, at least, for heads of up to 128
+WIDE = 64  # rows of a longer chunk's tile, at least; half where a card does not load ahead
 MIN_PAIRS = 512  # (item, split) pairs that may be computed side by side
 # A maximum before any key is seen: below every score, and not -inf, since -inf - -inf is NaN.
 NOTHING = tl.constexpr(-1e38)
@@ -529,6 +529,7 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     product: str  # a key of DTYPE_BYTES
+    ahead: bool  # device.loads_ahead
 
     @property
     def shared(self) -> int:
@@ -545,10 +546,13 @@ class Shape:
 
         Two widths only where the sum over keys has one order in both, which the product's layout
         decides: in the tensor cores of NVIDIA's cards (a test reads the compiler's layouts).
-        And by registers: a program holds its split's sum and that of the splits before it.
+        And by registers: a program holds its split's sum and that of the splits before it, and
+        before compute capability 9 the operands of its products too.
         """
         tensor_cores = self.product != "float32" and torch.version.hip is None
-        least = WIDE if wide and tensor_cores and self.padded <= 128 else NARROW
+        least = NARROW
+        if wide and tensor_cores and self.padded <= 128:
+            least = WIDE if self.ahead else WIDE // 2
         return max(least, next_power_of_two(self.shared))
 
     def scratch_bytes(self, num_pairs: int) -> int:
@@ -579,13 +583,17 @@ def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     }
 
 
-def options(shape: Shape, ahead: bool) -> dict[str, Any]:
-    """Launch options. `ahead`: load the next split of K and V during a product; it takes shared
-    memory and registers that cards before compute capability 9 do not have, nor any for heads of
-    more than 128. No bit depends on it.
+def options(shape: Shape) -> dict[str, Any]:
+    """Launch options. To load ahead is to load the next split of K and V during a product; it takes
+    shared memory and registers that cards before compute capability 9 do not have, nor any for
+    heads of more than 128. No bit depends on it.
     """
-    ahead = ahead and shape.product != "float32" and shape.padded <= 128
-    return OPTIONS | {"num_stages": 2 if ahead else 1, "num_warps": 8}
+    if shape.product != "float32":
+        ahead = shape.ahead and shape.padded <= 128
+        return OPTIONS | {"num_stages": 2 if ahead else 1, "num_warps": 8}
+    plain = OPTIONS | {"num_stages": 1, "num_warps": 8}
+    # All that a thread may have: left to choose, NVIDIA's assembler stops at 64 or 128 and spills.
+    return plain if torch.version.hip is not None else plain | {"maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -722,13 +730,11 @@ def launch(
     softcap: float,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    ahead: bool,
 ) -> None:
-    """See ops.attention.  q, out [T, num_heads*head_dim]; slopes, sinks fp32 [num_heads] or None;
-    ahead: see `options`."""
-    more = options(shape, ahead)
-    places = (cache.block_stride, cache.scales_stride, work.table.stride(0))
-    places += (layer, scale, softcap or 1.0, window)
+    """See ops.attention.  q, out [T, num_heads*head_dim], slopes, sinks fp32 [num_heads]."""
+    more = options(shape)
+    strides = (cache.block_stride, cache.scales_stride, work.table.stride(0))
+    places = (*strides, layer, scale, softcap or 1.0, window)
     flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
     flags["HAS_SLOPES"] = slopes is not None
     # What is absent is not read: any tensor stands for it.

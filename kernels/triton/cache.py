@@ -112,9 +112,10 @@ def factor_and_scale(most, CODES: tl.constexpr):
     """
     largest: tl.constexpr = 127.0 if CODES == "int8" else 448.0
     finite = most < float("inf")
-    divisor = tl.where(most == 0.0, 1.0, most)  # of zeros any factor makes zeros
+    divisor = tl.where(most == 0.0, 1.0, most)
     factor = tl.div_rn(tl.full(most.shape, largest, tl.float32), divisor)
-    factor = tl.where(finite & (factor < float("inf")), factor, 0.0)
+    usable = finite & (most > 0.0) & (factor < float("inf"))
+    factor = tl.where(usable, factor, 0.0)
     scale = tl.div_rn(most, tl.full(most.shape, largest, tl.float32))
     return factor, tl.where(finite, scale, float("nan"))
 

@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 
 def loads_ahead() -> bool:
-    """See attention.options."""
+    """Whether attention loads keys and values ahead: see attention.options."""
     nvidia = torch.version.hip is None and not interpreted()
     return nvidia and torch.cuda.get_device_capability() >= (9, 0)
 

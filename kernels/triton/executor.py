@@ -453,7 +453,6 @@ class _Binder:
         assert cache is not None
         names = ("layer", "scale", "window", "softcap")
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
-        attrs["ahead"] = loads_ahead()
         slopes: Any = op.attrs["alibi_slopes"]
         attrs["slopes"] = torch.tensor(slopes, device=owner._device) if slopes else None
         attrs["sinks"] = self._vector(op.inputs[2])
@@ -552,4 +551,4 @@ def shape_of(op: Op, product: str) -> attention.Shape:
     """The heads of an attention operation whose products are of dtype `product`."""
     attrs: Mapping[str, Any] = op.attrs
     heads, kv_heads, head_dim = attrs["num_heads"], attrs["num_kv_heads"], attrs["head_dim"]
-    return attention.Shape(heads, kv_heads, head_dim, product)
+    return attention.Shape(heads, kv_heads, head_dim, product, loads_ahead())

@@ -22,7 +22,7 @@ from .cache import KVCache, encoded, factor_and_scale, magnitude
 from .numerics import OPTIONS, next_power_of_two
 
 _CHUNK = 256  # positions: the table grows by whole chunks, so each entry has one place in an array
-_ELEMENTS = 4096  # of a head block: what one program holds in registers
+_ELEMENTS = 4096  # of a head block: what one program holds in registers; half to encode them
 
 
 class Rotations:
@@ -261,7 +261,8 @@ def launch(
     kv_heads = 0 if kv is None else kv[0].shape[1] // head_dim
     k, v = (some, some) if kv is None else kv
     f = 0 if rotation is None else rotation.table.shape[-1]
-    options = tile(head_dim, f, max(q_heads, kv_heads))
+    codes = "" if cache is None else cache.codes
+    options = tile(head_dim, f, max(q_heads, kv_heads), codes)
     heads = options["HEADS"]
     blocks = triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)
     rope_kernel[(rows, blocks)](
@@ -280,7 +281,7 @@ def launch(
         0 if cache is None else cache.block_stride,
         0 if cache is None else cache.scales_stride,
         layer,
-        CODES="" if cache is None else cache.codes,
+        CODES=codes,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         ROTATE_K=rotate_k,
@@ -291,11 +292,13 @@ def launch(
     )
 
 
-def tile(head_dim: int, num_pairs: int, num_heads: int) -> dict[str, int]:
-    """The kernel's constants for heads of head_dim with num_pairs rotated pairs."""
+def tile(head_dim: int, num_pairs: int, num_heads: int, codes: str) -> dict[str, int]:
+    """The kernel's constants for heads of head_dim with num_pairs rotated pairs, to a cache of
+    `codes`."""
     padded = next_power_of_two(head_dim)
+    elements = _ELEMENTS // 2 if codes else _ELEMENTS
     return {
-        "HEADS": min(next_power_of_two(num_heads), max(1, _ELEMENTS // padded)),
+        "HEADS": min(next_power_of_two(num_heads), max(1, elements // padded)),
         "D": head_dim,
         "D_PAD": padded,
         "F": num_pairs,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engineroom.kernels import ops
 from engineroom.kernels.backend import KV_DTYPES, BackendUnavailable, KVSpec, StepInputs
 from engineroom.kernels.cpu import _native, lower
 from engineroom.kernels.cpu.backend import CpuBackend
@@ -166,6 +167,32 @@ CPU_KV_DTYPES = tuple(dtype for dtype in KV_DTYPES if dtype != "fp8")
 def test_an_fp8_cache_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="no fp8 KV cache; use 'int8'"):
         CpuBackend().allocate_kv(KVSpec(1, 1, 8, 16, "fp8"), 1)
+
+
+@pytest.mark.parametrize("which", ["alibi", "sinks"])
+def test_alibi_and_sinks_are_refused(which: str) -> None:
+    program = Program()
+    step = ops.StepHandles.of(program)
+    x = ops.embedding(program.weight("x", (4, 16)), step.token_ids)
+    heads = {"layer": 0, "num_kv_heads": 2, "head_dim": 8}
+    cache = ops.kv_write(x, x, **heads)
+    alibi = which == "alibi"
+    out = ops.attention(
+        x,
+        cache,
+        num_heads=2,
+        scale=1.0,
+        alibi_slopes=(0.5, 0.25) if alibi else (),
+        sinks=None if alibi else program.weight("sinks", (2,)),
+        **heads,
+    )
+    program.finish(out)
+    backend = CpuBackend()
+    kv = backend.allocate_kv(KVSpec(1, 2, 8, 16, "float32"), 1)
+    with pytest.raises(
+        BackendUnavailable, match="layer 0 has ALiBi slopes or sinks.*device='cuda'"
+    ):
+        backend.lower(program, {}, kv)
 
 
 @pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
+from engineroom.kernels import ops
 from engineroom.kernels.backend import KV_CODES, KVSpec
+from engineroom.kernels.program import Program
+from engineroom.kernels.reference import ReferenceBackend
 from tests.counts import FULL, count
 from tests.kernels.packed_steps import Paged, assert_close, raw
 from tests.kernels.test_reference_attention import VOCAB, Shape, oracle, tokens_of
@@ -35,12 +38,16 @@ class Layer(ReferenceLayer):
         weights = {n: backend.pack(raw(t)) for n, t in shape.tables(spread=spread).items()}
         spec = KVSpec(2, shape.num_kv_heads, shape.head_dim, block_size, kv_dtype or dtype)
         self.cache = backend.allocate_kv(spec, num_blocks)
-        self.cache.data.fill_(fill)
+        if self.cache.scales is None:
+            self.cache.data.fill_(fill)
+        else:
+            self.cache.data.fill_(0x7F)  # of fp8, NaN
+            self.cache.scales.fill_(fill)
         self.pages = Paged(block_size, num_blocks, np.random.default_rng(1))
         self._executable = backend.lower(shape.program(), weights, self.cache)
 
 
-SPLIT = attention.SPLIT if FULL else 64  # of these tests, so that a few tokens are several splits
+SPLIT = attention.SPLIT if FULL else 32  # of these tests, so that a few tokens are several splits
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +71,11 @@ SHAPES = {
     "alibi": Shape(num_heads=6, alibi=True),
     "sinks": Shape(num_heads=6, sinks=True, window=20),
     "alibi, softcap and sinks": Shape(
-        num_heads=9, num_kv_heads=3, alibi=True, sinks=True, softcap=3.0
+        num_heads=2, num_kv_heads=1, alibi=True, sinks=True, softcap=3.0
     ),
 }
 # 1 token; a full last page; one past it; around a split; into the third.
-LENGTHS = (1, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 3) if FULL else (1, 17, SPLIT + 1)
+LENGTHS = (1, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 3) if FULL else (1, SPLIT + 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -84,8 +91,8 @@ def test_attention_is_its_formula(name: str) -> None:
 @pytest.mark.parametrize("kv_dtype", (*DTYPES, *KV_CODES))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_dtypes(dtype: str, kv_dtype: str) -> None:
-    shape = SHAPES["gqa 3"]
-    tokens = tokens_of(70)
+    shape = SHAPES["gqa 2"]
+    tokens = tokens_of(count(reduced=19, full=SPLIT + 6))
     got = Layer(shape, dtype=dtype, kv_dtype=kv_dtype).feed_new(tokens)
     want = oracle(shape, tokens, dtype, kv_dtype)
     # Where fp16 meets fp16, or codes, the weights are rounded to it for their product.
@@ -101,19 +108,25 @@ def test_huge_scores_do_not_overflow() -> None:
     assert_close(got, oracle(shape, tokens, "float32", "float32", 60.0), "float32", 2e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("gqa 2", "float16"), ("window and softcap", "float32")]
-)
-def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str) -> None:
+# A shape, the dtype of q and that of the cache; "" where it is the same.
+LAYERS = [
+    ("gqa 2", "float16", ""),
+    ("window and softcap", "float32", ""),
+    ("alibi, softcap and sinks", "float16", "int8"),
+    ("alibi, softcap and sinks", "float32", "fp8"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "kv_dtype"), LAYERS)
+def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str, kv_dtype: str) -> None:
     """Wide tiles (of fp16), narrow ones, and splits side by side."""
-    shape = SHAPES[name]
-    tokens = tokens_of(SPLIT + 21)
-    whole = Layer(shape, fill=np.nan, dtype=dtype).feed_new(tokens)
-    for block_size, chunks in ((8, (SPLIT - 1, 1, 1, 20)), (24, (50, 97, 2)), (64, (SPLIT, 21)))[
-        : None if FULL else 2
-    ]:
+    shape, more = SHAPES[name], {"fill": np.nan, "dtype": dtype, "kv_dtype": kv_dtype or dtype}
+    tokens = tokens_of(SPLIT + 5)
+    whole = Layer(shape, **more).feed_new(tokens)
+    ways = ((8, (SPLIT - 1, 1, 1, 4)), (24, (SPLIT // 2 + 3, SPLIT // 2, 2)), (64, (SPLIT, 5)))
+    for block_size, chunks in ways if FULL else ways[:2]:
         num_blocks = 1 + len(tokens) // block_size
-        layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, fill=np.nan, dtype=dtype)
+        layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, **more)
         sequence, done = layer.pages.add(), 0
         for size in chunks:
             got = layer.run(layer.pages.step({sequence: tokens[done : done + size]}))
@@ -121,12 +134,13 @@ def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str) -> 
             done += size
 
 
+@pytest.mark.parametrize(("name", "dtype", "kv_dtype"), LAYERS if FULL else LAYERS[::2])
 def test_splits_side_by_side_are_splits_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: str, kv_dtype: str
 ) -> None:
-    shape = SHAPES["gqa 2"]
+    shape = SHAPES[name]
     tokens = tokens_of(2 * SPLIT + 5)
-    layer = Layer(shape)
+    layer = Layer(shape, dtype=dtype, kv_dtype=kv_dtype or dtype)
     layer.feed_new(tokens[:-1])
     step = layer.pages.step({0: tokens[-1:]})
     answers, plan = [], attention.plan
@@ -135,27 +149,29 @@ def test_splits_side_by_side_are_splits_one_after_the_other(
         def planned(*args, n=programs):  # type: ignore[no-untyped-def]
             return plan(*args, split_programs=n)
 
-        assert (
-            len(planned(step, attention.Shape(4, 2, 8, "float32"), step.positions).pairs) == pairs
-        )
+        heads = attention.Shape(shape.num_heads, shape.num_kv_heads, 8, dtype, ahead=False)
+        assert len(planned(step, heads, step.positions).pairs) == pairs
         monkeypatch.setattr(attention, "plan", planned)
         answers.append(layer.run(step).tobytes())
     assert answers[0] == answers[1]
 
 
-def test_rows_do_not_depend_on_neighbours() -> None:
-    shape = SHAPES["gqa 3"]
+@pytest.mark.parametrize(
+    ("name", "dtype", "kv_dtype"), [("gqa 3", "float32", "float32"), *LAYERS[2:]]
+)
+def test_rows_do_not_depend_on_neighbours(name: str, dtype: str, kv_dtype: str) -> None:
+    shape = SHAPES[name]
     rng = np.random.default_rng(5)
-    tokens = tokens_of(SPLIT + 10)
-    alone = Layer(shape).feed_new(tokens)
+    tokens = tokens_of(SPLIT + 4)
+    alone = Layer(shape, dtype=dtype, kv_dtype=kv_dtype).feed_new(tokens)
     for trial in range(count(reduced=1, full=12)):
-        layer = Layer(shape, num_blocks=600, fill=np.nan)
+        layer = Layer(shape, num_blocks=600, fill=np.nan, dtype=dtype, kv_dtype=kv_dtype)
         ours = layer.pages.add()
         others = [layer.pages.add() for _ in range((2, 20)[trial % 2])]
         done = 0
         while done < len(tokens):
-            chunk = tokens[done : done + int(rng.integers(1, 50))]
-            chunks = {s: rng.integers(0, VOCAB, rng.integers(1, 12)).tolist() for s in others}
+            chunk = tokens[done : done + int(rng.integers(1, SPLIT))]
+            chunks = {s: rng.integers(0, VOCAB, rng.integers(1, 6)).tolist() for s in others}
             chunks[ours] = chunk
             order = rng.permutation(list(chunks)).tolist()
             step = layer.pages.step({s: chunks[s] for s in order})
@@ -163,6 +179,24 @@ def test_rows_do_not_depend_on_neighbours() -> None:
             got = layer.run(step)[start : start + len(chunk)]
             assert got.tobytes() == alone[done : done + len(chunk)].tobytes()
             done += len(chunk)
+
+
+@dataclass(frozen=True)
+class OneBad(Shape):
+    """Token 0 has no numbers for a value."""
+
+    def tables(self, seed: int = 0, spread: float = 1.5) -> dict[str, np.ndarray]:
+        tables = super().tables(seed, spread)
+        tables["v"][0] = np.nan
+        return tables
+
+
+@pytest.mark.parametrize("kv_dtype", KV_CODES)
+def test_rows_before_a_value_without_a_scale_do_not_see_it(kv_dtype: str) -> None:
+    want = Layer(Shape(), kv_dtype=kv_dtype).feed_new([5, 3])
+    got = Layer(OneBad(), kv_dtype=kv_dtype).feed_new([5, 3, 0])
+    assert got[:2].tobytes() == want.tobytes()
+    assert np.isnan(got[2]).all()
 
 
 @pytest.mark.parametrize("placed", ["after the sequences", "inside a sequence"])
@@ -193,9 +227,58 @@ def test_only_padding() -> None:
     assert (layer.cache.data == 7.0).all()
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_CODES)
+def test_a_cache_in_codes_has_the_references_bytes(
+    kv_dtype: str, dtype: str, rotated: bool
+) -> None:
+    """Codes and scales, of rows of every kind: zeros, ties, the tiniest, the largest, NaN."""
+    kv_heads, dim = 3, 12
+    program = Program()
+    step = ops.StepHandles.of(program)
+    k, v = (
+        ops.embedding(program.weight(name, (VOCAB, kv_heads * dim)), step.token_ids)
+        for name in "kv"
+    )
+    if rotated:
+        frequencies = tuple(100.0 ** (-i / 5) for i in range(5))  # two elements stay
+        k = ops.rope(k, step.positions, head_dim=dim, inv_freq=frequencies)
+    heads = {"layer": 1, "num_kv_heads": kv_heads, "head_dim": dim}
+    cache = ops.kv_write(k, v, **heads)
+    program.finish(ops.attention(k, cache, num_heads=kv_heads, scale=1.0, **heads))
+
+    rng = np.random.default_rng(7)
+    tables = {n: rng.standard_normal((VOCAB, kv_heads, dim), np.float32) for n in "kv"}
+    for x in tables.values():
+        x *= 2.0 ** rng.integers(-12, 8, (VOCAB, kv_heads, 1))
+        x[0] = 0
+        x[1, :, 0] = np.nan
+        x[2, :, 1] = -np.inf
+        x[3] = np.arange(-6, 6) * np.float32(2.0**-24)  # the smallest of fp16
+        x[4] = np.append(np.arange(1, 12) - 5.5, 127)  # ties of int8
+        x[5] = np.append(np.arange(11) * 2.0**-10, 448)  # ties of fp8's smallest
+        x[6] = np.append(np.arange(17, 39, 2), 448)  # ties of its three bits
+        x[7] = 1e-44  # fp32: its factor is infinite
+    made = []
+    for backend in (
+        TritonBackend(activation_dtype=dtype, threads=1),
+        ReferenceBackend(activation_dtype=dtype, threads=1),
+    ):
+        packed = {n: backend.pack(raw(t.reshape(VOCAB, -1))) for n, t in tables.items()}
+        kv = backend.allocate_kv(KVSpec(2, kv_heads, dim, 8, kv_dtype), 8)
+        pages = Paged(8, 8, np.random.default_rng(1))
+        backend.lower(program, packed, kv).run(pages.step({pages.add(): list(range(16))}))
+        made.append((kv.data.numpy().view(np.uint8), kv.scales.numpy()))
+    (codes, scales), (want, want_scales) = made
+    assert codes.any()
+    np.testing.assert_array_equal(codes, want.reshape(codes.shape))
+    np.testing.assert_array_equal(scales, want_scales.reshape(scales.shape))  # any NaN is NaN
+
+
 def test_the_work_list_covers_every_token_once() -> None:
     rng = np.random.default_rng(3)
-    shape = attention.Shape(8, 2, 64, "float16")
+    shape = attention.Shape(8, 2, 64, "float16", ahead=True)
     pages = Paged(16, 4000, rng)
     for size in (1, 150, 300, 3, 40):
         pages.step({pages.add(): [0] * size})

@@ -235,7 +235,7 @@ def test_a_larger_step_than_prepared_for_is_refused(recorder: Recorder) -> None:
 def test_buckets() -> None:
     assert graphs.row_counts(100) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 100]
     assert graphs.row_counts(1) == [1]
-    shape = attention.Shape(32, 8, 128, "bfloat16")
+    shape = attention.Shape(32, 8, 128, "bfloat16", ahead=True)
     found = list(graphs.buckets([shape], 2048, 320, 32768))
     assert found == sorted(found)
     assert [b.rows for b in found if not b.pairs] == graphs.row_counts(320)

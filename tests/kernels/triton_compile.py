@@ -15,7 +15,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,25 @@ def _attention(
     scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     plain = ("layer", "table_width", "window")
     tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
-    narrow, wide = shape.rows(False), shape.rows(True)
-    for rows in (narrow, wide) if wide > narrow else (narrow,):
+    older = replace(shape, ahead=False)
+    tiles: dict[int, list[str]] = {}  # rows -> targets
+    for target in TARGETS:
+        card = shape if target == "sm_90" else older
+        for rows in {card.rows(wide) for wide in (False, target != "gfx942")}:
+            tiles.setdefault(rows, []).append(target)
+    for rows, targets in sorted(tiles.items()):
         yield Configuration(
             f"attention walk {dtype} {heads} page {block} rows {rows}{more}",
             attention.walk_kernel,
             {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": cache, **metadata},
             attention.tile(shape, block, rows) | flags | sinks,
-            attention.options(shape, True),
+            attention.options(shape),
             plain,
             ("scale", "cap"),
             tensor if shape.padded >= 64 else {},
             converts,
-            older=attention.options(shape, False),
-            targets=tuple(t for t in TARGETS if rows == narrow or t != "gfx942"),
+            older=attention.options(older),
+            targets=tuple(targets),
         )
     constants = attention.tile(shape, block, shape.rows(False))
     yield Configuration(
@@ -110,12 +116,12 @@ def _attention(
         attention.split_kernel,
         {"q_ptr": pointer, "cache_ptr": cache, "pair_ptr": "*i32", **metadata, **scratch},
         constants | flags,
-        attention.options(shape, True),
+        attention.options(shape),
         plain,
         ("scale", "cap"),
         tensor if shape.padded >= 64 else {},
         converts,
-        older=attention.options(shape, False),
+        older=attention.options(older),
     )
     if not more or has_sinks:
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")
@@ -252,7 +258,7 @@ def _small(dtype: str) -> Iterator[Configuration]:
                 "BLOCK_SIZE": 16,
                 "INTERLEAVED": False,
             }
-            | rope.tile(128, 64 if heads else 0, max(heads, kv_heads)),
+            | rope.tile(128, 64 if heads else 0, max(heads, kv_heads), codes),
             OPTIONS,
             ("layer",),
             without=("I2F",),
@@ -343,7 +349,7 @@ def _sampling(vocab: int) -> Iterator[Configuration]:
 
 def configurations() -> Iterator[Configuration]:
     """Every kernel at the tiles that the launchers choose for common models."""
-    shape = attention.Shape
+    shape = partial(attention.Shape, ahead=True)
     for dtype in ("bfloat16", "float16"):
         yield from _attention(shape(32, 8, 128, dtype), 16)
     yield from list(_attention(shape(32, 8, 128, "bfloat16"), 64))[:-1]  # but for the merge
@@ -386,6 +392,14 @@ def configurations() -> Iterator[Configuration]:
     yield _quantised("Q4_1", "float32", 16)
     yield from _small("bfloat16")
     yield from _small("float32")
+    yield Configuration(
+        "fill_in",
+        embedding.fill_in_kernel,
+        {"id_ptr": "*i32", "sampled_ptr": "*i32"},
+        {"BLOCK": embedding.BLOCK},
+        OPTIONS,
+        ("num_tokens",),
+    )
     yield from _sampling(131072)
 
 
@@ -480,9 +494,10 @@ def page(rows: list[dict[str, Any]]) -> str:
             row = made.get(target)
             stack = f", stack {row['stack']}" if row and row["stack"] else ""
             cells.append(f"{row['registers']}, {row['shared']:,}{stack}" if row else "")
-        row = made["sm_90"]
-        shown = [f"{row[n]} {n}" for n in ("HGMMA", "QGMMA", "IGMMA", "MUFU.EX2", "I2F") if row[n]]
-        cells.append("; ".join([f"{row['instructions']:,}", *shown]))
+        row = made.get("sm_90")
+        shown = ("HGMMA", "QGMMA", "IGMMA", "MUFU.EX2", "I2F")
+        counts = [f"{row[n]} {n}" for n in shown if row[n]] if row else []
+        cells.append("; ".join([f"{row['instructions']:,}", *counts]) if row else "")
         lines.append("| " + " | ".join(cells) + " |\n")
     return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], _PAGE.read_text("utf-8"))
 

@@ -171,7 +171,9 @@ def attend(
 ) -> Launch:
     """attention.launch with its plan made; split_programs: see attention.plan."""
     product = str(q.dtype).removeprefix("torch.") if q.dtype == cache.data.dtype else "float32"
-    shape = attention.Shape(heads.num_heads, heads.num_kv_heads, heads.head_dim, product)
+    shape = attention.Shape(
+        heads.num_heads, heads.num_kv_heads, heads.head_dim, product, loads_ahead()
+    )
     last = np.where(step.slot >= 0, step.positions, -1).astype(np.int32)
     plan = attention.plan(step, shape, last, split_programs)
 
@@ -182,7 +184,6 @@ def attend(
         *map(there, (plan.wide, plan.narrow, plan.split, plan.pairs, last, step.block_table))
     )
     scratch = attention.Scratch(q.device)
-    ahead = loads_ahead()
     return lambda: attention.launch(
         q,
         out,
@@ -194,7 +195,8 @@ def attend(
         scale=heads.scale,
         window=heads.window,
         softcap=heads.softcap,
-        ahead=ahead,
+        slopes=None,
+        sinks=None,
     )
 
 

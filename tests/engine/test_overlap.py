@@ -206,6 +206,34 @@ def test_a_planted_bug_is_found(
     llm.close()
 
 
+@pytest.mark.torch
+def test_on_tritons_interpreter(golden_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws, penalties and logprobs, beside a prompt in chunks and a row sampled on the host."""
+    pytest.importorskip("tests.kernels.triton_device")  # skips where triton is missing
+    from engineroom.kernels.triton import backend, embedding
+
+    asked = [
+        ([1, 2, 3], {"max_tokens": 5}),
+        ([4] * 9, {"max_tokens": 4, "logprobs": 2, "repetition_penalty": 1.3, "top_p": 0.9}),
+        ([5, 6], {"max_tokens": 2, "logits_processor": damp}),
+    ]
+    prompts = [prompt for prompt, _ in asked]
+    params = [SamplingParams(seed=i, ignore_eos=True, **o) for i, (_, o) in enumerate(asked)]
+    filled, fill_in = [], embedding.fill_in
+    monkeypatch.setattr(embedding, "fill_in", lambda *args: filled.append(fill_in(*args)))
+
+    def told(overlaps: bool) -> list[Any]:
+        monkeypatch.setattr(backend.TritonBackend, "overlaps", overlaps)
+        options = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 8}
+        with LLM(str(golden_model), device="cuda", **options) as llm:
+            return [o.outputs for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    want = told(overlaps=False)
+    assert not filled
+    assert told(overlaps=True) == want
+    assert len(filled) > 1, "tokens of the step before were not read on the device"
+
+
 def greedy(**options: Any) -> SamplingParams:
     return SamplingParams(temperature=0, seed=0, ignore_eos=True, **options)
 

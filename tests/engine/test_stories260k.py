@@ -65,7 +65,8 @@ def test_an_int8_cache_tells_the_same_story_on_either_backend(forms, expected):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["hf", "Q8_0"])
 def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
-    """The whole engine on the GPU's kernels; the interpreter takes half a second a token."""
+    """The whole engine on the GPU's kernels, steps overlapping and sampling launched behind them;
+    the interpreter takes half a second a token."""
     text, tokens = greedy(forms[form], "cuda", count(reduced=12, full=256 if form == "hf" else 60))
     assert len(text) > 20
     if form == "hf":

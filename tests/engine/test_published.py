@@ -55,9 +55,9 @@ def test_int8_activations_cost_what_they_round(kind: str, tokenizer: Path, tmp_p
     Of 32 activations the largest becomes 127, and each moves by at most half a step: by a variance
     of step^2 / 12. Of normal ones the largest is about 2.1 deviations, so a product's relative
     error is about 2.1 / 127 / sqrt(12) = 0.5 %. Each layer has four products in a row: 8 of them
-    add up to sqrt(8) * 0.5 % = 1.4 % of the logits' deviation, of which half of the errors are below
-    0.67. Four times that is allowed for what multiplies them (gate by up, scores). The largest error says
-    nothing: random scores are so large that a token's attention may turn to another.
+    add up to sqrt(8) * 0.5 % = 1.4 % of the logits' deviation, half of the errors below 0.67 of it.
+    Four times that is allowed for what multiplies them (gate by up, scores). The largest error
+    says nothing: random scores are so large that a token's attention may turn to another.
     """
     small, wide = write_model(kind, tokenizer, tmp_path)
     options = {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "float32"}

@@ -1,7 +1,7 @@
 """bitsandbytes checkpoints: NF4 and FP4 in blocks, with double quantisation, and LLM.int8().
 
-Four bits, per module: `weight` (bytes of two codes, the first in the high half, of the whole matrix as
-one row), `weight.absmax` per block, `weight.quant_map`, and a JSON text of sizes in
+Four bits, per module: `weight` (bytes of two codes, the first in the high half, of the whole matrix
+as one row), `weight.absmax` per block, `weight.quant_map`, and a JSON text of sizes in
 `weight.quant_state.bitsandbytes__nf4` (or fp4). value = quant_map[code] * absmax. With double
 quantisation absmax is a code too: nested_quant_map[code] * nested_absmax + nested_offset.
 Eight bits: `weight` int8 [N, K] and `SCB` [N]; value = weight * SCB / 127.
@@ -48,6 +48,7 @@ class BitsAndBytes:
         kind = options.one_of("bnb_4bit_quant_type", ("nf4", "fp4"), "fp4")
         options.finish(_IGNORED)
         self._is_four = four
+        self.notes: tuple[str, ...] = ()
         if not four:
             self.layouts = (
                 Layout(
@@ -60,7 +61,6 @@ class BitsAndBytes:
                 "LLM.int8(): all columns are multiplied alike; there are no 16-bit outliers",
             )
             return
-        self._kind = kind
         names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         state = f".weight.quant_state.bitsandbytes__{kind}"
         self.layouts = (
@@ -70,7 +70,6 @@ class BitsAndBytes:
                 ("nested_absmax", "nested_quant_map"),
             ),
         )
-        self.notes = ()
 
     def weight(self, module: str, parts: Mapping[str, Part]) -> RawWeight:
         make = _four_bits if self._is_four else _eight_bits
@@ -109,8 +108,8 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
     if codes.data.nbytes != -(-num_rows * columns // 2):
         raise FormatError(
             codes.name,
-            f"tensor {codes.name!r} has {codes.data.nbytes} bytes; {state['shape']} at 4 bits takes "
-            f"{-(-num_rows * columns // 2)}",
+            f"tensor {codes.name!r} has {codes.data.nbytes} bytes; {state['shape']} at 4 bits "
+            f"takes {-(-num_rows * columns // 2)}",
         )
     parts["absmax"].require_shape(-(-num_rows * columns // block))
     parts["quant_map"].require_shape(16)
@@ -169,9 +168,8 @@ def _absmax(parts: Mapping[str, Part], state: Mapping[str, Any]) -> np.ndarray:
         return absmax.floats()
     size = state["nested_blocksize"]
     scale = np.repeat(parts["nested_absmax"].floats(), size)[: absmax.shape[0]]
-    return parts["nested_quant_map"].floats()[absmax.array()] * scale + np.float32(
-        state["nested_offset"]
-    )
+    small: np.ndarray = parts["nested_quant_map"].floats()[absmax.array()] * scale
+    return small + np.float32(state["nested_offset"])
 
 
 def _state(part: Part) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def _state(part: Part) -> dict[str, Any]:
     try:
         state = json.loads(part.data[:_MAX_STATE].tobytes())
         shape = [int(n) for n in state["shape"]]
-        checked = {
+        checked: dict[str, Any] = {
             "shape": shape,
             "blocksize": int(state["blocksize"]),
             "dtype": _DTYPES[state["dtype"]],

@@ -1,11 +1,11 @@
-"""compressed-tensors checkpoints (llm-compressor): integers or FP8, each group of modules its scheme.
+"""compressed-tensors checkpoints (llm-compressor): integers or FP8, a scheme per group of modules.
 
-`pack-quantized`: `weight_packed` int32 [N, K bits / 32], a stream of q + 2^(bits - 1) along each row;
-`weight_scale` [N, G]; of asymmetric ones `weight_zero_point` int32 [N bits / 32, G], packed down each
-column in the same way; `weight_g_idx` int32 [K] with act-order. `int-quantized`: `weight` int8 [N, K],
-`weight_scale` [N, G] (or one number), `weight_zero_point` int8 alike. `float-quantized`: `weight`
-F8_E4M3. value = scale (q - zero). Activations are not rounded as the scheme says but as
-`activations=` does.
+`pack-quantized`: `weight_packed` int32 [N, K bits / 32], a stream of q + 2^(bits - 1) along each
+row; `weight_scale` [N, G]; of asymmetric ones `weight_zero_point` int32 [N bits / 32, G], packed
+down each column in the same way; `weight_g_idx` int32 [K] with act-order. `int-quantized`: `weight`
+int8 [N, K], `weight_scale` [N, G] (or one number), `weight_zero_point` int8 alike.
+`float-quantized`: `weight` F8_E4M3. value = scale (q - zero). Activations are not rounded as the
+scheme says but as `activations=` does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FP8 checkpoints (DeepSeek, Qwen, Llama): E4M3 weights with a scale a tensor, a row or a block.
 
 Per module: `weight` F8_E4M3 [N, K] and `weight_scale_inv` [ceil(N / 128), ceil(K / 128)], or
-`weight_scale`, one number or [N, 1]. value = weight * scale (the name says what it is the inverse of:
-what the values were multiplied by).
+`weight_scale`, one number or [N, 1]. value = weight * scale (the name says what it is the inverse
+of: what the values were multiplied by).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def block_of(value: Any, where: str) -> tuple[int, int] | None:
     if not sizes or value[0] < 1 or value[1] < 1 or value[1] % _BLOCK:
         raise FormatError(
             where,
-            f"config.json: {where} is {value!r}; blocks of [rows, columns], columns whole multiples "
-            f"of {_BLOCK}, are supported",
+            f"config.json: {where} is {value!r}; blocks of [rows, columns], columns whole "
+            f"multiples of {_BLOCK}, are supported",
         )
     return value[0], value[1]
 

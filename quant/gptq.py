@@ -1,9 +1,9 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel, optimum): integers of 2, 3, 4 or 8 bits in groups.
 
-Per module: `qweight` int32 [K bits / 32, N], a stream of integers down each column; `scales` [G, N];
-`qzeros` int32 [G, N bits / 32], a stream along each row; `g_idx` int32 [K], each input's group, with
-act-order in no order. value = scale (q - zero). Version 1 stores zero - 1, version 2 (`gptq_v2`)
-zero.
+Per module: `qweight` int32 [K bits / 32, N], a stream of integers down each column; `scales`
+[G, N]; `qzeros` int32 [G, N bits / 32], a stream along each row; `g_idx` int32 [K], each input's
+group, with act-order in no order. value = scale (q - zero). Version 1 stores zero - 1, version 2
+(`gptq_v2`) zero.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Gptq:
         forms = ("gptq", "gptq_v2")
         form = options.one_of("checkpoint_format", forms, config.get("format") or "gptq")
         options.one_of("format", forms, form)
-        self._zero_is_less = int(form == "gptq")
+        self._is_v1 = form == "gptq"
         options.one_of("pack_dtype", ("int32",), "int32")
         options.one_of("is_marlin_format", (False,), False)
         options.finish(_IGNORED)
@@ -155,12 +155,21 @@ class Gptq:
         return (None if (order == np.arange(columns)).all() else order), groups
 
     def _zeros(self, packed: Part, start: int, stop: int) -> np.ndarray:
-        """Zero points [stop - start, G], counted from the middle of the integers as laid out."""
+        """Zero points [stop - start, G], counted from the middle of the integers as laid out.
+
+        A zero point of 0 is stored as all ones: GPTQModel takes a word full of ones (0x11111111)
+        from words, borrows and all, and adds it again; of 3 bits it wraps each zero by itself.
+        """
+        bits = self._bits
         words = packed.array().view(np.uint32).T
-        short = -len(words) % self._bits
+        if self._is_v1 and bits != 3:
+            words = words + np.uint32(0xFFFFFFFF // ((1 << bits) - 1))
+        short = -len(words) % bits
         words = np.concatenate([words, np.zeros((short, words.shape[1]), np.uint32)])
-        zero = unpack_bits(words, self._bits)[start:stop].astype(np.float32)
-        return zero + np.float32(self._zero_is_less - (128 if self._bits == 8 else 8))
+        zero = unpack_bits(words, bits)[start:stop]
+        if self._is_v1 and bits == 3:
+            zero = (zero + np.uint8(1)) & np.uint8(7)
+        return zero.astype(np.float32) - np.float32(128 if bits == 8 else 8)
 
 
 __all__ = ["Gptq"]

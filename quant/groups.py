@@ -1,8 +1,8 @@
 """I4G32, I4G128 and I8G32: integers in groups, what they mean and how they are laid out.
 
 Readable numpy, the specification. value = d q - d zero per group, in float32, each product rounded
-once; q is -8..7 or -128..127. Of a scale of 16 bits, as checkpoints have, and a whole zero point all
-of it is exact: d (q - zero). Elements follow each other, the first of a pair in the low half.
+once; q is -8..7 or -128..127. Of a scale of 16 bits, as checkpoints have, and a whole zero point
+all of it is exact: d (q - zero). Elements follow each other, the first of a pair in the low half.
 """
 
 # mypy: no-warn-return-any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
 from ..kernels.weights import RawWeight
@@ -12,8 +14,9 @@ from .integers import int4_values, int8_values
 from .small_floats import fp8_128_values, fp8_values, nf4_values
 
 # Each takes an array of the structured dtype of a row, or of a block.
-_OF_ROWS = {"INT8": int8_values, "INT4": int4_values, "FP8": fp8_values}
-_OF_BLOCKS = {
+_Values = Callable[[np.ndarray], np.ndarray]
+_OF_ROWS: Mapping[str, _Values] = {"INT8": int8_values, "INT4": int4_values, "FP8": fp8_values}
+_OF_BLOCKS: Mapping[str, _Values] = {
     "FP8_128": fp8_128_values,
     "NF4": nf4_values,
     "I4G32": i4_values,

@@ -125,6 +125,7 @@ class TritonBackend:
             weight = weights[program.handles[op.inputs[1]].name]
             for part in (weight,) if isinstance(weight, RawWeight) else weight.parts:
                 fmt = part.packed_format
+                form(fmt)  # a format without a kernel is refused as that
                 if fmt in FLOATS or LAYOUTS[fmt.name].multiplies(self._activations):
                     continue
                 able = [k for k, v in LAYOUTS.items() if v.multiplies(self._activations)]

@@ -48,6 +48,36 @@ def test_as_its_twin(kind: str, tokenizer: Path, tmp_path: Path) -> None:
     assert largest_step(got, want) <= 1e-3 * float(want.std())
 
 
+@pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if v[2][0] == "I"])
+def test_int8_activations_cost_what_they_round(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    """The default on the CPU.
+
+    Of 32 activations the largest becomes 127, and each moves by at most half a step: by a variance
+    of step^2 / 12. Of normal ones the largest is about 2.1 deviations, so a product's relative
+    error is about 2.1 / 127 / sqrt(12) = 0.5 %. Each layer has four products in a row: 8 of them
+    add up to sqrt(8) * 0.5 % = 1.4 % of the logits' deviation, half of the errors below 0.67 of it.
+    Four times that is allowed for what multiplies them (gate by up, scores). The largest error
+    says nothing: random scores are so large that a token's attention may turn to another.
+    """
+    small, wide = write_model(kind, tokenizer, tmp_path)
+    options = {"device": "cpu", "dtype": "float32", "kv_cache_dtype": "float32"}
+    want = logprobs(wide, **options)
+    got = logprobs(small, **options)
+    error = np.abs(got - want) / want.std()
+    assert np.median(error) <= 4 * 0.0094
+
+
+@pytest.mark.parametrize("options", [EXACT, {"dtype": "float32", "kv_cache_dtype": "bfloat16"}])
+@pytest.mark.parametrize("kind", [k for k, v in KINDS.items() if v[2][0] != "I"])
+def test_small_floats_are_multiplied_as_bf16(
+    kind: str, options: dict[str, Any], tokenizer: Path, tmp_path: Path
+) -> None:
+    """On the CPU, with whatever activations: bit for bit the twin whose values were rounded so."""
+    small, rounded = write_model(kind, tokenizer, tmp_path, rounded=True)
+    want = logprobs(rounded, device="cpu", **options)
+    np.testing.assert_array_equal(logprobs(small, device="cpu", **options), want)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["gptq 4 bits, 128, act-order", "FP8 of blocks", "NF4, double"])
 def test_the_reference_backend_keeps_every_value(

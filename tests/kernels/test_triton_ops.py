@@ -5,6 +5,8 @@ fp32 and fp16: the interpreter's bf16 is wrong. Law 2 as bits, as far as numpy's
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -344,6 +346,13 @@ def test_what_has_no_kernel_is_refused() -> None:
     mixed = WeightGroup((raw(table(256, 1.0)), quantised("Q8_0", 4, 256)))
     with pytest.raises(ValueError, match="mixes F32, Q8_0"):
         backend.pack(mixed)
+    turned = replace(quantised("Q8_0", 4, 256), columns=np.arange(256, dtype=np.int32)[::-1])
+    with pytest.raises(ValueError, match="another order .act-order."):
+        backend.pack(turned)
+    groups = {"x": table(256, 1.0), "w": quantised("I4G128", 3, 256)}
+    for activations in ("auto", "int8"):
+        with pytest.raises(ValueError, match="format I4G128 has no kernel in the Triton backend"):
+            run(linear_program(3, 256), groups, plain_step(1), activations=activations)
     norm = RawWeight("n", Q4_K, (256,), {"data": random_blocks(RNG, Q4_K, 1)})
     with pytest.raises(ValueError, match="norms are floats"):
         backend.pack(norm)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.load.writers import write_safetensors
+from tests.load.writers import to_bf16, write_safetensors
 
 Tensor = tuple[str, tuple[int, ...], bytes]
 Made = tuple[dict[str, Tensor], np.ndarray]
@@ -51,7 +51,7 @@ def gptq(bits: int, group: int, *, sym: bool = False, act: bool = False, v2: boo
     def make(rng: np.random.Generator, n: int, k: int) -> Made:
         groups = 1 if group == -1 else -(-k // group)
         q = rng.integers(0, 1 << bits, (n, k))
-        zero = rng.integers(1, 1 << bits, (n, groups))
+        zero = rng.integers(0, 1 << bits, (n, groups))
         if sym:
             zero[:] = 1 << (bits - 1)
         s = scales(rng, n, groups)
@@ -59,9 +59,13 @@ def gptq(bits: int, group: int, *, sym: bool = False, act: bool = False, v2: boo
         if act:
             index = rng.permutation(index)
         values = s[:, index] * (q - zero[:, index]).astype(np.float32)
+        if v2 or bits == 3:
+            zeros = stream((zero - (not v2)) % (1 << bits), bits)
+        else:  # whole words, as GPTQModel does it: a zero of 0 borrows from the next
+            zeros = stream(zero, bits) - stream(np.ones_like(zero), bits)
         tensors = {
             ".qweight": tensor("I32", stream(q.T, bits)),
-            ".qzeros": tensor("I32", stream(zero - (not v2), bits).T),
+            ".qzeros": tensor("I32", zeros.T),
             ".scales": tensor("F16", s.T),
             ".g_idx": tensor("I32", index),
         }
@@ -310,8 +314,10 @@ KINDS: Mapping[str, tuple[dict[str, Any], Maker, str]] = {
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCAB = 128, 256, 2, 4, 2, 512
 
 
-def write_model(kind: str, tokenizer: Path, folder: Path) -> tuple[Path, Path]:
-    """A random Llama of that kind, and its twin of the same values in float32."""
+def write_model(
+    kind: str, tokenizer: Path, folder: Path, *, rounded: bool = False
+) -> tuple[Path, Path]:
+    """A random Llama of that kind, and its twin of the same values in float32 (or in bf16)."""
     settings, make, _ = KINDS[kind]
     rng = np.random.default_rng(5)
     small: dict[str, Any] = {}
@@ -325,7 +331,8 @@ def write_model(kind: str, tokenizer: Path, folder: Path) -> tuple[Path, Path]:
         prefix = f"model.layers.{layer}."
         for module, (n, k) in matrices.items():
             tensors, values = make(rng, n, k)
-            wide[f"{prefix}{module}.weight"] = values.astype(np.float32)
+            name = f"{prefix}{module}.weight"
+            wide[name] = ("BF16", (n, k), to_bf16(values)) if rounded else values.astype("f4")
             small |= {f"{prefix}{module}{suffix}": t for suffix, t in tensors.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             small[f"{prefix}{norm}.weight"] = np.ones(HIDDEN, np.float32)

@@ -94,7 +94,11 @@ def test_a_missing_or_odd_tensor_is_named(kind: str, tmp_path: Path) -> None:
         ({"quant_method": "gptq", "bits": 4.0, "group_size": 128}, "bits", "4.0"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "group_size", "16"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {}}}, "dynamic", "not known"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format", "marlin"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "checkpoint_format",
+            "marlin",
+        ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version", "gemv"),
         ({"quant_method": "awq", "bits": 3}, "bits", "3"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size", "64"),
@@ -102,12 +106,16 @@ def test_a_missing_or_odd_tensor_is_named(kind: str, tmp_path: Path) -> None:
         ({"quant_method": "bitsandbytes"}, "load_in_4bit", "False"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups", "no scheme"),
         (
-            {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"a": {"targets": ["Linear"]}}},
+            {
+                "quant_method": "compressed-tensors",
+                "format": "marlin-24",
+                "config_groups": {"a": {"targets": ["Linear"]}},
+            },
             "config_groups.a.format",
             "marlin-24",
         ),
     ],
-)  # fmt: skip
+)
 def test_options_that_are_not_known(settings: Any, field: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words) as error:
         open_checkpoint(
@@ -135,3 +143,17 @@ def test_a_last_group_may_be_short(tmp_path: Path) -> None:
     weight = open_checkpoint(write(tmp_path / "m", settings, tensors)).tensor("m.q_proj.weight")
     assert weight.format.name == "I4G32"
     np.testing.assert_array_equal(dequantise(weight), want)
+
+
+def test_a_zero_point_of_0_borrows_from_the_next(tmp_path: Path) -> None:
+    """GPTQ's version 1 is words of zero points less 0x11111111, of which nothing may get lost."""
+    zeros = [0, 5, 0, 0, 15, 1, 8, 3]
+    stored = 0x381F0050 - 0x11111111
+    settings, _, _ = KINDS["gptq 4 bits, 128"]
+    tensors = {
+        ".qweight": tensor("I32", np.zeros((16, 8))),
+        ".qzeros": tensor("I32", np.array([[stored]])),
+        ".scales": tensor("F16", np.ones((1, 8))),
+    }
+    weight = open_checkpoint(write(tmp_path / "m", settings, tensors)).tensor("m.q_proj.weight")
+    assert dequantise(weight)[:, 0].tolist() == [-zero for zero in zeros]

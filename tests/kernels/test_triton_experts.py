@@ -27,6 +27,7 @@ from tests.kernels.packed_steps import (
     raw,
 )
 from tests.kernels.packed_steps import run as run_reference
+from tests.kernels.test_triton_graphs import Recorder
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
 
 from engineroom.kernels.triton import experts, linear  # isort: skip
@@ -114,7 +115,8 @@ def test_pairs_are_sorted_by_expert_and_every_tile_fits() -> None:
 
 
 # Experts, places, rows of an expert and columns: odd everything, one past a tile, whole steps.
-SHAPES = ((4, 1, 65, 32), (5, 3, 7, 33), (9, 2, 66, 64))
+SHAPES = ((9, 2, 66, 64), (5, 3, 7, 33), (4, 1, 65, 32))
+STEPS = ((1, 0), (33, 25), (7, 0))  # tokens, and the first of them
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ SHAPES = ((4, 1, 65, 32), (5, 3, 7, 33), (9, 2, 66, 64))
     [("float32", True), ("float16", False)] + FULL * [("float32", False), ("float16", True)],
 )
 def test_expert_linear_is_the_references(dtype: str, own: bool) -> None:
-    for num_experts, top_k, rows, width in SHAPES:
+    for i, (num_experts, top_k, rows, width) in enumerate(SHAPES):
         program = routed(num_experts, top_k, rows, width, own)
         w = table(width, rows=num_experts * rows)
         weights = {
@@ -130,7 +132,7 @@ def test_expert_linear_is_the_references(dtype: str, own: bool) -> None:
             "x": table(width * (top_k if own else 1)),
             "w": raw(w, F16) if rows == 7 else w,
         }
-        for num_tokens, first in ((1, 0), (7, 0), (33, 25)):
+        for num_tokens, first in STEPS if FULL else STEPS[:i] + STEPS[i + 1 :]:
             step = plain_step(num_tokens)
             step.token_ids[:] += first
             want = run_reference(program, weights, step, dtype=dtype).astype(np.float64)
@@ -185,10 +187,10 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, activations: str, own
         w = RawWeight(name, ALL[name], (num_experts * rows, columns), {"data": data})
     logits, x = favourites(num_experts, top_k), table(columns * (top_k if own else 1))
     weights = {"logits": logits, "x": x, "w": w}
-    whole = run(program, weights, plain_step(ROWS), activations=activations)
-    for num_tokens in (1, 33, *RNG.integers(1, ROWS, count(reduced=0, full=20))):
+    whole = run(program, weights, plain_step(60), activations=activations)
+    for num_tokens in (1, 33, *RNG.integers(1, 60, count(reduced=0, full=20))):
         step = plain_step(num_tokens)
-        step.token_ids[:] = picked = RNG.permutation(ROWS)[:num_tokens]
+        step.token_ids[:] = picked = RNG.permutation(60)[:num_tokens]
         some = run(program, weights, step, activations=activations)
         assert some.tobytes() == whole[picked].tobytes(), num_tokens
     token, place = 50, 2  # of those that choose 0, 2, 3
@@ -199,8 +201,8 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, activations: str, own
     assert whole[token, place * rows :].tobytes() == want[token].tobytes()
 
 
-def lowered(dtype: str = "float32", **sizes: int) -> tuple[Any, Any, Any, Any]:
-    program = programs.mixture(**sizes)
+def lowered(dtype: str = "float32") -> tuple[Any, Any, Any, Any]:
+    program = programs.mixture()
     backend = TritonBackend(activation_dtype=dtype, threads=1)
     raws = {n: raw(w, name=n) for n, w in programs.random_weights(program).items()}
     packed = {name: backend.pack(w) for name, w in raws.items()}
@@ -211,7 +213,7 @@ def lowered(dtype: str = "float32", **sizes: int) -> tuple[Any, Any, Any, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_program_of_mixtures(dtype: str) -> None:
     """As Mixtral has them, and as Qwen2-MoE, with a shared expert."""
-    program, _, raws, executable = lowered(dtype)
+    program, backend, raws, executable = lowered(dtype)
     rng = np.random.default_rng(1)
     pages = Paged(4, 64, rng)
     a, b = pages.add(), pages.add()
@@ -222,14 +224,22 @@ def test_a_program_of_mixtures(dtype: str) -> None:
     far = (np.abs(got - want) > loose * np.abs(want).max()).any(1)
     # Where two experts' logits are nearly one, rounding may choose the other.
     assert far.sum() <= (dtype == "float16")
-
-
-def test_lowering_is_within_the_planned_memory() -> None:
-    program, backend, raws, executable = lowered(top_k=5)
-    pages = Paged(4, 64, np.random.default_rng(1))
-    executable.run(pages.step({pages.add(): list(range(9))}))
-    assert 0 < executable.workspace_bytes <= backend.workspace_bytes(program, 9, 9, 256)
+    rows = len(step.token_ids)
+    assert 0 < executable.workspace_bytes <= backend.workspace_bytes(program, rows, rows, 256)
     assert executable.weights_bytes == backend.weights_bytes(program, raws)
+
+
+def test_a_recorded_step_fits_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was launched for one choice of experts is launched again, for others."""
+    eager, recorded = lowered()[-1], lowered()[-1]
+    recorder = Recorder(monkeypatch)
+    recorded.prepare(2, 2, 8, recorder)
+    pages = Paged(4, 64, np.random.default_rng(1))
+    a, b = pages.add(), pages.add()
+    for chunks in ({a: [5], b: [6]}, {b: [17], a: [100]}, {a: [31]}):
+        step = pages.step(chunks)
+        assert recorded.run(step).numpy().tobytes() == eager.run(step).numpy().tobytes()
+    assert recorder.replayed == 3
 
 
 def test_experts_that_cannot_be_multiplied_are_refused() -> None:

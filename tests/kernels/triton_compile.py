@@ -369,6 +369,7 @@ def _expert_linear(of: Configuration, E: int) -> Configuration:
         constants={k: v for k, v in of.constants.items() if k != "HAS_BIAS"}
         | {"BLOCK": next_power_of_two(E)},
         unaligned=("E", "share"),
+        without=(),  # a pair's division by `share` converts once
     )
 
 

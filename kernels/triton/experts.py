@@ -28,7 +28,7 @@ from . import linear
 from .elementwise import BLOCK
 from .linear import ROWS, TL, TOKENS, float_product, quantised_product, store
 from .numerics import OPTIONS, next_power_of_two
-from .quantised import FloatMatrix, Matrix
+from .quantised import FloatMatrix, Matrix, QuantisedMatrix
 
 PAIRS = 1024  # looked at together while they are sorted
 LEAST = tl.constexpr(-(2**31))  # of 32 bits: below the rank of every logit
@@ -155,21 +155,25 @@ def list_kernel(
 
 
 @triton.jit
-def _tile(
-    counts_ptr, starts_ptr, ends_ptr, pairs_ptr, E, BLOCK: tl.constexpr, TOKENS: tl.constexpr
-):
-    """This tile's expert, E for none; its pairs [TOKENS], and which of them there are."""
+def _tile(counts_ptr, starts_ptr, ends_ptr, E, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """This tile's expert, E for none; where its pairs are listed, and how many there are."""
     tile = tl.program_id(1)
     at = tl.arange(0, BLOCK)
     ends = tl.load(ends_ptr + at, mask=at < E, other=2147483647)
     before = ends <= tile
     expert = tl.sum(before.to(tl.int32), 0)
     known = tl.minimum(expert, E - 1)
-    tile -= tl.max(tl.where(before, ends, 0), 0)
-    place = tile * TOKENS + tl.arange(0, TOKENS)
-    there = (place < tl.load(counts_ptr + known)) & (expert < E)
-    pair = tl.load(pairs_ptr + tl.load(starts_ptr + known) + place, mask=there, other=0)
-    return expert, pair, there
+    done = (tile - tl.max(tl.where(before, ends, 0), 0)) * TOKENS
+    return expert, tl.load(starts_ptr + known) + done, tl.load(counts_ptr + known) - done
+
+
+@triton.jit
+def _pairs(pairs_ptr, first, left, TOKENS: tl.constexpr):
+    """A tile's pairs [TOKENS], and which of them there are; read anew by each call, so that they
+    need no registers between two."""
+    place = tl.arange(0, TOKENS)
+    there = place < left
+    return tl.load(pairs_ptr + first + place, mask=there, other=0, volatile=True), there
 
 
 @triton.jit
@@ -199,9 +203,10 @@ def float_kernel(
     BLOCK: tl.constexpr,
 ):
     """W [E * num_rows, K] in floats; row p // share of x is that of pair p."""
-    expert, pair, there = _tile(counts_ptr, starts_ptr, ends_ptr, pairs_ptr, E, BLOCK, TOKENS)
+    expert, first, left = _tile(counts_ptr, starts_ptr, ends_ptr, E, BLOCK, TOKENS)
     if expert < E:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        pair, _ = _pairs(pairs_ptr, first, left, TOKENS)
         # Rows past the expert's repeat its last one, pairs that are not there the first of all.
         acc = float_product(
             x_ptr,
@@ -216,6 +221,7 @@ def float_kernel(
             STEP,
             WHOLE,
         )
+        pair, there = _pairs(pairs_ptr, first, left, TOKENS)
         store(
             acc,
             row,
@@ -251,6 +257,7 @@ def quantised_kernel(
     share,
     num_rows,
     K,
+    all_rows,
     words,
     x_stride,
     scratch_stride,
@@ -271,10 +278,12 @@ def quantised_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """W in codes of E * num_rows rows; row p // share of x and of the scratch is that of pair p."""
-    expert, pair, there = _tile(counts_ptr, starts_ptr, ends_ptr, pairs_ptr, E, BLOCK, TOKENS)
+    """W in codes of all_rows = E * num_rows rows; row p // share of x and of the scratch is that
+    of pair p."""
+    expert, first, left = _tile(counts_ptr, starts_ptr, ends_ptr, E, BLOCK, TOKENS)
     if expert < E:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        pair, there = _pairs(pairs_ptr, first, left, TOKENS)
         acc = quantised_product(
             x_ptr,
             codes_ptr,
@@ -284,7 +293,7 @@ def quantised_kernel(
             scratch_ptr,
             expert * num_rows + tl.minimum(row, num_rows - 1),
             pair // share,
-            E * num_rows,
+            all_rows,
             K,
             words,
             x_stride,
@@ -427,6 +436,16 @@ def most_tiles(num_pairs: int, num_experts: int, tokens: int) -> int:
     return (num_pairs + min(num_experts, num_pairs) * (tokens - 1)) // tokens
 
 
+def tokens_of(num_pairs: int, num_experts: int, weight: Matrix) -> int:
+    """Width of a tile: twice an even share, since some experts are taken more often than others.
+
+    With minimums too, the widest runs out of registers on sm_80.
+    """
+    tokens = linear.tokens_of(triton.cdiv(2 * num_pairs, num_experts), weight)
+    minimums = isinstance(weight, QuantisedMatrix) and weight.layout.minimum
+    return min(tokens, TOKENS[-2]) if minimums else tokens
+
+
 def expert_linear(
     x: torch.Tensor,
     weight: Matrix,
@@ -448,8 +467,7 @@ def expert_linear(
     if not num_pairs:
         return
     K, E = weight.shape[1], route.counts.shape[0]
-    # Tiles that hold twice an even share: some experts are taken more often than others.
-    tokens = linear.tokens_of(triton.cdiv(2 * num_pairs, E), weight)
+    tokens = tokens_of(num_pairs, E, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), most_tiles(num_pairs, E, tokens))
     ends = route.ends[TOKENS.index(tokens)]
@@ -480,6 +498,7 @@ def expert_linear(
         scratch,
         *routed,
         *shapes,
+        weight.shape[0],
         weight.codes.shape[1],
         x.stride(0),
         scratch.stride(0),

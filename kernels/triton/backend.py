@@ -12,7 +12,7 @@ from ..weights import RawWeight, WeightGroup
 from . import attention, graphs, linear, sampling
 from . import device as dev
 from .cache import KVCache
-from .executor import TritonExecutable, shape_of, table_of
+from .executor import TritonExecutable, mixtures, shape_of, table_of
 from .lower import ALIGN, lower
 from .numerics import TORCH_DTYPES
 from .quantised import FLOATS, LAYOUTS, form, packed_bytes
@@ -120,7 +120,7 @@ class TritonBackend:
         if not self._activations:
             return
         for op in program:
-            if op.name != "linear" or op.inputs[1] is None:
+            if op.name not in ("linear", "expert_linear") or op.inputs[1] is None:
                 continue
             weight = weights[program.handles[op.inputs[1]].name]
             for part in (weight,) if isinstance(weight, RawWeight) else weight.parts:
@@ -150,8 +150,8 @@ class TritonBackend:
     def workspace_bytes(
         self, program: Program, max_tokens: int, max_rows: int, max_context: int
     ) -> int:
-        """Upper bound of values, splits of attention, sums of groups, a step's metadata, sampling,
-        and the steps that are recorded, with theirs."""
+        """Upper bound of values, splits of attention, sums of groups, pairs of experts, a step's
+        metadata, sampling, and the steps that are recorded, with theirs."""
         lowered = lower(program, DTYPE_BYTES[self._dtype])
         tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
@@ -161,7 +161,9 @@ class TritonBackend:
         splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
         widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
         columns = max((linear.most_scratch(w, self._activations) for w in widths), default=0)
-        sums = 4 * max(tokens, rows) * columns
+        mixed = mixtures(program)
+        sums = 4 * max(tokens, rows) * columns * max(1, mixed.top_k)
+        route = 4 * mixed.route_size(max(tokens, rows))
         tables = {table_of(op) for op in program if op.name == "rope"}
         a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
         a_token += 4 * 3 * attention.ITEM * len(shapes)
@@ -172,7 +174,7 @@ class TritonBackend:
         nodes = len(recorded) * graphs.launches(lowered) * graphs.NODE_BYTES
         assert program.result is not None
         drawing = sampling.workspace_bytes(rows, int(program.result.shape[1]))
-        return values + splits + sums + metadata + nodes + drawing
+        return values + splits + sums + route + metadata + nodes + drawing
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None

@@ -1,4 +1,4 @@
-"""add, scale, softcap, silu_mul and gelu_tanh_mul: one kernel over [rows, width]."""
+"""add, scale, softcap, sigmoid_scale, silu_mul and gelu_tanh_mul: one kernel over [rows, width]."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (the arguments of a kernel have Triton's types)
@@ -36,6 +36,8 @@ def map_kernel(
         out = a * parameter
     elif OP == "softcap":
         out = tanh(a / parameter) * parameter
+    elif OP == "sigmoid_scale":
+        out = a * (1.0 / (1.0 + tl.exp(-tl.load(b_ptr + row * b_stride).to(tl.float32))))
     else:
         b = tl.load(b_ptr + row * b_stride + at, mask=mask, other=0.0).to(tl.float32)
         if OP == "add":
@@ -48,7 +50,8 @@ def map_kernel(
 def launch(
     name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parameter: float = 0.0
 ) -> None:
-    """out = name(a, b) or name(a, parameter); each [rows, width] with its own row stride."""
+    """out = name(a, b) or name(a, parameter); each [rows, width] with its own row stride, but that
+    sigmoid_scale's b is [rows, 1]."""
     rows, width = out.shape
     if rows:
         map_kernel[(rows, triton.cdiv(width, BLOCK))](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ..backend import StepInputs, check_program
 from ..program import Op, Program
 from ..weights import RawWeight
-from . import attention, elementwise, embedding, linear, rms_norm, rope
+from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
 from .cache import KVCache
 from .device import event, loads_ahead
 from .graphs import Graphs, Record, Work, buckets, cuda_record, padded
@@ -130,6 +131,8 @@ class TritonExecutable:
         self._rows = {False: 0, True: 0}
         self._views: dict[int, torch.Tensor] = {}
         self._sums = torch.empty((0, 0), device=device)
+        self._route = torch.empty(0, dtype=torch.int32, device=device)
+        self._mixtures = mixtures(program)
         program = self._lowered.program
         ropes = [op for op in program if op.name == "rope"]
         self._rotations = {table_of(op): rope.Rotations(*table_of(op)) for op in ropes}
@@ -226,7 +229,7 @@ class TritonExecutable:
     @property
     def workspace_bytes(self) -> int:
         """Device memory of values, scratch and metadata taken so far."""
-        tensors = sum(b.nbytes for b in [*self._memory.values(), self._sums])
+        tensors = sum(b.nbytes for b in [*self._memory.values(), self._sums, self._route])
         uploads = self._upload.nbytes + self._recorded_upload.nbytes
         return tensors + self._scratch.nbytes + uploads
 
@@ -242,6 +245,10 @@ class TritonExecutable:
     def sums(self) -> torch.Tensor:
         """Scratch of quantised layers' inputs: sums of groups, and themselves in 8 bits."""
         return self._sums
+
+    def route(self, num_experts: int) -> experts.Route:
+        """The pairs of the mixture of experts that is computed."""
+        return experts.Route.of(self._route, num_experts)
 
     def _view(self, place: Place, rows: int) -> torch.Tensor:
         dtype = torch.float32 if place.fp32 else self._dtype
@@ -273,8 +280,12 @@ class TritonExecutable:
             self._views.clear()
             self._rows = dict(counts)
         most = max(counts.values())
-        if self._sums_width and most > self._sums.shape[0]:
-            self._sums = torch.empty((most, self._sums_width), device=self._device)
+        rows = most * max(1, self._mixtures.top_k)
+        if self._sums_width and rows > self._sums.shape[0]:
+            self._sums = torch.empty((rows, self._sums_width), device=self._device)
+        size = self._mixtures.route_size(most)
+        if size > self._route.numel():
+            self._route = torch.empty(size, dtype=torch.int32, device=self._device)
 
     def _arrays(self, step: StepInputs, last: np.ndarray, work: Work) -> list[np.ndarray]:
         """What a step's launches read. The block tables are last: where the others lie follows from
@@ -351,6 +362,7 @@ class _Binder:
         self._matrices: dict[str, Matrix] = {}
         self.sums_width = 0  # of the weight that needs most
         self.nbytes = 0
+        self._routed: int | None = None  # the choice of experts that was sorted last
         self._uses: dict[str, int] = {}
         for op in self._program:
             for i in op.inputs:
@@ -402,7 +414,7 @@ class _Binder:
         return [lambda step: rms_norm.launch(view(x), weight, view(op.output), eps, offset)]
 
     def _map(self, node: Node) -> list[_Launch]:
-        """add, scale, softcap, silu_mul, gelu_tanh_mul."""
+        """add, scale, softcap, sigmoid_scale, silu_mul, gelu_tanh_mul."""
         op, view = _op(node), self._owner.view
         a, b = op.inputs[0], op.inputs[-1]
         parameter = float(op.attrs.get("factor", op.attrs.get("cap", 0.0)))  # type: ignore[arg-type]
@@ -498,6 +510,60 @@ class _Binder:
 
         return [launch]
 
+    def _top_experts(self, node: Node) -> list[_Launch]:
+        op, view = _op(node), self._owner.view
+        return [lambda step: experts.top_experts(view(op.inputs[0]), view(op.output))]
+
+    def _expert_weights(self, node: Node) -> list[_Launch]:
+        op, view = _op(node), self._owner.view
+        (logits, chosen), renormalise = op.inputs, bool(op.attrs["renormalise"])
+        return [
+            lambda step: experts.expert_weights(
+                view(logits), view(chosen), view(op.output), renormalise
+            )
+        ]
+
+    def _expert_sum(self, node: Node) -> list[_Launch]:
+        op, view = _op(node), self._owner.view
+        x, weights = op.inputs
+        return [lambda step: experts.expert_sum(view(x), view(weights), view(op.output))]
+
+    def _expert_linear(self, node: Node) -> list[_Launch]:
+        op, owner = _op(node), self._owner
+        chosen, num_experts = op.inputs[2], int(op.attrs["num_experts"])  # type: ignore[arg-type]
+        launches: list[_Launch] = []
+        if chosen != self._routed:
+            self._routed = chosen
+            launches.append(lambda step: experts.sort(owner.view(chosen), owner.route(num_experts)))
+        if node.after is None:
+            return [*launches, self._expert_layer(op, op.output)]
+        gate, up = (layer for layer in node.ops if layer is not None)
+        return [
+            *launches,
+            self._expert_layer(gate, gate.output),
+            self._expert_layer(up, node.after.output, node.after.name, gate.output),
+        ]
+
+    def _expert_layer(self, op: Op, out: int, after: str = "", other: int | None = None) -> _Launch:
+        owner, matrix, x = self._owner, self._matrix(op.inputs[1]), op.inputs[0]
+        num_experts = int(op.attrs["num_experts"])  # type: ignore[arg-type]
+        num_rows, K = matrix.shape[0] // num_experts, matrix.shape[1]
+
+        def launch(step: _Step) -> None:
+            rows = owner.view(x)
+            experts.expert_linear(
+                rows if rows.shape[1] == K else rows.view(-1, K),
+                matrix,
+                owner.route(num_experts),
+                owner.view(out).view(-1, num_rows),
+                round_to=owner._dtype,
+                after=after,
+                other=None if other is None else owner.view(other).view(-1, num_rows),
+                scratch=owner.sums(),
+            )
+
+        return launch
+
     def _layer(
         self, op: Op, x: int | None, out: int, after: str = "", other: int | None = None
     ) -> _Launch:
@@ -539,6 +605,27 @@ def _op(node: Node) -> Op:
     op = node.ops[0]
     assert op is not None
     return op
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """The largest of a program's mixtures of experts: memory is taken for it."""
+
+    num_experts: int
+    top_k: int
+
+    def route_size(self, num_tokens: int) -> int:
+        """Elements of experts.Route."""
+        return experts.Route.size(num_tokens, self.num_experts, self.top_k)
+
+
+def mixtures(program: Program) -> Mixtures:
+    """Of all its expert_linear; zeros where there is none."""
+    layers = [op for op in program if op.name == "expert_linear"]
+    return Mixtures(
+        max((int(op.attrs["num_experts"]) for op in layers), default=0),  # type: ignore[arg-type]
+        max((int(program.handles[op.inputs[2]].shape[1]) for op in layers), default=0),  # type: ignore[index]
+    )
 
 
 def table_of(op: Op) -> tuple[tuple[float, ...], float]:

@@ -95,8 +95,13 @@ def padded(
 
 
 def launches(lowered: Lowered) -> int:
-    """Launches of a step at most: three of attention, two of a linear layer."""
-    return sum(3 if node.name == "attention" else 2 * len(node.ops) for node in lowered.nodes)
+    """Launches of a step at most: three of attention, two of a linear layer, two more where its
+    experts are sorted."""
+    most = {"attention": 3, "expert_linear": 2}
+    return sum(
+        most.get(node.name, 0) + (node.name != "attention") * 2 * len(node.ops)
+        for node in lowered.nodes
+    )
 
 
 class Graphs:

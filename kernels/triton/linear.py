@@ -39,16 +39,16 @@ ROWS = 64  # of the weight, in one program: the height of a warpgroup's instruct
 TOKENS = (16, 32, 64, 128)  # widths of a tile of tokens
 
 
-_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _store(
+def store(
     acc,
     row,
     token,
     num_rows,
-    num_tokens,
+    there,
     bias_ptr,
     other_ptr,
     out_ptr,
@@ -58,8 +58,9 @@ def _store(
     AFTER: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Bias, rounding, and what follows the layer; acc [ROWS, TOKENS] is transposed."""
-    inside = (row < num_rows)[:, None] & (token < num_tokens)[None, :]
+    """Bias, rounding, and what follows the layer; acc [ROWS, TOKENS] is transposed. there [TOKENS]:
+    the tokens that are stored."""
+    inside = (row < num_rows)[:, None] & there[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + row, mask=row < num_rows, other=0.0)[:, None]
     if AFTER != "":
@@ -72,6 +73,37 @@ def _store(
             acc = gated(other, acc, AFTER)
     out = out_ptr + token.to(tl.int64)[None, :] * out_stride + row[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def float_product(
+    x_ptr,
+    w_ptr,
+    row,
+    token,
+    K,
+    x_stride,
+    PRODUCT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """W x^T [ROWS, TOKENS] of rows of W, in floats, and of x; WHOLE: K is whole steps."""
+    k = tl.arange(0, STEP)
+    w_at = w_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + k[None, :]
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in range(0, K, STEP):
+        if WHOLE:
+            w = tl.load(w_at + start)
+            x = tl.load(x_at + start)
+        else:
+            inside = (k < K - start)[None, :]
+            w = tl.load(w_at + start, mask=inside, other=0.0)
+            x = tl.load(x_at + start, mask=inside, other=0.0)
+        acc = tl.dot(w.to(PRODUCT), tl.trans(x.to(PRODUCT)), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -96,29 +128,29 @@ def float_kernel(
     STEP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """W [num_rows, K] in floats; WHOLE: K is whole steps."""
+    """W [num_rows, K] in floats."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     # Rows and tokens past the end repeat the last one, and are not stored.
-    k = tl.arange(0, STEP)
-    w_at = w_ptr + tl.minimum(row, num_rows - 1).to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x_ptr + tl.minimum(token, num_tokens - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, K, STEP):
-        if WHOLE:
-            w = tl.load(w_at + start)
-            x = tl.load(x_at + start)
-        else:
-            inside = (k < K - start)[None, :]
-            w = tl.load(w_at + start, mask=inside, other=0.0)
-            x = tl.load(x_at + start, mask=inside, other=0.0)
-        acc = tl.dot(w.to(PRODUCT), tl.trans(x.to(PRODUCT)), acc, input_precision="ieee")
-    _store(
+    acc = float_product(
+        x_ptr,
+        w_ptr,
+        tl.minimum(row, num_rows - 1),
+        tl.minimum(token, num_tokens - 1),
+        K,
+        x_stride,
+        PRODUCT,
+        ROWS,
+        TOKENS,
+        STEP,
+        WHOLE,
+    )
+    store(
         acc,
         row,
         token,
         num_rows,
-        num_tokens,
+        token < num_tokens,
         bias_ptr,
         other_ptr,
         out_ptr,
@@ -197,6 +229,90 @@ def factors(
         return codes_to_float(word, PLANE, BITS, ZERO, PRODUCT)
 
 
+@triton.jit
+def quantised_product(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    minimum_ptr,
+    table_ptr,
+    scratch_ptr,
+    row,
+    token,
+    all_rows,
+    K,
+    words,
+    x_stride,
+    scratch_stride,
+    PRODUCT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """W x^T [ROWS, TOKENS] of rows of W and of x: W in codes [all_rows, words], scales (and
+    minimums) [groups, all_rows], or scales [all_rows].
+
+    scratch: sums of x over groups; where PRODUCT is int8 or float8e4nv, and x whole steps of it,
+    the scale of each token.
+    """
+    token = token.to(tl.int64)
+    k = tl.arange(0, GROUP)
+    code_at = codes_ptr + row.to(tl.int64)[:, None] * words + k[None, :]
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
+    INTEGERS: tl.constexpr = tl.int8 == PRODUCT
+    FLOAT8: tl.constexpr = tl.float8e4nv == PRODUCT
+    KEPT: tl.constexpr = tl.int32 if INTEGERS and PER_ROW else tl.float32
+    acc = tl.zeros((ROWS, TOKENS), KEPT)
+    for start in range(0, K, GROUPS * GROUP):
+        if BITS == 4:
+            word = tl.load(code_at + start // 4)
+        for j in tl.static_range(GROUPS):
+            if BITS == 8:
+                word = tl.load(code_at + start + j * GROUP)
+            w = factors(word, table_ptr, j, KIND, BITS, ZERO, PRODUCT)
+            if WHOLE:
+                x = tl.load(x_at + start + j * GROUP)
+            else:
+                x = tl.load(x_at + start + j * GROUP, mask=(k < K - start - j * GROUP)[None, :])
+                x = tl.where((k < K - start - j * GROUP)[None, :], x, 0.0)
+            x = tl.trans(x.to(PRODUCT, bitcast=FLOAT8))
+            if PER_ROW and not FLOAT8:
+                acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=KEPT)
+            else:
+                if INTEGERS:
+                    # Below 2^22 in size: put into the significand of 1.5 * 2^23 it is exact.
+                    part = tl.dot(w, x, out_dtype=tl.int32) + 0x4B400000
+                    part = part.to(tl.float32, bitcast=True) - 12582912.0
+                else:
+                    part = tl.dot(w, x, input_precision="ieee")
+                if PER_ROW:
+                    acc += part
+                else:
+                    group = start // GROUP + j
+                    scale = tl.load(scale_ptr + group * all_rows + row).to(tl.float32)
+                    acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
+                    if HAS_MINIMUM:
+                        least = tl.load(minimum_ptr + group * all_rows + row).to(tl.float32)
+                        sums = tl.load(scratch_ptr + token * scratch_stride + group)
+                        acc = tl.fma(
+                            tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
+                            tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
+                            acc,
+                        )
+    if PER_ROW:
+        acc = acc.to(tl.float32) * tl.load(scale_ptr + row)[:, None]
+    if INTEGERS or FLOAT8:
+        acc *= tl.load(scratch_ptr + token * scratch_stride)[None, :]
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def quantised_kernel(
     x_ptr,
@@ -231,68 +347,41 @@ def quantised_kernel(
     HAS_MINIMUM: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """W in codes [num_rows, words], scales (and minimums) [groups, num_rows], or scales [num_rows].
-
-    scratch: sums of x over groups; where PRODUCT is int8 or float8e4nv, and x whole steps of it,
-    the scale of each token.
-    """
+    """W in codes of num_rows rows; see quantised_product."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    safe_row = tl.minimum(row, num_rows - 1)
-    safe_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
-    k = tl.arange(0, GROUP)
-    code_at = codes_ptr + safe_row.to(tl.int64)[:, None] * words + k[None, :]
-    x_at = x_ptr + safe_token[:, None] * x_stride + k[None, :]
-    INTEGERS: tl.constexpr = tl.int8 == PRODUCT
-    FLOAT8: tl.constexpr = tl.float8e4nv == PRODUCT
-    KEPT: tl.constexpr = tl.int32 if INTEGERS and PER_ROW else tl.float32
-    acc = tl.zeros((ROWS, TOKENS), KEPT)
-    for start in range(0, K, GROUPS * GROUP):
-        if BITS == 4:
-            word = tl.load(code_at + start // 4)
-        for j in tl.static_range(GROUPS):
-            if BITS == 8:
-                word = tl.load(code_at + start + j * GROUP)
-            w = factors(word, table_ptr, j, KIND, BITS, ZERO, PRODUCT)
-            if WHOLE:
-                x = tl.load(x_at + start + j * GROUP)
-            else:
-                x = tl.load(x_at + start + j * GROUP, mask=(k < K - start - j * GROUP)[None, :])
-                x = tl.where((k < K - start - j * GROUP)[None, :], x, 0.0)
-            x = tl.trans(x.to(PRODUCT, bitcast=FLOAT8))
-            if PER_ROW and not FLOAT8:
-                acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=KEPT)
-            else:
-                if INTEGERS:
-                    # Below 2^22 in size: put into the significand of 1.5 * 2^23 it is exact.
-                    part = tl.dot(w, x, out_dtype=tl.int32) + 0x4B400000
-                    part = part.to(tl.float32, bitcast=True) - 12582912.0
-                else:
-                    part = tl.dot(w, x, input_precision="ieee")
-                if PER_ROW:
-                    acc += part
-                else:
-                    group = start // GROUP + j
-                    scale = tl.load(scale_ptr + group * num_rows + safe_row).to(tl.float32)
-                    acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
-                    if HAS_MINIMUM:
-                        least = tl.load(minimum_ptr + group * num_rows + safe_row).to(tl.float32)
-                        sums = tl.load(scratch_ptr + safe_token * scratch_stride + group)
-                        acc = tl.fma(
-                            tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
-                            tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
-                            acc,
-                        )
-    if PER_ROW:
-        acc = acc.to(tl.float32) * tl.load(scale_ptr + safe_row)[:, None]
-    if INTEGERS or FLOAT8:
-        acc *= tl.load(scratch_ptr + safe_token * scratch_stride)[None, :]
-    _store(
+    acc = quantised_product(
+        x_ptr,
+        codes_ptr,
+        scale_ptr,
+        minimum_ptr,
+        table_ptr,
+        scratch_ptr,
+        tl.minimum(row, num_rows - 1),
+        tl.minimum(token, num_tokens - 1),
+        num_rows,
+        K,
+        words,
+        x_stride,
+        scratch_stride,
+        PRODUCT,
+        ROWS,
+        TOKENS,
+        KIND,
+        BITS,
+        ZERO,
+        GROUP,
+        GROUPS,
+        PER_ROW,
+        HAS_MINIMUM,
+        WHOLE,
+    )
+    store(
         acc,
         row,
         token,
         num_rows,
-        num_tokens,
+        token < num_tokens,
         bias_ptr,
         other_ptr,
         out_ptr,
@@ -421,7 +510,7 @@ def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
 
 def product_of(w: QuantisedMatrix, dtype: torch.dtype) -> Any:
     """What is multiplied where a layer's input has this dtype."""
-    return {"int8": tl.int8, "fp8": tl.float8e4nv, "": _TL[dtype]}[w.activations]
+    return {"int8": tl.int8, "fp8": tl.float8e4nv, "": TL[dtype]}[w.activations]
 
 
 @functools.cache
@@ -510,46 +599,29 @@ def launch(
     shared = {
         "HAS_BIAS": bias is not None,
         "AFTER": after,
-        "ROUND": _TL[round_to],
+        "ROUND": TL[round_to],
     }
     ends = (out if bias is None else bias, other, out, num_rows, num_tokens, K)
     strides = (other.stride(0), out.stride(0))
     if isinstance(weight, FloatMatrix):
-        product = x.dtype if x.dtype == weight.data.dtype else torch.float32
+        product = float_dtype(x, weight)
         float_kernel[grid](
             x,
             weight.data,
             *ends,
             x.stride(0),
             *strides,
-            PRODUCT=_TL[product],
+            PRODUCT=TL[product],
             **shared,
             **float_tile(K, tokens, product),
             **float_options(product),
         )
         return
-    plan = Scratch.of(weight.layout, K, weight.activations)
     scratch = out if scratch is None else scratch
-    if weight.activations:
-        x = _in_8_bits(x, weight, scratch, plan)
-    elif plan.sums:
-        sums_kernel[(num_tokens, triton.cdiv(plan.sums, SUMS_BLOCK))](
-            x,
-            scratch,
-            K,
-            plan.sums,
-            x.stride(0),
-            scratch.stride(0),
-            GROUP=weight.layout.group,
-            BLOCK=SUMS_BLOCK,
-            **OPTIONS,
-        )
+    x = prepare(x, weight, scratch)
     quantised_kernel[grid](
         x,
-        weight.codes,
-        weight.scale,
-        weight.scale if weight.minimum is None else weight.minimum,
-        codebook(dtype, x.device) if weight.layout.kind == "nf4" else weight.scale,
+        *tables(weight, dtype),
         scratch,
         *ends,
         weight.codes.shape[1],
@@ -561,6 +633,40 @@ def launch(
         **quantised_tile(weight, tokens),
         **quantised_options(weight, tokens),
     )
+
+
+def float_dtype(x: torch.Tensor, weight: FloatMatrix) -> torch.dtype:
+    """What x and a weight in floats are multiplied as."""
+    return x.dtype if x.dtype == weight.data.dtype else torch.float32
+
+
+def tables(weight: QuantisedMatrix, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Codes, scales, minimums and codebook, for x of `dtype`; what the format lacks is not read."""
+    minimum = weight.scale if weight.minimum is None else weight.minimum
+    nf4 = weight.layout.kind == "nf4"
+    book = codebook(dtype, weight.codes.device) if nf4 else weight.scale
+    return weight.codes, weight.scale, minimum, book
+
+
+def prepare(x: torch.Tensor, weight: QuantisedMatrix, scratch: torch.Tensor) -> torch.Tensor:
+    """What is multiplied in place of x [M, K]; beside it in the scratch, scales or sums of x."""
+    num_tokens, K = x.shape
+    plan = Scratch.of(weight.layout, K, weight.activations)
+    if weight.activations:
+        return _in_8_bits(x, weight, scratch, plan)
+    if plan.sums:
+        sums_kernel[(num_tokens, triton.cdiv(plan.sums, SUMS_BLOCK))](
+            x,
+            scratch,
+            K,
+            plan.sums,
+            x.stride(0),
+            scratch.stride(0),
+            GROUP=weight.layout.group,
+            BLOCK=SUMS_BLOCK,
+            **OPTIONS,
+        )
+    return x
 
 
 def _in_8_bits(

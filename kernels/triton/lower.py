@@ -24,6 +24,9 @@ OPERATIONS = (
     "add",
     "attention",
     "embedding",
+    "expert_linear",
+    "expert_sum",
+    "expert_weights",
     "gelu_tanh_mul",
     "kv_write",
     "linear",
@@ -31,8 +34,10 @@ OPERATIONS = (
     "rope",
     "scale",
     "select_rows",
+    "sigmoid_scale",
     "silu_mul",
     "softcap",
+    "top_experts",
 )
 
 
@@ -55,8 +60,8 @@ class Place:
 class Node:
     """One launch, or a few that belong together.
 
-    `ops`: the operation; for "linear" the layers, whose `after` follows; for "kv_write" the rope of
-    queries and of keys, where fused, and the kv_write itself.
+    `ops`: the operation; for "linear" and "expert_linear" the layers, whose `after` follows; for
+    "kv_write" the rope of queries and of keys, where fused, and the kv_write itself.
     """
 
     name: str

@@ -30,6 +30,7 @@ from engineroom.kernels.triton import (
     attention,
     elementwise,
     embedding,
+    experts,
     linear,
     rms_norm,
     rope,
@@ -217,7 +218,7 @@ def _targets(tokens: int) -> tuple[str, ...]:
 
 def _small(dtype: str) -> Iterator[Configuration]:
     pointer = _POINTERS[dtype]
-    for op in ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul"):
+    for op in ("add", "scale", "softcap", "sigmoid_scale", "silu_mul", "gelu_tanh_mul"):
         yield Configuration(
             f"{op} {dtype}",
             elementwise.map_kernel,
@@ -306,6 +307,78 @@ def _small(dtype: str) -> Iterator[Configuration]:
         )
 
 
+def _experts(dtype: str, E: int, top_k: int) -> Iterator[Configuration]:
+    """Routing, and the products of floats; those of quantised weights share their loop."""
+    pointer, block = _POINTERS[dtype], {"BLOCK": next_power_of_two(E)}
+    named = f"{dtype} {top_k} of {E}"
+    routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
+    of_row = {"logits_ptr": pointer, "experts_ptr": "*fp32"}
+    yield Configuration(
+        f"experts top {named}",
+        experts.top_kernel,
+        {"logits_ptr": pointer, "out_ptr": "*fp32"},
+        block,
+        OPTIONS,
+        ("out_stride", "E", "top_k"),
+    )
+    for renormalise in (True, False):
+        yield Configuration(
+            f"experts weights {named}{' renormalised' if renormalise else ''}",
+            experts.weights_kernel,
+            {**of_row, "out_ptr": pointer},
+            {"RENORMALISE": renormalise, "PLACES": next_power_of_two(top_k), **block},
+            OPTIONS,
+            ("experts_stride", "out_stride", "E", "top_k"),
+        )
+    yield Configuration(
+        f"experts sum {named}",
+        experts.sum_kernel,
+        {"x_ptr": pointer, "weights_ptr": pointer, "out_ptr": pointer},
+        {"BLOCK": elementwise.BLOCK},
+        OPTIONS,
+        ("weights_stride", "top_k"),
+    )
+    sorted_by = {"experts_ptr": "*fp32", **routed}
+    of_pairs = ("num_pairs", "top_k", "experts_stride", "E")
+    yield Configuration(
+        f"experts count {named}",
+        experts.count_kernel,
+        {name: sorted_by[name] for name in ("experts_ptr", "counts_ptr")},
+        {"PAIRS": experts.PAIRS},
+        OPTIONS,
+        of_pairs,
+    )
+    yield Configuration(
+        f"experts list {named}",
+        experts.list_kernel,
+        sorted_by,
+        {
+            "PAIRS": experts.PAIRS,
+            "NARROWEST": linear.TOKENS[0],
+            "WIDTHS": len(linear.TOKENS),
+            **block,
+        },
+        OPTIONS,
+        of_pairs,
+    )
+
+
+def _expert_linear(of: Configuration, E: int) -> Configuration:
+    """The layer `of` with its rows gathered by expert."""
+    routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
+    quantised = of.kernel is linear.quantised_kernel
+    return replace(
+        of,
+        name=f"experts {of.name} of {E}",
+        kernel=experts.quantised_kernel if quantised else experts.float_kernel,
+        pointers={k: v for k, v in of.pointers.items() if k != "bias_ptr"} | routed,
+        constants={k: v for k, v in of.constants.items() if k != "HAS_BIAS"}
+        | {"BLOCK": next_power_of_two(E)},
+        unaligned=("E", "share"),
+        without=(),  # a pair's division by `share` converts once
+    )
+
+
 def _sampling(vocab: int) -> Iterator[Configuration]:
     """The kernels of sampling, which know a vocabulary by its number of chunks."""
     chunks = next_power_of_two(triton.cdiv(vocab, CHUNK))
@@ -390,6 +463,20 @@ def configurations() -> Iterator[Configuration]:
         yield _quantised(fmt, "float16", 16)
     yield _quantised("Q4_0", "bfloat16", 16, K=576)
     yield _quantised("Q4_1", "float32", 16)
+    for layer in (
+        *(_linear("bfloat16", tokens) for tokens in linear.TOKENS),
+        _linear("bfloat16", 64, "silu_mul"),
+        _linear("float16", 16),
+        _linear("float32", 16),
+        *(_quantised(fmt, "bfloat16", 16) for fmt in LAYOUTS),
+        *(_quantised(fmt, "bfloat16", 128) for fmt in ("Q4_0", "Q8_0", "INT8")),
+        *(_quantised(fmt, "bfloat16", 64) for fmt in ("Q4_1", "Q4_K", "Q5_1")),
+        *(_quantised("INT8", "bfloat16", tokens, activations="int8") for tokens in (16, 128)),
+        _quantised("FP8", "bfloat16", 128, activations="fp8"),
+    ):
+        yield _expert_linear(layer, 128)
+    yield from _experts("bfloat16", 128, 8)
+    yield from _experts("float32", 8, 2)
     yield from _small("bfloat16")
     yield from _small("float32")
     yield Configuration(

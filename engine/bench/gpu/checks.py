@@ -222,9 +222,10 @@ def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:
     parts = x.float().view(len(x), heads, -1)
     most = 127.0 if kind == "int8" else 448.0
     largest = parts.abs().amax(-1, keepdim=True)
-    codes = (parts * (most / largest)).clamp(-most, most)
+    top = torch.full_like(largest, most)  # of a plain number torch takes the reciprocal
+    codes = (parts * (top / largest)).clamp(-most, most)
     codes = codes.round() if kind == "int8" else codes.to(torch.float8_e4m3fn)
-    return (codes.double() * (largest / most).double()).view(len(x), -1)
+    return (codes.double() * (largest / top).double()).view(len(x), -1)
 
 
 def gate(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....kernels.backend import KV_CODES, choose, create
+from ....kernels.backend import choose, create
 from ....kernels.weights import BF16, F16, F32, RawWeight
 from ... import models
 from ...config import EngineConfig
@@ -217,7 +217,7 @@ def probes(sizes: Sizes) -> Iterator[Probe]:
     name, values, _ = sizes.models[0]
     layers = min(2, values["num_hidden_layers"])
     small = dict(values, num_hidden_layers=layers, vocab_size=min(2048, values["vocab_size"]))
-    for kv in ("auto", *KV_CODES):
+    for kv in sizes.caches:
         yield Probe(
             "engine, batches, chunkings, graphs and prefix hits",
             values["torch_dtype"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ....kernels.backend import KV_CODES
 from .launches import Heads
 
 
@@ -22,6 +23,7 @@ class Sizes:
     batches: tuple[int, ...]  # tokens of a linear layer, the widest last
     heads: tuple[Heads, ...]
     lengths: tuple[int, ...]  # contexts of the sequences attended to
+    caches: tuple[str, ...]  # kv_cache_dtype of the engines of law 2
     # time
     attention: Heads
     decode: tuple[tuple[int, int], ...]  # batch, context
@@ -89,6 +91,7 @@ FULL = Sizes(
         Heads(16, 4, 64, extras=True),
     ),
     lengths=(1, 17, 256, 257, 700, 1300),
+    caches=("auto", *KV_CODES),
     attention=Heads(32, 8, 128),
     decode=(
         (1, 1024),
@@ -126,11 +129,12 @@ TINY = Sizes(
     dtype=torch.float16,
     layer=(40, 288),
     batches=(1, 17),
-    heads=(Heads(4, 2, 16), Heads(2, 2, 8, 20, 5.0, True)),
-    lengths=(1, 45),
+    heads=(Heads(4, 2, 16), Heads(2, 2, 8, 4, 5.0, True)),
+    lengths=(1, 9),
+    caches=("int8",),
     attention=Heads(4, 2, 16),
-    decode=((2, 40),),
-    prefill=(40,),
+    decode=((2, 20),),
+    prefill=(20,),
     layers={"q/k/v": (64, 128)},
     linear_tokens=(1, 17),
     rows=3,
@@ -146,8 +150,8 @@ TINY = Sizes(
         ),
     ),
     batch=2,
-    one_context=8,
-    lengths_in_out=(6, 3),
+    one_context=4,
+    lengths_in_out=(4, 2),
     max_tokens=16,
-    block_size=8,
+    block_size=4,
 )

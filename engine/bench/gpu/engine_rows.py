@@ -237,7 +237,11 @@ def _engine_law(values: Mapping[str, Any], sizes: Sizes, kv: str) -> float:
     alone = generate(subject, prompts[:1], more).outputs[0]
     together = generate(subject, prompts, more).outputs[0]
     few = SchedulerConfig(
-        2, 7, subject.limits.max_model_len, subject.limits.num_blocks, sizes.block_size
+        2,
+        sizes.block_size + 1,
+        subject.limits.max_model_len,
+        subject.limits.num_blocks,
+        sizes.block_size,
     )
     chunked = [generate(subject, prompts[:n], more, limits=few).outputs[0] for n in (1, 2)]
     scheduler = Scheduler(subject.limits)

@@ -153,5 +153,5 @@ TINY = Sizes(
     one_context=4,
     lengths_in_out=(4, 2),
     max_tokens=16,
-    block_size=4,
+    block_size=2,
 )

@@ -1,7 +1,9 @@
 """`engineroom bench kernels`: each operation on the CPU beside what this machine allows at most.
 
 An operation runs inside of a recorded program, as a model's step runs it; the same program without
-it is timed too and subtracted. Linear layers go round copies that the caches cannot hold together.
+it is timed too and subtracted. Weights and KV caches are read in turn from four times what the last
+cache holds; rows of activations stay in the caches, as in a step, so operations on them alone are
+held to no limit.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from ...kernels import ops
-from ...kernels.backend import StepInputs
+from ...kernels.backend import KVSpec, StepInputs
 from ...kernels.cpu import _native
-from ...kernels.cpu.backend import CpuBackend
+from ...kernels.cpu.backend import CpuBackend, CpuExecutable
 from ...kernels.ops import Handle, StepHandles
 from ...kernels.program import Program
 from ...kernels.weights import BF16, F32, FORMATS, RawWeight
@@ -27,8 +30,12 @@ from .timing import Budget, Times, measure, wall
 FORMATS_TIMED = ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 TOKENS = (1, 8, 32, 512)
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))  # K, N
-_COLD = 96 << 20  # bytes of the copies of a layer, at least: above a last-level cache
-_MOST_COPIES = 64
+CONTEXTS = (1024, 16384)  # of the attention rows
+HEADS = (32, 8, 128)  # query heads, kv heads, their dim
+_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_TRUE = 105.0  # percent of a limit: above that the limit, not the kernel, is in question
+_BLOCK = 16  # tokens of a block of the KV cache
+_ROWS = 256  # of a weight, packed to see what a row takes
 _COLUMNS = (
     Column("operation", "operation"),
     Column("format", "format"),
@@ -43,7 +50,16 @@ _COLUMNS = (
     Column("gops", "GOP/s", 1),
     Column("share", "% of limit", 1),
     Column("limit", "limit"),
+    Column("note", "note"),
 )
+
+
+def cold_bytes() -> int:
+    """What is read in turn, at least: four times the last cache, or 128 MiB where it is unknown."""
+    try:
+        return 4 * int(_LAST_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 128 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,7 @@ class Limits:
     f32: float
 
     @classmethod
-    def measured(cls, threads: int, num_bytes: int = 192 << 20) -> Limits:
+    def measured(cls, threads: int, num_bytes: int) -> Limits:
         pool = _native.Pool(threads)
         dots = {kind: _native.probe_dots(pool, kind) for kind in ("int8", "bf16", "f32")}
         return cls(read=_native.probe_read(pool, num_bytes), **dots)
@@ -75,28 +91,39 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """A row: `build` records the operation `count` times, `least` is what bounds it."""
+    """A row: what one operation reads from memory and computes; `times` measures it."""
 
     operation: str
     format: str
     shape: tuple[int, int | None, int | None]  # M, K, N
-    num_bytes: int
+    num_bytes: int  # of weights or a KV cache; 0 where everything is in the caches
     operations: int
     dots: str  # a field of Limits
     times: Callable[[float], Times]
 
 
 def works(
-    threads: int, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], formats: Sequence[str]
+    threads: int,
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    formats: Sequence[str],
+    contexts: Sequence[int],
+    cold: int,
 ) -> Iterator[Work]:
-    """Every row: linear layers of each format, shape and M, then norms and gates."""
+    """Every row: linear layers of each format, shape and M, attention, then norms and gates.
+
+    `cold`: bytes that go round; see cold_bytes.
+    """
     backend = CpuBackend(activation_dtype="float32", threads=threads)
     for name in formats:
         for width, out_width in shapes:
             if width % FORMATS[name].block_elements:
                 continue
             for count in tokens:
-                yield _linear(backend, name, width, out_width, count)
+                yield _linear(backend, name, width, out_width, count, cold)
+    for context in contexts:
+        yield _attention(backend, "decode attention", context, 1, cold)
+        yield _attention(backend, "causal prefill", context, min(context, tokens[-1]), cold)
     for width in dict.fromkeys(width for width, _ in shapes):
         for count in tokens:
             yield _row_op(backend, "rms_norm", width, count)
@@ -126,15 +153,24 @@ def _floats(name: str, *shape: int) -> RawWeight:
     return RawWeight(name, F32, shape, {"data": values.reshape(-1).view(np.uint8)})
 
 
-def _linear(backend: CpuBackend, name: str, width: int, out_width: int, tokens: int) -> Work:
+def packed_row_bytes(weight: RawWeight, compact: bool) -> float:
+    """What a row takes as the kernels read it, from the first ones."""
+    rows = weight.rows(0, min(_ROWS, weight.shape[0]))
+    tiles = _native.pack(rows.format.name, rows.data.view(np.ndarray), *rows.shape, 1, compact)
+    return tiles.nbytes / rows.shape[0]
+
+
+def _linear(
+    backend: CpuBackend, name: str, width: int, out_width: int, tokens: int, cold: int
+) -> Work:
     raw = random_weight(name, out_width, width)
-    copies = max(1, min(_MOST_COPIES, -(-_COLD // raw.nbytes)))
+    num_bytes = int(out_width * packed_row_bytes(raw, compact=backend.isa != "amx"))
+    copies = -(-cold // num_bytes)
 
     def record(program: Program, x: Handle, i: int) -> None:
         ops.linear(x, program.weight(f"w{i}", (out_width, width)))
 
     weights = {f"w{i}": raw for i in range(copies)}
-    num_bytes = raw.nbytes + 4 * tokens * (width + out_width)
     return Work(
         "linear",
         name,
@@ -161,11 +197,64 @@ def _row_op(backend: CpuBackend, name: str, width: int, tokens: int) -> Work:
         name,
         "F32",
         (tokens, width, None),
-        8 * tokens * width,
+        0,
         0,
         "f32",
         lambda allowance: _timed(backend, width, tokens, repeats, record, weights, allowance),
     )
+
+
+def _attention(backend: CpuBackend, operation: str, context: int, tokens: int, cold: int) -> Work:
+    """The last `tokens` of one sequence of `context` attend to all of it, in a bf16 cache."""
+    heads, kv_heads, head_dim = HEADS
+    spec = KVSpec(1, kv_heads, head_dim, _BLOCK, "bfloat16")
+    num_bytes = -(-context // _BLOCK) * spec.bytes_per_block
+    layers = -(-cold // num_bytes)
+    seen = tokens * (context - tokens) + tokens * (tokens + 1) // 2
+    return Work(
+        operation,
+        "BF16",
+        (tokens, context, None),
+        num_bytes,
+        4 * seen * heads * head_dim,
+        "bf16",
+        lambda allowance: _timed_attention(backend, context, tokens, layers, allowance),
+    )
+
+
+def _timed_attention(
+    backend: CpuBackend, context: int, tokens: int, layers: int, allowance: float
+) -> Times:
+    """Of one of `layers` layers, each with a cache of its own; their writes are subtracted."""
+    heads, kv_heads, head_dim = HEADS
+    spec = KVSpec(layers, kv_heads, head_dim, _BLOCK, "bfloat16")
+    cache = backend.allocate_kv(spec, -(-context // _BLOCK))
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    tables = {"q": _floats("q", tokens, width), "k": _floats("k", tokens, kv_width)}
+
+    def executable(with_it: bool) -> CpuExecutable:
+        program = Program()
+        handles = StepHandles.of(program)
+        q = ops.embedding(program.weight("q", (tokens, width)), handles.token_ids)
+        k = ops.embedding(program.weight("k", (tokens, kv_width)), handles.token_ids)
+        kv = {"num_kv_heads": kv_heads, "head_dim": head_dim}
+        out = q
+        for layer in range(layers):
+            written = ops.kv_write(k, k, layer=layer, **kv)
+            if with_it:
+                scale = head_dim**-0.5
+                out = ops.attention(q, written, layer=layer, num_heads=heads, scale=scale, **kv)
+        program.finish(ops.select_rows(out, handles.logit_rows))
+        packed = {name: backend.pack(weight) for name, weight in tables.items()}
+        return backend.lower(program, packed, cache)
+
+    writes, whole = executable(False), executable(True)
+    for end in range(tokens, context + 1, tokens):  # pages that nobody wrote are not in memory
+        writes.run(_step(tokens, end))
+    step = _step(tokens, context)
+    without = measure(wall(lambda: writes.run(step)), allowance / 4)
+    times = measure(wall(lambda: whole.run(step)), allowance)
+    return times.less(without.median).over(layers)
 
 
 def _timed(
@@ -198,29 +287,27 @@ def _timed(
     return measure(wall(executable(True)), allowance).less(without.median).over(count)
 
 
-def _step(tokens: int) -> StepInputs:
+def _step(tokens: int, context: int | None = None) -> StepInputs:
+    """The last `tokens` of one sequence, whose blocks lie in order."""
     at = np.arange(tokens, dtype=np.int32)
+    end = context or tokens
     return StepInputs(
         token_ids=at,
-        positions=at,
+        positions=at + (end - tokens),
         query_start=np.array([0, tokens], np.int32),
-        seq_len=np.array([tokens], np.int32),
-        block_table=np.zeros((1, 1), np.int32),
-        slot=at,
+        seq_len=np.array([end], np.int32),
+        block_table=np.arange(-(-end // _BLOCK), dtype=np.int32)[None],
+        slot=at + (end - tokens),
         logit_rows=at,  # all: rows that nobody wants would be left out of the program
     )
 
 
 def figures(work: Work, times: Times, limits: Limits) -> dict[str, Any]:
-    """A row's cells. The limit is whichever of reading and multiplying takes longer at its peak."""
+    """A row's cells. The limit is whichever of reading and multiplying takes longer at its peak;
+    what took no time beside the rest of its program has no figures, and what cannot be, no share.
+    """
     m, k, n = work.shape
-    seconds = max(times.median, 1e-12)
-    peak = getattr(limits, work.dots)
-    least = {"read": work.num_bytes / limits.read}
-    if work.operations and peak:
-        least[work.dots] = work.operations / peak
-    limit = max(least, key=lambda name: least[name])
-    return {
+    cells: dict[str, Any] = {
         "operation": work.operation,
         "format": work.format,
         "M": m,
@@ -228,13 +315,30 @@ def figures(work: Work, times: Times, limits: Limits) -> dict[str, Any]:
         "N": n,
         "warmup": times.warmup,
         "repetitions": len(times.seconds),
-        "median_us": times.median * 1e6,
-        "p99_us": times.p99 * 1e6,
-        "gbs": work.num_bytes / seconds / 1e9,
-        "gops": work.operations / seconds / 1e9 if work.operations else None,
-        "share": 100 * least[limit] / seconds,
-        "limit": limit,
     }
+    seconds = times.median
+    if seconds <= 0:
+        return cells | {"note": "lost in the noise of what is subtracted"}
+    cells |= {"median_us": seconds * 1e6, "p99_us": times.p99 * 1e6}
+    least = {}
+    if work.num_bytes:
+        cells["gbs"] = work.num_bytes / seconds / 1e9
+        least["read"] = work.num_bytes / limits.read
+    if work.operations:
+        cells["gops"] = work.operations / seconds / 1e9
+        peak = getattr(limits, work.dots)
+        if peak:
+            least[work.dots] = work.operations / peak
+    if not least:
+        return cells
+    limit = max(least, key=lambda name: least[name])
+    share = 100 * least[limit] / seconds
+    cells["limit"] = limit
+    if share > _TRUE:
+        return cells | {
+            "note": f"{share:.0f}% of {limit}: the limit was measured in a worse moment"
+        }
+    return cells | {"share": share}
 
 
 def run(
@@ -245,12 +349,15 @@ def run(
     tokens: Sequence[int],
     formats: Sequence[str],
     paths: Mapping[str, str | None],
+    contexts: Sequence[int] = CONTEXTS,
+    cold: int | None = None,
     say: TextIO = sys.stderr,
 ) -> int:
     """Measure, print the table, write what has a path."""
     used = threads or _native.usable_cores()
-    limits = Limits.measured(used)
-    todo = list(works(used, shapes, tokens, formats))
+    cold = cold or cold_bytes()
+    limits = Limits.measured(used, cold)
+    todo = list(works(used, shapes, tokens, formats, contexts, cold))
     budget = Budget(60 * minutes)
     rows = []
     for index, work in enumerate(todo):

@@ -15,6 +15,7 @@
 
 #include "bindings.hpp"
 #include "features.hpp"
+#include "pack.hpp"
 #include "pool.hpp"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -55,13 +56,14 @@ double probe_read(Pool &pool, std::size_t num_bytes, int repeats) {
     const std::size_t steps = num_bytes / threads / kStep;
     if (steps == 0) throw std::invalid_argument("num_bytes must be at least 256 a thread");
     const std::size_t words = steps * kWords;
-    std::unique_ptr<std::uint64_t[]> memory(new std::uint64_t[words * threads]);
+    const Pages pages(words * threads * sizeof(std::uint64_t));  // as packed weights have them
+    std::uint64_t *memory = reinterpret_cast<std::uint64_t *>(pages.data());
     pool.run([&](int thread) {  // each thread touches its own first: its pages lie near it
-        std::memset(memory.get() + words * static_cast<std::size_t>(thread), 1, words * 8);
+        std::memset(memory + words * static_cast<std::size_t>(thread), 1, words * 8);
     });
     std::atomic<std::uint64_t> kept{0};  // so that no compiler leaves the reads out
     const double seconds = fastest(pool, repeats, [&](int thread) {
-        const std::uint64_t *from = memory.get() + words * static_cast<std::size_t>(thread);
+        const std::uint64_t *from = memory + words * static_cast<std::size_t>(thread);
         std::uint64_t sums[kWords] = {};
         for (std::size_t i = 0; i < words; i += kWords) {
             for (std::size_t j = 0; j < kWords; j += 8) __builtin_prefetch(from + i + j + 384);

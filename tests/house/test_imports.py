@@ -66,7 +66,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "quant",
     ),
     "torch": ("kernels.reference", "kernels.triton", "quant.calibrate", "engine.bench.gpu"),
-    "triton": ("kernels.triton",),
+    "triton": ("kernels.triton", "engine.bench.gpu"),
     "tokenizers": ("engine.load",),
     "sentencepiece": ("engine.load",),
     "jinja2": ("engine.load",),

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from ....kernels.cpu.sampler import CpuLogits, CpuSampler
-from ....kernels.triton import TritonBackend
+from ....kernels.triton import TritonBackend, quantised
+from ....kernels.triton import device as dev
 from ....kernels.triton.cache import KVCache
+from ....kernels.triton.executor import TritonLogits
 from ....kernels.weights import BF16, F16, F32, Format
-from ....quant.gguf import dequantise
+from ....quant.values import dequantise
 from . import launches
 from .card import Card
 from .launches import Heads
@@ -100,37 +102,63 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
         for fmt in launches.WEIGHTS:
             if not fmt.is_float or fmt == _FLOATS[dtype]:
                 yield from _linears(card, sizes, fmt, dtype, rng)
-        for heads in sizes.heads:
+        for fmt, activations in eight_bits():
+            yield from _linears(card, sizes, fmt, dtype, rng, activations)
+        for heads, kind in caches(sizes, dtype):
             for case, new in (("decode", 1), ("chunks", 40)):
                 yield Probe(
-                    f"attention, {case}",
+                    f"attention, {kind} cache, {case}",
                     name,
                     f"{heads.label()}, contexts {min(sizes.lengths)} to {max(sizes.lengths)}",
-                    lambda heads=heads, new=new, dtype=dtype: _attention(  # type: ignore[misc]
-                        card, heads, sizes, new, dtype, rng
+                    lambda heads=heads, kind=kind, new=new, dtype=dtype: _attention(  # type: ignore[misc]
+                        card, heads, sizes, kind, new, dtype, rng
                     ),
                 )
         yield from _by_rows(card, sizes, dtype)
-        yield Probe(
-            "rope and cache",
-            name,
-            f"{sizes.rows} rows, {sizes.attention.label()}",
-            lambda dtype=dtype: _rope(card, sizes, dtype, rng),  # type: ignore[misc]
-        )
-    for temperature in (0.0, 0.8):
+        for kind in launches.cache_kinds(dtype):
+            yield Probe(
+                f"rope and {kind} cache",
+                name,
+                f"{sizes.rows} rows, {sizes.attention.label()}",
+                lambda kind=kind, dtype=dtype: _rope(card, sizes, kind, dtype, rng),  # type: ignore[misc]
+            )
+    for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9)):
         yield Probe(
             "sampling, beside the CPU's tokens",
             "float32",
-            f"{max(sizes.sampled)} rows of {sizes.vocab}, temperature {temperature}",
-            lambda t=temperature: _sampling(card, sizes, t, rng),  # type: ignore[misc]
+            f"{max(sizes.sampled)} x {sizes.vocab}, temperature {temperature}, top-p {top_p}",
+            lambda t=temperature, p=top_p: _sampling(card, sizes, t, p, rng),  # type: ignore[misc]
         )
+
+
+def eight_bits() -> Iterator[tuple[Format, str]]:
+    """Formats with activations of 8 bits that multiply them on this card."""
+    for activations in ("int8",) if dev.lacks_fp8() else ("int8", "fp8"):
+        for fmt in launches.WEIGHTS:
+            layout = quantised.LAYOUTS.get(fmt.name)
+            if layout is not None and layout.multiplies(activations):
+                yield fmt, activations
+
+
+def caches(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Heads, str]]:
+    """Layers with a cache of activations of dtype, and the first of them with caches in codes."""
+    floats, *codes = launches.cache_kinds(dtype)
+    for heads in sizes.heads:
+        yield heads, floats
+    for kind in codes:
+        yield sizes.heads[0], kind
 
 
 # ---------------------------------------------------------------------------------------- linear
 
 
 def _linears(
-    card: Card, sizes: Sizes, fmt: Format, dtype: torch.dtype, rng: np.random.Generator
+    card: Card,
+    sizes: Sizes,
+    fmt: Format,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+    activations: str = "",
 ) -> Iterator[Probe]:
     rows, columns = sizes.layer
     columns -= columns % fmt.block_elements
@@ -138,11 +166,13 @@ def _linears(
     for after in afters:
         for tokens in (sizes.batches[-1],) if after else (1, sizes.batches[-1]):
             yield Probe(
-                f"linear {fmt.name}" + (f" then {after}" if after else ""),
+                f"linear {fmt.name}"
+                + (f" by {activations}" if activations else "")
+                + (f" then {after}" if after else ""),
                 str(dtype).removeprefix("torch."),
                 f"{tokens} x {columns} x {rows}",
                 lambda after=after, tokens=tokens: _linear(  # type: ignore[misc]
-                    card, fmt, (rows, columns), tokens, dtype, after, rng
+                    card, fmt, (rows, columns), tokens, dtype, after, rng, activations
                 ),
             )
 
@@ -155,10 +185,11 @@ def _linear(
     dtype: torch.dtype,
     after: str,
     rng: np.random.Generator,
+    activations: str,
 ) -> float:
     rows, columns = layer
     raw = launches.random_weight(fmt, rows, columns, rng)
-    weight = launches.pack(raw, card.device)[0]
+    weight = launches.pack(raw, card.device, activations=activations)[0]
     x = torch.randn(tokens, columns, device=card.device).to(dtype)
     other = torch.randn(tokens, rows, device=card.device).to(dtype)
     bias = torch.randn(rows, device=card.device)
@@ -166,9 +197,15 @@ def _linear(
     more = {"after": after, "other": other} if after else {}
     launches.multiply(x, weight, guarded.out, bias=bias, **more)()
     wide = torch.from_numpy(dequantise(raw)).to(card.device).double()
-    sums = x.double() @ wide.T + bias.double()
-    size = x.double().abs() @ wide.abs().T + bias.double().abs()
-    error = sums.abs() * (half_step(dtype) if after else 0) + size * 2.0**-22 * columns**0.5
+    given = codes_of(x, activations, 1) if activations else x.double()
+    sums = given @ wide.T + bias.double()
+    size = given.abs() @ wide.abs().T + bias.double().abs()
+    order = 2.0**-22 * columns**0.5
+    if fmt.name == "NF4" and dtype != torch.float32:
+        order += half_step(dtype)  # its table is rounded to the dtype of x
+    if activations == "fp8":
+        order += 2.0**-12  # the tensor core's own sums of 8-bit floats have fewer bits
+    error = sums.abs() * (half_step(dtype) if after else 0) + size * order
     want, slope = sums, torch.ones_like(sums)
     if after == "add":
         want = other.double() + sums
@@ -177,6 +214,18 @@ def _linear(
         want = slope * sums
     bound = slope.abs() * error + want.abs() * (half_step(dtype) + 2.0**-20)
     return worst(guarded.result(), want, bound)
+
+
+def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:
+    """x [rows, width] through "int8" or "fp8" codes with a scale for each of `heads` equal parts of
+    a row, fp64: see ops.kv_write, and of whole rows linear.activations_kernel."""
+    parts = x.float().view(len(x), heads, -1)
+    most = 127.0 if kind == "int8" else 448.0
+    largest = parts.abs().amax(-1, keepdim=True)
+    top = torch.full_like(largest, most)  # of a plain number torch takes the reciprocal
+    codes = (parts * (top / largest)).clamp(-most, most)
+    codes = codes.round() if kind == "int8" else codes.to(torch.float8_e4m3fn)
+    return (codes.double() * (largest / top).double()).view(len(x), -1)
 
 
 def gate(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -190,10 +239,16 @@ def gate(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _attention(
-    card: Card, heads: Heads, sizes: Sizes, new: int, dtype: torch.dtype, rng: np.random.Generator
+    card: Card,
+    heads: Heads,
+    sizes: Sizes,
+    kind: str,
+    new: int,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
 ) -> float:
     lengths = sizes.lengths
-    cache, keys, values = filled_cache(card, heads, lengths, sizes.block_size, dtype, rng)
+    cache, keys, values = filled_cache(card, heads, sizes, kind, dtype, rng)
     counts = [min(new, n) for n in lengths]
     step = launches.paged_step(lengths, counts, sizes.block_size, np.random.default_rng(1))
     q = torch.randn(sum(counts), heads.q_width, device=card.device).to(dtype)
@@ -212,20 +267,23 @@ def _attention(
 def filled_cache(
     card: Card,
     heads: Heads,
-    lengths: tuple[int, ...],
-    block_size: int,
+    sizes: Sizes,
+    kind: str,
     dtype: torch.dtype,
     rng: np.random.Generator,
 ) -> tuple[KVCache, list[torch.Tensor], list[torch.Tensor]]:
-    """A cache that holds random K and V of whole sequences, by the kernel that writes it, and what
-    it was given. Blocks are those of paged_step(lengths, ..., default_rng(1))."""
+    """A cache of `kind` that holds random K and V of whole sequences, by the kernel that writes it,
+    and what is to be read of it. Blocks are those of paged_step(lengths, ..., default_rng(1))."""
+    lengths, block_size = sizes.lengths, sizes.block_size
     cache = launches.new_cache(
-        heads, launches.cache_blocks(lengths, block_size), block_size, dtype, card.device
+        heads, launches.cache_blocks(lengths, block_size), block_size, kind, card.device
     )
     step = launches.paged_step(lengths, lengths, block_size, np.random.default_rng(1))
     width = heads.num_kv_heads * heads.head_dim
     k, v = (torch.randn(sum(lengths), width, device=card.device).to(dtype) for _ in range(2))
     launches.write(cache, k, v, torch.from_numpy(step.slot).to(card.device))()
+    if cache.scales is not None:
+        k, v = (codes_of(x, kind, heads.num_kv_heads) for x in (k, v))
     return cache, list(torch.split(k, list(lengths))), list(torch.split(v, list(lengths)))
 
 
@@ -243,8 +301,15 @@ def attention_formula(
     position = torch.arange(length - count, length, device=q.device)[:, None]
     past = position - torch.arange(length, device=q.device)[None, :]
     seen = (past >= 0) & ((past < heads.window) if heads.window else (past >= 0))
+    slopes, sinks = heads.slopes(q.device), heads.sinks(q.device)
+    if slopes is not None:
+        by_head = slopes.double().view(heads.num_kv_heads, shared, 1)
+        scores = scores - by_head * past.double()[:, None, None, :]
     scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
-    p = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        sink = sinks.double().view(1, heads.num_kv_heads, shared, 1).expand(count, -1, -1, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., :length]
     out = torch.einsum("tgsk,kgd->tgsd", p, value).reshape(count, -1)
     return out, torch.einsum("tgsk,kgd->tgsd", p, value.abs()).reshape(count, -1)
 
@@ -301,7 +366,9 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
         yield Probe(name, dtype_name, f"{sizes.rows} x {width}", run)
 
 
-def _rope(card: Card, sizes: Sizes, dtype: torch.dtype, rng: np.random.Generator) -> float:
+def _rope(
+    card: Card, sizes: Sizes, kind: str, dtype: torch.dtype, rng: np.random.Generator
+) -> float:
     heads, count = sizes.attention, sizes.rows
     step = launches.paged_step([count], [count], sizes.block_size, rng)
     slot = step.slot.copy()
@@ -310,7 +377,7 @@ def _rope(card: Card, sizes: Sizes, dtype: torch.dtype, rng: np.random.Generator
         heads,
         launches.cache_blocks([count], sizes.block_size),
         sizes.block_size,
-        dtype,
+        kind,
         card.device,
     )
     q, k, v = (
@@ -322,22 +389,31 @@ def _rope(card: Card, sizes: Sizes, dtype: torch.dtype, rng: np.random.Generator
     launches.rotate_and_write(heads, q, out.out, (k, v), cache, there, step.positions)()
     want_q, size_q = rotated(q, step.positions, heads)
     want_k, size_k = rotated(k, step.positions, heads)
-    slots = cache.data[:, 0].permute(0, 3, 1, 2, 4).reshape(-1, 2, k.shape[1])  # [slot, k or v, :]
+    slots = launches.slots(cache)
     kept = slot >= 0
-    written = slots[torch.from_numpy(slot[kept]).to(card.device).long()].double()
+    written = slots[torch.from_numpy(slot[kept]).to(card.device).long()]
     rest = np.setdiff1d(np.arange(len(slots)), slot[kept])
     if not bool(slots[torch.from_numpy(rest).to(card.device)].isnan().all()):
         return float("inf")
     here = torch.from_numpy(kept).to(card.device)
-    zero = torch.zeros(())
+    want_k, size_k, want_v = want_k[here], size_k[here], v[here].double()
 
     def bound(want: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         return want.abs() * half_step(dtype) + size * 2.0**-20
 
+    def stored(want: torch.Tensor) -> torch.Tensor:
+        """What the cache's own rounding adds: nothing where it holds the activations' dtype."""
+        if cache.scales is None:
+            return torch.zeros_like(want)
+        parts = want.view(len(want), heads.num_kv_heads, -1).abs()
+        unit = parts.amax(-1, keepdim=True) / (127 if kind == "int8" else 448)
+        half = unit * 0.5 if kind == "int8" else torch.maximum(parts * 2.0**-4, unit * 2.0**-10)
+        return (half.expand_as(parts) * 1.01).reshape(want.shape)
+
     return max(
         worst(out.result(), want_q, bound(want_q, size_q)),
-        worst(written[:, 0], want_k[here], bound(want_k, size_k)[here]),
-        worst(written[:, 1], v[here].double(), zero.to(card.device)),
+        worst(written[:, 0], want_k, bound(want_k, size_k) + stored(want_k)),
+        worst(written[:, 1], want_v, stored(want_v)),
     )
 
 
@@ -358,12 +434,14 @@ def rotated(
 # -------------------------------------------------------------------------------------- sampling
 
 
-def _sampling(card: Card, sizes: Sizes, temperature: float, rng: np.random.Generator) -> float:
+def _sampling(
+    card: Card, sizes: Sizes, temperature: float, top_p: float, rng: np.random.Generator
+) -> float:
     """Infinite unless each token is the one that the CPU's sampler draws."""
     logits = rng.standard_normal((max(sizes.sampled), sizes.vocab), np.float32) * 4
-    rows = launches.sampling_rows(len(logits), temperature, sizes.vocab)
+    rows = launches.sampling_rows(len(logits), temperature, sizes.vocab, top_p)
     want = CpuSampler(sizes.vocab, 1).run(CpuLogits(logits), rows)
     sampler = TritonBackend(threads=1).sampler(sizes.vocab)
-    got = sampler.run(sampler.from_numpy(logits), rows)
+    got = sampler.run(TritonLogits(torch.from_numpy(logits).to(card.device)), rows)
     same = np.array_equal(got.tokens, want.tokens)
     return 0.0 if same else float("inf")

@@ -7,6 +7,7 @@ on their values. Scheduler and runner are the engine's own; text is left out.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from ...core.request import Request, SamplingParams
 from ...core.scheduler import Scheduler, SchedulerConfig
 from ...runtime.assemble import load_model
 from ...runtime.memory import DoesNotFit, activation_dtype, kv_spec, plan_memory
-from ...runtime.runner import Runner
+from ...runtime.runner import Flight, Runner
 from .card import Card
 from .checks import Probe
 from .law2 import verdict
@@ -53,35 +54,55 @@ class Run:
     complete: bool
 
 
-def random_model(values: Mapping[str, Any], sizes: Sizes, max_seqs: int, context: int) -> Subject:
-    """A model of this config.json with random weights. Errors: DoesNotFit, BackendUnavailable."""
-    module = models.find_by_hf(values["architectures"][0])
-    model = module.config_from_hf(values)
-    config = EngineConfig(
-        model=model.family,
+def _config(model: str, sizes: Sizes, max_seqs: int, context: int, **more: Any) -> EngineConfig:
+    return EngineConfig(
+        model=model,
         device="cuda",
         max_num_seqs=max_seqs,
         max_model_len=context,
         max_num_batched_tokens=sizes.max_tokens,
         block_size=sizes.block_size,
+        **more,
     )
+
+
+def random_model(
+    values: Mapping[str, Any], sizes: Sizes, max_seqs: int, context: int, kv: str = "auto"
+) -> Subject:
+    """A model of this config.json with random weights and a cache in `kv`.
+
+    Errors: DoesNotFit, BackendUnavailable.
+    """
+    module = models.find_by_hf(values["architectures"][0])
+    model = module.config_from_hf(values)
+    config = _config(model.family, sizes, max_seqs, context, kv_cache_dtype=kv)
     dtype = activation_dtype(config, model)
     backend = create(choose("cuda"), activation_dtype=dtype)
-    kv = kv_spec(config, model, backend.kv_dtype(dtype, False))
+    spec = kv_spec(config, model, backend.kv_dtype(dtype, False))
     program = models.record(module, model.replace(max_position=context, dtype=dtype))
-    shapes = {spec.name: spec.shape for spec in module.weights(model)}
+    shapes = {weight.name: weight.shape for weight in module.weights(model)}
     weights = random_weights(shapes, dtype)
     memory = plan_memory(
         config,
         model,
         weight_bytes=backend.weights_bytes(program, weights),
-        workspace_bytes=backend.workspace_bytes(program, sizes.max_tokens, max_seqs, context),
-        kv=kv,
+        workspace_bytes=backend.workspace_bytes(
+            program, sizes.max_tokens, config.max_logit_rows, context
+        ),
+        kv=spec,
         available=backend.available_memory(),
     )
     if not memory.fits:
         raise DoesNotFit(f"{model.family} does not fit: {memory.because}", memory)
-    runner = Runner(backend, program, weights, config=model, kv=kv, num_blocks=memory.num_blocks)
+    runner = Runner(
+        backend,
+        program,
+        weights,
+        config=model,
+        kv=spec,
+        num_blocks=memory.num_blocks,
+        limits=(sizes.max_tokens, config.max_logit_rows, memory.max_model_len),
+    )
     limits = SchedulerConfig(
         max_seqs, sizes.max_tokens, memory.max_model_len, memory.num_blocks, sizes.block_size
     )
@@ -113,15 +134,7 @@ def _as_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def loaded_model(name: str, sizes: Sizes, max_seqs: int, context: int) -> Subject:
     """The named model, as the engine loads it. Errors: those of load_model."""
-    config = EngineConfig(
-        model=name,
-        device="cuda",
-        max_num_seqs=max_seqs,
-        max_model_len=context,
-        max_num_batched_tokens=sizes.max_tokens,
-        block_size=sizes.block_size,
-    )
-    loaded = load_model(config)
+    loaded = load_model(_config(name, sizes, max_seqs, context))
     limits = SchedulerConfig(
         max_seqs,
         sizes.max_tokens,
@@ -165,16 +178,27 @@ def _drive(
         )
     outputs: dict[str, list[tuple[int, float]]] = {f"{seed}/{i}": [] for i in range(len(prompts))}
     run = Run([], [], [], True)
+    runner, flying = subject.runner, deque[Flight]()
     start = time.perf_counter()
-    while (plan := scheduler.schedule()) is not None:
-        execution = subject.runner.execute(plan)
-        for update in scheduler.commit(plan, execution.outcome):
-            found = zip(update.new_token_ids, update.new_logprobs, strict=True)
-            outputs[update.request.request_id] += [(t, entry.logprob) for t, entry in found]
-        run.seconds.append(time.perf_counter() - start)
-        run.tokens.append(sum(map(len, outputs.values())))
-        if run.seconds[-1] > seconds:
+    late = False
+    while True:  # as Engine.step: a step is launched before the one ahead of it is answered
+        plan = None if late else scheduler.schedule()
+        if plan is not None:
+            flying.append(runner.launch(plan, flying[-1] if flying else None))
+        elif not flying:
             break
+        if len(flying) > 1 or plan is None:
+            flight = flying.popleft()
+            for update in scheduler.commit(flight.plan, runner.answer(flight).outcome):
+                if update.request.error is not None:
+                    raise RuntimeError(update.request.error)
+                found = zip(update.new_token_ids, update.new_logprobs, strict=True)
+                outputs[update.request.request_id] += [(t, entry.logprob) for t, entry in found]
+            run.seconds.append(time.perf_counter() - start)
+            run.tokens.append(sum(map(len, outputs.values())))
+            late = run.seconds[-1] > seconds
+        if plan is not None:
+            runner.sample(flying[-1])
     complete = all(len(found) == max_tokens for found in outputs.values())
     return Run(list(outputs.values()), run.seconds, run.tokens, complete)
 
@@ -190,35 +214,43 @@ def random_prompts(vocab_size: int, count: int, length: int, seed: int = 1) -> l
 
 def probes(sizes: Sizes) -> Iterator[Probe]:
     """A small random model alone, in chunks, in batches, and after a prefix hit."""
-    name, values = next(iter(sizes.models.items()))
+    name, values, _ = sizes.models[0]
     layers = min(2, values["num_hidden_layers"])
     small = dict(values, num_hidden_layers=layers, vocab_size=min(2048, values["vocab_size"]))
-    yield Probe(
-        "engine, batches, chunkings and prefix hits",
-        values["torch_dtype"],
-        f"{name}, layers: {layers}",
-        lambda: _engine_law(small, sizes),
-        "law 2",
-    )
+    for kv in sizes.caches:
+        yield Probe(
+            "engine, batches, chunkings, graphs and prefix hits",
+            values["torch_dtype"],
+            f"{name}, layers: {layers}, KV cache: {kv}",
+            lambda kv=kv: _engine_law(small, sizes, kv),  # type: ignore[misc]
+            "law 2",
+        )
 
 
-def _engine_law(values: Mapping[str, Any], sizes: Sizes) -> float:
+def _engine_law(values: Mapping[str, Any], sizes: Sizes, kv: str) -> float:
+    """0 where a request has its bits alone (its decoding steps replay graphs on a card), in a
+    batch, in chunks, beside another's chunks (which takes no graph), and after a prefix hit."""
     batch = sizes.batch
     length, more = 2 * sizes.block_size + 3, 3
-    subject = random_model(values, sizes, batch, length + more)
+    subject = random_model(values, sizes, batch, length + more, kv)
     prompts = random_prompts(subject.vocab_size, batch, length)
     alone = generate(subject, prompts[:1], more).outputs[0]
     together = generate(subject, prompts, more).outputs[0]
     few = SchedulerConfig(
-        1, 7, subject.limits.max_model_len, subject.limits.num_blocks, sizes.block_size
+        2,
+        sizes.block_size + 1,
+        subject.limits.max_model_len,
+        subject.limits.num_blocks,
+        sizes.block_size,
     )
-    chunked = generate(subject, prompts[:1], more, limits=few).outputs[0]
+    chunked = [generate(subject, prompts[:n], more, limits=few).outputs[0] for n in (1, 2)]
     scheduler = Scheduler(subject.limits)
     _drive(subject, scheduler, prompts[:1], more, float("inf"))
     hit = _drive(subject, scheduler, prompts[:1], more, float("inf"), seed=1).outputs[0]
     if not scheduler.stats().num_cached_tokens:
         raise AssertionError("the second request took no prefix hit")
-    return verdict(len(alone) == more and together == alone and chunked == alone and hit == alone)
+    others = [together, *chunked, hit]
+    return verdict(len(alone) == more and all(other == alone for other in others))
 
 
 # ------------------------------------------------------------------------------------------ time
@@ -234,8 +266,8 @@ def rows(
     length, more = sizes.lengths_in_out
     context = max(length + more, sizes.one_context + _ONE_STREAM_TOKENS)
     makers: dict[str, Callable[[], Subject]] = {
-        name: lambda values=values: random_model(values, sizes, sizes.batch, context)  # type: ignore[misc]
-        for name, values in sizes.models.items()
+        name: lambda values=values, kv=kv: random_model(values, sizes, sizes.batch, context, kv)  # type: ignore[misc]
+        for name, values, kv in sizes.models
     }
     if model is not None:
         makers[model] = lambda: loaded_model(model, sizes, sizes.batch, context)

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....kernels.backend import KVSpec, SamplingInputs, StepInputs
+from ....kernels.backend import KV_CODES, KVSpec, SamplingInputs, StepInputs
 from ....kernels.triton import attention, elementwise, embedding, linear, quantised, rms_norm, rope
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.device import loads_ahead
 from ....kernels.triton.quantised import Matrix
-from ....kernels.weights import FORMATS, Format, RawWeight
+from ....kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
 from .card import Launch
 
 # Every format that the GPU backend multiplies.
 WEIGHTS = tuple(
-    fmt for fmt in FORMATS.values() if fmt in quantised.FLOATS or fmt.name in quantised.LAYOUTS
+    fmt
+    for fmt in (*FORMATS.values(), *SMALL_FLOATS.values())
+    if fmt in quantised.FLOATS or fmt.name in quantised.LAYOUTS
 )
 
 
@@ -28,27 +30,38 @@ WEIGHTS = tuple(
 
 def random_weight(fmt: Format, rows: int, columns: int, rng: np.random.Generator) -> RawWeight:
     """A weight of random values of about 1/sqrt(columns); of quantised formats, random blocks."""
-    blocks = rows * columns // fmt.block_elements
     size = columns**-0.5
-    fields = []
-    for name, kind, count in fmt.layout:
-        scale = size if fmt.is_float else size / (64 if name in ("d", "dmin") else 1)
-        if kind in ("f2", "f4", "bf16"):
-            values = (rng.standard_normal((blocks, count), np.float32) * scale).astype(np.float32)
-            if kind == "bf16":
-                part = (values.view(np.uint32) >> 16).astype(np.uint16)
-            else:
-                part = values.astype(kind)
-        else:
-            part = rng.integers(0, 256, (blocks, count * np.dtype(kind).itemsize), np.uint8)
-        fields.append(part.view(np.uint8))
-    data = np.concatenate(fields, axis=1).reshape(-1)
-    return RawWeight("random", fmt, (rows, columns), {"data": data})
+
+    def fields(layout: tuple[tuple[str, str, int], ...], count: int) -> np.ndarray:
+        parts = [_field(name, kind, (count, n), size, rng) for name, kind, n in layout]
+        return np.concatenate(parts, axis=1)
+
+    blocks = fields(fmt.layout, rows * columns // fmt.block_elements).reshape(rows, -1)
+    data = np.concatenate([fields(fmt.header, rows), blocks], axis=1) if fmt.header else blocks
+    return RawWeight("random", fmt, (rows, columns), {"data": data.reshape(-1)})
 
 
-def pack(weight: RawWeight, device: torch.device, copies: int = 1) -> list[Matrix]:
-    """The weight in device memory, `copies` times."""
-    first = quantised.pack([weight], device)
+def _field(
+    name: str, kind: str, shape: tuple[int, int], size: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A field of shape[0] blocks, as bytes: values of about `size`, scales of codes smaller."""
+    if kind in ("f2", "f4", "bf16"):
+        scale = size / 64 if name in ("d", "dmin", "scale") else size
+        values = rng.standard_normal(shape, np.float32) * np.float32(scale)
+        if kind == "bf16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return values.astype(kind).view(np.uint8)
+    codes = rng.integers(0, 256, (shape[0], shape[1] * np.dtype(kind).itemsize), np.uint8)
+    if name == "values":  # e4m3, whose last code of either sign is a NaN
+        codes[codes & 0x7F == 0x7F] = 0
+    return codes
+
+
+def pack(
+    weight: RawWeight, device: torch.device, copies: int = 1, activations: str = ""
+) -> list[Matrix]:
+    """The weight in device memory, `copies` times; activations: see quantised.pack."""
+    first = quantised.pack([weight], device, activations)
     tensors = {
         f.name: value
         for f in dataclasses.fields(first)
@@ -63,9 +76,9 @@ def pack(weight: RawWeight, device: torch.device, copies: int = 1) -> list[Matri
 
 def multiply(x: torch.Tensor, weight: Matrix, out: torch.Tensor, **more: Any) -> Launch:
     """linear.launch, rounded to out's dtype."""
-    width = linear.sums_width(weight)
-    sums = torch.empty((len(x), width), device=x.device) if width else None
-    return lambda: linear.launch(x, weight, out, round_to=out.dtype, sums=sums, **more)
+    width = linear.scratch_width(weight)
+    scratch = torch.empty((len(x), width), device=x.device) if width else None
+    return lambda: linear.launch(x, weight, out, round_to=out.dtype, scratch=scratch, **more)
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -80,6 +93,16 @@ class Heads:
     head_dim: int
     window: int = 0
     softcap: float = 0.0
+    extras: bool = False  # ALiBi's slopes and sinks
+
+    def slopes(self, device: torch.device) -> torch.Tensor | None:
+        """fp32 [num_heads], falling by powers of two, or None."""
+        heads = torch.arange(1, self.num_heads + 1, device=device, dtype=torch.float32)
+        return torch.exp2(-8 * heads / self.num_heads) if self.extras else None
+
+    def sinks(self, device: torch.device) -> torch.Tensor | None:
+        """fp32 [num_heads], of small to large weight, or None."""
+        return torch.linspace(-2, 4, self.num_heads, device=device) if self.extras else None
 
     @property
     def scale(self) -> float:
@@ -92,6 +115,7 @@ class Heads:
     def label(self) -> str:
         more = f" window {self.window}" if self.window else ""
         more += f" softcap {self.softcap:g}" if self.softcap else ""
+        more += " slopes, sinks" if self.extras else ""
         return f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}{more}"
 
 
@@ -127,14 +151,38 @@ def cache_blocks(lengths: Sequence[int], block_size: int) -> int:
 
 
 def new_cache(
-    heads: Heads, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    heads: Heads, num_blocks: int, block_size: int, kind: str, device: torch.device
 ) -> KVCache:
-    """One layer's cache, every slot NaN: what no sequence wrote must not be read."""
-    name = str(dtype).removeprefix("torch.")
-    spec = KVSpec(1, heads.num_kv_heads, heads.head_dim, block_size, name)
+    """One layer's cache in `kind` (KV_DTYPES), every slot NaN: what no sequence wrote must not be
+    read."""
+    spec = KVSpec(1, heads.num_kv_heads, heads.head_dim, block_size, kind)
     cache = KVCache.zeros(spec, num_blocks, device)
-    cache.data.fill_(float("nan"))
+    (cache.data if cache.scales is None else cache.scales).fill_(float("nan"))
     return cache
+
+
+def fill(cache: KVCache) -> None:
+    """Random values in every slot."""
+    if cache.scales is None:
+        cache.data.normal_()
+    else:
+        cache.data.random_(-100, 100)
+        cache.scales.fill_(0.01)
+
+
+def slots(cache: KVCache) -> torch.Tensor:
+    """What is read of a cache of one layer, fp64 [slot, k or v, kv heads * head_dim]."""
+    data = cache.data[:, 0]
+    if cache.scales is not None:
+        codes = data if cache.spec.dtype == "int8" else data.view(torch.float8_e4m3fn)
+        data = codes.double() * cache.scales[:, 0, :, :, :, None].double()
+    width = cache.spec.num_kv_heads * cache.spec.head_dim
+    return data.permute(0, 3, 1, 2, 4).reshape(-1, 2, width).double()
+
+
+def cache_kinds(dtype: torch.dtype) -> tuple[str, ...]:
+    """Caches beside activations of dtype: its own, and those in codes."""
+    return (str(dtype).removeprefix("torch."), *KV_CODES)
 
 
 def write(cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> Launch:
@@ -170,7 +218,8 @@ def attend(
     split_programs: int = 1024,
 ) -> Launch:
     """attention.launch with its plan made; split_programs: see attention.plan."""
-    product = str(q.dtype).removeprefix("torch.") if q.dtype == cache.data.dtype else "float32"
+    same = q.dtype == cache.data.dtype or cache.scales is not None
+    product = str(q.dtype).removeprefix("torch.") if same else "float32"
     shape = attention.Shape(
         heads.num_heads, heads.num_kv_heads, heads.head_dim, product, loads_ahead()
     )
@@ -184,6 +233,7 @@ def attend(
         *map(there, (plan.wide, plan.narrow, plan.split, plan.pairs, last, step.block_table))
     )
     scratch = attention.Scratch(q.device)
+    slopes, sinks = heads.slopes(q.device), heads.sinks(q.device)
     return lambda: attention.launch(
         q,
         out,
@@ -195,8 +245,8 @@ def attend(
         scale=heads.scale,
         window=heads.window,
         softcap=heads.softcap,
-        slopes=None,
-        sinks=None,
+        slopes=slopes,
+        sinks=sinks,
     )
 
 
@@ -224,8 +274,10 @@ def embed(table: Matrix, index: torch.Tensor, out: torch.Tensor) -> Launch:
 # -------------------------------------------------------------------------------------- sampling
 
 
-def sampling_rows(count: int, temperature: float, vocab_size: int) -> SamplingInputs:
-    """`count` rows of one temperature, each with its own seed; nothing else is asked of them."""
+def sampling_rows(
+    count: int, temperature: float, vocab_size: int, top_p: float = 1.0
+) -> SamplingInputs:
+    """`count` rows of one temperature and top-p, each with its own seed; no more is asked."""
 
     def of(value: float, dtype: type) -> np.ndarray:
         return np.full(count, value, dtype)
@@ -242,10 +294,11 @@ def sampling_rows(count: int, temperature: float, vocab_size: int) -> SamplingIn
             "frequency_penalty",
         )
     }
-    ones = {name: of(1, np.float32) for name in ("top_p", "typical_p", "repetition_penalty")}
+    ones = {name: of(1, np.float32) for name in ("typical_p", "repetition_penalty")}
     return SamplingInputs(
         temperature=of(temperature, np.float32),
         top_k=of(0, np.int32),
+        top_p=of(top_p, np.float32),
         seed=np.arange(count, dtype=np.uint64),
         sample_index=of(0, np.uint32),
         position=of(7, np.uint32),

@@ -16,7 +16,7 @@ import torch
 from ....kernels.weights import Format
 from . import launches
 from .card import Card
-from .checks import Probe, filled_cache
+from .checks import Probe, caches, eight_bits, filled_cache
 from .launches import Heads
 from .sizes import Sizes
 
@@ -33,12 +33,22 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
                 lambda fmt=fmt, dtype=dtype: _linear(card, sizes, fmt, dtype, rng),  # type: ignore[misc]
                 "law 2",
             )
-        for heads in sizes.heads:
+        for fmt, activations in eight_bits():
             yield Probe(
-                "attention, chunkings, splits and neighbours",
+                f"linear {fmt.name} by {activations}, batches of 1 to {sizes.batches[-1]}",
+                name,
+                f"{sizes.layer[1]} x {sizes.layer[0]}",
+                lambda f=fmt, dtype=dtype, a=activations: _linear(card, sizes, f, dtype, rng, a),  # type: ignore[misc]
+                "law 2",
+            )
+        for heads, kind in caches(sizes, dtype):
+            yield Probe(
+                f"attention, {kind} cache, chunkings, splits and neighbours",
                 name,
                 f"{heads.label()}, context {max(sizes.lengths)}",
-                lambda heads=heads, dtype=dtype: _attention(card, heads, sizes, dtype, rng),  # type: ignore[misc]
+                lambda heads=heads, kind=kind, dtype=dtype: _attention(  # type: ignore[misc]
+                    card, heads, sizes, kind, dtype, rng
+                ),
                 "law 2",
             )
         yield Probe(
@@ -61,11 +71,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _linear(
-    card: Card, sizes: Sizes, fmt: Format, dtype: torch.dtype, rng: np.random.Generator
+    card: Card,
+    sizes: Sizes,
+    fmt: Format,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+    activations: str = "",
 ) -> float:
     rows, columns = sizes.layer
     columns -= columns % fmt.block_elements
-    weight = launches.pack(launches.random_weight(fmt, rows, columns, rng), card.device)[0]
+    raw = launches.random_weight(fmt, rows, columns, rng)
+    weight = launches.pack(raw, card.device, activations=activations)[0]
     x = torch.randn(sizes.batches[-1], columns, device=card.device).to(dtype)
 
     def product(part: torch.Tensor) -> torch.Tensor:
@@ -82,11 +98,16 @@ def _linear(
 
 
 def _attention(
-    card: Card, heads: Heads, sizes: Sizes, dtype: torch.dtype, rng: np.random.Generator
+    card: Card,
+    heads: Heads,
+    sizes: Sizes,
+    kind: str,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
 ) -> float:
     lengths = sizes.lengths
     longest = lengths.index(max(lengths))
-    cache, _, _ = filled_cache(card, heads, lengths, sizes.block_size, dtype, rng)
+    cache, _, _ = filled_cache(card, heads, sizes, kind, dtype, rng)
     q = torch.randn(lengths[longest], heads.q_width, device=card.device).to(dtype)
 
     def run(new: dict[int, int], upto: int, splits: int = 1024) -> torch.Tensor:
@@ -108,7 +129,7 @@ def _attention(
     length = lengths[longest]
     whole = run({longest: length}, length)
     others = {s: min(3, n) for s, n in enumerate(lengths) if s != longest}
-    for count in (1, 2, 16, 17, length // 2):
+    for count in {n for n in (1, 2, 16, 17, length // 2) if n <= length}:
         for beside in ({}, others):
             for splits in (0, 1024):
                 got = run({**beside, longest: count}, length, splits)

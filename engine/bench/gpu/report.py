@@ -16,6 +16,7 @@ from ..timing import Budget
 from . import checks, engine_rows, law2
 from .card import Card
 from .checks import Check
+from .interpreter import mend
 from .rows import Row, Target, figures
 from .rows import rows as timed_rows
 from .sizes import FULL, TINY, Sizes
@@ -79,6 +80,8 @@ def run(
     say: TextIO = sys.stderr,
 ) -> int:
     """The checks, and with `report` the tables, written to `output`. 1 where a check fails."""
+    if rehearsal:
+        mend()
     card, sizes = Card(), TINY if rehearsal else FULL
     budget = Budget(60 * minutes)
     seed = secrets.randbits(32)

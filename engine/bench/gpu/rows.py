@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ....kernels.backend import KV_CODES
 from ....kernels.triton import TritonBackend
+from ....kernels.triton import device as dev
 from ....kernels.triton.executor import TritonLogits
-from ....kernels.weights import BF16, F16, FORMATS, Format
+from ....kernels.weights import BF16, F16, FP8, FP8_128, INT4, INT8, NF4, Q4_0, Q8_0, Format
 from ..timing import Times
 from . import launches, peers
 from .card import Card, Launch
@@ -87,13 +89,15 @@ def rows(card: Card, sizes: Sizes) -> Iterator[Row]:
         target = Target("TB/s", 4.0) if batch * context >= 128 * 1024 else None
         if (batch, context) == (1, 1024):
             target = Target("us", 11.0)
-        yield Row(
-            "decode attention",
-            f"{batch} x {context:,} {sizes.attention.label()}",
-            "copy",
-            lambda b=batch, c=context: _decode(card, sizes, b, c),  # type: ignore[misc]
-            target,
-        )
+        for kind in launches.cache_kinds(sizes.dtype):
+            coded = kind in KV_CODES
+            yield Row(
+                "decode attention" + (f", {kind} cache" if coded else ""),
+                f"{batch} x {context:,} {sizes.attention.label()}",
+                "copy",
+                lambda b=batch, c=context, k=kind: _decode(card, sizes, b, c, k),  # type: ignore[misc]
+                None if coded else target,
+            )
     for tokens in sizes.prefill:
         yield Row(
             "causal prefill",
@@ -103,19 +107,30 @@ def rows(card: Card, sizes: Sizes) -> Iterator[Row]:
             Target("TFLOP/s", 480.0),
         )
     floats = BF16 if sizes.dtype == torch.bfloat16 else F16
-    for title, fmt in (
-        ("W4A16", FORMATS["Q4_0"]),
-        ("W8A16", FORMATS["Q8_0"]),
-        ("16-bit", floats),
+    for title, fmt, activations in (
+        ("W4A16", Q4_0, ""),
+        ("W4A16", INT4, ""),
+        ("W4A16", NF4, ""),
+        ("W8A16", Q8_0, ""),
+        ("W8A16", INT8, ""),
+        ("W8A16", FP8, ""),
+        ("W8A16", FP8_128, ""),
+        ("W8A8", INT8, "int8"),
+        *(() if dev.lacks_fp8() else (("W8A8", FP8, "fp8"), ("W8A8", FP8_128, "fp8"))),
+        ("16-bit", floats, ""),
     ):
-        for layer, (out_width, width) in sizes.layers.items():
+        # Every shape of one format a class; the others where they differ most, in one layer.
+        whole = fmt in (Q4_0, Q8_0, floats) or bool(activations)
+        for layer, (out_width, width) in list(sizes.layers.items())[: None if whole else 1]:
             for tokens in sizes.linear_tokens:
                 few = title == "W4A16" and tokens <= 16
                 yield Row(
                     f"linear {title} {fmt.name}",
                     f"{layer} {tokens} x {width} x {out_width}",
-                    "copy" if tokens <= 64 else dtype,
-                    lambda f=fmt, n=out_width, k=width, t=tokens: _linear(card, sizes, f, n, k, t),  # type: ignore[misc]
+                    "copy" if tokens <= 64 else activations or dtype,
+                    lambda f=fmt, n=out_width, k=width, t=tokens, a=activations: _linear(  # type: ignore[misc]
+                        card, sizes, f, n, k, t, a
+                    ),
                     Target("% of copy", 70.0) if few else None,
                 )
     by_rows = Target("% of copy", 85.0)
@@ -137,7 +152,13 @@ def rows(card: Card, sizes: Sizes) -> Iterator[Row]:
             "sampling",
             f"{count} x {sizes.vocab:,}, temperature 0.8",
             "copy",
-            lambda c=count: _sampling(card, sizes, c),  # type: ignore[misc]
+            lambda c=count: _sampling(card, sizes, c, 1.0),  # type: ignore[misc]
+        )
+        yield Row(
+            "sampling",
+            f"{count} x {sizes.vocab:,}, temperature 0.8, top-p 0.9",
+            "copy",
+            lambda c=count: _sampling(card, sizes, c, 0.9),  # type: ignore[misc]
         )
 
 
@@ -169,10 +190,11 @@ def figures(
 # ------------------------------------------------------------------------------------- attention
 
 
-def _decode(card: Card, sizes: Sizes, batch: int, context: int) -> Case:
+def _decode(card: Card, sizes: Sizes, batch: int, context: int, kind: str) -> Case:
     heads, dtype = sizes.attention, sizes.dtype
-    width = heads.num_kv_heads * heads.head_dim
-    size = 2 * batch * context * width * dtype.itemsize
+    coded = kind in KV_CODES
+    row = heads.head_dim + 4 if coded else heads.head_dim * dtype.itemsize  # codes and a scale
+    size = 2 * batch * context * heads.num_kv_heads * row
     rng = np.random.default_rng(2)
     lengths = [context] * batch
     case = Case([], size + 2 * batch * heads.q_width * dtype.itemsize)
@@ -182,10 +204,10 @@ def _decode(card: Card, sizes: Sizes, batch: int, context: int) -> Case:
             heads,
             launches.cache_blocks(lengths, sizes.block_size),
             sizes.block_size,
-            dtype,
+            kind,
             card.device,
         )
-        cache.data.normal_()
+        launches.fill(cache)
         step = launches.paged_step(lengths, [1] * batch, sizes.block_size, rng)
         q = torch.randn(batch, heads.q_width, device=card.device).to(dtype)
         case.ours.append(launches.attend(q, torch.empty_like(q), cache, step, heads))
@@ -203,10 +225,10 @@ def _prefill(card: Card, sizes: Sizes, tokens: int) -> Case:
             heads,
             launches.cache_blocks([tokens], sizes.block_size),
             sizes.block_size,
-            dtype,
+            launches.cache_kinds(dtype)[0],
             card.device,
         )
-        cache.data.normal_()
+        launches.fill(cache)
         step = launches.paged_step(
             [tokens], [tokens], sizes.block_size, np.random.default_rng(copy)
         )
@@ -219,16 +241,24 @@ def _prefill(card: Card, sizes: Sizes, tokens: int) -> Case:
 # ---------------------------------------------------------------------------------------- linear
 
 
-def _linear(card: Card, sizes: Sizes, fmt: Format, out_width: int, width: int, tokens: int) -> Case:
+def _linear(
+    card: Card,
+    sizes: Sizes,
+    fmt: Format,
+    out_width: int,
+    width: int,
+    tokens: int,
+    activations: str,
+) -> Case:
     raw = launches.random_weight(fmt, out_width, width, np.random.default_rng(3))
-    matrices = launches.pack(raw, card.device, card.copies(raw.nbytes))
+    matrices = launches.pack(raw, card.device, card.copies(raw.nbytes), activations)
     values = tokens * (width + out_width) * sizes.dtype.itemsize
     case = Case([], matrices[0].nbytes + values, 2 * tokens * width * out_width)
     x = torch.randn(tokens, width, device=card.device).to(sizes.dtype)
     for matrix in matrices:
         out = torch.empty(tokens, out_width, device=card.device, dtype=sizes.dtype)
         case.ours.append(launches.multiply(x, matrix, out))
-    peers.linear(case, card, x, out_width, eight_bits=fmt.name == "Q8_0")
+    peers.linear(case, card, x, out_width, eight_bits=fmt in (Q8_0, FP8))
     return case
 
 
@@ -295,7 +325,7 @@ def _rope(card: Card, sizes: Sizes) -> Case:
             heads,
             launches.cache_blocks([count], sizes.block_size),
             sizes.block_size,
-            sizes.dtype,
+            launches.cache_kinds(sizes.dtype)[0],
             card.device,
         )
         q, k, v = (
@@ -315,12 +345,15 @@ def _rope(card: Card, sizes: Sizes) -> Case:
 # -------------------------------------------------------------------------------------- sampling
 
 
-def _sampling(card: Card, sizes: Sizes, count: int) -> Case:
+def _sampling(card: Card, sizes: Sizes, count: int, top_p: float) -> Case:
     sampler = TritonBackend(threads=None).sampler(sizes.vocab)
     logits = torch.randn(count, sizes.vocab, device=card.device)
-    inputs = launches.sampling_rows(count, 0.8, sizes.vocab)
+    inputs = launches.sampling_rows(count, 0.8, sizes.vocab, top_p)
     there = TritonLogits(logits)
-    case = Case([lambda: sampler.run(there, inputs)], logits.nbytes)
+    case = Case([lambda: sampler.launch(there, inputs)], logits.nbytes)
+    if top_p < 1:
+        case.skipped["torch"] = "it has no such operation"
+        return case
     case.peers["torch.multinomial"] = [
         lambda: torch.multinomial(torch.softmax(logits / 0.8, -1), 1)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ....kernels.backend import KV_CODES
 from .launches import Heads
 
 
@@ -22,6 +23,7 @@ class Sizes:
     batches: tuple[int, ...]  # tokens of a linear layer, the widest last
     heads: tuple[Heads, ...]
     lengths: tuple[int, ...]  # contexts of the sequences attended to
+    caches: tuple[str, ...]  # kv_cache_dtype of the engines of law 2
     # time
     attention: Heads
     decode: tuple[tuple[int, int], ...]  # batch, context
@@ -34,7 +36,7 @@ class Sizes:
     vocab: int
     sampled: tuple[int, ...]  # rows that are sampled at once
     # end to end
-    models: Mapping[str, Mapping[str, Any]]  # name -> config.json
+    models: tuple[tuple[str, Mapping[str, Any], str], ...]  # name, config.json, cache's dtype
     batch: int  # requests of the throughput row
     one_context: int  # prompt of the one stream
     lengths_in_out: tuple[int, int]  # of each request of the throughput row
@@ -73,6 +75,7 @@ def _config(
 
 
 LLAMA, QWEN3 = "Llama-3.1-8B shape", "Qwen3-8B shape"  # published configurations, random weights
+_LLAMA = _config("LlamaForCausalLM", 4096, 32, 32, 8, 14336, 128256)
 
 FULL = Sizes(
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
@@ -85,8 +88,10 @@ FULL = Sizes(
         Heads(32, 32, 96),
         Heads(8, 4, 256, 100, 30.0),
         Heads(64, 4, 128, 300),
+        Heads(16, 4, 64, extras=True),
     ),
     lengths=(1, 17, 256, 257, 700, 1300),
+    caches=("auto", *KV_CODES),
     attention=Heads(32, 8, 128),
     decode=(
         (1, 1024),
@@ -107,10 +112,11 @@ FULL = Sizes(
     ffn=14336,
     vocab=128256,
     sampled=(1, 256),
-    models={
-        LLAMA: _config("LlamaForCausalLM", 4096, 32, 32, 8, 14336, 128256),
-        QWEN3: _config("Qwen3ForCausalLM", 4096, 36, 32, 8, 12288, 151936),
-    },
+    models=(
+        (LLAMA, _LLAMA, "auto"),
+        (QWEN3, _config("Qwen3ForCausalLM", 4096, 36, 32, 8, 12288, 151936), "auto"),
+        (f"{LLAMA}, fp8 KV cache", _LLAMA, "fp8"),
+    ),
     batch=256,
     one_context=1024,
     lengths_in_out=(1024, 1024),
@@ -123,11 +129,12 @@ TINY = Sizes(
     dtype=torch.float16,
     layer=(40, 288),
     batches=(1, 17),
-    heads=(Heads(4, 2, 16), Heads(2, 2, 8, 20, 5.0)),
-    lengths=(1, 45),
+    heads=(Heads(4, 2, 16), Heads(2, 2, 8, 4, 5.0, True)),
+    lengths=(1, 9),
+    caches=("int8",),
     attention=Heads(4, 2, 16),
-    decode=((2, 40),),
-    prefill=(40,),
+    decode=((2, 20),),
+    prefill=(20,),
     layers={"q/k/v": (64, 128)},
     linear_tokens=(1, 17),
     rows=3,
@@ -135,12 +142,16 @@ TINY = Sizes(
     ffn=96,
     vocab=96,
     sampled=(2,),
-    models={
-        "tiny": _config("LlamaForCausalLM", 32, 1, 4, 2, 64, 96, head_dim=8, torch_dtype="float16"),
-    },
+    models=(
+        (
+            "tiny",
+            _config("LlamaForCausalLM", 32, 1, 4, 2, 64, 96, head_dim=8, torch_dtype="float16"),
+            "auto",
+        ),
+    ),
     batch=2,
-    one_context=8,
-    lengths_in_out=(6, 3),
+    one_context=4,
+    lengths_in_out=(4, 2),
     max_tokens=16,
-    block_size=8,
+    block_size=2,
 )

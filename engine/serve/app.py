@@ -254,7 +254,7 @@ class Door:
             raise ApiError(
                 "host_not_allowed",
                 f"this server does not answer for the host {host[:100]!r}; serve with "
-                "--allowed-host NAME if it should",
+                "--allowed-hosts NAME if it should",
             ) from None
 
     def _cors(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:

@@ -373,7 +373,9 @@ _COMMANDS = {
     "chat": _Command("A conversation in the terminal", _configure_chat, _chat),
     "complete": _Command("Continue a text; pipes in and out", _configure_complete, _complete),
     "serve": _Command(
-        "A server that speaks OpenAI's and Anthropic's interfaces, over HTTP", _configure_serve, _serve
+        "A server that speaks OpenAI's and Anthropic's interfaces, over HTTP",
+        _configure_serve,
+        _serve,
     ),
     "inspect": _Command(
         "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect

@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
     "engine.bench": ("engine", "kernels", "quant"),
-    "engine.cli": (*_FACES, "engine.tools", "engine.bench", ""),
+    "engine.cli": (*_FACES, "engine.serve", "engine.tools", "engine.bench", ""),
     "": ("engine", "kernels.backend"),  # the front door names what it opens to
     "__main__": ("engine.cli",),
 }

@@ -1,7 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's interface.
 
-Source: the Anthropic API reference (messages, streaming messages, errors). As in OpenAI's, a field is
-known here or the request is refused.
+Source: the Anthropic API reference (messages, streaming messages, errors). As in OpenAI's, a field
+is known here or the request is refused.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from .completions import Completions
 from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
+from .page import page
 from .requests import CHAT_NAMES, template_messages
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
@@ -149,6 +150,9 @@ class Routes:
             "engine_restarts": keeper.num_restarts,
         }
         return _json(report, 200 if status in ("ok", "draining") else 503)
+
+    async def page(self, request: Request) -> Response:
+        return page()
 
     async def metrics(self, request: Request) -> Response:
         keeper = self._service.keeper

@@ -76,6 +76,7 @@ OPERATIONS = (
         schema.DetokenizeRequest,
         schema.Detokenized,
     ),
+    Operation("GET", "/", "page", "A page to talk to the model", media="text/html"),
     Operation("GET", "/health/live", "live", "The server answers", open=True),
     Operation("GET", "/health/ready", "ready", "Requests would be accepted", open=True),
     Operation("GET", "/health", "health", "The engine makes progress", open=True),

@@ -349,14 +349,23 @@ def _configure_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from engineroom import __version__
 
-    from .serve.server import serve
     from .tools.options import engine_config, serve_config
 
+    try:
+        from .serve.server import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "engineroom":
+            raise
+        return _usage(
+            f"the server needs the package {error.name}, which is not installed here; "
+            "pip install 'engineroom[serve]' brings it",
+            "E-SERVE-02",
+        )
     return serve(engine_config(args, args.model), serve_config(args), version=__version__)
 
 
-def _usage(message: str) -> int:
-    print(f"engineroom: E-USAGE-01  {message}", file=sys.stderr)
+def _usage(message: str, code: str = "E-USAGE-01") -> int:
+    print(f"engineroom: {code}  {message}", file=sys.stderr)
     return 2
 
 
@@ -364,7 +373,9 @@ _COMMANDS = {
     "chat": _Command("A conversation in the terminal", _configure_chat, _chat),
     "complete": _Command("Continue a text; pipes in and out", _configure_complete, _complete),
     "serve": _Command(
-        "A server that speaks OpenAI's interface, over HTTP", _configure_serve, _serve
+        "A server that speaks OpenAI's and Anthropic's interfaces, over HTTP",
+        _configure_serve,
+        _serve,
     ),
     "inspect": _Command(
         "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect

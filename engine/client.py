@@ -54,7 +54,7 @@ class EngineDeadError(EngineError):
 
 
 class RequestRefused(EngineError):
-    """The caller's request cannot be honoured. `error` is the ParameterError or the like.
+    """The caller's request cannot be honoured. `error` is the ParameterError or AdmissionError.
 
     `kind` is that error's class, `field` its field or code.
     """
@@ -67,7 +67,9 @@ class RequestRefused(EngineError):
 
     @classmethod
     def of(cls, error: ValueError) -> RequestRefused:
-        return cls(error, str(error), kind=type(error).__name__, field=named_by(error))
+        """Of another class it would not come back from a process, so a thread hides it too."""
+        known = error if isinstance(error, ParameterError | AdmissionError) else None
+        return cls(known, str(error), kind=type(error).__name__, field=named_by(error))
 
     @classmethod
     def from_text(cls, kind: str, field: str, text: str) -> RequestRefused:

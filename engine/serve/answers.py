@@ -84,10 +84,12 @@ def completion_logprobs(
     *,
     offset: int = 0,
     prompt: tuple[tuple[int, ...], Sequence[Mapping[int, Logprob] | None]] | None = None,
+    first_text: str = "",
 ) -> schema.CompletionLogprobs | None:
     """The older form, of the tokens from `start` on, whose text begins at character `offset`.
 
-    prompt: token ids and rows of an echoed prompt, which come first.
+    prompt: token ids and rows of an echoed prompt, which come first. first_text: what its first
+    token spells, which has no row.
     """
     if completion.logprobs is None:
         return None
@@ -97,7 +99,7 @@ def completion_logprobs(
         ids, rows = [*prompt[0], *ids], [*prompt[1], *rows]
     made = schema.CompletionLogprobs([], [], [] if top else None, [])
     for token_id, row in zip(ids, rows, strict=True):
-        text = row[token_id].decoded_token if row is not None else ""
+        text = row[token_id].decoded_token if row is not None else first_text
         made.tokens.append(text)
         made.token_logprobs.append(None if row is None else row[token_id].logprob)
         if made.top_logprobs is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import hmac
 import ipaddress
 import logging
@@ -20,20 +21,23 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import schema
+from . import anthropic, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
 from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
+from .page import page
 from .requests import CHAT_NAMES, template_messages
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
-from .sse import Disconnected, EventStream, begun, dump, error_event, unless_gone
+from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
 
 log = logging.getLogger(__name__)
 _Body = TypeVar("_Body")
+# What a parameter of ours is called in the requests of a path, where that differs.
+_NAMES = {"/v1/chat/completions": CHAT_NAMES, anthropic.PATH: anthropic.NAMES}
 _STATS_SECONDS = 2.0  # what /metrics waits for a step to end
 
 
@@ -64,10 +68,24 @@ class Routes:
         call = Completions(self._service, body, _caller(request))
         return await self._answer(request, call, body)
 
-    async def _answer(self, request: Request, call: Chat | Completions, body: schema.Common) -> Any:
+    async def messages(self, request: Request) -> Any:
+        body = await read(request, anthropic.MessagesRequest, self._service.settings)
+        call = anthropic.Messages(self._service, body, _caller(request))
+        return await self._answer(request, call, body)
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = await read(request, anthropic.CountTokensRequest, self._service.settings)
+        return _json(await anthropic.count_tokens(self._service, body))
+
+    async def _answer(
+        self,
+        request: Request,
+        call: Chat | Completions | anthropic.Messages,
+        body: schema.Common | anthropic.MessagesRequest,
+    ) -> Any:
         if body.stream:
             events = await unless_gone(request.receive, begun(call.events()))
-            return EventStream(events, _failure_event)
+            return EventStream(events, functools.partial(_failure_event, request.scope["path"]))
         return _json(await unless_gone(request.receive, call.whole()))
 
     # -------------------------------------------------------------------------- the model
@@ -133,6 +151,9 @@ class Routes:
         }
         return _json(report, 200 if status in ("ok", "draining") else 503)
 
+    async def page(self, request: Request) -> Response:
+        return page()
+
     async def metrics(self, request: Request) -> Response:
         keeper = self._service.keeper
         stats = None
@@ -188,6 +209,7 @@ class Door:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),  # as Anthropic's clients read it
                     (b"x-content-type-options", b"nosniff"),
                     *cors,
                 ]
@@ -215,7 +237,7 @@ class Door:
                     )
                 if status:  # its beginning is sent: nothing can be said any more
                     raise
-                await _error(answer)(scope, receive, sending)
+                await _error(scope["path"], answer)(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", None) or "unknown"
             self._service.metrics.answered(route, status)
@@ -254,7 +276,7 @@ class Door:
             raise ApiError(
                 "host_not_allowed",
                 f"this server does not answer for the host {host[:100]!r}; serve with "
-                "--allowed-host NAME if it should",
+                "--allowed-hosts NAME if it should",
             ) from None
 
     def _cors(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
@@ -264,7 +286,10 @@ class Door:
             return []
         return [
             (b"access-control-allow-origin", origin.encode("latin-1")),
-            (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
+            (
+                b"access-control-allow-headers",
+                b"authorization, content-type, x-api-key, anthropic-version",
+            ),
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
             (b"vary", b"Origin"),
         ]
@@ -322,23 +347,25 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(dump(value), status, media_type="application/json")
 
 
-def _error(error: ApiError) -> Response:
-    return Response(
-        dump(error.envelope()), error.status, error.headers, media_type="application/json"
-    )
+def _error(path: str, error: ApiError) -> Response:
+    body = anthropic.envelope(error) if anthropic.is_ours(path) else error.envelope()
+    return Response(dump(body), error.status, error.headers, media_type="application/json")
 
 
-def _failure_event(error: Exception) -> bytes:
-    answer = as_api_error(error, CHAT_NAMES)
+def _failure_event(path: str, error: Exception) -> bytes:
+    """The last event of a stream that failed."""
+    answer = as_api_error(error)
     if answer is None:
         log.error("a stream failed", exc_info=error)
         answer = ApiError("internal_error", "an error that was not foreseen; the log has it")
-    return error_event(answer)
+    if anthropic.is_ours(path):
+        return event(anthropic.envelope(answer), "error")
+    return event(answer.envelope())
 
 
 def _as_answer(scope: Scope, error: Exception) -> ApiError | None:
     if not isinstance(error, HTTPException):
-        return as_api_error(error, CHAT_NAMES)
+        return as_api_error(error, _NAMES.get(scope["path"]))
     path = scope["path"][:100]
     if error.status_code == 405:
         return ApiError("method_not_allowed", f"{path!r} has no method {scope['method']}")

@@ -30,6 +30,7 @@ class Completions:
         self._id = f"cmpl-{request.request_id or secrets.token_hex(12)}"
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
+        self._first_texts: dict[int, str] = {}  # of echoed prompts' first tokens
         many = prompts(request)
         self._works = [
             Work(
@@ -44,10 +45,16 @@ class Completions:
             for index, prompt in enumerate(many)
         ]
 
+    async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        async for prompt, output in _together([self._service.run(w) for w in self._works]):
+            if prompt not in self._first_texts and _echoes(self._request, output):
+                llm = self._service.keeper.llm
+                self._first_texts[prompt] = await llm.detokenize(output.prompt_token_ids[:1])
+            yield prompt, output
+
     async def whole(self) -> schema.Completion:
         """The answer when all of it is complete."""
-        together = _together([self._service.run(w) for w in self._works])
-        last = {index: output async for index, output in together}
+        last = {index: output async for index, output in self._outputs()}
         outputs = [last[index] for index in sorted(last)]
         return self._answer(
             [
@@ -66,7 +73,7 @@ class Completions:
         shown: dict[tuple[int, int], int] = {}  # tokens of each choice
         last: dict[int, RequestOutput] = {}
         ended: set[tuple[int, int]] = set()
-        async for prompt, output in _together([self._service.run(w) for w in self._works]):
+        async for prompt, output in self._outputs():
             last[prompt] = output
             for completion, delta in zip(output.outputs, output.deltas, strict=True):
                 key = (prompt, completion.index)
@@ -106,8 +113,7 @@ class Completions:
         output: RequestOutput,
         first: bool = True,
     ) -> schema.CompletionChoice:
-        rows = output.prompt_logprobs
-        echoed = first and bool(self._request.echo) and rows is not None
+        echoed = first and _echoes(self._request, output)
         return schema.CompletionChoice(
             index=prompt * self._params.n + completion.index,
             text=text,
@@ -116,7 +122,8 @@ class Completions:
                 start,
                 self._request.logprobs or 0,
                 offset=len(completion.text) - len(text),
-                prompt=(output.prompt_token_ids, rows or ()) if echoed else None,
+                prompt=(output.prompt_token_ids, output.prompt_logprobs or ()) if echoed else None,
+                first_text=self._first_texts.get(prompt, ""),
             ),
             finish_reason=completion.finish_reason if finished else None,
             stop_reason=completion.stop_reason if finished else UNSET,
@@ -140,6 +147,11 @@ class Completions:
             usage=usage,  # type: ignore[arg-type]
             timings=timings,  # type: ignore[arg-type]
         )
+
+
+def _echoes(request: schema.CompletionRequest, output: RequestOutput) -> bool:
+    """True where an answer's logprobs begin with the prompt's."""
+    return bool(request.echo) and output.prompt_logprobs is not None
 
 
 async def _together(

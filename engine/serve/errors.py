@@ -14,7 +14,7 @@ from ..core.request import AdmissionError, ParameterError
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One row of docs/server-errors.md. `type` is OpenAI's class of error."""
+    """One row of docs/server.md. `type` is OpenAI's class of error."""
 
     code: str
     status: int
@@ -93,7 +93,7 @@ ERRORS = (
         403,
         _AUTH,
         "the Host header names a host that this server does not answer for",
-        "use its address, or serve with --allowed-host NAME",
+        "use its address, or serve with --allowed-hosts NAME",
     ),
     ErrorRow(
         "model_not_found",

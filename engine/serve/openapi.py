@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from . import schema
+from . import anthropic, schema
 from .errors import ERRORS
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. `open`: no API key is asked for. `streams`: also as events."""
+    """One method of one path. `open`: no API key is asked for."""
 
     method: str
     path: str
@@ -22,7 +22,7 @@ class Operation:
     summary: str
     body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
-    part: type[msgspec.Struct] | None = None  # of a stream
+    part: type[msgspec.Struct] | None = None  # of a stream, where it also answers as events
     media: str = "application/json"
     open: bool = False
 
@@ -46,6 +46,23 @@ OPERATIONS = (
         schema.Completion,
         schema.Completion,
     ),
+    Operation(
+        "POST",
+        anthropic.PATH,
+        "messages",
+        "Answer a conversation (Anthropic's interface)",
+        anthropic.MessagesRequest,
+        anthropic.MessagesAnswer,
+        anthropic.MessagesEvent,
+    ),
+    Operation(
+        "POST",
+        f"{anthropic.PATH}/count_tokens",
+        "count_tokens",
+        "Tokens of a conversation (Anthropic's interface)",
+        anthropic.CountTokensRequest,
+        anthropic.InputTokens,
+    ),
     Operation("GET", "/v1/models", "models", "The served model", answer=schema.ModelList),
     Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=schema.Model),
     Operation(
@@ -59,6 +76,7 @@ OPERATIONS = (
         schema.DetokenizeRequest,
         schema.Detokenized,
     ),
+    Operation("GET", "/", "page", "A page to talk to the model", media="text/html"),
     Operation("GET", "/health/live", "live", "The server answers", open=True),
     Operation("GET", "/health/ready", "ready", "Requests would be accepted", open=True),
     Operation("GET", "/health", "health", "The engine makes progress", open=True),
@@ -84,11 +102,11 @@ def document(version: str) -> bytes:
         "info": {
             "title": "engineroom",
             "version": version,
-            "description": "OpenAI's interface over a local language model.",
+            "description": "OpenAI's and Anthropic's interfaces over a local language model.",
         },
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": _ERROR},
+            "schemas": {**components, "Error": _ERROR, "AnthropicError": anthropic.ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -123,7 +141,7 @@ def _operation(op: Operation) -> dict[str, Any]:
         "summary": op.summary,
         "responses": {
             "200": {"description": "The answer", "content": content},
-            **{str(status): _refusal(status) for status in statuses},
+            **{str(status): _refusal(op, status) for status in statuses},
         },
         "security": [] if op.open else [{"key": []}, {}],
     }
@@ -143,11 +161,12 @@ def _ref(kind: type[msgspec.Struct] | None) -> dict[str, Any]:
     return {} if kind is None else {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-def _refusal(status: int) -> dict[str, Any]:
+def _refusal(op: Operation, status: int) -> dict[str, Any]:
+    name = "AnthropicError" if anthropic.is_ours(op.path) else "Error"
     codes = ", ".join(row.code for row in ERRORS if row.status == status)
     return {
         "description": codes,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}},
     }
 
 

@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError
-
 _encoder = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
 _Result = TypeVar("_Result")
@@ -124,18 +122,12 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
         pass  # its own failure was told already, or nobody is there to be told
 
 
-def error_event(error: ApiError) -> bytes:
-    """The last event of a stream that failed, in OpenAI's form."""
-    return event(error.envelope())
-
-
 __all__ = [
     "DONE",
     "Disconnected",
     "EventStream",
     "begun",
     "dump",
-    "error_event",
     "event",
     "gone",
     "unless_gone",

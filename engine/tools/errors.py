@@ -222,6 +222,12 @@ ERRORS = (
         "engine.serve.server.ServeError",
     ),
     ErrorCode(
+        "E-SERVE-02",
+        2,
+        "a package that the server needs is not installed",
+        "pip install 'engineroom[serve]'",
+    ),
+    ErrorCode(
         "E-ENGINE-01",
         8,
         "the engine ended this request with an error; others go on",

@@ -398,3 +398,14 @@ def test_no_colour_and_no_bars_in_a_pipe(golden_model: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert b"\x1b" not in done.stdout
     assert done.stderr == b""
+
+
+def test_a_server_without_its_packages_says_what_brings_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "engineroom.engine.serve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run("serve", "some-model") == 2
+    said = capsys.readouterr().err
+    assert "E-SERVE-02" in said and "uvicorn" in said
+    assert "pip install 'engineroom[serve]'" in said

@@ -17,8 +17,10 @@ from engineroom.engine import models
 from engineroom.engine.config import EngineConfig
 from engineroom.engine.core.request import SamplingParams
 from engineroom.engine.load.catalogue import CATALOGUE
+from engineroom.engine.serve.errors import ERRORS as SERVER_ERRORS
+from engineroom.engine.serve.settings import ServeConfig
 from engineroom.engine.tools.errors import ERRORS, EXIT_STATUSES
-from engineroom.engine.tools.options import ENGINE_HELP, SAMPLING_HELP
+from engineroom.engine.tools.options import ENGINE_HELP, SAMPLING_HELP, SERVE_HELP
 from engineroom.kernels.weights import FORMATS
 
 from .tree import ROOT
@@ -77,6 +79,28 @@ def options() -> str:
         if f.name != "model"
     )
     return table(["option", "default", "range", "what it is"], rows)
+
+
+def server_options() -> str:
+    rows = (
+        [
+            f"`--{f.name.replace('_', '-')}`",
+            f"`{f.default!r}`",
+            " to ".join(f"{n:,}" for n in ServeConfig.BOUNDS.get(f.name, ())),
+            SERVE_HELP[f.name],
+        ]
+        for f in dataclasses.fields(ServeConfig)
+        if f.name in SERVE_HELP
+    )
+    return table(["flag", "default", "range", "what it is"], rows)
+
+
+def server_errors() -> str:
+    rows = (
+        [f"{row.status}", f"`{row.code}`", f"`{row.type}`", row.meaning, row.mend]
+        for row in sorted(SERVER_ERRORS, key=lambda row: row.status)
+    )
+    return table(["status", "code", "type", "meaning", "to mend it"], rows)
 
 
 def errors() -> str:
@@ -140,6 +164,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "sampling": sampling,
     "options": options,
     "errors": errors,
+    "server_options": server_options,
+    "server_errors": server_errors,
     "statuses": statuses,
     "architectures": architectures,
     "formats": formats,

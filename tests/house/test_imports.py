@@ -40,15 +40,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         _FACES, (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.wire")
     ),
-    "engine.serve": ("engine.async_llm", "engine.batch", *_BELOW_FACES),
+    "engine.serve": ("engine.async_llm", "engine.batch", "engine.serve.settings", *_BELOW_FACES),
+    "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
     "engine.bench": ("engine", "kernels", "quant"),
-    "engine.cli": (*_FACES, "engine.tools", "engine.bench", ""),
+    "engine.cli": (*_FACES, "engine.serve", "engine.tools", "engine.bench", ""),
     "": ("engine", "kernels.backend"),  # the front door names what it opens to
     "__main__": ("engine.cli",),
 }
 # tools and bench stand below the command and beside the server.
 ABOVE_TOOLS = ("engine.cli", "engine.serve")
+# The server's options are data, as the engine's are: flags and errors are made from them.
+BELOW_TOOLS = ("engine.serve.settings",)
 
 # Third-party packages and the rooms or files that may import them. The standard library is free.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
@@ -74,6 +77,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("engine.load.source",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm",),
+    "prometheus_client": ("engine.serve",),
+    "starlette": ("engine.serve",),
+    "uvicorn": ("engine.serve",),
 }
 NOT_HERE = {"numpy": ("kernels.ops", "engine.core", "engine.models")}
 
@@ -139,7 +145,8 @@ def _refused_ours(name: str, target: str) -> str:
         return f"{target} is in no room of the table"
     if _room(target) == room:
         return ""
-    if room in ("engine.tools", "engine.bench") and _within(target, ABOVE_TOOLS):
+    above = _within(target, ABOVE_TOOLS) and not _within(target, BELOW_TOOLS)
+    if room in ("engine.tools", "engine.bench") and above:
         return f"{room} stands below {_room(target)}"
     if _within(target, ALLOWED[room]):
         return ""
@@ -197,11 +204,19 @@ def test_examples_use_the_front_door_alone() -> None:
         ("engine/load/x.py", "import tests.data", "nobody imports tests"),
         ("engine/load/x.py", "import kernels.ops", "a room is imported as engineroom."),
         ("engine/tools/x.py", "from .. import cli", "engine.tools stands below engine.cli"),
+        ("engine/tools/x.py", "from ..serve import app", "engine.tools stands below engine.serve"),
+        ("engine/tools/x.py", "import starlette", "engine.tools may not use starlette"),
         ("engine/cli.py", "from .core.request import Request", "engine.cli may import"),
     ],
 )
 def test_a_planted_import_is_found(tmp_path: Path, file: str, text: str, why: str) -> None:
-    for known in ("engine/config.py", "engine/load/gguf.py", "engine/cli.py", file):
+    for known in (
+        "engine/config.py",
+        "engine/load/gguf.py",
+        "engine/cli.py",
+        "engine/serve/app.py",
+        file,
+    ):
         path = tmp_path / known
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")

@@ -73,6 +73,9 @@ def test_the_older_logprobs(server: Running) -> None:
     rows = choice["logprobs"]
     assert len(rows["tokens"]) == 5 and rows["token_logprobs"][0] is None
     assert len(rows["text_offset"]) == 5 and rows["top_logprobs"][0] is None
+    assert rows["tokens"][0] == "a" and rows["text_offset"][:2] == [0, 1]
+    (first, *_) = post(server, "/v1/completions", {**body, "stream": True}).events
+    assert first["choices"][0]["logprobs"]["tokens"][0] == "a"
 
 
 def test_tokenize_and_back(server: Running) -> None:

@@ -119,7 +119,7 @@ class Reader:
 
     def _check_tail(self) -> None:
         """Errors: BatchError where a good record follows a bad one."""
-        at = self.end + 1
+        at = self.end  # one that is good but for its number counts too
         overlap = len(_MAGIC) - 1
         while at < self.size:
             chunk = os.pread(self._fd, 1 << 20, at)
@@ -131,7 +131,7 @@ class Reader:
                 continue
             at += found
             if _read(self._fd, at, self.size, None) is not None:
-                raise self._damage(self.end, f"a good record follows at byte {at}")
+                raise self._damage(self.end, f"a good record with another number lies at byte {at}")
             at += 1
 
     def _damage(self, offset: int, why: str) -> BatchError:

@@ -155,8 +155,9 @@ def _message(message: Any) -> dict[str, Any]:
         raise LineError("a message must be an object with a role", field="messages")
     content = message.get("content") or ""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        parts = [text for text in texts if isinstance(text, str)]
+        if len(parts) < len(content):
             raise LineError("content may have parts of text alone", field="messages")
         content = "".join(parts)
     if not isinstance(content, str):

@@ -7,6 +7,7 @@ of its answer), and 12 more while custom_ids are compared: a million lines, 32 M
 from __future__ import annotations
 
 import bisect
+import filecmp
 import hashlib
 import os
 from array import array
@@ -222,10 +223,11 @@ class _Ids:
                     )
 
 
-def spool(source: BinaryIO, output: Path) -> Path:
+def spool(source: BinaryIO, output: Path, begun: bool) -> Path:
     """Standard input as a file beside the output, so that another run can go on with it.
 
-    Where nothing comes, the file of an earlier run is kept. Errors: BatchError.
+    Where nothing comes, the file of an earlier run is kept. begun: the journal has records, so that
+    anything but the same bytes is refused. Errors: BatchError.
     """
     path = output.with_name(output.name + ".input")
     fresh = output.with_name(output.name + ".input.new")
@@ -236,12 +238,20 @@ def spool(source: BinaryIO, output: Path) -> Path:
                 size += file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        if size or not path.exists():
-            os.replace(fresh, path)
-        else:
+        old = path.exists()
+        same = not size or (old and filecmp.cmp(fresh, path, shallow=False))
+        if old and (same or begun):
             fresh.unlink()
+        else:
+            os.replace(fresh, path)
     except OSError as error:
         raise not_written(fresh, error) from error
+    if old and begun and not same:
+        raise BatchError(
+            CHANGED,
+            f"standard input is not what {path} kept of it when the batch began; give the same, "
+            "nothing (< /dev/null) to go on with that file, or --restart",
+        )
     return path
 
 

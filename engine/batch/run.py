@@ -80,7 +80,10 @@ def run(
     target = Path(output)
     journal = _open(target, restart)
     try:
-        paths = [spool(sys.stdin.buffer, target) if str(p) == "-" else Path(p) for p in inputs]
+        begun = journal.reader.size > 0
+        paths = [
+            spool(sys.stdin.buffer, target, begun) if str(p) == "-" else Path(p) for p in inputs
+        ]
         lines = Inputs(
             paths,
             format=format,

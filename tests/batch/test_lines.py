@@ -241,6 +241,7 @@ def test_standard_input_is_kept_for_another_run(
     assert feed(b"one\ntwo\n") == 0
     assert len(engine.asked) == 2
     assert feed(b"other\n") == 10
+    assert feed(b"") == 0  # what was kept is still there
 
 
 def test_exit_statuses(engine: BatchFake, tmp_path: Path) -> None:

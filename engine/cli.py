@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 _DEFAULT_MODEL = "smollm2"
 
@@ -92,13 +92,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=command.summary, description=command.summary + ".", allow_abbrev=False
         )
-        sub.add_argument(
-            "-v",
-            "--verbose",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show tracebacks and what loading does",
-        )
+        _verbose_flag(sub)
         if name in arguments:
             command.configure(sub)
             sub.set_defaults(flags=[flag for flag in sub._option_string_actions if len(flag) > 2])
@@ -135,6 +129,16 @@ class _Version(argparse.Action):
 
         print(f"engineroom {__version__}")
         parser.exit(0)
+
+
+def _verbose_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show tracebacks and what loading does",
+    )
 
 
 def _model_flag(parser: argparse.ArgumentParser) -> None:
@@ -335,6 +339,88 @@ def _bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
+# ------------------------------------------------------------------------------------------ batch
+
+
+def _configure_batch(parser: argparse.ArgumentParser) -> None:
+    from .batch import BATCH_DEFAULTS, FORMATS
+    from .tools.options import add_engine_flags, add_sampling_flags
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    run = actions.add_parser("run", help="answer the input's lines, or go on with it")
+    run.add_argument("inputs", nargs="+", metavar="INPUT", help="a file; - is standard input")
+    run.add_argument("-o", "--output", required=True, help="the file of answers")
+    _model_flag(run)
+    run.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="jsonl",
+        help="OpenAI's batch format, or a prompt a line (default: %(default)s)",
+    )
+    run.add_argument(
+        "--on-error",
+        choices=("stop", "record"),
+        default="stop",
+        help="what becomes of a bad line or a refused request (default: %(default)s)",
+    )
+    run.add_argument("--restart", action="store_true", help="drop the journal and the output")
+    add_sampling_flags(run, BATCH_DEFAULTS)
+    add_engine_flags(run)
+    status = actions.add_parser("status", help="how far a batch is")
+    verify = actions.add_parser("verify", help="check a batch's journal and output")
+    for action in (status, verify):
+        action.add_argument("output", metavar="OUTPUT", help="the file of answers")
+    for action in (run, status, verify):
+        _verbose_flag(action)
+        action.add_argument("--json", action="store_true", help="the result as JSON")
+        action.set_defaults(flags=[f for f in action._option_string_actions if len(f) > 2])
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from .batch import Interrupted, status, verify
+    from .tools.plain import dump
+
+    if args.action == "run":
+        try:
+            report: Any = _run_batch(args)
+        except Interrupted as leaving:
+            print(f"stopped. {status(args.output)}", file=sys.stderr)
+            return 128 + leaving.signal
+    else:
+        report = {"status": status, "verify": verify}[args.action](args.output)
+    if args.json:
+        dump(report.as_plain(), sys.stdout)
+    else:
+        print(report)
+    return 0
+
+
+def _run_batch(args: argparse.Namespace) -> Any:
+    from .batch import BATCH_DEFAULTS, run, signals
+    from .batch.manifest import engine_facts
+    from .tools.options import engine_config, sampling_params
+    from .tools.session import open_engine
+
+    params = sampling_params(args, BATCH_DEFAULTS)
+    engine = open_engine(engine_config(args, args.model))
+    try:
+        with signals() as check:
+            return run(
+                engine,
+                args.inputs,
+                args.output,
+                model=engine_facts(engine),
+                also_called=[args.model],
+                format=args.format,
+                params=params,
+                on_error=args.on_error,
+                restart=args.restart,
+                check=check,
+            )
+    finally:
+        engine.close()
+
+
 # ------------------------------------------------------------------------------------------ serve
 
 
@@ -377,6 +463,7 @@ _COMMANDS = {
         _configure_serve,
         _serve,
     ),
+    "batch": _Command("Files of requests, answered without losing any", _configure_batch, _batch),
     "inspect": _Command(
         "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect
     ),

@@ -7,10 +7,13 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import batch as batches
+from .batch.manifest import engine_facts
 from .config import EngineConfig
 from .core.request import ParameterError, RequestOutput, SamplingParams, as_prompt, check_params
 from .engine import Engine, EngineStats
@@ -162,6 +165,36 @@ class LLM:
             yield from chunks
             chunks.clear()
 
+    def batch(
+        self,
+        inputs: str | Path | Sequence[str | Path],
+        output: str | Path,
+        *,
+        format: str = "jsonl",
+        params: SamplingParams = batches.BATCH_DEFAULTS,
+        on_error: str = "stop",
+        restart: bool = False,
+        use_tqdm: bool = True,
+    ) -> batches.Summary:
+        """Answer files of requests in OpenAI's batch format into a file, losing nothing.
+
+        Whatever ends it, calling it again goes on from `output`.journal, and the finished file is
+        the same byte for byte. `format` "text" takes each line as a prompt; `params` is what a
+        line leaves out; `on_error` "record" makes bad lines errors of the output. See
+        docs/batch.md. Errors: BatchError.
+        """
+        return batches.run(
+            _Turns(self),
+            [inputs] if isinstance(inputs, str | Path) else inputs,
+            output,
+            model=engine_facts(self._engine),
+            format=format,
+            params=params,
+            on_error=on_error,
+            restart=restart,
+            progress=use_tqdm,
+        )
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -177,9 +210,17 @@ class LLM:
 
     # --------------------------------------------------------------------------------- private
 
-    def _add(self, inbox: _Inbox, prompt: Prompt, params: SamplingParams, **options: Any) -> str:
+    def _add(
+        self,
+        inbox: _Inbox,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> str:
         with self._lock:
-            request_id = f"llm-{next(self._ids)}"
+            request_id = request_id or f"llm-{next(self._ids)}"
             self._engine.add_request(request_id, prompt, params, **options)
             self._inboxes[request_id] = inbox
             return request_id
@@ -260,6 +301,28 @@ class LLM:
             for request_id in request_ids:
                 self._inboxes.pop(request_id, None)
                 self._engine.abort(request_id)
+
+
+class _Turns:
+    """The engine as a batch uses it, beside the LLM's other callers."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.config = llm.engine.config
+        self.render_chat = llm.engine.render_chat
+        self._llm = llm
+        self._inbox: _Inbox = []
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, final_only: bool = False
+    ) -> None:
+        self._llm._add(self._inbox, prompt, params, request_id=request_id, final_only=final_only)
+
+    def step(self) -> list[RequestOutput]:
+        return self._llm._turn(self._inbox)
+
+    def abort(self, request_id: str) -> bool:
+        self._llm._abort([request_id])
+        return True
 
 
 def _progress_bar(total: int) -> Any:

@@ -7,5 +7,5 @@ import pytest
 # Triton's kernels run on its interpreter, on the CPU; read when triton is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
-_ROOMS = ("core", "engine", "house", "kernels", "load", "models", "quant")
+_ROOMS = ("batch", "core", "engine", "house", "kernels", "load", "models", "quant")
 pytest.register_assert_rewrite(*(f"tests.{room}" for room in _ROOMS))

@@ -35,8 +35,10 @@ EXIT_STATUSES = {
     7: "no backend can run here",
     8: "a request ended with an error inside the engine",
     9: "a self-check of `engineroom doctor` failed",
+    10: "a batch stopped before its end, or its files are damaged; the message says how to go on",
     130: "interrupted (Ctrl-C)",
     141: "whoever read the output went away",
+    143: "told to end (SIGTERM)",
 }
 
 _SOURCE = "engine.load.source.SourceError"
@@ -44,6 +46,7 @@ _FETCH = "engine.load.fetch.FetchError"
 _CHECKPOINT = "engine.load.mapped.CheckpointError"
 _CONFIG = "engine.config.ConfigError"
 _ADMISSION = "engine.core.request.AdmissionError"
+_BATCH = "engine.batch.errors.BatchError"
 
 ERRORS = (
     ErrorCode(
@@ -233,6 +236,54 @@ ERRORS = (
         "the engine ended this request with an error; others go on",
         "the message has the cause; run again with -v and report it",
         "engine.tools.session.RequestFailed",
+    ),
+    ErrorCode(
+        "E-BATCH-01",
+        6,
+        "a line of a batch is no request, or the engine refused or failed it",
+        "the message names file and line; mend it, or record such lines with --on-error record",
+        _BATCH,
+        "E-BATCH-01",
+    ),
+    ErrorCode(
+        "E-BATCH-02",
+        6,
+        "two lines of a batch have the same custom_id",
+        "the message names both lines; give each request its own",
+        _BATCH,
+        "E-BATCH-02",
+    ),
+    ErrorCode(
+        "E-BATCH-03",
+        10,
+        "the model, the parameters or the input changed since the batch began",
+        "the message lists what; put it back, name another output, or --restart",
+        _BATCH,
+        "E-BATCH-03",
+    ),
+    ErrorCode(
+        "E-BATCH-04",
+        10,
+        "a batch's journal or output is damaged",
+        "the message names the record or line; `engineroom batch verify OUTPUT` reads all of them",
+        _BATCH,
+        "E-BATCH-04",
+    ),
+    ErrorCode(
+        "E-BATCH-05",
+        10,
+        "a batch's files cannot be written, or another run works on them",
+        "make room or rights and run the same command again: what was answered is kept",
+        _BATCH,
+        "E-BATCH-05",
+    ),
+    ErrorCode(
+        "E-BATCH-06",
+        2,
+        "a batch's input or journal cannot be read, or its options are wrong",
+        "the message names the file or the option",
+        _BATCH,
+        "E-BATCH-06",
     ),
     ErrorCode(
         "E-DOCTOR-01",

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from engineroom.engine.async_llm import AsyncLLM as AsyncLLM
+    from engineroom.engine.batch import BatchError as BatchError
     from engineroom.engine.config import ConfigError as ConfigError
     from engineroom.engine.config import EngineConfig as EngineConfig
     from engineroom.engine.core.request import AdmissionError as AdmissionError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _OWNERS = {
     "LLM": "engineroom.engine.llm",
     "AsyncLLM": "engineroom.engine.async_llm",
+    "BatchError": "engineroom.engine.batch",
     "SamplingParams": "engineroom.engine.core.request",
     "RequestOutput": "engineroom.engine.core.request",
     "CompletionOutput": "engineroom.engine.core.request",

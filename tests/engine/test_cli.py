@@ -363,8 +363,9 @@ def test_every_public_error_is_in_the_table() -> None:
         if name.endswith(("Error", "Unavailable")) or name == "DoesNotFit":
             kind = getattr(engineroom, name)
             error = kind.__new__(kind)
-            if name in ("SourceError", "AdmissionError"):
-                error.code = "E-MODEL-01" if name == "SourceError" else "queue_full"
+            codes = {"SourceError": "E-MODEL-01", "AdmissionError": "queue_full"}
+            if name in (*codes, "BatchError"):
+                error.code = codes.get(name, "E-BATCH-01")
             assert find(error).code != "E-INTERNAL-01", name
 
 

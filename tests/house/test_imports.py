@@ -40,6 +40,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         _FACES, (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.wire")
     ),
+    # The manifest names the version; LLM.batch() is a face on a face.
+    "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", ""),
+    "engine.llm": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.batch"),
     "engine.serve": ("engine.async_llm", "engine.batch", "engine.serve.settings", *_BELOW_FACES),
     "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
@@ -76,7 +79,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "markupsafe": ("engine.load",),
     "huggingface_hub": ("engine.load.source",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
-    "tqdm": ("engine.llm",),
+    "tqdm": ("engine.llm", "engine.batch"),
     "prometheus_client": ("engine.serve",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),

@@ -1,0 +1,175 @@
+"""A line of the input as a request: OpenAI's batch format, or a line of plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.request import ParameterError, SamplingParams, as_prompt
+from ..load.mapped import CheckpointError
+from ..load.strict_json import parse_object
+from .errors import LineError
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_MAX_ID = 512  # characters of a custom_id
+_SAMPLING = {f.name for f in dataclasses.fields(SamplingParams)} - {"logits_processor"}
+_ONCE = {"model", "user", "metadata", "stream", "store"}  # known, and without influence
+_FIELDS = {
+    COMPLETIONS: _SAMPLING | _ONCE | {"prompt"},
+    CHAT: (_SAMPLING - {"echo"})
+    | _ONCE
+    | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """One request. Either `prompt` (text or token ids) or `messages` and `template` are given."""
+
+    custom_id: str
+    url: str
+    params: SamplingParams
+    prompt: str | list[int] = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What requests are put in order by: equal beginnings are shared prefixes."""
+        if self.messages:
+            return "\0".join(f"{m['role']}\0{m['content']}" for m in self.messages)
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "".join(map(chr, (min(t, 0x10FFFF) for t in self.prompt)))
+
+
+def from_text(line: bytes, custom_id: str, params: SamplingParams) -> BatchRequest:
+    """A line of plain text, a prompt. Errors: LineError."""
+    try:
+        return BatchRequest(custom_id, COMPLETIONS, params, line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LineError(f"the line is not UTF-8: {error}", custom_id=custom_id) from None
+
+
+def from_json(line: bytes, params: SamplingParams, models: frozenset[str]) -> BatchRequest:
+    """A line of OpenAI's batch format; what its body leaves out comes from `params`.
+
+    models: the names that a body may call the model by. Errors: LineError.
+    """
+    try:
+        value = parse_object(line, "the line")
+    except CheckpointError as error:
+        raise LineError(str(error)) from None
+    custom_id = value.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
+        raise LineError(f"custom_id must be a text of 1 to {_MAX_ID} characters", field="custom_id")
+    try:
+        custom_id.encode()
+    except UnicodeEncodeError:
+        raise LineError("custom_id has a lone surrogate", field="custom_id") from None
+    try:
+        return _request(value, custom_id, params, models)
+    except LineError as error:
+        error.custom_id = custom_id
+        raise
+    except ParameterError as error:
+        raise LineError(str(error), field=error.field, custom_id=custom_id) from None
+
+
+def _request(
+    value: Mapping[str, Any], custom_id: str, params: SamplingParams, models: frozenset[str]
+) -> BatchRequest:
+    for name in value:
+        if name not in ("custom_id", "method", "url", "body"):
+            raise LineError(f"unknown field {name[:64]!r} beside custom_id, method, url and body")
+    if value.get("method", "POST") != "POST":
+        raise LineError("method must be POST", field="method")
+    url, body = value.get("url"), value.get("body")
+    if not isinstance(url, str) or url not in _FIELDS:
+        raise LineError(f"url must be {CHAT} or {COMPLETIONS}", field="url")
+    if not isinstance(body, dict):
+        raise LineError("body must be an object", field="body")
+    body = {name: field for name, field in body.items() if field is not None}
+    for name in body:
+        if name not in _FIELDS[url]:
+            raise LineError(f"body.{name[:64]}: not supported in a batch to {url}", field=name)
+    if body.get("stream") or body.get("store"):
+        raise LineError("stream and store must be false: a batch has one file", field="stream")
+    if body.get("model", "") not in models | {""}:
+        known = ", ".join(sorted(models))
+        raise LineError(f"body.model is not the model that was loaded ({known})", field="model")
+    if url == COMPLETIONS:
+        changes = {name: body[name] for name in _SAMPLING & body.keys()}
+        if body.get("echo") and "logprobs" in body:
+            changes.setdefault("prompt_logprobs", body["logprobs"])
+        return BatchRequest(custom_id, url, params.replace(**changes), _prompt(body))
+    return BatchRequest(
+        custom_id,
+        url,
+        params.replace(**_chat_changes(body)),
+        messages=_messages(body.get("messages")),
+        template=_template(body.get("chat_template_kwargs", {})),
+    )
+
+
+def _chat_changes(body: Mapping[str, Any]) -> dict[str, Any]:
+    changes = {name: body[name] for name in _SAMPLING & body.keys()}
+    if "max_completion_tokens" in body:
+        most = body["max_completion_tokens"]
+        if changes.setdefault("max_tokens", most) != most:
+            raise LineError(
+                "max_tokens and max_completion_tokens are the same thing; give one",
+                field="max_completion_tokens",
+            )
+    wanted = changes.pop("logprobs", False)
+    if not isinstance(wanted, bool):
+        raise LineError("logprobs must be true or false in chat", field="logprobs")
+    if wanted:
+        changes["logprobs"] = body.get("top_logprobs", 0)
+    elif "top_logprobs" in body:
+        raise LineError("top_logprobs needs logprobs=true", field="top_logprobs")
+    return changes
+
+
+def _prompt(body: Mapping[str, Any]) -> str | list[int]:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and not all(type(t) is int for t in prompt):
+        raise LineError(
+            "prompt must be one text or one list of token ids; give each its own line",
+            field="prompt",
+        )
+    checked = as_prompt(prompt)
+    return checked if isinstance(checked, str) else list(checked)
+
+
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise LineError("messages must be a list of at least one message", field="messages")
+    return tuple([_message(message) for message in value])
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise LineError("a message must be an object with a role", field="messages")
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        parts = [text for text in texts if isinstance(text, str)]
+        if len(parts) < len(content):
+            raise LineError("content may have parts of text alone", field="messages")
+        content = "".join(parts)
+    if not isinstance(content, str):
+        raise LineError("content must be a text or a list of parts of text", field="messages")
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {**message, "role": role, "content": content}
+
+
+def _template(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LineError("chat_template_kwargs must be an object", field="chat_template_kwargs")
+    return value
+
+
+__all__ = ["CHAT", "COMPLETIONS", "BatchRequest", "from_json", "from_text"]

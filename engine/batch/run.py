@@ -1,0 +1,318 @@
+"""The run: lines in the order that suits the engine, answers into the journal, and at the end the
+output in the order of the input."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..config import EngineConfig
+from ..core.request import AdmissionError, RequestOutput, SamplingParams
+from ..load.template_process import TemplateError
+from . import manifest as manifests
+from .answers import Lines
+from .errors import BAD_REQUEST, NOT_READ, NOT_WRITTEN, BatchError, LineError
+from .inputs import Inputs, check_format, spool
+from .journal import Journal, Result, journal_path, not_written, sync_folder
+from .report import Seen, Summary
+from .requests import BatchRequest
+
+# What a line leaves out. OpenAI's own defaults but for max_tokens, where 16 helps nobody.
+BATCH_DEFAULTS = SamplingParams(max_tokens=256)
+# Refusals that say something of this machine and not of the request: nothing to keep.
+_PASSING = ("never_fits", "queue_full")
+_SHARED = 256  # characters that requests of a group have in common
+
+
+class EngineLike(Protocol):
+    """What a batch uses of an engine; LLM gives a view of its own."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        final_only: bool = False,
+    ) -> Any: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]: ...
+
+
+def run(
+    engine: EngineLike,
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: Mapping[str, Any],
+    also_called: Sequence[str] = (),
+    format: str = "jsonl",
+    params: SamplingParams = BATCH_DEFAULTS,
+    on_error: str = "stop",
+    restart: bool = False,
+    progress: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Summary:
+    """Answer every line of `inputs` ("-": standard input) into `output`, or go on with doing so.
+
+    model: manifest.engine_facts(). also_called: more names that a body may call it by. check() is
+    called at every step and ends the run by raising. on_error: "stop" at the first line that is no
+    request or is refused, or "record" it. Whatever is raised, what was answered stays.
+    Errors: BatchError.
+    """
+    check_format(format)
+    if on_error not in ("stop", "record"):
+        raise BatchError(NOT_READ, f"on_error={on_error!r} is not stop or record")
+    if not inputs:
+        raise BatchError(NOT_READ, "no input: name a file, or - for standard input")
+    target = Path(output)
+    journal = _open(target, restart)
+    try:
+        begun = journal.reader.size > 0
+        paths = [
+            spool(sys.stdin.buffer, target, begun) if str(p) == "-" else Path(p) for p in inputs
+        ]
+        lines = Inputs(
+            paths,
+            format=format,
+            params=params,
+            models=frozenset([model["name"], *also_called]),
+            record=on_error == "record",
+        )
+        try:
+            manifest = manifests.make(model, lines, params, format)
+            summary = Summary(target, requests=len(lines))
+            seen = _resume(journal, manifest, summary)
+            bar = _progress_bar(summary) if progress and sys.stderr.isatty() else None
+            made = Lines(manifests.digest(manifest), model["name"])
+            batch = _Run(engine, lines, journal, seen, made, summary, on_error == "record", bar)
+            batch.run(check)
+            lines.check_unchanged()
+        finally:
+            lines.close()
+        _write_output(target, journal, seen)
+        return summary
+    finally:
+        journal.close()
+
+
+class _Run:
+    """One run's requests in flight."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        inputs: Inputs,
+        journal: Journal,
+        seen: Seen,
+        lines: Lines,
+        summary: Summary,
+        record: bool,
+        bar: Any,
+    ) -> None:
+        self._engine = engine
+        self._inputs = inputs
+        self._journal = journal
+        self._seen = seen
+        self._lines = lines
+        self._summary = summary
+        self._record = record
+        self._bar = bar
+        self._running: dict[str, tuple[int, BatchRequest]] = {}
+        self._samples = 0
+        self._prefix = f"batch-{secrets.token_hex(4)}-"  # apart from other callers' requests
+
+    def run(self, check: Callable[[], None]) -> None:
+        """Until every line has its answer in the journal, on the disk."""
+        started = time.monotonic()
+        feed = self._feed()
+        most = self._engine.config.max_num_seqs * 2  # keeps the step full, and memory flat
+        try:
+            following = next(feed, None)
+            while following is not None or self._running:
+                check()
+                while following is not None and self._samples < most and self._admit(*following):
+                    following = next(feed, None)
+                if self._running:
+                    for output in self._engine.step():
+                        self._take(output)
+                self._journal.sync_if_due()
+            self._journal.sync()
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            self._summary.seconds = time.monotonic() - started
+            if self._bar is not None:
+                self._bar.close()
+
+    def _end(self, error: BaseException) -> None:
+        """Leave nothing running, and keep what was answered where the journal still can."""
+        for request_id in self._running:
+            self._engine.abort(request_id)
+        if not (isinstance(error, BatchError) and error.code == NOT_WRITTEN):
+            self._journal.sync()
+
+    def _feed(self) -> Iterator[tuple[int, BatchRequest]]:
+        """Requests still to be answered: within a window shared beginnings together, the longest
+        group first. Bad lines are recorded on the way."""
+        for window in self._inputs.windows(lambda index: index not in self._seen):
+            groups: dict[str, list[tuple[str, int, BatchRequest]]] = {}
+            for index in window:
+                try:
+                    request = self._inputs.read(index)
+                except LineError as error:
+                    self._refuse(index, error.custom_id, str(error), error.field)
+                    continue
+                text = request.text
+                groups.setdefault(text[:_SHARED], []).append((text, index, request))
+            self._inputs.check_unchanged()
+            longest = sorted(groups.values(), key=lambda g: -max(len(text) for text, _, _ in g))
+            for group in longest:
+                for _, index, request in sorted(group, key=lambda entry: entry[:2]):
+                    yield index, request
+
+    def _admit(self, index: int, request: BatchRequest) -> bool:
+        """Hand a request to the engine, or record its refusal. False: later, the queue is full."""
+        params = request.params
+        if params.seed is None:
+            params = params.replace(seed=self._lines.seed(request.custom_id))
+        request_id = f"{self._prefix}{index}"
+        try:
+            prompt: str | Sequence[int] = request.prompt
+            if request.messages:
+                prompt = self._engine.render_chat(request.messages, **request.template)
+            self._engine.add_request(request_id, prompt, params, final_only=True)
+        except AdmissionError as error:
+            if error.code == "queue_full" and self._running:
+                return False
+            if error.code in _PASSING:
+                raise
+            self._refuse(index, request.custom_id, str(error), error.code)
+        except TemplateError as error:
+            self._refuse(index, request.custom_id, str(error), "messages")
+        except ValueError as error:  # ParameterError, and what the tokenizer refuses
+            field = str(getattr(error, "field", ""))
+            self._refuse(index, request.custom_id, str(error), field)
+        else:
+            self._running[request_id] = (index, request)
+            self._samples += params.num_samples
+        return True
+
+    def _take(self, output: RequestOutput) -> None:
+        if not output.finished or output.request_id not in self._running:
+            return
+        index, request = self._running.pop(output.request_id)
+        self._samples -= request.params.num_samples
+        reasons = {c.finish_reason for c in output.outputs}
+        if "abort" in reasons:
+            raise BatchError(BAD_REQUEST, f"{self._inputs.place(index)}: somebody aborted it")
+        status, usage = 200, output.usage
+        if "error" in reasons:
+            why = next((c.error for c in output.outputs if c.error), "the engine gave no reason")
+            if not self._record:
+                raise BatchError(BAD_REQUEST, f"{self._inputs.place(index)} failed: {why}")
+            status, line = 500, self._lines.failure(request.custom_id, why)
+        else:
+            line = self._lines.answer(request, output)
+        self._keep(
+            Result(
+                index,
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+                output.timings.total_s,
+                status,
+                line,
+            )
+        )
+
+    def _refuse(self, index: int, custom_id: str | None, why: str, field: str) -> None:
+        if not self._record:
+            raise BatchError(
+                BAD_REQUEST,
+                f"{self._inputs.place(index)}: {why}. What was answered before is kept; with "
+                "--on-error record such lines become errors of the output",
+            )
+        line = self._lines.refusal(custom_id, index, why, field)
+        self._keep(Result(index, 0, 0, 0, 0.0, 400, line))
+
+    def _keep(self, result: Result) -> None:
+        self._seen.note(result.index, self._journal.add(result))
+        self._summary.count(result)
+        if self._bar is not None:
+            s = self._summary
+            self._bar.set_postfix(
+                {"in": s.prompt_tokens, "out": s.completion_tokens, "cached": s.cached_tokens},
+                refresh=False,
+            )
+            self._bar.update()
+
+
+def _open(output: Path, restart: bool) -> Journal:
+    """Errors: BatchError where the output is there and no journal says that it is ours."""
+    if output.exists() and not restart and not journal_path(output).exists():
+        raise BatchError(
+            NOT_WRITTEN,
+            f"{output} is there already and has no journal: name another output, or --restart "
+            "overwrites it",
+        )
+    if output.is_dir():
+        raise BatchError(NOT_WRITTEN, f"{output} is a folder; name a file")
+    journal = Journal(journal_path(output), restart=restart)
+    if restart:
+        output.unlink(missing_ok=True)  # what lies there is of another batch now
+    return journal
+
+
+def _resume(journal: Journal, manifest: dict[str, Any], summary: Summary) -> Seen:
+    """Read what is done, or begin. Errors: BatchError."""
+    seen = Seen(summary.requests, journal.path)
+    old = journal.reader.manifest()
+    if old is None:
+        journal.begin(manifest)
+        return seen
+    manifests.check_same(journal.path, old, manifest)
+    for offset, result in journal.reader.results():
+        seen.note(result.index, offset)
+        summary.done_before += 1
+        summary.errors += result.status != 200
+    journal.go_on()
+    return seen
+
+
+def _write_output(output: Path, journal: Journal, seen: Seen) -> None:
+    """All answers in the input's order, under another name until they are all on the disk."""
+    fresh = output.with_name(output.name + ".new")
+    try:
+        with fresh.open("wb") as file:
+            for offset in seen.offsets:
+                file.write(journal.line(offset))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, output)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise not_written(output, error) from error
+    sync_folder(output.parent)
+
+
+def _progress_bar(summary: Summary) -> Any:
+    from tqdm import tqdm  # late: it costs a tenth of a cold start
+
+    return tqdm(total=summary.requests, initial=summary.done_before, desc="answering", unit="req")
+
+
+__all__ = ["BATCH_DEFAULTS", "EngineLike", "run"]

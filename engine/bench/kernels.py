@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,6 +47,7 @@ _COLUMNS = (
     Column("median_us", "median us", 1),
     Column("p99_us", "p99 us", 1),
     Column("gbs", "GB/s", 1),
+    Column("read_gbs", "read GB/s", 1),
     Column("gops", "GOP/s", 1),
     Column("share", "% of limit", 1),
     Column("limit", "limit"),
@@ -73,8 +74,7 @@ class Limits:
     f32: float
 
     @classmethod
-    def measured(cls, threads: int, num_bytes: int) -> Limits:
-        pool = _native.Pool(threads)
+    def measured(cls, pool: _native.Pool, num_bytes: int) -> Limits:
         dots = {kind: _native.probe_dots(pool, kind) for kind in ("int8", "bf16", "f32")}
         return cls(read=_native.probe_read(pool, num_bytes), **dots)
 
@@ -156,8 +156,9 @@ def _floats(name: str, *shape: int) -> RawWeight:
 def packed_row_bytes(weight: RawWeight, compact: bool) -> float:
     """What a row takes as the kernels read it, from the first ones."""
     rows = weight.rows(0, min(_ROWS, weight.shape[0]))
-    tiles = _native.pack(rows.format.name, rows.data.view(np.ndarray), *rows.shape, 1, compact)
-    return tiles.nbytes / rows.shape[0]
+    count, columns = rows.shape
+    data = rows.data.view(np.ndarray)
+    return _native.pack(rows.format.name, data, count, columns, 1, compact).nbytes / count
 
 
 def _linear(
@@ -237,13 +238,19 @@ def _timed_attention(
         handles = StepHandles.of(program)
         q = ops.embedding(program.weight("q", (tokens, width)), handles.token_ids)
         k = ops.embedding(program.weight("k", (tokens, kv_width)), handles.token_ids)
-        kv = {"num_kv_heads": kv_heads, "head_dim": head_dim}
         out = q
         for layer in range(layers):
-            written = ops.kv_write(k, k, layer=layer, **kv)
+            written = ops.kv_write(k, k, layer=layer, num_kv_heads=kv_heads, head_dim=head_dim)
             if with_it:
-                scale = head_dim**-0.5
-                out = ops.attention(q, written, layer=layer, num_heads=heads, scale=scale, **kv)
+                out = ops.attention(
+                    q,
+                    written,
+                    layer=layer,
+                    num_heads=heads,
+                    num_kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    scale=head_dim**-0.5,
+                )
         program.finish(ops.select_rows(out, handles.logit_rows))
         packed = {name: backend.pack(weight) for name, weight in tables.items()}
         return backend.lower(program, packed, cache)
@@ -322,7 +329,7 @@ def figures(work: Work, times: Times, limits: Limits) -> dict[str, Any]:
     cells |= {"median_us": seconds * 1e6, "p99_us": times.p99 * 1e6}
     least = {}
     if work.num_bytes:
-        cells["gbs"] = work.num_bytes / seconds / 1e9
+        cells |= {"gbs": work.num_bytes / seconds / 1e9, "read_gbs": limits.read / 1e9}
         least["read"] = work.num_bytes / limits.read
     if work.operations:
         cells["gops"] = work.operations / seconds / 1e9
@@ -335,9 +342,7 @@ def figures(work: Work, times: Times, limits: Limits) -> dict[str, Any]:
     share = 100 * least[limit] / seconds
     cells["limit"] = limit
     if share > _TRUE:
-        return cells | {
-            "note": f"{share:.0f}% of {limit}: the limit was measured in a worse moment"
-        }
+        return cells | {"note": f"{share:.0f}% of {limit}, measured in a worse moment"}
     return cells | {"share": share}
 
 
@@ -356,14 +361,19 @@ def run(
     """Measure, print the table, write what has a path."""
     used = threads or _native.usable_cores()
     cold = cold or cold_bytes()
-    limits = Limits.measured(used, cold)
+    pool = _native.Pool(used)
+    limits = Limits.measured(pool, cold)
+    before = limits.read  # memory's speed changes within seconds on a shared machine
     todo = list(works(used, shapes, tokens, formats, contexts, cold))
     budget = Budget(60 * minutes)
     rows = []
     for index, work in enumerate(todo):
         print(f"\r{index + 1}/{len(todo)} {work.operation} {work.format:<6}", end="", file=say)
         allowance = min(2.0, budget.share(len(todo) - index) / 2)
-        rows.append(figures(work, work.times(allowance), limits))
+        times = work.times(allowance)
+        after = _native.probe_read(pool, cold)
+        rows.append(figures(work, times, replace(limits, read=max(before, after))))
+        before = after
     print(file=say)
     table = Table("Kernels", _COLUMNS, rows)
     print(f"{limits.table().markdown()}\n\n{table.markdown()}")

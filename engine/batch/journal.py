@@ -56,7 +56,9 @@ class Result:
         """Errors: ValueError."""
         if payload[:1] != b"R" or len(payload) < 1 + _RESULT.size:
             raise ValueError(f"{len(payload)} bytes of kind {payload[:1]!r} are no result")
-        return cls(*_RESULT.unpack_from(payload, 1), payload[1 + _RESULT.size :])
+        index, prompt, completion, cached, seconds, status = _RESULT.unpack_from(payload, 1)
+        line = payload[1 + _RESULT.size :]
+        return cls(index, prompt, completion, cached, seconds, status, line)
 
 
 def journal_path(output: Path) -> Path:

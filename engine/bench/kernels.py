@@ -74,7 +74,8 @@ class Limits:
     f32: float
 
     @classmethod
-    def measured(cls, pool: _native.Pool, num_bytes: int) -> Limits:
+    def measured(cls, threads: int, num_bytes: int) -> Limits:
+        pool = _native.Pool(threads)
         dots = {kind: _native.probe_dots(pool, kind) for kind in ("int8", "bf16", "f32")}
         return cls(read=_native.probe_read(pool, num_bytes), **dots)
 
@@ -361,8 +362,7 @@ def run(
     """Measure, print the table, write what has a path."""
     used = threads or _native.usable_cores()
     cold = cold or cold_bytes()
-    pool = _native.Pool(used)
-    limits = Limits.measured(pool, cold)
+    limits = Limits.measured(used, cold)
     before = limits.read  # memory's speed changes within seconds on a shared machine
     todo = list(works(used, shapes, tokens, formats, contexts, cold))
     budget = Budget(60 * minutes)
@@ -371,7 +371,7 @@ def run(
         print(f"\r{index + 1}/{len(todo)} {work.operation} {work.format:<6}", end="", file=say)
         allowance = min(2.0, budget.share(len(todo) - index) / 2)
         times = work.times(allowance)
-        after = _native.probe_read(pool, cold)
+        after = _native.probe_read(_native.Pool(used), cold)  # its threads end with it
         rows.append(figures(work, times, replace(limits, read=max(before, after))))
         before = after
     print(file=say)

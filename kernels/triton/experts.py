@@ -439,11 +439,11 @@ def most_tiles(num_pairs: int, num_experts: int, tokens: int) -> int:
 def tokens_of(num_pairs: int, num_experts: int, weight: Matrix) -> int:
     """Width of a tile: twice an even share, since some experts are taken more often than others.
 
-    With minimums too, the widest runs out of registers on sm_80.
+    With minimums too, tiles wider than 32 run out of registers.
     """
     tokens = linear.tokens_of(triton.cdiv(2 * num_pairs, num_experts), weight)
     minimums = isinstance(weight, QuantisedMatrix) and weight.layout.minimum
-    return min(tokens, TOKENS[-2]) if minimums else tokens
+    return min(tokens, TOKENS[1]) if minimums else tokens
 
 
 def expert_linear(

@@ -470,7 +470,7 @@ def configurations() -> Iterator[Configuration]:
         _linear("float32", 16),
         *(_quantised(fmt, "bfloat16", 16) for fmt in LAYOUTS),
         *(_quantised(fmt, "bfloat16", 128) for fmt in ("Q4_0", "Q8_0", "INT8")),
-        *(_quantised(fmt, "bfloat16", 64) for fmt in ("Q4_1", "Q4_K", "Q5_1")),
+        *(_quantised(fmt, "bfloat16", 32) for fmt in ("Q4_1", "Q4_K", "Q5_1")),
         *(_quantised("INT8", "bfloat16", tokens, activations="int8") for tokens in (16, 128)),
         _quantised("FP8", "bfloat16", 128, activations="fp8"),
     ):

@@ -293,8 +293,8 @@ class Engine:
         return samples
 
     def _token_text(self, token_id: int) -> str:
-        known = token_id < self.tokenizer.vocab_size
-        return self.tokenizer.token_text(token_id) if known else ""
+        """What a token alone adds to a text; a part of a character shows as U+FFFD."""
+        return self._pieces[token_id].decode("utf-8", "replace")
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each bad word as token ids, at the start of a text and after a space (vLLM's rule)."""

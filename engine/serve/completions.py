@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -158,6 +159,11 @@ async def _together(
     streams: Sequence[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of several requests as they come, with their index. One's failure ends all."""
+    if len(streams) == 1:  # no task for each token
+        async with contextlib.aclosing(streams[0]) as alone:
+            async for output in alone:
+                yield 0, output
+        return
     waiting: dict[asyncio.Future[RequestOutput], int] = {}
 
     def ask(index: int) -> None:

@@ -118,6 +118,7 @@ class Runner:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )

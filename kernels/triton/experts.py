@@ -439,11 +439,12 @@ def most_tiles(num_pairs: int, num_experts: int, tokens: int) -> int:
 def tokens_of(num_pairs: int, num_experts: int, weight: Matrix) -> int:
     """Width of a tile: twice an even share, since some experts are taken more often than others.
 
-    With minimums too, tiles wider than 32 run out of registers.
+    With minimums, tiles wider than 32 run out of registers; in floats, those wider than 64.
     """
     tokens = linear.tokens_of(triton.cdiv(2 * num_pairs, num_experts), weight)
-    minimums = isinstance(weight, QuantisedMatrix) and weight.layout.minimum
-    return min(tokens, TOKENS[1]) if minimums else tokens
+    if not isinstance(weight, QuantisedMatrix):
+        return min(tokens, TOKENS[2])
+    return min(tokens, TOKENS[1]) if weight.layout.minimum else tokens
 
 
 def expert_linear(

@@ -474,9 +474,12 @@ def most_tokens(amd: bool) -> int:
 
 
 def tokens_of(num_tokens: int, weight: Matrix) -> int:
-    """Width of the tile that serves so many tokens; NF4's wider ones run out of registers."""
-    nf4 = isinstance(weight, QuantisedMatrix) and weight.layout.kind == "nf4"
-    most = TOKENS[1] if nf4 else most_tokens(amd=torch.version.hip is not None)
+    """Width of the tile that serves so many tokens.
+
+    A step over planes of more than 32 codes is long: its wider tiles run out of registers.
+    """
+    long = isinstance(weight, QuantisedMatrix) and weight.layout.has_long_planes
+    most = TOKENS[1] if long else most_tokens(amd=torch.version.hip is not None)
     return min(next((width for width in TOKENS if num_tokens <= width), most), most)
 
 

@@ -79,6 +79,11 @@ class Layout:
         fields = (2 if self.minimum else 1) * (1 if self.per_row else self.groups(K))
         return self.width(K) * self.bits // 8 + fields * self.scale_dtype.itemsize
 
+    @property
+    def has_long_planes(self) -> bool:
+        """More than 32 codes of 4 bits in a group, and so in a plane."""
+        return self.bits == 4 and self.group > 32
+
     def multiplies(self, activations: str) -> bool:
         """Whether kernels multiply these codes by "int8" or "fp8" activations."""
         if activations == "int8":

@@ -453,7 +453,12 @@ def configurations() -> Iterator[Configuration]:
     yield _linear("float32", 16)
     yield _linear("float32", 128)
     for fmt, layout in LAYOUTS.items():
-        several = {"Q4_0": linear.TOKENS, "Q8_0": linear.TOKENS, "NF4": (16, 32)}
+        several = {
+            "Q4_0": linear.TOKENS,
+            "Q8_0": linear.TOKENS,
+            "NF4": (16, 32),
+            "I4G128": (16, 32),
+        }
         for tokens in several.get(fmt, (16, 128)):
             yield _quantised(fmt, "bfloat16", tokens)
         for activations in filter(layout.multiplies, ("int8", "fp8")):
@@ -464,7 +469,7 @@ def configurations() -> Iterator[Configuration]:
     yield _quantised("Q4_0", "bfloat16", 16, K=576)
     yield _quantised("Q4_1", "float32", 16)
     for layer in (
-        *(_linear("bfloat16", tokens) for tokens in linear.TOKENS),
+        *(_linear("bfloat16", tokens) for tokens in linear.TOKENS[:3]),
         _linear("bfloat16", 64, "silu_mul"),
         _linear("float16", 16),
         _linear("float32", 16),

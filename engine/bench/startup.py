@@ -18,6 +18,7 @@ from .model import LEAD, Subject, publish, rounds, spread, spread_columns
 from .tables import Column, Table
 from .timing import Repeats
 
+_WRITES_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # whatever stands in this process's environment
 _COMPILED, _COLD = "compiled", "cold"  # what stands in the column of modules
 _COLUMNS = (*LEAD, Column("modules", "modules"), *spread_columns("first", "first token"))
 
@@ -36,7 +37,7 @@ def first_token(command: Sequence[str], *, cold: bool) -> float:
     Errors: subprocess.CalledProcessError.
     """
     with tempfile.TemporaryDirectory() as empty:
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {**os.environ, **_WRITES_COMPILED}
         if cold:
             environment["PYTHONPYCACHEPREFIX"] = empty
         start = time.perf_counter()
@@ -57,7 +58,8 @@ def run(config: EngineConfig, *, repeats: Repeats, paths: Mapping[str, str | Non
     """
     subject, start = Subject.of(config), command(config)
     # Once for the prompt's length; it also leaves compiled modules behind.
-    tried = subprocess.run([*start, "--json"], stdout=subprocess.PIPE, check=False)
+    environment = {**os.environ, **_WRITES_COMPILED}
+    tried = subprocess.run([*start, "--json"], stdout=subprocess.PIPE, env=environment, check=False)
     if tried.returncode:
         return tried.returncode
     input_len = json.loads(tried.stdout)["usage"]["prompt_tokens"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ import numpy as np
 import pytest
 
 from engineroom.engine.bench import latency, startup, throughput
-from engineroom.engine.bench.model import Subject, arrivals
+from engineroom.engine.bench.model import Subject, arrivals, rounds
+from engineroom.engine.bench.timing import Repeats
 from engineroom.engine.cli import main
 from engineroom.engine.config import EngineConfig
 from engineroom.engine.engine import Engine
@@ -69,6 +74,17 @@ def test_every_token_is_seen_when_it_comes(model: Path) -> None:
         engine.close()
 
 
+def test_rounds_that_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert rounds("x", Repeats(2, 3), partial(next, iter(range(9)))) == [2, 3, 4]
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "x: 1 of 5" in said and "x: 5 of 5" in said
+
+
 def test_latency(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = ("--input-len", "4,20", "--output-len", "1,3")
     facts, table = rows(tmp_path, "latency", str(model), *lengths, *FEW)
@@ -99,13 +115,34 @@ def test_throughput(model: Path, tmp_path: Path) -> None:
     assert facts["options"]["max_num_seqs"] == 5 and facts["backend"]["backend"] == "cpu"
 
 
-def test_startup(model: Path, tmp_path: Path) -> None:
+def test_startup(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def recorded(command: list[str], *, cold: bool) -> float:
+        starts.append(cold)
+        return first_token(command, cold=cold)
+
+    first_token = startup.first_token
+    monkeypatch.setattr(startup, "first_token", recorded)
     once = ("--warmup", "0", "--repetitions", "1", "--threads", "1")
     _, table = rows(tmp_path, "startup", str(model), *once)
     compiled, cold = table
     assert (compiled["modules"], cold["modules"]) == ("compiled", "cold")
     assert compiled["input_len"] > 0 and compiled["output_len"] == 1
-    assert 0 < compiled["first_median_ms"] < cold["first_median_ms"]
+    assert compiled["first_median_ms"] > 0 and cold["first_median_ms"] > 0
+    assert starts == [False, True]
+
+
+def test_a_cold_start_finds_no_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    code = (
+        "import os, sys, importlib.util as u; there = u.find_spec('argparse').cached; "
+        "sys.exit(not there.startswith(sys.pycache_prefix or '-') or os.path.exists(there))"
+    )
+    bare = [sys.executable, "-S", "-c", code]
+    startup.first_token(bare, cold=True)
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.first_token(bare, cold=False)
 
 
 def test_a_process_that_fails_says_why(

@@ -469,7 +469,9 @@ _COMMANDS = {
     ),
     "doctor": _Command("This machine, the backends, and a self-check", _configure_doctor, _doctor),
     "models": _Command("Short names and supported architectures", _configure_models, _models),
-    "bench": _Command("Measure kernels beside what this machine allows", _configure_bench, _bench),
+    "bench": _Command(
+        "Measure a model, or kernels beside what this machine allows", _configure_bench, _bench
+    ),
 }
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...kernels.backend import BackendUnavailable, choose
+from ..config import EngineConfig
+from ..tools.options import add_engine_flags, engine_config
+from .timing import Repeats
 
 _INTERPRETED = "TRITON_INTERPRET"
 
@@ -51,6 +54,15 @@ def _minutes(text: str) -> float:
     if not 0 < value <= 24 * 60:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
     return value
+
+
+def _file_flags(parser: argparse.ArgumentParser) -> None:
+    for kind in ("json", "csv", "md"):
+        parser.add_argument(f"--{kind}", metavar="PATH", help=f"write the tables as {kind}")
+
+
+def _files(args: argparse.Namespace) -> dict[str, str | None]:
+    return {"json": args.json, "csv": args.csv, "md": args.md}
 
 
 # --------------------------------------------------------------------------------------------- gpu
@@ -115,19 +127,19 @@ def _shape(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not KxN such as 4096x14336, K a multiple of 32")
 
 
-def _tokens(text: str) -> int:
+def _whole(text: str) -> int:
     if text.isdecimal() and 0 < int(text) <= 65536:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens from 1 to 65536")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 65536")
 
 
 def _configure_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", type=_shape, action="append", metavar="KxN", help="of a linear layer"
     )
-    parser.add_argument("--tokens", type=_tokens, action="append", metavar="M", help="rows at once")
+    parser.add_argument("--tokens", type=_whole, action="append", metavar="M", help="rows at once")
     parser.add_argument("--format", action="append", metavar="NAME", help="of the weights")
-    parser.add_argument("--threads", type=_tokens, metavar="N", help="default: the cores here")
+    parser.add_argument("--threads", type=_whole, metavar="N", help="default: the cores here")
     parser.add_argument(
         "--minutes",
         type=_minutes,
@@ -135,8 +147,7 @@ def _configure_kernels(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="time to stay within; less means fewer repetitions (default: %(default)s)",
     )
-    for kind in ("json", "csv", "md"):
-        parser.add_argument(f"--{kind}", metavar="PATH", help=f"write the tables as {kind}")
+    _file_flags(parser)
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -151,12 +162,119 @@ def _kernels(args: argparse.Namespace) -> int:
         shapes=args.shape or kernels.SHAPES,
         tokens=args.tokens or kernels.TOKENS,
         formats=args.format or kernels.FORMATS_TIMED,
-        paths={"json": args.json, "csv": args.csv, "md": args.md},
+        paths=_files(args),
     )
     return status
 
 
+# ------------------------------------------------------------------------------------ whole models
+
+
+def _wholes(text: str) -> list[int]:
+    return [_whole(part) for part in text.split(",")]
+
+
+def _rounds(text: str) -> int:
+    return 0 if text == "0" else _whole(text)
+
+
+def _model_flags(parser: argparse.ArgumentParser, *, warmup: int, repetitions: int) -> None:
+    parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
+    parser.add_argument(
+        "--warmup",
+        type=_rounds,
+        default=warmup,
+        metavar="N",
+        help="rounds of each row that are not counted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=_whole,
+        default=repetitions,
+        metavar="N",
+        help="rounds of each row that are counted (default: %(default)s)",
+    )
+    _file_flags(parser)
+    add_engine_flags(parser)
+
+
+def _list_flag(parser: argparse.ArgumentParser, name: str, default: str, what: str) -> None:
+    parser.add_argument(
+        name,
+        type=_wholes,
+        default=default,
+        metavar="N,N",
+        help=f"{what}, each measured (default: %(default)s)",
+    )
+
+
+def _configure_latency(parser: argparse.ArgumentParser) -> None:
+    _list_flag(parser, "--input-len", "16,512", "random tokens of the prompt")
+    _list_flag(parser, "--output-len", "128", "tokens of the answer")
+    _model_flags(parser, warmup=2, repetitions=10)
+
+
+def _configure_throughput(parser: argparse.ArgumentParser) -> None:
+    _list_flag(parser, "--requests", "8,32", "requests that come at once")
+    _list_flag(parser, "--input-len", "128", "random tokens of each prompt")
+    _list_flag(parser, "--output-len", "128", "tokens of each answer")
+    _model_flags(parser, warmup=1, repetitions=3)
+
+
+def _configure_startup(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser, warmup=1, repetitions=5)
+
+
+def _offline(args: argparse.Namespace, requests: int) -> EngineConfig:
+    """Room for the longest row and no more, and nothing kept from one round to the next."""
+    return engine_config(
+        args,
+        args.model,
+        max_model_len=max(args.input_len) + max(args.output_len),
+        max_num_seqs=requests,
+        max_waiting=max(requests, EngineConfig.max_waiting),
+        enable_prefix_caching=False,
+    )
+
+
+def _latency(args: argparse.Namespace) -> int:
+    config = _offline(args, 1)
+    return _measured(args, config, inputs=args.input_len, outputs=args.output_len)
+
+
+def _throughput(args: argparse.Namespace) -> int:
+    return _measured(
+        args,
+        _offline(args, max(args.requests)),
+        requests=args.requests,
+        inputs=args.input_len,
+        outputs=args.output_len,
+    )
+
+
+def _startup(args: argparse.Namespace) -> int:
+    return _measured(args, engine_config(args, args.model))
+
+
+def _measured(args: argparse.Namespace, config: EngineConfig, **sizes: Sequence[int]) -> int:
+    bench = importlib.import_module(f"{__package__}.{args.bench}")
+    repeats = Repeats(args.warmup, args.repetitions)
+    status: int = bench.run(config, repeats=repeats, paths=_files(args), **sizes)
+    return status
+
+
 BENCHES = {
+    "latency": Bench(
+        "One stream alone: first token, between tokens, end to end", _configure_latency, _latency
+    ),
+    "throughput": Bench(
+        "Requests that come at once: tokens and requests a second",
+        _configure_throughput,
+        _throughput,
+    ),
+    "startup": Bench(
+        "From the start of a process to its first token", _configure_startup, _startup
+    ),
     "kernels": Bench(
         "Each operation on the CPU beside what this machine allows", _configure_kernels, _kernels
     ),

@@ -5,9 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FEWEST = 3  # repetitions of a row, however little time is left
 MOST = 200
+
+
+class Repeats(NamedTuple):
+    """Rounds that are not counted, and rounds that are."""
+
+    warmup: int
+    counted: int
 
 
 @dataclass(frozen=True)

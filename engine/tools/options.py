@@ -252,6 +252,27 @@ def engine_config(args: argparse.Namespace, model: str, **defaults: Any) -> Engi
     return EngineConfig.from_options(model, {**defaults, **_given(args, names)})
 
 
+def changed_options(config: EngineConfig) -> dict[str, Any]:
+    """The options, of those that have a flag, that are not at their default."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _NO_FLAG and getattr(config, field.name) != field.default
+    }
+
+
+def engine_arguments(config: EngineConfig) -> list[str]:
+    """Flags from which `engine_config` makes the same options again."""
+    arguments = []
+    for name, value in changed_options(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments.append(f"--{flag}={value}")
+    return arguments
+
+
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
@@ -265,7 +286,9 @@ __all__ = [
     "add_engine_flags",
     "add_sampling_flags",
     "add_serve_flags",
+    "changed_options",
     "count",
+    "engine_arguments",
     "engine_config",
     "sampling_params",
     "serve_config",

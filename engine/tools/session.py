@@ -81,14 +81,15 @@ class Session:
                     if output.request_id == request_id:
                         finished = output.finished
                         yield output
-                        _raise_failure(output)
+                        raise_failure(output)
         finally:
             if not finished:  # the caller left the loop
                 self.engine.abort(request_id)
                 self.engine.step()
 
 
-def _raise_failure(output: RequestOutput) -> None:
+def raise_failure(output: RequestOutput) -> None:
+    """Errors: RequestFailed where the engine ended the request with an error."""
     for completion in output.outputs:
         if completion.finish_reason == "error":
             raise RequestFailed(completion.error or "the engine gave no reason")
@@ -112,4 +113,4 @@ def ctrl_c(action: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-__all__ = ["EngineLike", "RequestFailed", "Session", "ctrl_c", "open_engine"]
+__all__ = ["EngineLike", "RequestFailed", "Session", "ctrl_c", "open_engine", "raise_failure"]

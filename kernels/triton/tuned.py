@@ -128,6 +128,9 @@ def parse(text: str, name: str) -> tuple[dict[Key, Options], str]:
             f"{name} has schema {table['schema']!r}, and {SCHEMA!r} is read here; write it again "
             "with `engineroom bench kernels --tune`"
         )
+    for field in ("rows", "cublas"):
+        if not isinstance(table[field], list):
+            raise ValueError(f"{name}: {field} is {table[field]!r}, and has to be a list")
     rows: dict[Key, Options] = {}
     for number, row in enumerate(table["rows"]):
         where = f"{name}, row {number}"
@@ -144,7 +147,7 @@ def parse(text: str, name: str) -> tuple[dict[Key, Options], str]:
     return rows, table["triton"]
 
 
-def text(card: str, rows: Mapping[Key, Options], cublas: list[dict[str, Any]]) -> str:
+def render(card: str, rows: Mapping[Key, Options], cublas: list[dict[str, Any]]) -> str:
     """A table as `parse` reads it, in one order whatever order rows were found in.
 
     cublas: of 16-bit weights of exactly that shape, whether cuBLAS gives a row the same bits in

@@ -30,7 +30,7 @@ CUBLAS = {
 
 
 def a_table(**changes: Any) -> dict[str, Any]:
-    return json.loads(tuned.text("a card", {KEY: Options(8, 5)}, [CUBLAS])) | changes
+    return json.loads(tuned.render("a card", {KEY: Options(8, 5)}, [CUBLAS])) | changes
 
 
 def a_row(**changes: Any) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any]) 
 def test_a_table_is_read_as_it_was_written() -> None:
     other = KEY._replace(weight="bfloat16", x="bfloat16", tokens=128)
     rows = {KEY: Options(8, 5), other: Options(4, 2)}
-    text = tuned.text("a card", rows, [CUBLAS])
+    text = tuned.render("a card", rows, [CUBLAS])
     assert tuned.parse(text, "t") == (rows, triton.__version__)
-    assert tuned.text("a card", dict(reversed(rows.items())), [CUBLAS]) == text
+    assert tuned.render("a card", dict(reversed(rows.items())), [CUBLAS]) == text
     assert tuned.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
     assert tuned._MAY_BE["tokens"] == linear.TOKENS
 
@@ -56,6 +56,7 @@ def test_a_table_is_read_as_it_was_written() -> None:
     ("table", "says"),
     [
         (a_table(schema="engineroom.tuned/0"), "schema 'engineroom.tuned/0'"),
+        (a_table(rows=5), "rows is 5"),
         (a_table(more=1), r"unknown keys \['more'\]"),
         # What would decide the order of additions.
         (a_table(rows=[a_row(step=128)]), r"row 0 has unknown keys \['step'\]"),

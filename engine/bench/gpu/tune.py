@@ -23,7 +23,7 @@ from ....kernels.backend import BackendUnavailable
 from ....kernels.triton import device as dev
 from ....kernels.triton import linear
 from ....kernels.triton.quantised import FLOATS, FloatMatrix, Matrix
-from ....kernels.triton.tuned import UNTUNED, WARPS, Key, Options, Tuned, file_name, text
+from ....kernels.triton.tuned import UNTUNED, WARPS, Key, Options, Tuned, file_name, render
 from ....kernels.weights import Format
 from ..timing import Budget
 from . import launches
@@ -37,6 +37,7 @@ CANDIDATES = tuple(Options(warps, stages) for warps in WARPS for stages in (2, 3
 FORMATS = ("BF16", "Q4_0", "Q4_K", "Q8_0", "INT8", "INT4", "FP8", "NF4")
 _REHEARSED = ("F16", "NF4")  # the interpreter's bf16 arithmetic is wrong
 _WORTH = 0.97  # of the default's time, at most, for a row to be written
+_TILES = 4  # of the widest, which serves prompts too; the others are timed alone
 _TOKENS = (1, 2, 3, 8, 16, 17, 64, 128, 256, 512, 1024)  # that cuBLAS is given
 _REHEARSED_TOKENS = (1, 3, 17)
 
@@ -91,8 +92,9 @@ def run(
         launched = len(widths) * (len(CANDIDATES) + 1)
         allowance = budget.share((len(works) - done) * launched)
         for tokens in widths:
-            x = torch.randn(tokens, work.columns, device=card.device).to(dtype)
-            best = _best(card, x, matrices, allowance)
+            count = tokens * (_TILES if tokens == widths[-1] else 1)
+            x = torch.randn(count, work.columns, device=card.device).to(dtype)
+            best = _best(card, x, tokens, matrices, allowance)
             if best is not None:
                 rows[Key.of(matrices[0], dtype, tokens)] = best
             chosen = (
@@ -106,7 +108,7 @@ def run(
         card.free()
     path = Path(output or file_name(dev.card()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text(dev.card(), rows, cublas), "utf-8")
+    path.write_text(render(dev.card(), rows, cublas), "utf-8")
     print(f"{path}: {len(rows)} rows")
     return 0
 
@@ -138,14 +140,15 @@ def _works(formats: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[Wo
 def _best(
     card: Card,
     x: torch.Tensor,
+    tokens: int,
     matrices: Sequence[Matrix],
     allowance: float,
 ) -> Options | None:
-    """The fastest configuration for tiles as wide as x, or None where the default serves as well.
+    """The fastest configuration for x in tiles of `tokens`, or None where the default serves as well.
 
     In a rehearsal, where there are no times, the first that is allowed.
     """
-    key = Key.of(matrices[0], x.dtype, len(x))
+    key = Key.of(matrices[0], x.dtype, tokens)
     out = torch.empty(len(x), matrices[0].shape[0], device=x.device, dtype=x.dtype)
 
     def measured(tuned: Tuned) -> tuple[torch.Tensor, float | None]:
@@ -176,7 +179,7 @@ def _best(
 def _cublas(
     card: Card, matrices: Sequence[Matrix], counts: Sequence[int], allowance: float
 ) -> dict[str, Any]:
-    """What tuned.text records of torch's product of x and such a weight, for x of `counts` rows."""
+    """What tuned.render is given of torch's product of x and such a weight, for x of `counts` rows."""
     weights = [m.data for m in matrices if isinstance(m, FloatMatrix)]
     (rows, columns), dtype = weights[0].shape, weights[0].dtype
     x = torch.randn(counts[-1], columns, device=card.device).to(dtype)

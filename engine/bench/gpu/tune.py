@@ -144,7 +144,7 @@ def _best(
     matrices: Sequence[Matrix],
     allowance: float,
 ) -> Options | None:
-    """The fastest configuration for x in tiles of `tokens`, or None where the default serves as well.
+    """The fastest configuration for x in tiles of `tokens`; None where the default serves as well.
 
     In a rehearsal, where there are no times, the first that is allowed.
     """
@@ -179,7 +179,7 @@ def _best(
 def _cublas(
     card: Card, matrices: Sequence[Matrix], counts: Sequence[int], allowance: float
 ) -> dict[str, Any]:
-    """What tuned.render is given of torch's product of x and such a weight, for x of `counts` rows."""
+    """What tuned.render is told of torch's product, of `counts` rows with such a weight."""
     weights = [m.data for m in matrices if isinstance(m, FloatMatrix)]
     (rows, columns), dtype = weights[0].shape, weights[0].dtype
     x = torch.randn(counts[-1], columns, device=card.device).to(dtype)

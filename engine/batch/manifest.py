@@ -18,6 +18,7 @@ from .inputs import Inputs
 _FORMAT = 1
 # Options that decide bits. Others (threads, batch sizes, blocks, memory) decide speed alone.
 _DECIDING = ("dtype", "quantization", "activations", "kv_cache_dtype")
+_SPEED_ALONE = ("threads", "tuned")  # of what a backend says of itself
 # What stands beside a folder's weights and decides how text becomes tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "config.json")
 
@@ -33,7 +34,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         "tokenizer": _tokenizer(loaded.checkpoint.path),
         "template": None if template is None else _sha256(template.source.encode()),
         "context": loaded.memory.max_model_len,
-        "backend": {name: text for name, text in described.items() if name != "threads"},
+        "backend": {name: text for name, text in described.items() if name not in _SPEED_ALONE},
         **{name: getattr(loaded.config, name) for name in _DECIDING},
     }
 

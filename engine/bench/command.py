@@ -93,16 +93,21 @@ def _configure_gpu(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _gpu(args: argparse.Namespace) -> int:
+def _need_card(rehearsal: bool) -> None:
+    """Errors: BackendUnavailable where there is no card, or for a rehearsal no interpreter."""
     choice = choose("cuda")
     interpreted = "interpreter" in choice.reason
-    if args.rehearsal != interpreted:
+    if rehearsal != interpreted:
         raise BackendUnavailable(
             f"--rehearsal runs on Triton's interpreter: set {_INTERPRETED}=1"
-            if args.rehearsal
+            if rehearsal
             else f"{_INTERPRETED} is set, so nothing would run on a card; unset it, or try the "
             "command with --rehearsal"
         )
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    _need_card(args.rehearsal)
     report = importlib.import_module(f"{__package__}.gpu.report")
     status: int = report.run(
         report=args.report,
@@ -115,6 +120,9 @@ def _gpu(args: argparse.Namespace) -> int:
 
 
 # ----------------------------------------------------------------------------------------- kernels
+
+
+_TABLES = ("json", "csv", "md")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -148,15 +156,44 @@ def _configure_kernels(parser: argparse.ArgumentParser) -> None:
         help="time to stay within; less means fewer repetitions (default: %(default)s)",
     )
     _file_flags(parser)
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="on a GPU instead: write the table of this card's launch options of linear layers",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="with --tune: the table (default: CARD.json)"
+    )
+    parser.add_argument(
+        "--rehearsal",
+        action="store_true",
+        help=f"with --tune and {_INTERPRETED}=1: tiny shapes on the CPU; no times",
+    )
 
 
 def _kernels(args: argparse.Namespace) -> int:
+    alone = ("output", "rehearsal") if not args.tune else ("tokens", "threads", *_TABLES)
+    if idle := [name for name in alone if getattr(args, name)]:
+        raise BackendUnavailable(
+            f"--{idle[0]} is for a run {'without' if args.tune else 'with'} --tune; leave it out"
+        )
+    if args.tune:
+        _need_card(args.rehearsal)
+        tune = importlib.import_module(f"{__package__}.gpu.tune")
+        status: int = tune.run(
+            minutes=args.minutes,
+            output=args.output,
+            shapes=args.shape,
+            formats=args.format,
+            rehearsal=args.rehearsal,
+        )
+        return status
     kernels = importlib.import_module(f"{__package__}.kernels")
     unknown = [name for name in args.format or () if name not in kernels.FORMATS_TIMED]
     if unknown:
         known = ", ".join(kernels.FORMATS_TIMED)
         raise BackendUnavailable(f"--format {unknown[0]} is not timed here; known: {known}")
-    status: int = kernels.run(
+    status = kernels.run(
         minutes=args.minutes,
         threads=args.threads,
         shapes=args.shape or kernels.SHAPES,

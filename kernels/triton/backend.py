@@ -16,6 +16,7 @@ from .executor import TritonExecutable, mixtures, shape_of, table_of
 from .lower import ALIGN, lower
 from .numerics import TORCH_DTYPES
 from .quantised import FLOATS, LAYOUTS, form, packed_bytes
+from .tuned import load
 from .weights import TritonWeight
 
 # What an option of that name puts in place of the activations that multiply quantised weights.
@@ -32,8 +33,8 @@ class TritonBackend:
     "auto" or "float32" for the activations themselves, "int8" or "fp8" for 8 bits with one scale
     per token.
 
-    Errors: ValueError for a dtype or a number of threads that does not exist; BackendUnavailable
-    for fp8 on a card that has none.
+    Errors: ValueError for a dtype or a number of threads that does not exist, or a tuned table that
+    is not one; BackendUnavailable for fp8 on a card that has none.
     """
 
     name = "triton"
@@ -65,6 +66,7 @@ class TritonBackend:
         self._dtype = activation_dtype
         self._activations = ACTIVATIONS[activations]
         self._device = dev.device()
+        self._tuned = load(dev.card())
         self._pool = _native.Pool(threads or _native.usable_cores())
 
     def pack(self, weight: RawWeight | WeightGroup) -> TritonWeight:
@@ -186,7 +188,9 @@ class TritonBackend:
         """
         self._check_products(program, weights)
         dtype = TORCH_DTYPES[self._dtype]
-        return TritonExecutable(program, weights, kv, dtype, self._device, self._activations)
+        return TritonExecutable(
+            program, weights, kv, dtype, self._device, self._activations, self._tuned
+        )
 
     def sampler(self, vocab_size: int) -> sampling.TritonSampler:
         """The sampling program, on the device; on the host for logits that a processor changed."""
@@ -213,5 +217,6 @@ class TritonBackend:
             ),
             "activations": self._dtype,
             "sampling": "on the device",
+            "tuned": self._tuned.source,
             **dev.describe(),
         }

@@ -75,7 +75,11 @@ def free_bytes() -> int | None:
     return None if interpreted() else int(torch.cuda.mem_get_info()[0])
 
 
+def card() -> str:
+    """The device's name."""
+    return "Triton's interpreter on the CPU" if interpreted() else torch.cuda.get_device_name()
+
+
 def describe() -> dict[str, str]:
     """The device and the packages."""
-    name = "Triton's interpreter on the CPU" if interpreted() else torch.cuda.get_device_name()
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    return {"device": card(), "torch": torch.__version__, "triton": triton.__version__}

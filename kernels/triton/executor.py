@@ -19,6 +19,7 @@ from .device import event, loads_ahead
 from .graphs import Graphs, Record, Work, buckets, cuda_record, padded
 from .lower import ALIGN, OPERATIONS, Lowered, Node, Place, lower
 from .quantised import Matrix, form, pack, vector
+from .tuned import UNTUNED, Tuned
 from .weights import TritonWeight
 
 _Launch = Callable[["_Step"], None]
@@ -113,6 +114,7 @@ class TritonExecutable:
         dtype: torch.dtype,
         device: torch.device,
         activations: str = "",
+        tuned: Tuned = UNTUNED,
     ) -> None:
         check_program("Triton", program, weights, kv.spec if kv else None, OPERATIONS)
         self._lowered = lower(program, dtype.itemsize)
@@ -120,6 +122,7 @@ class TritonExecutable:
         self._dtype = dtype
         self._device = device
         self._activations = activations  # of quantised weights; see quantised.pack
+        self._tuned = tuned
         self._upload = Upload(device)
         self._recorded_upload = Upload(device)  # of the steps that were recorded
         self._graphs: Graphs | None = None
@@ -598,6 +601,7 @@ class _Binder:
             after=after,
             other=other,
             scratch=owner.sums(),
+            tuned=owner._tuned,
         )
 
 

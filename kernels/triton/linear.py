@@ -34,6 +34,7 @@ import triton.language as tl
 from ..weights import NF4_CODEBOOK
 from .numerics import OPTIONS, gated
 from .quantised import LAYOUTS, FloatMatrix, Layout, Matrix, QuantisedMatrix
+from .tuned import UNTUNED, Tuned
 
 ROWS = 64  # of the weight, in one program: the height of a warpgroup's instruction
 TOKENS = (16, 32, 64, 128)  # widths of a tile of tokens
@@ -584,12 +585,13 @@ def launch(
     after: str = "",
     other: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    tuned: Tuned = UNTUNED,
 ) -> None:
     """out = x W^T + bias, then `after`: "add": other + that; a gate of ops.py: gate(other) * that.
 
     x [M, K], out and other [M, N], each with its own row stride; bias fp32 [N]. `round_to`: what
     the layer's result is rounded to before `after`. scratch: fp32 [at least M, at least
-    scratch_width(W)].
+    scratch_width(W)]. tuned: options of this card, in place of the defaults.
     """
     num_tokens = x.shape[0]
     if not num_tokens:
@@ -617,7 +619,7 @@ def launch(
             PRODUCT=TL[product],
             **shared,
             **float_tile(K, tokens, product),
-            **float_options(product),
+            **(float_options(product) | tuned.options(weight, dtype, tokens)),
         )
         return
     scratch = out if scratch is None else scratch
@@ -634,7 +636,7 @@ def launch(
         PRODUCT=product_of(weight, dtype),
         **shared,
         **quantised_tile(weight, tokens),
-        **quantised_options(weight, tokens),
+        **(quantised_options(weight, tokens) | tuned.options(weight, dtype, tokens)),
     )
 
 

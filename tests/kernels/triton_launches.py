@@ -43,6 +43,7 @@ def pretend() -> None:
 
     JITFunction.run = compile_only
     device.device = lambda: torch.device("cpu")
+    device.card = lambda: "pretended"
     executor.loads_ahead = lambda: True
 
 

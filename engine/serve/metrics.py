@@ -13,7 +13,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _TOKENS = tuple(2.0**n for n in range(15))
-# EngineStats' fields as gauges; those that only grow are counters for Prometheus all the same.
+# Of EngineStats, as the engine last told them; they begin anew with its process, so all are gauges.
 _GAUGES = {
     "num_running": "requests that run",
     "num_waiting": "requests that wait",
@@ -86,7 +86,7 @@ class Metrics:
         """One HTTP answer."""
         self._http.labels(route, str(status)).inc()
 
-    def ended(self, caller: str, output: RequestOutput | None, seconds: float) -> None:
+    def ended(self, output: RequestOutput | None, seconds: float) -> None:
         """One request's end; no output where it was refused or its engine died."""
         model = self._model
         self._total.labels(model).observe(seconds)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..core.request import SamplingParams
+from ..core.request import ParameterError, SamplingParams
 from . import schema
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-CHAT_NAMES = {"logprobs": "top_logprobs", "max_tokens": "max_completion_tokens"}
+CHAT_NAMES = {"logprobs": "top_logprobs"}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -31,7 +31,12 @@ def chat_params(request: schema.ChatRequest) -> SamplingParams:
         values["logprobs"] = request.top_logprobs or 0
     elif request.top_logprobs is not None:
         raise ApiError("invalid_value", "top_logprobs needs logprobs=true", param="top_logprobs")
-    return SamplingParams(**values)
+    try:
+        return SamplingParams(**values)
+    except ParameterError as error:
+        if error.field == "max_tokens" and request.max_completion_tokens is not None:
+            raise ApiError("invalid_value", str(error), param="max_completion_tokens") from None
+        raise
 
 
 def completion_params(request: schema.CompletionRequest) -> SamplingParams:

@@ -133,7 +133,7 @@ class Service:
             self._live.discard(request_id)
             if not self._live:
                 self._idle.set()
-            self.metrics.ended(work.caller.name, last, time.monotonic() - started)
+            self.metrics.ended(last, time.monotonic() - started)
 
     async def idle(self, timeout: float) -> bool:
         """Wait until nothing runs; False where it took longer."""

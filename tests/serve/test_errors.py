@@ -34,6 +34,8 @@ REFUSALS: list[tuple[str, Any, str, str | None]] = [
     (CHAT, chat(logprobs=True, top_logprobs=99), "invalid_value", "top_logprobs"),
     (CHAT, chat(top_logprobs=2), "invalid_value", "top_logprobs"),
     (CHAT, chat(max_tokens=1, max_completion_tokens=2), "invalid_value", "max_tokens"),
+    (CHAT, chat(max_tokens=-1), "invalid_value", "max_tokens"),
+    (CHAT, chat(max_completion_tokens=-1), "invalid_value", "max_completion_tokens"),
     (CHAT, chat(stream_options={}), "invalid_value", "stream_options"),
     (CHAT, chat(store=True), "unsupported", "store"),
     (CHAT, chat(modalities=["audio"]), "unsupported", "modalities"),

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ...kernels.backend import BackendUnavailable, choose
 from ..config import EngineConfig
@@ -18,6 +21,7 @@ from ..tools.options import add_engine_flags, engine_config
 from .timing import Repeats
 
 _INTERPRETED = "TRITON_INTERPRET"
+_KINDS = ("json", "csv", "md", "html")  # of files; what writes them is imported late
 
 
 class Bench(NamedTuple):
@@ -57,12 +61,12 @@ def _minutes(text: str) -> float:
 
 
 def _file_flags(parser: argparse.ArgumentParser) -> None:
-    for kind in ("json", "csv", "md"):
+    for kind in _KINDS:
         parser.add_argument(f"--{kind}", metavar="PATH", help=f"write the tables as {kind}")
 
 
 def _files(args: argparse.Namespace) -> dict[str, str | None]:
-    return {"json": args.json, "csv": args.csv, "md": args.md}
+    return {kind: getattr(args, kind) for kind in _KINDS}
 
 
 # --------------------------------------------------------------------------------------------- gpu
@@ -122,9 +126,6 @@ def _gpu(args: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------------- kernels
 
 
-_TABLES = ("json", "csv", "md")
-
-
 def _shape(text: str) -> tuple[int, int]:
     try:
         width, out_width = (int(part) for part in text.split("x"))
@@ -172,7 +173,7 @@ def _configure_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    alone = ("output", "rehearsal") if not args.tune else ("tokens", "threads", *_TABLES)
+    alone = ("output", "rehearsal") if not args.tune else ("tokens", "threads", *_KINDS)
     if idle := [name for name in alone if getattr(args, name)]:
         raise BackendUnavailable(
             f"--{idle[0]} is for a run {'without' if args.tune else 'with'} --tune; leave it out"
@@ -300,6 +301,142 @@ def _measured(args: argparse.Namespace, config: EngineConfig, **sizes: Sequence[
     return status
 
 
+# ------------------------------------------------------------------------------------------- serve
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate above 0; inf sends all at once")
+    return value
+
+
+def _rates(text: str) -> list[float]:
+    return [_rate(part) for part in text.split(",")]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"{text!r} is no http:// or https:// address")
+    return text.rstrip("/") if parts.path.rstrip("/") else text.rstrip("/") + "/v1"
+
+
+_LIMITS = ("first", "token", "whole")
+
+
+def _configure_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", type=_url, help="of any OpenAI-compatible server; /v1 is meant where no path stands"
+    )
+    parser.add_argument("--model", metavar="NAME", help="default: the one that the server lists")
+    parser.add_argument("--chat", action="store_true", help="chat completions; else completions")
+    loads = parser.add_mutually_exclusive_group()
+    loads.add_argument(
+        "--users",
+        type=_wholes,
+        metavar="N,N",
+        help="users at once, each sending when the last answer is there (default: 1,8,32)",
+    )
+    loads.add_argument(
+        "--rate",
+        type=_rates,
+        metavar="X,X",
+        help="requests a second, at random (Poisson) and whoever still waits; inf: all at once",
+    )
+    parser.add_argument(
+        "--lengths",
+        choices=("fixed", "lognormal"),
+        default="fixed",
+        help="all alike, or spread about the means with a long tail (default: %(default)s)",
+    )
+    for name, mean in (("input", 128), ("output", 128)):
+        parser.add_argument(
+            f"--{name}-len",
+            type=_whole,
+            default=mean,
+            metavar="N",
+            help=f"mean tokens of the {name} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--requests",
+        type=_whole,
+        metavar="N",
+        help="of each level (default: 64, or twice the users)",
+    )
+    parser.add_argument(
+        "--warmup", type=_rounds, default=4, metavar="N", help="before each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of texts and moments")
+    parser.add_argument(
+        "--no-ignore-eos",
+        action="store_true",
+        help="leave ignore_eos out, which OpenAI does not have: answers may end early",
+    )
+    parser.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="in every request"
+    )
+    for name, what in zip(
+        _LIMITS, ("the first token", "each later token", "the whole answer"), strict=True
+    ):
+        parser.add_argument(
+            f"--{name}-ms", type=_rate, metavar="X", help=f"goodput: {what} within X ms"
+        )
+    parser.add_argument(
+        "--timeout", type=_rate, default=600.0, metavar="S", help="of a request (default: 600)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("OPENAI_API_KEY"),
+        metavar="KEY",
+        help="default: the variable OPENAI_API_KEY",
+    )
+    _file_flags(parser)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        serve = importlib.import_module(f"{__package__}.serve.run")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{error.name} is missing: pip install 'engineroom[serve]'"
+        ) from None
+    traffic = importlib.import_module(f"{__package__}.serve.traffic")
+    measures = importlib.import_module(f"{__package__}.serve.measures")
+    users = args.users or ([] if args.rate else [1, 8, 32])
+    loads = [traffic.Load(users=n) for n in users]
+    loads += [traffic.Load(rate=x) for x in args.rate or ()]
+    settings = serve.Settings(
+        url=args.url,
+        model=args.model,
+        chat=args.chat,
+        key=args.api_key,
+        timeout=args.timeout,
+        loads=loads,
+        lengths=traffic.Lengths(args.input_len, args.output_len, args.lengths),
+        requests=args.requests,
+        warmup=args.warmup,
+        seed=args.seed,
+        extra={**({} if args.no_ignore_eos else {"ignore_eos": True}), **args.extra_body},
+        limits=measures.Limits(*(getattr(args, f"{name}_ms") for name in _LIMITS)),
+    )
+    status: int = serve.run(settings, _files(args))
+    return status
+
+
 BENCHES = {
     "latency": Bench(
         "One stream alone: first token, between tokens, end to end", _configure_latency, _latency
@@ -311,6 +448,11 @@ BENCHES = {
     ),
     "startup": Bench(
         "From the start of a process to its first token", _configure_startup, _startup
+    ),
+    "serve": Bench(
+        "Users of an OpenAI-compatible server: what they wait for under load",
+        _configure_serve,
+        _serve,
     ),
     "kernels": Bench(
         "Each operation on the CPU beside what this machine allows", _configure_kernels, _kernels

@@ -24,7 +24,8 @@ from ...kernels.ops import Handle, StepHandles
 from ...kernels.program import Program
 from ...kernels.weights import BF16, F32, FORMATS, RawWeight
 from .facts import facts
-from .tables import Column, Report, Table, write
+from .files import write
+from .tables import Column, Report, Table
 from .timing import Budget, Times, measure, wall
 
 FORMATS_TIMED = ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +17,10 @@ from ..tools.inspect import inspect_model
 from ..tools.options import changed_options
 from ..tools.session import raise_failure
 from .facts import facts
-from .tables import Column, Report, Table, write
-from .timing import Repeats, percentile
+from .files import write
+from .progress import progress
+from .tables import Column, Report, Table
+from .timing import Repeats
 
 _Result = TypeVar("_Result")
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -100,33 +102,10 @@ def rounds(what: str, repeats: Repeats, once: Callable[[], _Result]) -> list[_Re
     total = repeats.warmup + repeats.counted
     results = []
     for index in range(total):
-        _progress(f"{what}: {index + 1} of {total}")
+        progress(f"{what}: {index + 1} of {total}")
         results.append(once())
-    _progress("")
+    progress("")
     return results[repeats.warmup :]
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def spread_columns(key: str, title: str) -> tuple[Column, Column]:
-    """Columns of what `spread` returns."""
-    return (
-        Column(f"{key}_median_ms", f"{title} median ms", 2),
-        Column(f"{key}_p99_ms", f"{title} p99 ms", 2),
-    )
-
-
-def spread(key: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Median and p99 in milliseconds; no cell where nothing was measured."""
-    if not seconds:
-        return {}
-    return {
-        f"{key}_median_ms": 1e3 * percentile(seconds, 50),
-        f"{key}_p99_ms": 1e3 * percentile(seconds, 99),
-    }
 
 
 def publish(

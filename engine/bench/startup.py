@@ -14,7 +14,8 @@ from typing import Any
 
 from ..config import EngineConfig
 from ..tools.options import engine_arguments
-from .model import LEAD, Subject, publish, rounds, spread, spread_columns
+from .model import LEAD, Subject, publish, rounds
+from .spread import spread, spread_columns
 from .tables import Column, Table
 from .timing import Repeats
 

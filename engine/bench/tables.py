@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows under columns, as Markdown, CSV and JSON."""
+"""What every benchmark reports: rows under columns, as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from .charts import Chart
 
 SCHEMA = "engineroom.bench/1"  # of the JSON; the number changes when a field changes its meaning
 
@@ -48,7 +49,7 @@ class Table:
             [c.show(row.get(c.key)).replace("|", "/") for c in self.columns] for row in self.rows
         ]
         widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-        right = [self._numbers(c.key) for c in self.columns]
+        right = [self.numbers(c.key) for c in self.columns]
 
         def line(parts: Sequence[str]) -> str:
             padded = [
@@ -78,7 +79,8 @@ class Table:
             "rows": [dict(row) for row in self.rows],
         }
 
-    def _numbers(self, key: str) -> bool:
+    def numbers(self, key: str) -> bool:
+        """True where every value of a column is a number: it stands to the right."""
         values = [row[key] for row in self.rows if row.get(key) is not None]
         return bool(values) and all(isinstance(v, int | float) for v in values)
 
@@ -91,6 +93,7 @@ class Report:
     facts: Mapping[str, Any]
     tables: Sequence[Table]
     notes: Sequence[str] = ()
+    charts: Sequence[Chart] = ()  # in a page alone
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -106,7 +109,7 @@ class Report:
 
     def markdown(self) -> str:
         parts = [f"# engineroom bench {self.bench}"]
-        parts += ["\n".join(f"* {name}: {_fact(value)}" for name, value in self.facts.items())]
+        parts += ["\n".join(f"* {name}: {fact(value)}" for name, value in self.facts.items())]
         parts += list(self.notes)
         for table in self.tables:
             parts += [f"## {table.title}", table.markdown()]
@@ -118,22 +121,10 @@ class Report:
         return "\n".join(table.csv() for table in self.tables)
 
 
-def _fact(value: Any) -> str:
+def fact(value: Any) -> str:
+    """A fact as words."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {v}" for name, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return "unknown" if value is None else str(value)
-
-
-def write(report: Report, paths: Mapping[str, str | None]) -> list[Path]:
-    """Write `report` as each kind ("json", "csv", "md") that has a path; their folders are made."""
-    made = []
-    texts = {"json": report.json, "csv": report.csv, "md": report.markdown}
-    for kind, name in paths.items():
-        if name is not None:
-            path = Path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(texts[kind](), "utf-8")
-            made.append(path)
-    return made

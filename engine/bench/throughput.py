@@ -11,7 +11,8 @@ import numpy as np
 
 from ..config import EngineConfig
 from ..tools.session import open_engine
-from .model import LEAD, Subject, arrivals, publish, rounds, spread, spread_columns
+from .model import LEAD, Subject, arrivals, publish, rounds
+from .spread import spread, spread_columns
 from .tables import Column, Table
 from .timing import Repeats, percentile
 

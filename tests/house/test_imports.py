@@ -78,6 +78,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "jinja2": ("engine.load",),
     "markupsafe": ("engine.load",),
     "huggingface_hub": ("engine.load.source",),
+    "httptools": ("engine.bench.serve",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch"),
     "prometheus_client": ("engine.serve",),

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..facts import facts
-from ..tables import Column, Report, Table, write
+from ..files import write
+from ..tables import Column, Report, Table
 from ..timing import Budget
 from . import checks, engine_rows, law2
 from .card import Card

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cost import Cost
+from engineroom.engine.bench.cost import Cost
+
 from .engines import CLASSES, OURS
 from .run import SCHEMA, show_kl
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engineroom.engine.bench.cost import Cost
+
 from . import plot, probe
-from .cost import Cost
 from .engines import OURS, Entry
 from .places import Places
 from .run import machine, ready, shown_command

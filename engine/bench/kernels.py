@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -25,6 +24,7 @@ from ...kernels.program import Program
 from ...kernels.weights import BF16, F32, FORMATS, RawWeight
 from .facts import facts
 from .files import write
+from .limits import Limits, cold_bytes
 from .tables import Column, Report, Table
 from .timing import Budget, Times, measure, wall
 
@@ -33,7 +33,6 @@ TOKENS = (1, 8, 32, 512)
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))  # K, N
 CONTEXTS = (1024, 16384)  # of the attention rows
 HEADS = (32, 8, 128)  # query heads, kv heads, their dim
-_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _TRUE = 105.0  # percent of a limit: above that the limit, not the kernel, is in question
 _BLOCK = 16  # tokens of a block of the KV cache
 _ROWS = 256  # of a weight, packed to see what a row takes
@@ -54,41 +53,6 @@ _COLUMNS = (
     Column("limit", "limit"),
     Column("note", "note"),
 )
-
-
-def cold_bytes() -> int:
-    """What is read in turn, at least: four times the last cache, or 128 MiB where it is unknown."""
-    try:
-        return 4 * int(_LAST_CACHE.read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 128 << 20
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of this machine at this moment; operations/s are 0 where the processor has no such
-    instruction that the probe knows."""
-
-    read: float  # bytes/s
-    int8: float
-    bf16: float
-    f32: float
-
-    @classmethod
-    def measured(cls, threads: int, num_bytes: int) -> Limits:
-        pool = _native.Pool(threads)
-        dots = {kind: _native.probe_dots(pool, kind) for kind in ("int8", "bf16", "f32")}
-        return cls(read=_native.probe_read(pool, num_bytes), **dots)
-
-    def table(self) -> Table:
-        columns = (Column("limit", "limit"), Column("value", "measured", 1), Column("unit", "unit"))
-        rows: list[Mapping[str, Any]] = [
-            {"limit": "read", "value": self.read / 1e9, "unit": "GB/s"}
-        ]
-        for kind in ("int8", "bf16", "f32"):
-            value = getattr(self, kind)
-            rows.append({"limit": kind, "value": value / 1e9 if value else None, "unit": "GOP/s"})
-        return Table("Limits of this machine", columns, rows)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ import numpy as np
 
 from ..config import EngineConfig
 from ..tools.session import open_engine
+from .bound import Bound, share
 from .model import LEAD, Subject, arrivals, publish, rounds
 from .spread import spread, spread_columns
-from .tables import Table
+from .tables import Column, Table
 from .timing import Repeats
 
 _COLUMNS = (
     *LEAD,
     *spread_columns("first", "first token"),
+    Column("first_share", "% of limit", 1),
     *spread_columns("between", "between tokens"),
+    Column("between_share", "% of limit", 1),
     *spread_columns("whole", "end to end"),
 )
 
@@ -44,12 +47,19 @@ def run(
     """Measure every input length with every output length, print the table, write the files."""
     subject, rng = Subject.of(config), np.random.default_rng(0)
     engine = open_engine(config)
+    bound = Bound(engine)
     rows: list[dict[str, Any]] = []
     try:
         for input_len, output_len in product(inputs, outputs):
             once = partial(arrivals, engine, rng, 1, input_len, output_len, streamed=True)
             results = rounds(f"{input_len} in, {output_len} out", repeats, once)
             cells = figures([streams[0] for streams in results])
+            middle = input_len + output_len // 2
+            for key, least in (
+                ("first", bound.prompt_s(input_len)),
+                ("between", bound.decode_s(1, middle)),
+            ):
+                cells |= share(f"{key}_share", least, cells.get(f"{key}_median_ms"))
             rows.append(subject.row(1, input_len, output_len, repeats) | cells)
         publish(Table("Latency", _COLUMNS, rows), config, engine.loaded.backend.describe(), paths)
     finally:

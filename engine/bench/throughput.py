@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import EngineConfig
 from ..tools.session import open_engine
+from .bound import Bound, share
 from .model import LEAD, Subject, arrivals, publish, rounds
 from .spread import spread, spread_columns
 from .tables import Column, Table
@@ -22,6 +23,7 @@ _COLUMNS = (
     Column("output_tokens_s", "out tok/s", 1),
     Column("total_tokens_s", "total tok/s", 1),
     Column("requests_s", "requests/s", 2),
+    Column("share", "% of limit", 1),
     *spread_columns("whole", "end to end"),
 )
 
@@ -53,6 +55,7 @@ def run(
     """Measure every number of requests and lengths, print the table, write the files."""
     subject, rng = Subject.of(config), np.random.default_rng(0)
     engine = open_engine(config)
+    bound = Bound(engine)
     rows: list[dict[str, Any]] = []
     try:
         for count, input_len, output_len in product(requests, inputs, outputs):
@@ -60,6 +63,8 @@ def run(
             what = f"{count} requests, {input_len} in, {output_len} out"
             ends = [[s[-1] for s in streams] for streams in rounds(what, repeats, once)]
             cells = figures(ends, input_len, output_len)
+            least = bound.run_s(count, input_len, output_len)
+            cells |= share("share", least, 1e3 * count / cells["requests_s"])
             rows.append(subject.row(count, input_len, output_len, repeats) | cells)
         backend = engine.loaded.backend.describe()
         publish(Table("Throughput", _COLUMNS, rows), config, backend, paths)

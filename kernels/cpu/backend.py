@@ -147,8 +147,8 @@ class CpuBackend:
             if count
         )
 
-    def _form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
-        """How a linear layer's input is made ready for this weight."""
+    def input_form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
+        """How a linear layer's input is made ready for this weight: int8, bfloat16 or float32."""
         parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
         formats = [tiles_format(p) for p in parts]
         if self._int8 and not any(f.is_float for f in formats):
@@ -160,7 +160,7 @@ class CpuBackend:
     def _input(self, weight: CpuWeight) -> tuple[str, bytes]:
         """What linear layers that share their input must agree on: its form and its order."""
         order = weight.parts[0].columns
-        return self._form(weight), b"" if order is None else order.tobytes()
+        return self.input_form(weight), b"" if order is None else order.tobytes()
 
     # ----------------------------------------------------------------------------------- cache
 
@@ -478,7 +478,7 @@ class _Binder:
         assert step is not None
         norm = step.norm
         x = norm.inputs[0] if norm is not None else step.main[0].inputs[0]
-        form = self._backend._form(self._weight(step.main[0].inputs[1]))
+        form = self._backend.input_form(self._weight(step.main[0].inputs[1]))
         if step.after is None:
             outs = [node.places[op.output] for op in step.main]
             epilogue, residual = "store", None
@@ -538,7 +538,7 @@ class _Binder:
             node.places[x].slot,  # type: ignore[index]
             node.places[experts].slot,  # type: ignore[index]
             node.places[step.outputs[0]].slot,
-            self._backend._form(self._weight(step.main[0].inputs[1])),
+            self._backend.input_form(self._weight(step.main[0].inputs[1])),
             _in_order([self._tiles[name] for name in names], paired),
             "store" if step.after is None else step.after.name,
             self._rounding(step.outputs[0]),

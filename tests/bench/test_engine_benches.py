@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from engineroom.engine.bench import latency, startup, throughput
+from engineroom.engine.bench.bound import Bound, share
+from engineroom.engine.bench.cost import Cost
 from engineroom.engine.bench.model import Subject, arrivals, rounds
 from engineroom.engine.bench.timing import Repeats
 from engineroom.engine.cli import main
@@ -58,6 +60,44 @@ def test_figures_of_many_requests() -> None:
     assert (cells["input_tokens_s"], cells["output_tokens_s"]) == (10.0, 30.0)
     assert cells["total_tokens_s"] == 40.0
     assert cells["whole_median_ms"] == 1500.0
+
+
+# 60 MB of weights; 12 MOP a token, 1 MOP a head; 2 KB of keys and values, 1 kOP a key, two layers.
+COST = Cost(60_000_000, 2_000, 12_000_000, 1_000_000, 1_000, (0, 100), "int8_gops")
+RATES = {"read_gbs": 30.0, "int8_gops": 1000.0, "bf16_gflops": 500.0, "f32_gflops": 100.0}
+
+
+def test_the_least_that_requests_at_once_can_take() -> None:
+    prompts = 2 * (400 * 12e6 + 1e6) / 1e12 + 2 * (80_200 + 35_050) * 1e3 / 5e11
+    step = (60e6 + 2 * (450 + 100) * 2e3) / 30e9  # bytes bound it
+    assert COST.decode_s(2, 450, RATES) == pytest.approx(step)
+    assert COST.run_s(2, 400, 100, RATES) == pytest.approx(prompts + 99 * step)
+    assert COST.run_s(2, 400, 100, {**RATES, "int8_gops": 0.0}) is None  # no such instruction
+
+
+def test_shares_are_of_what_was_measured() -> None:
+    assert share("a", 0.010, 20.0) == {"a": pytest.approx(50)}
+    assert share("a", None, 20.0) == share("a", 0.010, None) == {}
+
+
+def test_a_model_s_cost_is_counted_from_its_program(model: Path) -> None:
+    engine = Engine.from_model(str(model), EngineConfig(model=str(model), threads=1))
+    try:
+        cost, config = Cost.of_engine(engine), engine.model_config
+        assert cost is not None
+        head = 2 * config.vocab_size * config.hidden_size
+        assert cost.head_ops == head
+        assert cost.windows == config.windows and cost.products in RATES
+        heads = config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        ffn = 3 * config.intermediate_size * config.hidden_size
+        layer = config.hidden_size * (2 * heads + 2 * kv) + ffn
+        assert cost.linear_ops == 2 * config.num_layers * layer
+        bound = Bound(engine)
+        assert (bound.prompt_s(64) or 0) > (bound.prompt_s(1) or 0) > 0
+        assert (bound.run_s(2, 8, 8) or 0) > (bound.decode_s(2, 8) or 0) > 0
+    finally:
+        engine.close()
 
 
 def test_every_token_is_seen_when_it_comes(model: Path) -> None:

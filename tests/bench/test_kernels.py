@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engineroom.engine.bench import kernels
+from engineroom.engine.bench import kernels, limits
 from engineroom.engine.bench.kernels import Limits, Work, figures
 from engineroom.engine.bench.timing import Times
 from engineroom.engine.cli import main
@@ -77,7 +77,7 @@ def test_an_unknown_format_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
 def test_what_goes_round_is_more_than_the_last_cache(monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
     size = tmp_path / "size"
     size.write_text("65536K\n")
-    monkeypatch.setattr(kernels, "_LAST_CACHE", size)
-    assert kernels.cold_bytes() == 256 << 20
-    monkeypatch.setattr(kernels, "_LAST_CACHE", tmp_path / "none")
-    assert kernels.cold_bytes() == 128 << 20
+    monkeypatch.setattr(limits, "_LAST_CACHE", size)
+    assert limits.cold_bytes() == 256 << 20
+    monkeypatch.setattr(limits, "_LAST_CACHE", tmp_path / "none")
+    assert limits.cold_bytes() == 128 << 20

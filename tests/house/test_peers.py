@@ -15,10 +15,10 @@ import pytest
 
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import kl, plot, prepare, probe, report, run, scaling
-from benchmarks.peers.cost import Cost
 from benchmarks.peers.engines import table
 from benchmarks.peers.places import WORKERS, NotPrepared, Places
 from benchmarks.peers.worker import Refused, Worker, WorkerFailed
+from engineroom.engine.bench.cost import Cost
 
 
 def row(entry: str, workload: str, round_: int, mode: str = "near", **values: float) -> Any:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from protocol import Ids, serve
 
 import engineroom
 from engineroom import LLM, SamplingParams
-from engineroom.engine.runtime.assemble import plan_load
-from engineroom.engine.runtime.load import open_model
-from engineroom.kernels.program import T
+from engineroom.engine.bench.cost import Cost
 
 
 class Ours:
@@ -76,27 +73,10 @@ class Ours:
         return {"step_s": statistics.median(times), "steps": len(times)}
 
     def cost(self) -> dict[str, Any]:
-        """From what loading planned. Looking up a row of a table costs a step next to nothing, so
-        the program is counted without its lookups."""
-        engine = self._llm.engine
-        loaded = engine.loaded
-        module, model = open_model(loaded.checkpoint)
-        plan = plan_load(engine.config, loaded.checkpoint, module, model, loaded.backend_choice)
-        program = copy.copy(plan.program)
-        program.ops = [op for op in program.ops if op.name != "embedding"]
-        linear = {True: 0, False: 0}  # operations, by whether they are done for every token
-        for op in program.ops:
-            if op.name == "linear":
-                x, weight = (program.handles[i] for i in op.inputs[:2] if i is not None)
-                linear[x.shape[0] == T] += 2 * math.prod(weight.shape)
-        return {
-            "weight_bytes": plan.backend.weights_bytes(program, plan.weights),
-            "kv_bytes": plan.kv.bytes_per_token // model.num_layers,
-            "linear_ops": linear[True],
-            "head_ops": linear[False],
-            "attention_ops": 4 * model.num_heads * model.head_dim,
-            "windows": model.windows,
-        }
+        found = Cost.of_engine(self._llm.engine)
+        if found is None:
+            raise ValueError("only a model on the CPU has a cost here")
+        return asdict(found)
 
 
 if __name__ == "__main__":

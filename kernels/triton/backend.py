@@ -9,10 +9,11 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, graphs, linear, sampling
+from . import attention, graphs, inputs, sampling
 from . import device as dev
 from .cache import KVCache
-from .executor import TritonExecutable, mixtures, shape_of, table_of
+from .executor import TritonExecutable
+from .facts import mixtures, shape_of, table_of
 from .lower import ALIGN, lower
 from .numerics import TORCH_DTYPES
 from .quantised import FLOATS, LAYOUTS, form, packed_bytes
@@ -81,11 +82,6 @@ class TritonBackend:
                 f"weight {name!r} has shape {list(weight.shape)}; the Triton backend packs weights "
                 "of one dimension (norms, biases) or two (matrices)"
             )
-        if parts[0].columns is not None:
-            raise ValueError(
-                f"weight {name!r} has its columns in another order (act-order), which the Triton "
-                "backend does not multiply; use device='cpu'"
-            )
         if len({form(p.packed_format) for p in parts}) > 1 and len(weight.shape) == 2:
             formats = ", ".join(p.packed_format.name for p in parts)
             raise ValueError(
@@ -109,7 +105,8 @@ class TritonBackend:
             if len(weight.shape) == 1:
                 total += 4 * weight.shape[0]
             else:
-                total += sum(packed_bytes(p) for p in parts)
+                order = parts[0].columns
+                total += sum(map(packed_bytes, parts)) + (0 if order is None else 4 * len(order))
         return total
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
@@ -162,7 +159,7 @@ class TritonBackend:
         shapes = {shape_of(op, self._dtype) for op in layers}
         splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
         widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
-        columns = max((linear.most_scratch(w, self._activations) for w in widths), default=0)
+        columns = max((inputs.most_scratch(w, self._activations) for w in widths), default=0)
         mixed = mixtures(program)
         sums = 4 * max(tokens, rows) * columns * max(1, mixed.top_k)
         route = 4 * mixed.route_size(max(tokens, rows))

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import codebook, e4m3_to_float
 from .numerics import OPTIONS
-from .quantised import GROUPS, FloatMatrix, Matrix, QuantisedMatrix
+from .products import e4m3_to_float
+from .quantised import GROUPS, FloatMatrix, Matrix, QuantisedMatrix, codebook
 
 BLOCK = 512  # elements of a row in one program
 

@@ -26,8 +26,10 @@ import triton.language as tl
 
 from . import linear
 from .elementwise import BLOCK
-from .linear import ROWS, TL, TOKENS, float_product, quantised_product, store
+from .inputs import prepare
+from .linear import ROWS, TOKENS, store
 from .numerics import OPTIONS, next_power_of_two
+from .products import TL, float_product, quantised_product
 from .quantised import FloatMatrix, Matrix, QuantisedMatrix
 
 PAIRS = 1024  # looked at together while they are sorted
@@ -195,6 +197,7 @@ def float_kernel(
     out_stride,
     AFTER: tl.constexpr,
     ROUND: tl.constexpr,
+    PAIRED: tl.constexpr,
     PRODUCT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -211,20 +214,25 @@ def float_kernel(
         acc = float_product(
             x_ptr,
             w_ptr,
+            x_ptr,
+            x_ptr,
             expert * num_rows + tl.minimum(row, num_rows - 1),
             pair // share,
+            tl.zeros((TOKENS,), tl.float32),
             K,
             x_stride,
+            0.0,
             PRODUCT,
             ROWS,
             TOKENS,
             STEP,
+            False,
+            False,
             WHOLE,
         )
         pair, there = _pairs(pairs_ptr, first, left, TOKENS)
         store(
             acc,
-            row,
             pair,
             num_rows,
             there,
@@ -236,6 +244,9 @@ def float_kernel(
             False,
             AFTER,
             ROUND,
+            PAIRED,
+            ROWS,
+            TOKENS,
         )
 
 
@@ -247,6 +258,7 @@ def quantised_kernel(
     minimum_ptr,
     table_ptr,
     scratch_ptr,
+    columns_ptr,
     counts_ptr,
     starts_ptr,
     ends_ptr,
@@ -265,6 +277,7 @@ def quantised_kernel(
     out_stride,
     AFTER: tl.constexpr,
     ROUND: tl.constexpr,
+    PAIRED: tl.constexpr,
     PRODUCT: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -275,6 +288,7 @@ def quantised_kernel(
     GROUPS: tl.constexpr,
     PER_ROW: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
+    ORDERED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -291,13 +305,17 @@ def quantised_kernel(
             minimum_ptr,
             table_ptr,
             scratch_ptr,
+            columns_ptr,
+            x_ptr,
             expert * num_rows + tl.minimum(row, num_rows - 1),
             pair // share,
+            tl.zeros((TOKENS,), tl.float32),
             all_rows,
             K,
             words,
             x_stride,
             scratch_stride,
+            0.0,
             PRODUCT,
             ROWS,
             TOKENS,
@@ -308,11 +326,12 @@ def quantised_kernel(
             GROUPS,
             PER_ROW,
             HAS_MINIMUM,
+            ORDERED,
+            False,
             WHOLE,
         )
         store(
             acc,
-            row,
             pair,
             num_rows,
             there,
@@ -324,6 +343,9 @@ def quantised_kernel(
             False,
             AFTER,
             ROUND,
+            PAIRED,
+            ROWS,
+            TOKENS,
         )
 
 
@@ -461,13 +483,15 @@ def expert_linear(
     """out = each pair's row of x by its expert's rows of the weight, then `after`: see
     linear.launch.
 
-    x [T, K], or [T*k, K] with a row for each pair; weight [E*N, K]; out and other [T*k, N].
+    x [T, K], or [T*k, K] with a row for each pair; weight [E*N, K]; out and other [T*k, N]. A
+    paired weight is [E*2N, K] and its own `other`.
     scratch: fp32 [at least as many rows as x, at least scratch_width(W)].
     """
-    num_pairs, num_rows = out.shape
+    num_pairs = out.shape[0]
     if not num_pairs:
         return
     K, E = weight.shape[1], route.counts.shape[0]
+    num_rows = weight.shape[0] // E
     tokens = tokens_of(num_pairs, E, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), most_tiles(num_pairs, E, tokens))
@@ -476,6 +500,7 @@ def expert_linear(
     shapes = (other, out, E, num_pairs // x.shape[0], num_rows, K)
     strides = (other.stride(0), out.stride(0))
     constants = {"AFTER": after, "ROUND": TL[round_to], "BLOCK": next_power_of_two(E)}
+    constants["PAIRED"] = weight.paired
     if isinstance(weight, FloatMatrix):
         product = linear.float_dtype(x, weight)
         float_kernel[grid](
@@ -492,11 +517,15 @@ def expert_linear(
         )
         return
     dtype, scratch = x.dtype, out if scratch is None else scratch
-    x = linear.prepare(x, weight, scratch)
+    ordered = weight.columns is not None
+    if linear.has_inputs(weight):
+        x, done = prepare(x, weight, scratch)
+        ordered = ordered and not done
     quantised_kernel[grid](
         x,
         *linear.tables(weight, dtype),
         scratch,
+        x if weight.columns is None else weight.columns,
         *routed,
         *shapes,
         weight.shape[0],
@@ -505,6 +534,7 @@ def expert_linear(
         scratch.stride(0),
         *strides,
         PRODUCT=linear.product_of(weight, dtype),
+        ORDERED=ordered,
         **constants,
         **linear.quantised_tile(weight, tokens),
         **linear.quantised_options(weight, tokens),

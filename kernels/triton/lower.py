@@ -3,9 +3,9 @@
 Launches run one after the other, so memory is free as soon as its last reader has been launched.
 Nothing here depends on what the weights are: `workspace_bytes` is known before they are read.
 
-Beside kernels.fuse: `rope` of the queries and of the keys and `kv_write` are one launch where they
-stand together; linear layers of one input write side by side into one value, so that they can be
-one launch where their formats agree.
+Beside kernels.fuse: `rope` of the queries and of the keys, with the norms of their heads, and
+`kv_write` are one launch where they stand together; linear layers of one input write side by side
+into one value, so that they can be one launch where their formats agree.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ class Place:
 class Node:
     """One launch, or a few that belong together.
 
-    `ops`: the operation; for "linear" and "expert_linear" the layers, whose `after` follows; for
-    "kv_write" the rope of queries and of keys, where fused, and the kv_write itself.
+    `ops`: the operation; for "linear" and "expert_linear" the layers, which `norm` may stand before
+    and `after` follow; for "kv_write" the rope of queries and of keys, where fused, and the
+    kv_write itself, with the norms of their heads in `norms`.
     """
 
     name: str
     ops: tuple[Op | None, ...]
     after: Op | None = None
     residual: int | None = None
+    norm: Op | None = None
+    norms: tuple[Op | None, ...] = ()
 
     @property
     def makes(self) -> tuple[int, ...]:
-        """Values to be placed, those that stand for the written cache left out."""
+        """Values to be placed, those that stand for the written cache left out, and the normed
+        input of a layer, which has a place of its own."""
         if self.name == "kv_write":
             return () if self.ops[0] is None else (self.ops[0].output,)
         made = [op.output for op in self.ops if op is not None]
@@ -83,7 +87,7 @@ class Node:
     @property
     def reads(self) -> tuple[int, ...]:
         """Values, inputs and weights that are read from outside the node."""
-        ops = [op for op in (*self.ops, self.after) if op is not None]
+        ops = [op for op in (*self.norms, self.norm, *self.ops, self.after) if op is not None]
         made = {op.output for op in ops}
         return tuple(i for op in ops for i in op.inputs if i is not None and i not in made)
 
@@ -127,12 +131,15 @@ def lower(program: Program, itemsize: int) -> Lowered:
         living[per_row, column] = set(values)
 
     for index, node in enumerate(nodes):
+        inner = () if node.norm is None else (node.norm.output,)
+        for value in inner:
+            place((value,))
         if node.name == "linear" and node.after is None:
             place(node.makes)
         else:
             for value in node.makes:
                 place((value,))
-        for value in {*node.reads, *node.makes} & places.keys():
+        for value in {*node.reads, *node.makes, *inner} & places.keys():
             if last_read.get(value, index) > index:
                 continue
             region = places[value].per_logit_row, places[value].column
@@ -146,18 +153,36 @@ def _nodes(program: Program) -> list[Node]:
     nodes = []
     steps = fuse(program, lambda name: 0)
     fused = _fused_ropes(program, steps)
+    norms = _head_norms(program, steps, [rope for pair in fused.values() for rope in pair])
     taken = {op.output for pair in fused.values() for op in pair if op is not None}
+    taken |= {norm.output for norm in norms.values()}
     for step in steps:
         op = step.main[0]
         if op.output in taken:
             continue
-        if step.norm is not None:
-            nodes.append(Node("rms_norm", (step.norm,)))
         if op.name == "kv_write":
-            nodes.append(Node("kv_write", (*fused[op.output], op)))
+            pair = fused[op.output]
+            of = tuple(None if rope is None else norms.get(rope.output) for rope in pair)
+            nodes.append(Node("kv_write", (*pair, op), norms=of))
         else:
-            nodes.append(Node(op.name, step.main, step.after, step.residual))
+            nodes.append(Node(op.name, step.main, step.after, step.residual, step.norm))
     return nodes
+
+
+def _head_norms(program: Program, steps: list[Step], ropes: list[Op | None]) -> dict[int, Op]:
+    """For a rope's output, the rms_norm over heads that nothing else reads: it is launched with
+    the rope."""
+    reads = [value for step in steps for value in step.reads]
+    norms = {step.main[0].output: step.main[0] for step in steps}
+    found = {}
+    for rope in ropes:
+        norm = None if rope is None else norms.get(rope.inputs[0])  # type: ignore[arg-type]
+        if rope is None or norm is None or norm.name != "rms_norm":
+            continue
+        size = program.handles[norm.inputs[1]].shape[0]  # type: ignore[index]
+        if size == rope.attrs["head_dim"] and reads.count(norm.output) == 1:
+            found[rope.output] = norm
+    return found
 
 
 def _fused_ropes(program: Program, steps: list[Step]) -> dict[int, tuple[Op | None, Op | None]]:

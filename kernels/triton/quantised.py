@@ -10,20 +10,25 @@ word r of a step has element r of group j in bits 4j .. 4j+3, so that each plane
 lane has to move. 8 bits: one code a byte; so are held the formats of 5 and 6 bits.
 
 Scales and minimums are [group, row], fp16 where the format's are, fp32 where it multiplies two.
+Act-order: columns stay in the order that the checkpoint groups them in, and `columns` says which
+column of the input each one multiplies. A gate's rows and those of the layer beside it are held in
+turns of PAIR, so that one program has both (`paired`).
 Formats: as told by quant/, which this has to give the same values as.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..cpu import _native
 from ..cpu.quantise import as_packed
-from ..weights import BF16, F16, F32, Format, RawWeight
+from ..weights import BF16, F16, F32, NF4_CODEBOOK, Format, RawWeight
 
+PAIR = 8  # rows of a gate, then as many of the other; the tensor core's threads hold rows 8 apart
 GROUPS = 4  # of a row, in one step of the kernels, where they are small or in planes
 _CHUNK = 1 << 15  # blocks unpacked at a time
 
@@ -32,9 +37,10 @@ FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 @dataclass(frozen=True, eq=False)
 class FloatMatrix:
-    """data [N, K]."""
+    """data [N, K]. paired: see the top of this file."""
 
     data: torch.Tensor
+    paired: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,8 +93,7 @@ class Layout:
     def multiplies(self, activations: str) -> bool:
         """Whether kernels multiply these codes by "int8" or "fp8" activations."""
         if activations == "int8":
-            # 32 is the depth of the instruction; with minimums too, kernels run out of registers.
-            return self.kind == "u" and self.group >= 32 and not self.minimum
+            return self.kind == "u" and self.group >= 32  # the depth of the instruction
         return activations == "fp8" and self.kind == "e4m3"
 
 
@@ -122,18 +127,26 @@ class QuantisedMatrix:
     scale: torch.Tensor  # [groups or 1, N]
     minimum: torch.Tensor | None  # [groups, N]
     activations: str = ""  # that multiply it: "int8" or "fp8"; the layer's input itself where ""
+    columns: torch.Tensor | None = None  # int32 [K]
+    paired: bool = False
 
     @property
     def nbytes(self) -> int:
-        minimum = 0 if self.minimum is None else self.minimum.nbytes
-        return self.codes.nbytes + self.scale.nbytes + minimum
+        more = sum(t.nbytes for t in (self.minimum, self.columns) if t is not None)
+        return self.codes.nbytes + self.scale.nbytes + more
 
 
 Matrix = FloatMatrix | QuantisedMatrix
 
 
+def alike(parts: Sequence[RawWeight]) -> bool:
+    """Whether parts can be one matrix. Errors: ValueError for a format without a kernel."""
+    orders = {None if p.columns is None else p.columns.tobytes() for p in parts}
+    return len(orders) == 1 and len({form(p.packed_format) for p in parts}) == 1
+
+
 def form(fmt: Format) -> object:
-    """What two weights need to have in common to be one matrix. Errors: ValueError: no kernel."""
+    """What the formats of one matrix need to have in common. Errors: ValueError: no kernel."""
     if fmt in FLOATS:
         return fmt
     if fmt.name not in LAYOUTS:
@@ -200,7 +213,35 @@ def pack(parts: list[RawWeight], device: torch.device, activations: str = "") ->
                 minimum[: len(d), here] = m.reshape(count, -1).t()
         start += part.shape[0]
     takes = activations if layout.multiplies(activations) else ""
-    return QuantisedMatrix((num_rows, K), layout, codes, scale, minimum, takes)
+    order = parts[0].columns
+    columns = None if order is None else torch.tensor(order, dtype=torch.int32, device=device)
+    return QuantisedMatrix((num_rows, K), layout, codes, scale, minimum, takes, columns)
+
+
+def paired(matrix: Matrix) -> Matrix:
+    """A gate's rows, and behind them those of the layer beside it, in turns of PAIR."""
+    if isinstance(matrix, FloatMatrix):
+        return FloatMatrix(in_turns(matrix.data), paired=True)
+    minimum = matrix.minimum
+    return replace(
+        matrix,
+        codes=in_turns(matrix.codes),
+        scale=in_turns(matrix.scale.t()).t().contiguous(),
+        minimum=None if minimum is None else in_turns(minimum.t()).t().contiguous(),
+        paired=True,
+    )
+
+
+def in_turns(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [2N, ...], the second N of which take turns with the first; N is whole turns."""
+    turns = rows.reshape(2, -1, PAIR, rows.shape[-1]).transpose(0, 1)
+    return turns.reshape(rows.shape).contiguous()
+
+
+@functools.cache
+def codebook(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What NF4's codes stand for."""
+    return torch.tensor(NF4_CODEBOOK, device=device).to(dtype)
 
 
 def vector(parts: tuple[RawWeight, ...], device: torch.device) -> torch.Tensor:

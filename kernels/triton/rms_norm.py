@@ -1,4 +1,8 @@
-"""rms_norm: one program for each group of a row, so that its sum never depends on other rows.
+"""rms_norm: a launch of its own, or the first part of the launch that reads it.
+
+Both take a row's sum of squares in one order, so a row has the same bits by either: CHUNK lanes
+each add every CHUNK-th element in ascending order, and a tree of pairs written out adds the lanes,
+whatever the layout among threads. No sum depends on other rows.
 
 The addition of a residual is not fused here: it is the epilogue of the linear layer before.
 """
@@ -8,12 +12,64 @@ The addition of a residual is not fused here: it is the epilogue of the linear l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 import triton
 import triton.language as tl
 
 from .numerics import OPTIONS, next_power_of_two
+
+_CHUNK = 512  # lanes at most
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """ops.rms_norm over whole rows of what it stands before; weight fp32 [K]."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float
+
+
+@triton.jit
+def roots(
+    x_ptr,
+    row,
+    x_stride,
+    size,
+    eps,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """sqrt(mean(x^2) + eps) [ROWS] of rows [ROWS] (int64). CHUNK = 2^LEVELS; CHUNKS of them, known
+    to the compiler, are read at once; 0: one after the other."""
+    at = tl.arange(0, CHUNK)
+    squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    x_at = x_ptr + row[:, None] * x_stride + at[None, :]
+    if CHUNKS > 0:
+        for i in tl.static_range(CHUNKS):
+            x = tl.load(x_at + i * CHUNK, mask=(at < size - i * CHUNK)[None, :], other=0.0)
+            x = x.to(tl.float32)
+            squares += x * x
+    else:
+        for start in range(0, size, CHUNK):
+            x = tl.load(x_at + start, mask=(at < size - start)[None, :], other=0.0)
+            x = x.to(tl.float32)
+            squares += x * x
+    for level in tl.static_range(LEVELS):
+        one, other = tl.split(tl.reshape(squares, (ROWS, CHUNK >> (level + 1), 2)))
+        squares = one + other
+    return tl.sqrt_rn(tl.reshape(squares, (ROWS,)) / size + eps)
+
+
+@triton.jit
+def normed(x, root, weight, offset, DTYPE):
+    """x / root * (weight + offset), rounded to DTYPE; all broadcast."""
+    return (x.to(tl.float32) / root * (weight + offset)).to(DTYPE)
 
 
 @triton.jit
@@ -26,17 +82,35 @@ def rms_norm_kernel(
     size,
     eps,
     offset,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
+    """One group of one row."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    mask = at < size
-    start = tl.program_id(1) * size
-    x = tl.load(x_ptr + row * x_stride + start + at, mask=mask, other=0.0).to(tl.float32)
-    root = tl.sqrt_rn(tl.sum(x * x, 0) / size + eps)
-    weight = tl.load(weight_ptr + at, mask=mask, other=0.0) + offset
-    out = x / root * weight
-    tl.store(out_ptr + row * out_stride + start + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    x_ptr += row * x_stride + tl.program_id(1) * size
+    out_ptr += row * out_stride + tl.program_id(1) * size
+    first = tl.zeros((1,), tl.int64)
+    root = tl.sum(roots(x_ptr, first, 0, size, eps, 1, CHUNK, LEVELS, CHUNKS), 0)
+    at = tl.arange(0, CHUNK)
+    for i in tl.static_range(CHUNKS):
+        mask = at < size - i * CHUNK
+        x = tl.load(x_ptr + i * CHUNK + at, mask=mask, other=0.0)
+        weight = tl.load(weight_ptr + i * CHUNK + at, mask=mask, other=0.0)
+        out = normed(x, root, weight, offset, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + i * CHUNK + at, out, mask=mask)
+
+
+def lanes(size: int) -> dict[str, int]:
+    """CHUNK and LEVELS for rows of `size`: the order of their sum."""
+    chunk = min(_CHUNK, next_power_of_two(size))
+    return {"CHUNK": chunk, "LEVELS": chunk.bit_length() - 1}
+
+
+def tile(size: int) -> dict[str, int]:
+    """Constants of rms_norm_kernel for groups of `size`."""
+    order = lanes(size)
+    return order | {"CHUNKS": triton.cdiv(size, order["CHUNK"])}
 
 
 def launch(
@@ -55,6 +129,6 @@ def launch(
             size,
             eps,
             offset,
-            BLOCK=next_power_of_two(size),
+            **tile(size),
             **OPTIONS,
         )

@@ -1,5 +1,8 @@
 """rope and kv_write: a token's heads are rotated, and its keys and values stored in their slot.
 
+Where a norm of each head stands before the rotation (Qwen3, Gemma 3), it is the same launch: a
+head's sum of squares is taken by the program that rotates it, whatever the number of tokens.
+
 A cache in codes takes a head's scale from what is to be stored, in the same launch.
 
 cos and sin come as a table [T, 2, F], the very numbers that kernels/reference/ multiplies by.
@@ -10,6 +13,7 @@ cos and sin come as a table [T, 2, F], the very numbers that kernels/reference/ 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ import triton.language as tl
 
 from .cache import KVCache, encoded, factor_and_scale, magnitude
 from .numerics import OPTIONS, next_power_of_two
+from .rms_norm import Norm, normed
 
 _CHUNK = 256  # positions: the table grows by whole chunks, so each entry has one place in an array
 _ELEMENTS = 4096  # of a head block: what one program holds in registers; half to encode them
@@ -76,9 +81,13 @@ def _rotate(
     dst_ptr,
     scale_ptr,
     table_ptr,
+    norm_ptr,
     head,
     mask,
     dst_head_stride,
+    eps,
+    offset,
+    NORM: tl.constexpr,
     CODES: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -88,7 +97,7 @@ def _rotate(
 ):
     """Rotate heads [HEADS] of D elements; a result is rounded to the source's dtype first.
 
-    scale_ptr [HEADS]: where each head's scale goes, of CODES.
+    scale_ptr [HEADS]: where each head's scale goes, of CODES. NORM: rms_norm(head), itself rounded.
     """
     j = tl.arange(0, F_PAD)
     if INTERLEAVED:
@@ -100,14 +109,27 @@ def _rotate(
     sin = tl.load(table_ptr + F + j, mask=j < F, other=0.0)[None, :]
     src = src_ptr + head[:, None] * D
     dst = dst_ptr + head[:, None] * dst_head_stride
+    DTYPE: tl.constexpr = src_ptr.dtype.element_ty
     a = tl.load(src + first[None, :], mask=pairs, other=0.0).to(tl.float32)
     b = tl.load(src + second[None, :], mask=pairs, other=0.0).to(tl.float32)
-    one = (a * cos - b * sin).to(src_ptr.dtype.element_ty)
-    two = (b * cos + a * sin).to(src_ptr.dtype.element_ty)
     if 2 * F < D:
         d = tl.arange(0, D_PAD)[None, :]
         rest = mask[:, None] & (d >= 2 * F) & (d < D)
         passed = tl.load(src + d, mask=rest, other=0.0)
+    if NORM:
+        squares = tl.sum(a * a + b * b, 1)
+        if 2 * F < D:
+            squares += tl.sum(passed.to(tl.float32) * passed.to(tl.float32), 1)
+        root = tl.sqrt_rn(squares / D + eps)[:, None]
+        weight = tl.load(norm_ptr + first, mask=j < F, other=0.0)[None, :]
+        a = normed(a, root, weight, offset, DTYPE).to(tl.float32)
+        weight = tl.load(norm_ptr + second, mask=j < F, other=0.0)[None, :]
+        b = normed(b, root, weight, offset, DTYPE).to(tl.float32)
+        if 2 * F < D:
+            weight = tl.load(norm_ptr + d, mask=d < D, other=0.0)
+            passed = normed(passed, root, weight, offset, DTYPE)
+    one = (a * cos - b * sin).to(DTYPE)
+    two = (b * cos + a * sin).to(DTYPE)
     factor = 0.0
     if CODES != "":
         largest = tl.maximum(magnitude(one.to(tl.float32)), magnitude(two.to(tl.float32)))
@@ -153,6 +175,8 @@ def rope_kernel(
     scales_ptr,
     table_ptr,
     slot_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -160,6 +184,12 @@ def rope_kernel(
     block_stride,
     scales_stride,
     layer,
+    q_eps,
+    q_offset,
+    k_eps,
+    k_offset,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
     CODES: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -185,9 +215,13 @@ def rope_kernel(
             q_out_ptr + t * q_out_stride,
             q_out_ptr,
             table_ptr,
+            q_norm_ptr,
             head,
             head < Q_HEADS,
             D,
+            q_eps,
+            q_offset,
+            Q_NORM,
             "",
             D,
             D_PAD,
@@ -215,9 +249,13 @@ def rope_kernel(
                     page,
                     scale,
                     table_ptr,
+                    k_norm_ptr,
                     head,
                     mask,
                     stride,
+                    k_eps,
+                    k_offset,
+                    K_NORM,
                     CODES,
                     D,
                     D_PAD,
@@ -244,6 +282,7 @@ def launch(
     q_out: torch.Tensor | None = None,
     kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
+    norms: Sequence[Norm | None] = (None, None),
     rotate_k: bool = False,
     cache: KVCache | None = None,
     slot: torch.Tensor | None = None,
@@ -251,6 +290,7 @@ def launch(
 ) -> None:
     """Rotate q into q_out, where given; store k (rotated where rotate_k) and v, where given.
 
+    norms: of the heads of q and of k, before they are rotated.
     q [T, heads*head_dim], k and v [T, kv heads*head_dim], slot [T] int32, -1 stores nothing.
     """
     some = q if q is not None else kv[0]  # type: ignore[index]
@@ -262,6 +302,7 @@ def launch(
     k, v = (some, some) if kv is None else kv
     f = 0 if rotation is None else rotation.table.shape[-1]
     codes = "" if cache is None else cache.codes
+    q_norm, k_norm = norms
     options = tile(head_dim, f, max(q_heads, kv_heads), codes)
     heads = options["HEADS"]
     blocks = triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)
@@ -274,6 +315,8 @@ def launch(
         some if cache is None or cache.scales is None else cache.scales,
         some if rotation is None else rotation.table,
         some if slot is None else slot,
+        some if q_norm is None else q_norm.weight,
+        some if k_norm is None else k_norm.weight,
         some.stride(0),
         k.stride(0),
         v.stride(0),
@@ -281,6 +324,10 @@ def launch(
         0 if cache is None else cache.block_stride,
         0 if cache is None else cache.scales_stride,
         layer,
+        *((0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)),
+        *((0.0, 0.0) if k_norm is None else (k_norm.eps, k_norm.offset)),
+        Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None,
         CODES=codes,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from engineroom.kernels.backend import KVSpec
-from engineroom.kernels.triton import TritonBackend, device, executor
+from engineroom.kernels.triton import TritonBackend, device, facts
 from tests.kernels import programs
 from tests.kernels.packed_steps import Paged, raw
 
@@ -44,7 +44,7 @@ def pretend() -> None:
     JITFunction.run = compile_only
     device.device = lambda: torch.device("cpu")
     device.card = lambda: "pretended"
-    executor.loads_ahead = lambda: True
+    facts.loads_ahead = lambda: True
 
 
 def main() -> int:

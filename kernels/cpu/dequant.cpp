@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "kernels.hpp"
 #include "versions.hpp"
 
 namespace engineroom {
@@ -347,6 +348,31 @@ ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT 
     }
 }
 
+// MXFP4, NVFP4: scales of half their size, times twice the values of 4-bit floats.
+ER_INLINE float doubled_e2m1(int code) { return static_cast<float>(kE2M1Units[code] - 12); }
+
+ER_VERSIONS void run_mxfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 17, out += 32) {
+        const float d = float_of_bits(e8m0_half_bits(in[0]));
+        for (int j = 0; j < 16; ++j) {
+            out[j] = d * doubled_e2m1(in[1 + j] & 15);
+            out[j + 16] = d * doubled_e2m1(in[1 + j] >> 4);
+        }
+    }
+}
+
+ER_VERSIONS void run_nvfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 24, out += 32) {
+        for (int j = 0; j < 16; ++j) {
+            const float d = float_of_bits(load_u32(in + j / 8 * 4));
+            out[2 * j] = d * doubled_e2m1(in[8 + j] & 15);
+            out[2 * j + 1] = d * doubled_e2m1(in[8 + j] >> 4);
+        }
+    }
+}
+
 const DequantFormat kFormats[] = {
     {"F32", 1, 4, 0, run_f32},       {"F16", 1, 2, 0, run_f16},
     {"BF16", 1, 2, 0, run_bf16},     {"Q4_0", 32, 18, 0, run_q4_0},
@@ -356,6 +382,7 @@ const DequantFormat kFormats[] = {
     {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
     {"INT4", 32, 18, 8, run_int4},   {"I4G32", 32, 22, 0, run_i4g32},
     {"I4G128", 128, 70, 0, run_i4g128}, {"I8G32", 32, 38, 0, run_i8g32},
+    {"MXFP4", 32, 17, 0, run_mxfp4}, {"NVFP4", 32, 24, 0, run_nvfp4},
     {"FP8", 32, 32, 4, run_fp8},
     {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_nf4},
 };

@@ -21,6 +21,11 @@ struct DequantFormat {
     }
 };
 
+// The bits of 2^(code - 128), half of what an exponent byte of MXFP4 stands for.
+constexpr std::uint32_t e8m0_half_bits(std::uint8_t code) {
+    return code < 2 ? 0x00200000u << code : (code - 1u) << 23;
+}
+
 // The format of that name, or nullptr.
 const DequantFormat *find_dequant_format(const char *name);
 

@@ -319,24 +319,7 @@ ER_VERSIONS void run_fp8_128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTR
     }
 }
 
-// NF4_CODEBOOK of kernels/weights.py; byte j holds element 2 j in its high half.
-constexpr float kNf4[16] = {-1.0f,
-                            -0.6961928009986877f,
-                            -0.5250730514526367f,
-                            -0.39491748809814453f,
-                            -0.28444138169288635f,
-                            -0.18477343022823334f,
-                            -0.09105003625154495f,
-                            0.0f,
-                            0.07958029955625534f,
-                            0.16093020141124725f,
-                            0.24611230194568634f,
-                            0.33791524171829224f,
-                            0.44070982933044434f,
-                            0.5626170039176941f,
-                            0.7229568362236023f,
-                            1.0f};
-
+// Byte j holds element 2 j in its high half.
 ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
                          std::size_t blocks) {
     for (std::size_t b = 0; b < blocks; ++b, in += 36, out += 64) {

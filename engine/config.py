@@ -228,7 +228,7 @@ KV_CACHE_DTYPES = (*DTYPES, "int8", "fp8")
 MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "cuda", "reference")
 ACTIVATIONS = ("auto", "int8", "fp8", "float32")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8", "nf4", "bitsandbytes")
 
 
 @dataclass(frozen=True, kw_only=True)

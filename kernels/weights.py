@@ -89,6 +89,8 @@ Q6_K = Format(
     210,
     (("low_nibbles", "u1", 128), ("high_bits", "u1", 64), ("scales", "i1", 16), ("d", "f2", 1)),
 )
+# Blocks of 32 4-bit floats with an 8-bit exponent (OCP microscaling formats, version 1.0).
+MXFP4 = Format("MXFP4", 32, 17, (("exponent", "u1", 1), ("nibbles", "u1", 16)))
 
 # What quantising on load makes; quant/integers.py says what they mean. No file holds them.
 INT8 = Format("INT8", 32, 32, (("quants", "i1", 32),), (("d", "f4", 1),))
@@ -105,6 +107,9 @@ INT4 = Format(
 I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 16)))
 I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
 I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
+# 4-bit floats whose scales, one for each 16, are 8-bit floats times a float of the tensor; here
+# their products, halved. quant/fp4.py says what they mean.
+NVFP4 = Format("NVFP4", 32, 24, (("d", "f4", 2), ("nibbles", "u1", 16)))
 
 # 8-bit floats with a scale per row (of a tensor with one scale, the same for each), or per 128
 # elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the
@@ -133,11 +138,11 @@ NF4_CODEBOOK = (
 )
 
 FILE_FORMATS: Mapping[str, Format] = {
-    f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
+    f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4)
 }
 FORMATS: Mapping[str, Format] = {
     **FILE_FORMATS,
-    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32)},
+    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32, NVFP4)},
 }
 # Those that the CPU backend has no kernel for.
 SMALL_FLOATS: Mapping[str, Format] = {f.name: f for f in (FP8, FP8_128, NF4)}

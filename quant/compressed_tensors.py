@@ -1,11 +1,12 @@
-"""compressed-tensors checkpoints (llm-compressor): integers or FP8, a scheme per group of modules.
+"""compressed-tensors checkpoints (llm-compressor): integers or floats, a scheme per set of modules.
 
 `pack-quantized`: `weight_packed` int32 [N, K bits / 32], a stream of q + 2^(bits - 1) along each
 row; `weight_scale` [N, G]; of asymmetric ones `weight_zero_point` int32 [N bits / 32, G], packed
 down each column in the same way; `weight_g_idx` int32 [K] with act-order. `int-quantized`: `weight`
 int8 [N, K], `weight_scale` [N, G] (or one number), `weight_zero_point` int8 alike.
-`float-quantized`: `weight` F8_E4M3. value = scale (q - zero). Activations are not rounded as the
-scheme says but as `activations=` does.
+`float-quantized`: `weight` F8_E4M3. value = scale (q - zero). `mxfp4-pack-quantized` and
+`nvfp4-pack-quantized`: quant/fp4.py. Activations are not rounded as the scheme says but as
+`activations=` does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.weights import I8G32, INT8, Format, RawWeight
+from .fp4 import mxfp4_weight, nvfp4_weight
 from .fp8 import INPUT_SCALES, block_of, fp8_weight
 from .groups import (
     even_groups,
@@ -41,7 +43,8 @@ from .parts import (
 )
 
 _WHERE = "quantization_config"
-_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+_FOURS = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")
+_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", *_FOURS)
 _IGNORED = ("global_compression_ratio", "ignore", "kv_cache_scheme", "version")
 _CLASS = "Linear"
 
@@ -83,7 +86,7 @@ class CompressedTensors:
         sparsity.one_of("format", ("dense",), "dense")
         options.finish(_IGNORED)
         self._schemes = [_scheme(groups[name], form, name) for name in groups]
-        optional = ("zero", "index", "shape")
+        optional = ("zero", "index", "shape", "whole")
         self.layouts = (
             Layout(
                 "packed",
@@ -93,6 +96,7 @@ class CompressedTensors:
                     "zero": ".weight_zero_point",
                     "index": ".weight_g_idx",
                     "shape": ".weight_shape",
+                    "whole": ".weight_global_scale",
                 },
                 optional,
             ),
@@ -128,6 +132,8 @@ class CompressedTensors:
         if scheme.format == "float-quantized":
             parts["weight"].require_dtype("F8_E4M3")
             return fp8_weight(module, parts["weight"], parts["scale"], scheme.block)
+        if scheme.format in _FOURS:
+            return _four_bit_floats(module, parts, scheme)
         return _integers(module, parts, scheme)
 
     def is_spare(self, part: Part) -> bool:
@@ -148,6 +154,8 @@ def _scheme(group: Any, form: Any, name: str) -> _Scheme:
     options.take("output_activations")
     options.finish()
     is_float = weights.one_of("type", ("int", "float"), "int") == "float"
+    if is_float and form in _FOURS:
+        return _scheme_of_fours(weights, form, tuple(targets), _in_words(activations))
     bits = weights.one_of("num_bits", (8,) if is_float else (4, 8), 8)
     strategies = ("tensor", "channel", "block") if is_float else ("tensor", "channel", "group")
     strategy = weights.one_of("strategy", strategies, "tensor")
@@ -174,6 +182,35 @@ def _scheme(group: Any, form: Any, name: str) -> _Scheme:
     if is_float and not symmetric:
         raise weights.error("symmetric", False, (True,))
     return _Scheme(form, tuple(targets), bits, group_size, symmetric, block, _in_words(activations))
+
+
+def _scheme_of_fours(
+    weights: Options, form: str, targets: tuple[str, ...], activations: str
+) -> _Scheme:
+    """Of MXFP4 and NVFP4 the format says all but one thing."""
+    is_mx = form == "mxfp4-pack-quantized"
+    weights.one_of("num_bits", (4,))
+    size = weights.one_of("group_size", (32 if is_mx else 16,))
+    weights.one_of("strategy", ("group" if is_mx else "tensor_group",))
+    weights.one_of("symmetric", (True,), True)
+    weights.one_of("dynamic", (False,), False)
+    weights.finish(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"))
+    return _Scheme(form, targets, 4, size, True, None, activations)
+
+
+def _four_bit_floats(module: str, parts: Mapping[str, Part], scheme: _Scheme) -> RawWeight:
+    name = f"{module}.weight"
+    if "packed" not in parts:
+        raise FormatError(
+            f"{name}_packed",
+            f"tensor '{name}_packed' is missing; {scheme.format} has its codes there",
+        )
+    if scheme.group_size == 32:
+        return mxfp4_weight(name, parts["packed"], parts["scale"])
+    if "whole" not in parts:
+        whole = f"{name}_global_scale"
+        raise FormatError(whole, f"tensor {whole!r} is missing: its scales are divided by it")
+    return nvfp4_weight(name, parts["packed"], parts["scale"], parts["whole"], divides=True)
 
 
 def _in_words(activations: Any) -> str:

@@ -22,7 +22,7 @@ _IGNORED = ("modules_to_not_convert", "ignored_layers", "fmt", "dequantize")
 _PER_TENSOR = ("weight_scale", "weight_scale_inv")
 # Scales of activations and of the cache: neither is rounded to FP8 here.
 INPUT_SCALES = re.compile(
-    r".*\.(input_scale|activation_scale|output_scale|input_zero_point|output_zero_point"
+    r".*\.(input_scale|input_global_scale|activation_scale|output_scale|input_zero_point|output_zero_point"
     r"|k_scale|v_scale|k_proj\.output_scale|v_proj\.output_scale)"
 )
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from ..kernels.weights import Format, RawWeight
 
+# Twice the values of 4-bit floats (a sign, 2 bits of exponent, 1 of significand), by code.
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 _CHUNK_BLOCKS = 1 << 15  # blocks unpacked at a time, so that the temporaries stay in the cache
 
 
@@ -138,6 +140,14 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return (scale[:, :, None] * _float(q.reshape(-1, 16, 16))).reshape(-1, 256)
 
 
+def _mxfp4(b: np.ndarray) -> np.ndarray:
+    """d * q, q twice a 4-bit float, d = 2^(exponent - 128): half of the scale."""
+    code = b["exponent"].astype(np.uint32)
+    small, normal = np.uint32(0x00200000) << (code & 1), (code - 1) << np.uint32(23)
+    d = np.where(code < 2, small, normal).view(np.float32)
+    return d * _float(E2M1_DOUBLED[_nibbles(b["nibbles"], 16)])
+
+
 def _float(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32)
 
@@ -188,6 +198,7 @@ _UNPACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
 }
 
-__all__ = ["block_dtype", "dequantise", "dequantise_rows", "row_dtype"]
+__all__ = ["E2M1_DOUBLED", "block_dtype", "dequantise", "dequantise_rows", "row_dtype"]

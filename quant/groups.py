@@ -115,7 +115,7 @@ def pack_nibbles(values: np.ndarray) -> np.ndarray:
 def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
     """The reverse of pack_nibbles."""
     pairs = (packed[..., None] >> np.array([0, 4], np.uint8)) & np.uint8(15)
-    return pairs.reshape(len(packed), -1)
+    return pairs.reshape(len(packed), 2 * packed.shape[1])
 
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..kernels.weights import INT4, INT8, Format, RawWeight, WeightGroup
+from ..kernels.weights import FP8, INT4, INT8, NF4, Format, RawWeight, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,17 @@ class Scheme:
     """`quantization=` as it is asked for: formats of the layers' weights and of the head's."""
 
     layers: Format
-    head: Format
+    head: Format | None  # None: it stays as it is
 
 
 # The head of a small model suffers most from 4 bits: docs/quantisation.md has what was measured.
-SCHEMES: Mapping[str, Scheme] = {"int8": Scheme(INT8, INT8), "int4": Scheme(INT4, INT8)}
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(INT8, INT8),
+    "int4": Scheme(INT4, INT8),
+    "fp8": Scheme(FP8, FP8),
+    "nf4": Scheme(NF4, INT8),
+    "bitsandbytes": Scheme(NF4, None),
+}
 
 
 class NothingToQuantise(ValueError):
@@ -63,6 +69,8 @@ def quantise(
         )
     for name, group in chosen.items():
         target = scheme.head if name == head else scheme.layers
+        if target is None:
+            continue
         small = []
         for part in group:
             if part.format.bits_per_element <= target.bits_per_element:

@@ -8,6 +8,7 @@ from typing import Any
 from .awq import Awq
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
+from .fp4 import ModelOpt, Mxfp4
 from .fp8 import Fp8
 from .gptq import Gptq
 from .parts import FormatError, Options, Part, Reader
@@ -19,6 +20,8 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "compressed-tensors": CompressedTensors,
     "bitsandbytes": BitsAndBytes,
     "fp8": Fp8,
+    "mxfp4": Mxfp4,
+    "modelopt": ModelOpt,
 }
 
 

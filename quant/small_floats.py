@@ -1,4 +1,4 @@
-"""FP8, FP8_128 and NF4: what their bytes mean, in readable numpy, the specification.
+"""FP8, FP8_128 and NF4: what their bytes mean and how they are chosen: numpy, the specification.
 
 A value is one float32 product, rounded once: a scale times a number that the code stands for.
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels.weights import NF4_CODEBOOK
+from ..kernels.weights import FP8, NF4, NF4_CODEBOOK
+from .gguf import block_dtype, row_dtype
 
 _CODEBOOK = np.array(NF4_CODEBOOK, np.float32)
 
@@ -49,4 +50,53 @@ def nf4_values(blocks: np.ndarray) -> np.ndarray:
     return blocks["absmax"] * _CODEBOOK[(pairs & np.uint8(15)).reshape(-1, 64)]
 
 
-__all__ = ["e4m3_values", "fp8_128_values", "fp8_values", "nf4_values"]
+def quantise_fp8(values: np.ndarray) -> bytes:
+    """Rows of FP8 from float32 values [N, K] below 2^120, K whole groups of 32.
+
+    scale = the row's largest magnitude / 448; a code is the nearest to value / scale, ties to even.
+    A row below 448 * 2^-126 becomes zeros.
+    """
+    rows = np.zeros(len(values), row_dtype(FP8, values.shape[1]))
+    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
+    scale[scale < np.float32(2.0**-126)] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y = np.where(scale > 0, np.clip(values / scale, -448, 448), np.float32(0))
+    rows["scale"] = scale
+    codes = np.where((scale > 0) & np.signbit(values), 0x80, 0) | _nearest_e4m3(np.abs(y))
+    rows["blocks"]["values"] = codes.astype(np.uint8).reshape(len(values), -1, FP8.block_elements)
+    return rows.tobytes()
+
+
+def _nearest_e4m3(size: np.ndarray) -> np.ndarray:
+    """Codes of magnitudes up to 448: the 3 bits of significand that stay, or steps of 2^-9."""
+    bits = size.view(np.uint32)
+    bits = (bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    tiny = np.rint(size * np.float32(512)).astype(np.uint32)
+    return np.where(size < np.float32(2.0**-6), tiny, bits - np.uint32(120 << 3))
+
+
+def quantise_nf4(values: np.ndarray) -> bytes:
+    """Rows of NF4 from float32 values [N, K] below 2^120, K whole groups of 64.
+
+    The codes and absmax that bitsandbytes makes: the table's entry nearest to values / absmax, the
+    lower where it lies in the middle.
+    """
+    groups = values.reshape(-1, NF4.block_elements)
+    rows = np.zeros(len(groups), block_dtype(NF4))
+    absmax = np.abs(groups).max(axis=1, keepdims=True)
+    scaled = np.clip(groups * (np.float32(1) / np.maximum(absmax, np.float32(1e-38))), -1, 1)
+    middles = (_CODEBOOK[:-1] + _CODEBOOK[1:]) / np.float32(2)
+    code = np.searchsorted(middles, scaled).astype(np.uint8)
+    rows["absmax"] = absmax
+    rows["nibbles"] = code[:, 0::2] << np.uint8(4) | code[:, 1::2]
+    return rows.tobytes()
+
+
+__all__ = [
+    "e4m3_values",
+    "fp8_128_values",
+    "fp8_values",
+    "nf4_values",
+    "quantise_fp8",
+    "quantise_nf4",
+]

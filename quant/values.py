@@ -8,6 +8,7 @@ import numpy as np
 
 from ..kernels.weights import RawWeight
 from . import gguf
+from .fp4 import nvfp4_values
 from .gguf import block_dtype, row_dtype
 from .groups import i4_values, i8_values
 from .integers import int4_values, int8_values
@@ -22,6 +23,7 @@ _OF_BLOCKS: Mapping[str, _Values] = {
     "I4G32": i4_values,
     "I4G128": i4_values,
     "I8G32": i8_values,
+    "NVFP4": nvfp4_values,
 }
 
 

@@ -60,8 +60,8 @@ ENGINE_HELP = {
     "device": "auto (the CPU in this version), cpu (native kernels), cuda (Triton "
     "kernels), or reference (readable torch, slow)",
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
-    "quantization": "int8 or int4: quantise the weights on load, see docs/quantisation.md; None "
-    "keeps the checkpoint's own bits",
+    "quantization": "int8, int4, fp8, nf4 or bitsandbytes: quantise the weights on load, see "
+    "docs/quantisation.md; None keeps the checkpoint's own bits",
     "activations": "what multiplies quantised weights: auto (int8 on the CPU), int8 (groups of 32; "
     "on the GPU one scale per token), fp8 (GPU), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16, "

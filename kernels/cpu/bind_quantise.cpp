@@ -38,7 +38,7 @@ int quantise(const std::string &format_name, Bytes data, int num_rows, int num_c
              const std::string &to_name, Result out, int threads) {
     const DequantFormat &from = format_of(format_name), &to = format_of(to_name);
     if (find_quantise_row(to.name) == nullptr)
-        throw std::invalid_argument("nothing quantises to " + to_name + "; known: INT8, INT4");
+        throw std::invalid_argument("nothing quantises to " + to_name + "; known: INT8, INT4, FP8, NF4");
     if (num_rows < 1 || num_columns < 1 || threads < 1)
         throw std::invalid_argument("rows, columns and threads must be at least 1");
     check_size(from, num_rows, num_columns, data.shape(0));

@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "kernels.hpp"
 #include "versions.hpp"
 
 namespace engineroom {
@@ -318,24 +319,7 @@ ER_VERSIONS void run_fp8_128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTR
     }
 }
 
-// NF4_CODEBOOK of kernels/weights.py; byte j holds element 2 j in its high half.
-constexpr float kNf4[16] = {-1.0f,
-                            -0.6961928009986877f,
-                            -0.5250730514526367f,
-                            -0.39491748809814453f,
-                            -0.28444138169288635f,
-                            -0.18477343022823334f,
-                            -0.09105003625154495f,
-                            0.0f,
-                            0.07958029955625534f,
-                            0.16093020141124725f,
-                            0.24611230194568634f,
-                            0.33791524171829224f,
-                            0.44070982933044434f,
-                            0.5626170039176941f,
-                            0.7229568362236023f,
-                            1.0f};
-
+// Byte j holds element 2 j in its high half.
 ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
                          std::size_t blocks) {
     for (std::size_t b = 0; b < blocks; ++b, in += 36, out += 64) {
@@ -343,6 +327,31 @@ ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT 
         for (int j = 0; j < 32; ++j) {
             out[2 * j] = absmax * kNf4[in[4 + j] >> 4];
             out[2 * j + 1] = absmax * kNf4[in[4 + j] & 15];
+        }
+    }
+}
+
+// MXFP4, NVFP4: scales of half their size, times twice the values of 4-bit floats.
+ER_INLINE float doubled_e2m1(int code) { return static_cast<float>(kE2M1Units[code] - 12); }
+
+ER_VERSIONS void run_mxfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 17, out += 32) {
+        const float d = float_of_bits(e8m0_half_bits(in[0]));
+        for (int j = 0; j < 16; ++j) {
+            out[j] = d * doubled_e2m1(in[1 + j] & 15);
+            out[j + 16] = d * doubled_e2m1(in[1 + j] >> 4);
+        }
+    }
+}
+
+ER_VERSIONS void run_nvfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks) {
+    for (std::size_t b = 0; b < blocks; ++b, in += 24, out += 32) {
+        for (int j = 0; j < 16; ++j) {
+            const float d = float_of_bits(load_u32(in + j / 8 * 4));
+            out[2 * j] = d * doubled_e2m1(in[8 + j] & 15);
+            out[2 * j + 1] = d * doubled_e2m1(in[8 + j] >> 4);
         }
     }
 }
@@ -356,6 +365,7 @@ const DequantFormat kFormats[] = {
     {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
     {"INT4", 32, 18, 8, run_int4},   {"I4G32", 32, 22, 0, run_i4g32},
     {"I4G128", 128, 70, 0, run_i4g128}, {"I8G32", 32, 38, 0, run_i8g32},
+    {"MXFP4", 32, 17, 0, run_mxfp4}, {"NVFP4", 32, 24, 0, run_nvfp4},
     {"FP8", 32, 32, 4, run_fp8},
     {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_nf4},
 };

@@ -31,10 +31,15 @@ enum class Elements : std::uint8_t {
     kU5,    // per group of 32: 768 bytes as kU4, then 8 x [48][4] bits of value 16, see below
     kU6,    // per group of 32: 768 bytes as kU4, then bits of value 16, then bits of value 32
     kU8,    // [K/4][48][4] bytes
+    kE2M1,  // codes of 4-bit floats where kU4 has its elements; kE2M1Units says what u is
     kCompactBF16,  // kBF16 in 12 bits an element, see below; K is a multiple of 8
 };
 // Bit planes of kU5 and kU6: 192 bytes a plane and group. Bit 4n + i of word k4 (48 * 4 = 192 bits,
 // little-endian, 24 bytes) belongs to element 4 k4 + i of output n: the order of kU8's bytes.
+
+// u of a 4-bit float (sign, 2 bits of exponent, 1 of significand): 12 and twice its value.
+constexpr std::uint8_t kE2M1Units[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                         12, 11, 10, 9,  8,  6,  4,  0};
 
 // kCompactBF16: the high byte of a bf16 (sign, seven bits of the exponent) is one of few in a trained
 // weight. A tile's scales are a table of its sixteen commonest high bytes, then its exceptions. Its
@@ -68,6 +73,8 @@ enum class Scaling : std::uint8_t {
                    //   (d sc) u - (dmin mn) per 32.                 INT4
     kZero32,       // [K/32] { float d[48], half zero[48] }: d (u - bias) - (d zero).   I4G32 I8G32
     kZero128,      // the same for each 128.                         I4G128
+    kSingle32,     // [K/32][48] float d.                            MXFP4
+    kSingle16,     // [K/16][48] float d: d (u - bias) per 16.       NVFP4
 };
 
 // A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
@@ -75,7 +82,7 @@ enum class Scaling : std::uint8_t {
 struct PackedWeight {
     Elements elements = Elements::kF32;
     Scaling scaling = Scaling::kNone;
-    int bias = 0;  // 8, 16, 32, 128 where a format's integers are signed, else 0
+    int bias = 0;  // 8, 12, 16, 32, 128 where a format's integers are signed, else 0
     int num_rows = 0;
     int num_columns = 0;
     std::size_t scales_bytes = 0;  // of a tile, padded
@@ -93,7 +100,7 @@ struct PackedWeight {
 enum class Form : std::uint8_t {
     kF32,   // multiplies any weight, dequantised to fp32
     kBF16,  // multiplies kBF16 and kCompactBF16 weights: products of bf16 pairs, fp32 sums
-    kInt8,  // multiplies quantised weights: int8 dot products per group of 32 (16 for kSuperSigned)
+    kInt8,  // multiplies quantised weights: int8 dot products per group of 32 (or 16: Scaling)
 };
 
 // Rows ready to be multiplied. `stride` (elements, a multiple of 32, >= K) separates rows; elements

@@ -381,6 +381,36 @@ void pack_int8_zero(const TileJob &t) {
               });
 }
 
+// ------------------------------------------------------------------------------ 4-bit floats
+
+// A byte of exponent, which becomes the float that it stands for, and 16 of nibbles.
+void pack_mxfp4(const TileJob &t) {
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        for (int n = 0; n < t.rows; ++n)
+            store4(t.scales + 4 * (static_cast<std::size_t>(g) * kTileRows + n),
+                   e8m0_half_bits(t.row(n)[g * 17]));
+        by_rows(t.rows, [&](int n, auto word) {
+            put_nibbles16<decltype(word)>(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
+                                          t.row(n) + g * 17 + 1, t.row_bytes);
+        });
+    }
+}
+
+// Two floats, one for each 16 elements, and 16 bytes of nibbles, ascending.
+void pack_nvfp4(const TileJob &t) {
+    for (int g = 0; g < t.columns / kGroup; ++g) {
+        for (int n = 0; n < t.rows; ++n)
+            for (int part = 0; part < 2; ++part)
+                store4(t.scales + 4 * (static_cast<std::size_t>(2 * g + part) * kTileRows + n),
+                       load4(t.row(n) + g * 24 + 4 * part));
+        by_rows(t.rows, [&](int n, auto word) {
+            put_ascending16<decltype(word)>(
+                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, t.row(n) + g * 24 + 8,
+                t.row_bytes);
+        });
+    }
+}
+
 // ---------------------------------------------------------------------------- the formats
 
 struct PackFormat {
@@ -409,6 +439,8 @@ const PackFormat kFormats[] = {
     {"I4G32", 32, Elements::kU4, Scaling::kZero32, 8, pack_int4_zero<1>},
     {"I4G128", 128, Elements::kU4, Scaling::kZero128, 8, pack_int4_zero<4>},
     {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
+    {"MXFP4", 32, Elements::kE2M1, Scaling::kSingle32, 12, pack_mxfp4},
+    {"NVFP4", 32, Elements::kE2M1, Scaling::kSingle16, 12, pack_nvfp4},
 };
 
 const PackFormat &find_format(const char *name) {
@@ -427,7 +459,8 @@ std::size_t quants_bytes(Elements elements, std::size_t columns) {
         case Elements::kF32: return columns * kTileRows * 4;
         case Elements::kF16: return columns * kTileRows * 2;
         case Elements::kBF16: return (columns + 1) / 2 * kTileRows * 4;
-        case Elements::kU4: return groups * kNibbleBytes;
+        case Elements::kU4:
+        case Elements::kE2M1: return groups * kNibbleBytes;
         case Elements::kU5: return groups * (kNibbleBytes + kPlaneBytes);
         case Elements::kU6: return groups * (kNibbleBytes + 2 * kPlaneBytes);
         case Elements::kU8: return groups * kGroup * kTileRows;
@@ -447,6 +480,8 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kChannelMin: return 2 * kFloatBytes + columns / kGroup * 2 * kTileRows;
         case Scaling::kZero32: return columns / kGroup * kZeroBytes;
         case Scaling::kZero128: return columns / (4 * kGroup) * kZeroBytes;
+        case Scaling::kSingle32: return columns / kGroup * kFloatBytes;
+        case Scaling::kSingle16: return columns / kGroup * 2 * kFloatBytes;
     }
     return 0;
 }
@@ -467,7 +502,7 @@ float float_at(const std::uint8_t *p, int i) {
 int quant_at(Elements elements, const std::uint8_t *quants, int k, int n) {
     if (elements == Elements::kU8)
         return quants[(static_cast<std::size_t>(k / 4) * kTileRows + n) * 4 + k % 4];
-    const int planes = elements == Elements::kU4 ? 0 : elements == Elements::kU5 ? 1 : 2;
+    const int planes = elements == Elements::kU6 ? 2 : elements == Elements::kU5;
     const std::uint8_t *group =
         quants + static_cast<std::size_t>(k / kGroup) * (kNibbleBytes + planes * kPlaneBytes);
     const int in_group = k % kGroup;
@@ -478,7 +513,7 @@ int quant_at(Elements elements, const std::uint8_t *quants, int k, int n) {
         const std::uint8_t *plane = group + kNibbleBytes + p * kPlaneBytes;
         value |= ((plane[bit / 8] >> (bit % 8)) & 1) << (4 + p);
     }
-    return value;
+    return elements == Elements::kE2M1 ? kE2M1Units[value] : value;
 }
 
 float value_at(const PackedWeight &w, int tile, int k, int n) {
@@ -531,6 +566,8 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             const float scale = float_at(s, n);
             return scale * value - scale * half_at(s + kFloatBytes, n);
         }
+        case Scaling::kSingle32: return float_at(s + k / kGroup * kFloatBytes, n) * value;
+        case Scaling::kSingle16: return float_at(s + k / 16 * kFloatBytes, n) * value;
     }
     return value;
 }

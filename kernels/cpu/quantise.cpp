@@ -165,11 +165,70 @@ void int4_row(const float *x, int columns, std::uint8_t *out, float *scratch) {
     }
 }
 
+// ------------------------------------------------------------------------------------- floats
+
+// The nearest float of 4 bits of exponent and 3 of significand, ties to even; |x| is at most 448.
+ER_INLINE std::uint8_t e4m3_of(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const std::uint32_t sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+    const std::uint32_t normal = ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
+    const float tiny = (std::fabs(x) * 0x1p9f + kMagic) - kMagic;  // of the least: 2^-9
+    const std::uint32_t code = size < (121u << 23) ? static_cast<std::uint32_t>(tiny) : normal;
+    return static_cast<std::uint8_t>(sign | code);
+}
+
+ER_VERSIONS void fp8_values(const float *ER_RESTRICT x, int columns, float scale,
+                            std::uint8_t *ER_RESTRICT out) {
+    for (int k = 0; k < columns; ++k) {
+        const float y = x[k] / scale, above = y < -448.0f ? -448.0f : y;
+        out[k] = e4m3_of(above > 448.0f ? 448.0f : above);
+    }
+}
+
+void fp8_row(const float *x, int columns, std::uint8_t *out, float *) {
+    const float scale = largest(x, columns) / 448.0f;
+    if (scale < kTiny) {
+        std::memset(out, 0, 4 + static_cast<std::size_t>(columns));
+        return;
+    }
+    store_float(out, scale);
+    fp8_values(x, columns, scale, out + 4);
+}
+
+// The place of x in the table: between which two of its entries' middles it lies.
+ER_INLINE std::uint8_t nf4_of(float x) {
+    int code = 0;
+    for (int i = 0; i < 15; ++i) code += x > (kNf4[i] + kNf4[i + 1]) / 2.0f;
+    return static_cast<std::uint8_t>(code);
+}
+
+ER_VERSIONS void nf4_block(const float *ER_RESTRICT x, float inverse,
+                           std::uint8_t *ER_RESTRICT out) {
+    std::uint8_t code[64];
+    for (int i = 0; i < 64; ++i) {
+        const float y = x[i] * inverse, above = y < -1.0f ? -1.0f : y;
+        code[i] = nf4_of(above > 1.0f ? 1.0f : above);
+    }
+    for (int i = 0; i < 32; ++i)
+        out[i] = static_cast<std::uint8_t>(code[2 * i] << 4 | code[2 * i + 1]);
+}
+
+void nf4_row(const float *x, int columns, std::uint8_t *out, float *) {
+    for (int k = 0; k < columns; k += 64, out += 36) {
+        const float absmax = largest(x + k, 64);
+        store_float(out, absmax);
+        nf4_block(x + k, 1.0f / std::max(absmax, 1e-38f), out + 4);
+    }
+}
+
 }  // namespace
 
 QuantiseRow find_quantise_row(const char *format) {
     if (std::strcmp(format, "INT8") == 0) return int8_row;
     if (std::strcmp(format, "INT4") == 0) return int4_row;
+    if (std::strcmp(format, "FP8") == 0) return fp8_row;
+    if (std::strcmp(format, "NF4") == 0) return nf4_row;
     return nullptr;
 }
 

@@ -1,4 +1,5 @@
-// Rows of any format -> rows of INT8 and INT4, byte for byte as quant/integers.py has it.
+// Rows of any format -> rows of INT8, INT4, FP8 and NF4, byte for byte as quant/integers.py and
+// quant/small_floats.py have it.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +9,11 @@
 
 namespace engineroom {
 
-// Writes one row: `columns` floats below 2^120, whole groups of 32, to `out`. `scratch`: 2 * columns
+// Writes one row: `columns` floats below 2^120, whole blocks of the format, to `out`. `scratch`: 2 * columns
 // floats.
 using QuantiseRow = void (*)(const float *x, int columns, std::uint8_t *out, float *scratch);
 
-// For "INT8" and "INT4"; nullptr for other names.
+// For "INT8", "INT4", "FP8" and "NF4"; nullptr for other names.
 QuantiseRow find_quantise_row(const char *format);
 
 // Quantises `rows` rows of `columns` elements at `in` to `out` on up to `threads` threads, never

@@ -420,14 +420,15 @@ void check_int8(const Kernels &k) {
 struct FormatInfo {
     const char *name;
     int halves[2];  // where a block has its half-precision scales, or -1
-    bool has_float = false;  // a block begins with a float scale
+    int floats = 0;             // scales that a block begins with
+    bool has_exponent = false;  // it begins with one
 };
 const FormatInfo kFormats[] = {
     {"F32", {-1, -1}}, {"F16", {-1, -1}}, {"BF16", {-1, -1}}, {"Q4_0", {0, -1}},
     {"Q4_1", {0, 2}},  {"Q5_0", {0, -1}}, {"Q5_1", {0, 2}},   {"Q8_0", {0, -1}},
     {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
-    {"INT4", {-1, -1}}, {"I4G32", {4, -1}, true}, {"I4G128", {4, -1}, true},
-    {"I8G32", {4, -1}, true},
+    {"INT4", {-1, -1}}, {"I4G32", {4, -1}, 1}, {"I4G128", {4, -1}, 1},
+    {"I8G32", {4, -1}, 1}, {"MXFP4", {-1, -1}, 0, true}, {"NVFP4", {-1, -1}, 2},
 };
 
 // A weight of random blocks: as the checkpoint holds it, in tiles, and its values.
@@ -498,10 +499,11 @@ struct Weight {
         }
         for (std::size_t i = 0; i < format.block_bytes; ++i)
             block[i] = static_cast<std::uint8_t>(random.next());
-        if (info.has_float) {
+        for (int i = 0; i < info.floats; ++i) {
             const float d = random.between(-1e-3f, 1e-2f);
-            std::memcpy(block, &d, 4);
+            std::memcpy(block + 4 * i, &d, 4);
         }
+        if (info.has_exponent) block[0] = static_cast<std::uint8_t>(117 + random.below(8));
         for (int at : info.halves) {
             if (at < 0) continue;
             double d = rounded(random.between(0.01f, 0.05f), Dtype::kF16);

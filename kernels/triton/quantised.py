@@ -7,7 +7,8 @@ steps of the kernels.
 
 4 bits: planar. An int16 word holds four codes, one of each of four groups that follow each other:
 word r of a step has element r of group j in bits 4j .. 4j+3, so that each plane is one group and no
-lane has to move. 8 bits: one code a byte; so are held the formats of 5 and 6 bits.
+lane has to move. 8 bits: one code a byte; so are held the formats of 5 and 6 bits,
+and 4-bit floats as twice their values, which are integers.
 
 Scales and minimums are [group, row], fp16 where the format's are, fp32 where it multiplies two.
 Act-order: columns stay in the order that the checkpoint groups them in, and `columns` says which
@@ -111,6 +112,8 @@ LAYOUTS: dict[str, Layout] = {
     "I4G32": Layout("u", 4, 8, 32, True, torch.float32),
     "I4G128": Layout("u", 4, 8, 64, True, torch.float32),
     "I8G32": Layout("u", 8, 128, 32, True, torch.float32),
+    "MXFP4": Layout("u", 8, 12, 32, False, torch.float32),
+    "NVFP4": Layout("u", 8, 12, 16, False, torch.float32),
     "FP8": Layout("e4m3", 8, 0, 128, False, torch.float32, per_row=True),
     "FP8_128": Layout("e4m3", 8, 0, 128, False, torch.float32),
     "NF4": Layout("nf4", 4, 0, 64, False, torch.float32),
@@ -349,6 +352,22 @@ def _zero(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, -(scale * _half(b[:, 4:6]).float())
 
 
+def _mxfp4(b: torch.Tensor) -> _Unpacked:
+    code = b[:, 0:1].to(torch.int32)
+    bits = torch.where(code < 2, 0x00200000 << (code & 1), (code - 1).clamp(min=0) << 23)
+    return _doubled(_nibbles(b[:, 1:17], 16)), bits.view(torch.float32), None
+
+
+def _nvfp4(b: torch.Tensor) -> _Unpacked:
+    return _doubled(_pairs(b[:, 8:24])), _single(b[:, 0:8]), None
+
+
+def _doubled(codes: torch.Tensor) -> torch.Tensor:
+    """Twice the value of each 4-bit float, and 12."""
+    units = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0]
+    return torch.tensor(units, dtype=torch.uint8, device=codes.device)[codes.int()]
+
+
 def _fp8(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
     return b, _single(header), None
 
@@ -379,6 +398,8 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "I4G32": _i4g32,
     "I4G128": _i4g128,
     "I8G32": _i8g32,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
     "FP8_128": _fp8_128,
     "NF4": _nf4,
 }

@@ -20,6 +20,7 @@ from engineroom.kernels.weights import (  # noqa: E402
     F32,
     FP8,
     FP8_128,
+    MXFP4,
     Format,
     RawWeight,
     WeightGroup,
@@ -52,6 +53,10 @@ def random_rows(rng: np.random.Generator, fmt: Format, rows: int, columns: int) 
         values = rng.integers(0, 256, made["blocks"]["values"].shape, np.uint8)
         made["blocks"]["values"] = np.where((values & 0x7F) == 0x7F, 0, values)  # which are NaN
         return made.view(np.uint8)
+    if fmt is MXFP4:
+        blocks = random_blocks(rng, fmt, rows * columns // fmt.block_elements)
+        blocks.reshape(-1, fmt.block_bytes)[:, 0] = rng.integers(120, 130, blocks.size // 17)
+        return blocks
     if fmt.header:
         quantise = {"INT8": quantise_int8, "INT4": quantise_int4}[fmt.name]
         return np.frombuffer(quantise(rng.standard_normal((rows, columns), np.float32)), np.uint8)

@@ -93,6 +93,11 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
                 header[field] /= columns**0.5
         return made_of
 
+    if "exponent" in (field for field, _, _ in fmt.layout):  # codes are 2.7 on the mean
+        data = rng.integers(0, 256, (count, fmt.block_bytes), np.uint8)
+        data[:, 0] = rng.integers(126, 128, count) - round(np.log2(2.7 * columns**0.5))
+        return RawWeight(name, fmt, shape, {"data": data.reshape(-1)})
+
     def made(d: float, m: float) -> RawWeight:
         state = np.random.default_rng(seed)
         fields = []

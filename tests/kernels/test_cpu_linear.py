@@ -55,6 +55,8 @@ def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
     for field, size in (("d", 1), ("m", 1), ("dmin", 1), ("zero", 8)):
         if field in fields:
             fields[field][:] = rng.uniform(-size, size, fields[field].shape)
+    if "exponent" in fields:
+        fields["exponent"][:] = rng.integers(117, 128, fields["exponent"].shape)
     return data
 
 
@@ -68,6 +70,8 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
             each[3::11] = 60000
         elif field == "zero":
             each[1::5] = -8
+        elif field == "exponent":
+            each[0::5], each[3::11] = 0, 144
         else:
             each[1::5] = np.iinfo(values.dtype).max
             each[2::5] = np.iinfo(values.dtype).min
@@ -215,7 +219,7 @@ def test_largest_int8_products(unit: str, name: str) -> None:
     for fill in (0x00, 0x80, 0x7F, 0xFF):
         data = blocks(name, n, k, 1)
         for field, values in fields_of(name, data, k).items():
-            if field not in ("d", "m", "dmin", "zero", "scales"):
+            if field not in ("d", "m", "dmin", "zero", "scales", "exponent"):
                 values[:] = (
                     np.full(1, fill, np.uint8).view(values.dtype)
                     if (values.dtype.itemsize == 1)

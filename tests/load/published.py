@@ -199,6 +199,47 @@ def four_bits(kind: str, block: int, *, double: bool) -> Maker:
     return make
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+
+
+def mxfp4(codes_name: str, scales_name: str, *, grouped: bool = False) -> Maker:
+    def make(rng: np.random.Generator, n: int, k: int) -> Made:
+        code = rng.integers(0, 16, (n, k))
+        code[:, :32] = 0  # a group of zeros
+        code[:, 32:64] = 8  # and of negative ones
+        exponent = rng.integers(117, 124, (n, k // 32))
+        exponent[0, :4] = 0, 1, 254, 127
+        packed = code[:, 0::2] | code[:, 1::2] << 4
+        shape = (n, k // 32, 16) if grouped else packed.shape
+        with np.errstate(over="ignore"):
+            values = np.ldexp(E2M1[code], np.repeat(exponent, 32, axis=1) - 127)
+        tensors = {
+            codes_name: tensor("U8", packed.reshape(shape)),
+            scales_name: tensor("U8", exponent),
+        }
+        return tensors, values.astype(np.float32)
+
+    return make
+
+
+def nvfp4(codes_name: str, whole_name: str, *, divides: bool) -> Maker:
+    def make(rng: np.random.Generator, n: int, k: int) -> Made:
+        code, scale = rng.integers(0, 16, (n, k)), rng.integers(0, 0x7F, (n, k // 16))
+        scale[0, :4] = 0, 1, 0x7E, 0x80
+        whole = np.float32(2688.7 if divides else 0.00123)
+        factor = e4m3(scale) / whole if divides else e4m3(scale) * whole
+        tensors = {
+            codes_name: tensor("U8", code[:, 0::2] | code[:, 1::2] << 4),
+            ".weight_scale": tensor("F8_E4M3", scale),
+            whole_name: tensor("F32", whole.reshape(1) if divides else whole),
+            ".input_scale": tensor("F32", np.ones((), np.float32)),
+        }
+        return tensors, np.repeat(factor, 16, axis=1) * E2M1[code]
+
+    return make
+
+
 def llm_int8(rng: np.random.Generator, n: int, k: int) -> Made:
     q, largest = rng.integers(-127, 128, (n, k)), scales(rng, n) * 127
     tensors = {
@@ -236,6 +277,8 @@ def gptq_config(bits: int, group: int, **more: Any) -> dict[str, Any]:
 
 _INT8 = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 _FP8 = {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor"}
+_MX = {"num_bits": 4, "type": "float", "dynamic": True, "group_size": 32, "strategy": "group"}
+_NV = {**_MX, "group_size": 16, "strategy": "tensor_group", "dynamic": "local"}
 _AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 _BNB = {"quant_method": "bitsandbytes", "load_in_8bit": False, "_load_in_4bit": True}
 
@@ -308,6 +351,33 @@ KINDS: Mapping[str, tuple[dict[str, Any], Maker, str]] = {
         four_bits("nf4", 64, double=True), "NF4",
     ),
     "FP4": ({**_BNB, "bnb_4bit_quant_type": "fp4"}, four_bits("fp4", 64, double=False), "BF16"),
+    "MXFP4, gpt-oss": (
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+        mxfp4(".weight_blocks", ".weight_scales", grouped=True), "MXFP4",
+    ),
+    "MXFP4": (
+        ct("mxfp4-pack-quantized", _MX, type="float", group_size=32, scale_dtype="torch.uint8"),
+        mxfp4(".weight_packed", ".weight_scale"), "MXFP4",
+    ),
+    "NVFP4": (
+        ct("nvfp4-pack-quantized", _NV, type="float", group_size=16, strategy="tensor_group"),
+        nvfp4(".weight_packed", ".weight_global_scale", divides=True), "NVFP4",
+    ),
+    "NVFP4, ModelOpt": (
+        {
+            "quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"],
+            "producer": {"name": "modelopt"},
+            "config_groups": {"group_0": {
+                "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
+                "targets": ["Linear"],
+            }},
+        },
+        nvfp4(".weight", ".weight_scale_2", divides=False), "NVFP4",
+    ),
+    "FP8 of tensors, ModelOpt": (
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        fp8(".weight_scale", "tensor", static=True), "FP8",
+    ),
     "LLM.int8()": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8, "INT8"),
 }  # fmt: skip
 

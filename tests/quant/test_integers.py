@@ -151,7 +151,9 @@ def test_refusals() -> None:
             _native.quantise(*arguments)  # type: ignore[arg-type]
 
     refused("unknown format 'Q9'", "Q9", data, 2, 32, "INT8", out, 1)
-    refused("nothing quantises to Q8_0; known: INT8, INT4", "F32", data, 2, 32, "Q8_0", out, 1)
+    refused(
+        "nothing quantises to Q8_0; known: INT8, INT4, FP8, NF4", "F32", data, 2, 32, "Q8_0", out, 1
+    )
     refused(r"F32 of shape \[3, 32\] takes 384 bytes", "F32", data, 3, 32, "INT8", out, 1)
     refused("INT8 of shape .* takes 72 bytes, .* has 71", "F32", data, 2, 32, "INT8", out[1:], 1)
     refused("blocks of 32", "F32", data, 4, 16, "INT8", out, 1)

@@ -26,10 +26,11 @@ def test_layers_and_head() -> None:
     weights = {"q": weight(BF16), "head": weight(F32), "embed": weight(F32), "norm": weight(F32, 1)}
     for method, scheme in SCHEMES.items():
         formats, notes = packed(weights, method)
-        assert formats["q"] == scheme.layers.name and formats["head"] == scheme.head.name
+        head = scheme.head.name if scheme.head else "F32"
+        assert formats["q"] == scheme.layers.name and formats["head"] == head
         assert formats["embed"] == formats["norm"] == "F32"
         assert f"quantised on load, {method}: 1 to {scheme.layers.name}" in notes
-        assert f"1 to {scheme.head.name} (head)" in notes
+        assert (f"1 to {head} (head)" in notes) == (scheme.head is not None)
 
 
 def test_odd_rows_stay_and_are_said() -> None:

@@ -52,6 +52,8 @@ def _field(
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         return values.astype(kind).view(np.uint8)
     codes = rng.integers(0, 256, (shape[0], shape[1] * np.dtype(kind).itemsize), np.uint8)
+    if name == "exponent":  # of a scale of about `size` / 64
+        codes = codes % 4 + np.uint8(121 + round(np.log2(size)))
     if name == "values":  # e4m3, whose last code of either sign is a NaN
         codes[codes & 0x7F == 0x7F] = 0
     return codes

@@ -1,6 +1,6 @@
 // Products of one weight tile with prepared rows, over the unit's vectors.
 //
-// Every output is one lane and its operations are fixed: per group of 32 (kSuperSigned: 16) in
+// Every output is one lane and its operations are fixed: per group of 32 (or 16: kParts) in
 // ascending order, c is the exact integer product of quants and activations, t = d * scale,
 // f = fma(c, t, f), and where the format has minima f = fma(m, scaled_sum, f); for floats,
 // f = fma(w, x, f) in ascending K. The activations' second digits are added behind all of K, in the
@@ -72,6 +72,15 @@ struct QuantsNibbles {
         if (kPlanes > 0) x = i_add_bits(x, bits, 16);
         if (kPlanes > 1) x = i_add_bits(x, bits + kPlane, 32);
         return x;
+    }
+};
+
+// Nibbles that are places in a table, which takes a register of its own.
+struct QuantsE2M1 : QuantsNibbles<0> {
+    static constexpr int kDirectRows = 8;
+    static constexpr int kRows = least(kInt8Rows, 3);
+    ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
+        return i_lookup(i_bcast16(kE2M1Units), QuantsNibbles<0>::word(group, k4, v));
     }
 };
 
@@ -168,6 +177,17 @@ struct ScaleChannelMin {
     ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
         return f_sub(f_zero(), f_mul(f_load(of_row(s) + kTileRows + 16 * v),
                                      f_load_u8(s + (9 + 2 * group) * kTileRows + 16 * v)));
+    }
+};
+
+template <int kPartsOfGroup>
+struct ScaleSingle {
+    static constexpr int kParts = kPartsOfGroup;
+    static constexpr bool kHasMinimum = false;
+    static constexpr bool kLast = false;
+    static constexpr int kBytes = 4 * kParts * kTileRows;
+    ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
+        return f_load(floats(s) + part * kTileRows + 16 * v);
     }
 };
 
@@ -846,6 +866,12 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
                 use(QuantsU8{}, ScaleZero<1>{});
             else
                 use(QuantsU8{}, ScaleHalf{});
+            break;
+        case Elements::kE2M1:
+            if (w.scaling == Scaling::kSingle32)
+                use(QuantsE2M1{}, ScaleSingle<1>{});
+            else
+                use(QuantsE2M1{}, ScaleSingle<2>{});
             break;
         default: break;
     }

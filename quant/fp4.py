@@ -1,0 +1,157 @@
+"""MXFP4 and NVFP4: 4-bit floats in groups, what they mean, and the checkpoints that have them.
+
+A code is a float of a sign, 2 bits of exponent and 1 of significand (E2M1): 0, 0.5, 1, 1.5, 2, 3,
+4, 6 and their negatives (OCP microscaling formats, version 1.0). Twice that is an integer: values
+are d q, one rounding in float32, where q is that integer and d half of the scale.
+
+MXFP4: a scale of 2^(exponent - 127) per 32 elements; as ggml reads it, 255 is no NaN but 2^128.
+  gpt-oss: `NAME_blocks` uint8 [.., N, K / 32, 16], `NAME_scales` uint8 [.., N, K / 32] make NAME.
+  compressed-tensors: `weight_packed` uint8 [N, K / 2], `weight_scale` uint8 [N, K / 32].
+NVFP4: per 16 elements a scale in E4M3, and a float of the whole tensor.
+  compressed-tensors: `weight_packed`, `weight_scale` F8_E4M3 [N, K / 16] and `weight_global_scale`,
+  by which scales are divided. ModelOpt: `weight`, `weight_scale`, and `weight_scale_2`, by which
+  they are multiplied.
+The first of a pair of codes is in the low half of its byte.
+"""
+
+# mypy: no-warn-return-any
+# (numpy types the fields of a structured array, and what is computed from them, as Any)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..kernels.weights import MXFP4, NVFP4, RawWeight
+from .fp8 import INPUT_SCALES, fp8_weight
+from .gguf import E2M1_DOUBLED, block_dtype
+from .groups import unpack_nibbles
+from .parts import Layout, Options, Part, require_columns
+from .small_floats import e4m3_values
+
+_GROUP = 32
+_SCALED = 16  # elements that share a scale of NVFP4
+_E4M3 = e4m3_values()
+
+
+def nvfp4_values(blocks: np.ndarray) -> np.ndarray:
+    """float32 [n, 32] of blocks [n] of NVFP4."""
+    q = E2M1_DOUBLED[unpack_nibbles(blocks["nibbles"])].astype(np.float32)
+    return np.repeat(blocks["d"], _SCALED, axis=1) * q
+
+
+def mxfp4_weight(name: str, codes: Part, scale: Part) -> RawWeight:
+    """A weight of codes uint8 [.., N, K / 2], or those in groups [.., N, K / 32, 16].
+
+    Errors: FormatError for types or shapes that do not fit.
+    """
+    codes.require_dtype("U8")
+    scale.require_dtype("U8")
+    if len(codes.shape) == len(scale.shape) + 1 and codes.shape[-1] == _GROUP // 2:
+        rows, groups = codes.shape[:-2], codes.shape[-2]
+    else:
+        rows, groups = codes.shape[:-1], 2 * codes.shape[-1] // _GROUP
+        require_columns(codes.name, 2 * codes.shape[-1], _GROUP)
+    if not rows:
+        codes.require_shape(0, 0)
+    scale.require_shape(*rows, groups)
+
+    def made(start: int, stop: int) -> np.ndarray:
+        exponents = scale.array()[start:stop]
+        blocks = np.empty(exponents.size, block_dtype(MXFP4))
+        blocks["exponent"][:, 0] = exponents.reshape(-1)
+        ascending = unpack_nibbles(codes.array()[start:stop].reshape(-1, _GROUP // 2))
+        blocks["nibbles"] = ascending[:, :16] | (ascending[:, 16:] << np.uint8(4))
+        return blocks.view(np.uint8)
+
+    return RawWeight(name, MXFP4, (*rows, groups * _GROUP), {}, make=made)
+
+
+def nvfp4_weight(name: str, codes: Part, scale: Part, whole: Part, *, divides: bool) -> RawWeight:
+    """A weight of codes uint8 [N, K / 2]; `whole` is the tensor's float, as `divides` says.
+
+    Errors: FormatError for types or shapes that do not fit.
+    """
+    codes.require_dtype("U8")
+    scale.require_dtype("F8_E4M3")
+    if len(codes.shape) != 2:
+        codes.require_shape(0, 0)
+    num_rows, columns = codes.shape[0], 2 * codes.shape[1]
+    require_columns(codes.name, columns, _GROUP)
+    scale.require_shape(num_rows, columns // _SCALED)
+    if whole.shape not in ((), (1,)):
+        whole.require_shape(1)
+    factor = whole.floats().reshape(())
+
+    def made(start: int, stop: int) -> np.ndarray:
+        scales = _E4M3[scale.array()[start:stop]]
+        with np.errstate(all="ignore"):  # what overflows is infinite, as in the file
+            scales = scales / factor if divides else scales * factor
+        blocks = np.empty((stop - start) * columns // _GROUP, block_dtype(NVFP4))
+        blocks["d"] = (scales * np.float32(0.5)).reshape(-1, 2)
+        blocks["nibbles"] = codes.array()[start:stop].reshape(-1, _GROUP // 2)
+        return blocks.view(np.uint8)
+
+    return RawWeight(name, NVFP4, (num_rows, columns), {}, make=made)
+
+
+class Mxfp4:
+    """quant_method "mxfp4" (gpt-oss). Errors: FormatError for an option that is not known."""
+
+    layouts = (Layout("blocks", {"blocks": "_blocks", "scales": "_scales"}, weight=""),)
+    notes = ()
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options = Options(config, "quantization_config")
+        options.take("quant_method")
+        options.finish(("modules_to_not_convert", "dequantize"))
+
+    def weight(self, module: str, parts: Mapping[str, Part]) -> RawWeight:
+        return mxfp4_weight(module, parts["blocks"], parts["scales"])
+
+    def is_spare(self, part: Part) -> bool:
+        return False
+
+
+class ModelOpt:
+    """quant_method "modelopt": NVFP4, or FP8 with a scale a tensor.
+
+    Errors: FormatError for another algorithm or an option that is not known.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        where = "quantization_config"
+        options = Options(config, where)
+        options.take("quant_method")
+        self._is_four = options.one_of("quant_algo", ("NVFP4", "FP8")) == "NVFP4"
+        groups = options.take("config_groups", {})
+        options.finish(("ignore", "kv_cache_scheme", "kv_cache_quant_algo", "producer"))
+        for name, group in groups.items() if isinstance(groups, dict) else ():
+            self._check(group.get("weights") or {}, f"{where}.config_groups.{name}.weights")
+        names = {"weight": ".weight", "scale": ".weight_scale"}
+        names |= {"whole": ".weight_scale_2"} if self._is_four else {}
+        self.layouts = (Layout("scale", names),)
+        self.notes = ("its scales of activations are not used: activations= decides",)
+
+    def _check(self, scheme: Mapping[str, Any], where: str) -> None:
+        bits, size = (4, _SCALED) if self._is_four else (8, None)
+        options = Options(scheme, where)
+        options.one_of("num_bits", (bits,), bits)
+        options.one_of("type", ("float",), "float")
+        options.one_of("group_size", (size,), size)
+        options.one_of("dynamic", (False,), False)
+        options.finish(("strategy", "symmetric"))
+
+    def weight(self, module: str, parts: Mapping[str, Part]) -> RawWeight:
+        codes, scale = parts["weight"], parts["scale"]
+        if not self._is_four:
+            return fp8_weight(module, codes, scale, None)
+        return nvfp4_weight(f"{module}.weight", codes, scale, parts["whole"], divides=False)
+
+    def is_spare(self, part: Part) -> bool:
+        return INPUT_SCALES.fullmatch(part.name) is not None
+
+
+__all__ = ["ModelOpt", "Mxfp4", "mxfp4_weight", "nvfp4_values", "nvfp4_weight"]

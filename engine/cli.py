@@ -360,11 +360,47 @@ def _eval(args: argparse.Namespace) -> int:
     config = engine_config(args, args.model)
     against = against_config(config, vars(args))
     text = evaluation_text(args.text)
-    report = evaluate(
-        config, against, text, context=args.context, most_chunks=args.chunks
-    )
+    report = evaluate(config, against, text, context=args.context, most_chunks=args.chunks)
     if args.save:
         save(report)
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return 0
+
+
+# --------------------------------------------------------------------------------------- quantize
+
+
+def _configure_quantize(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import count
+    from .tools.quantize import FORMATS, METHODS
+
+    parser.add_argument(
+        "model", help="a folder of 16-bit safetensors; of a GGUF format, a GGUF file"
+    )
+    parser.add_argument("-o", "--out", required=True, help="the folder, or the file, to make")
+    parser.add_argument("--method", choices=METHODS, default="gptq", help="(default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="W4A16", help="(default: %(default)s)")
+    parser.add_argument("--group-size", type=count, metavar="N", help="columns that share a scale")
+    parser.add_argument("--text", metavar="FILE", help="the text to calibrate with, UTF-8")
+    parser.add_argument("--samples", type=count, default=32, help="runs of the text (32)")
+    parser.add_argument("--context", type=count, default=512, help="tokens of one (512)")
+    parser.add_argument("--device", default="auto", help="what runs the model (auto)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads")
+    parser.add_argument("--restart", action="store_true", help="drop what an earlier run kept")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .tools.plain import dump
+    from .tools.quantize import QuantizeConfig, quantize, render
+    from .tools.texts import calibration_text
+
+    names = ("model", "out", "method", "format", "group_size", "samples", "context", "device")
+    config = QuantizeConfig(**{n: getattr(args, n) for n in (*names, "threads")})
+    report = quantize(config, calibration_text(args.text), restart=args.restart)
     if args.json:
         dump(report, sys.stdout)
     else:
@@ -518,6 +554,11 @@ _COMMANDS = {
     "doctor": _Command("This machine, the backends, and a self-check", _configure_doctor, _doctor),
     "eval": _Command(
         "Perplexity, and the distance from another model or from 16 bits", _configure_eval, _eval
+    ),
+    "quantize": _Command(
+        "Make a smaller checkpoint: rounded to nearest, or calibrated by GPTQ or AWQ",
+        _configure_quantize,
+        _quantize,
     ),
     "models": _Command("Short names and supported architectures", _configure_models, _models),
     "bench": _Command(

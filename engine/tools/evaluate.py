@@ -171,7 +171,9 @@ def against_config(config: EngineConfig, given: Mapping[str, Any]) -> EngineConf
     The other model runs on the same device with every other option at its default; "none" as its
     quantization is its own bits. Errors: ConfigError.
     """
-    options = {name: given[f"against_{name}"] for name in AGAINST_OPTIONS if f"against_{name}" in given}
+    options = {
+        name: given[f"against_{name}"] for name in AGAINST_OPTIONS if f"against_{name}" in given
+    }
     if given["against"] is None and not options:
         return None
     if options.get("quantization") == "none":

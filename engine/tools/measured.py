@@ -19,7 +19,9 @@ _SCHEMA = "engineroom.eval/1"
 
 def file_of(path: Path) -> Path:
     """Where the measurements of the model at `path` are kept."""
-    return path / "engineroom-eval.json" if path.is_dir() else path.with_name(path.name + ".eval.json")
+    return (
+        path / "engineroom-eval.json" if path.is_dir() else path.with_name(path.name + ".eval.json")
+    )
 
 
 def save(report: dict[str, Any]) -> Path:
@@ -38,7 +40,7 @@ def save(report: dict[str, Any]) -> Path:
 
 
 def load(path: Path, fingerprint: str) -> list[dict[str, Any]]:
-    """The measurements of the weights with this fingerprint. Errors: ConfigError: a damaged file."""
+    """What was measured of the weights with this fingerprint. Errors: ConfigError (damaged)."""
     return [r for r in _read(file_of(path)) if r["model"]["fingerprint"] == fingerprint]
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from ..config import ConfigError
 
-_EVALUATION = ("heapq", "decimal", "difflib", "fractions", "statistics", "datetime", "argparse")
-_EVALUATION += ("optparse", "doctest", "textwrap", "pprint", "string", "shlex", "configparser")
-_CALIBRATION = ("collections", "itertools", "functools", "random", "logging", "pathlib", "unittest")
-_CALIBRATION += ("email.message", "http.client", "urllib.request", "socket", "sqlite3", "threading")
-_CALIBRATION += ("subprocess", "tempfile", "zipfile", "tarfile", "csv", "json", "pickle", "re")
-_CALIBRATION += ("smtplib", "imaplib", "ftplib", "calendar", "locale", "gettext", "turtle", "cmd")
+_EVALUATION = (
+    *("heapq", "decimal", "difflib", "fractions", "statistics", "datetime", "argparse"),
+    *("optparse", "doctest", "textwrap", "pprint", "string", "shlex", "configparser"),
+)
+_CALIBRATION = (
+    *("collections", "itertools", "functools", "random", "logging", "pathlib", "unittest"),
+    *("email.message", "http.client", "urllib.request", "socket", "sqlite3", "threading"),
+    *("subprocess", "tempfile", "zipfile", "tarfile", "csv", "json", "pickle", "re"),
+    *("smtplib", "imaplib", "ftplib", "calendar", "locale", "gettext", "turtle", "cmd"),
+)
 
 
 @dataclass(frozen=True)

@@ -450,7 +450,7 @@ def _write(
         {"lm_head"}
         | {
             source.name.removesuffix(".weight")
-            for name in linear_weights(model.program, every=True)
+            for name in linear_weights(model.program, every=True)[:-1]
             for source in [model.sources.get(name)]
             if source is not None and source.name not in small
         }

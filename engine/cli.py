@@ -260,15 +260,22 @@ def _configure_inspect(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure and keep the loss of each quantization"
+    )
     add_engine_flags(parser)
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from .tools.choices import measure
     from .tools.inspect import inspect_model, render
     from .tools.options import engine_config
     from .tools.plain import dump
 
-    report = inspect_model(engine_config(args, args.model))
+    config = engine_config(args, args.model)
+    if args.measure:
+        measure(config)
+    report = inspect_model(config)
     if args.json:
         dump(report, sys.stdout)
     else:
@@ -277,6 +284,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _configure_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quant",
+        action="store_true",
+        help="check each kernel of each weight format instead, against its specification",
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
@@ -284,12 +296,26 @@ def _doctor(args: argparse.Namespace) -> int:
     from .tools.doctor import examine, exit_status, render
     from .tools.plain import dump
 
+    if args.quant:
+        return _doctor_quant(args)
     report = examine()
     if args.json:
         dump(report, sys.stdout)
     else:
         print(render(report))
     return exit_status(report)
+
+
+def _doctor_quant(args: argparse.Namespace) -> int:
+    from .tools.plain import dump
+    from .tools.quantcheck import check_formats, render
+
+    rows = check_formats()
+    if args.json:
+        dump({"kernels": rows}, sys.stdout)
+    else:
+        print(render(rows))
+    return 0 if all(row["passed"] for row in rows) else 9
 
 
 def _configure_models(parser: argparse.ArgumentParser) -> None:

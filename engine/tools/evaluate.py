@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from ...kernels.weights import WeightGroup
 from ..config import ConfigError, EngineConfig
 from ..llm import LLM
 from ..load.tokenizer import Tokenizer
+from ..runtime.assemble import plan_load
+from ..runtime.load import open_model
 from .texts import Text
 
 _RESAMPLES = 200  # of the bootstrap that gives the percentile's standard error
@@ -223,20 +226,28 @@ def _require_same_tokens(
 
 
 def _facts(llm: LLM) -> dict[str, Any]:
+    """What was measured. The bits are those of the weights as they are multiplied, by their rows'
+    formats: a table that is also the head counts once, whatever memory it takes."""
     loaded = llm.engine.loaded
-    config = loaded.config
-    parameters = sum(
-        math.prod(loaded.checkpoint.shape(name)) for name in loaded.checkpoint.tensor_names
-    )
+    config, checkpoint = loaded.config, loaded.checkpoint
+    module, model = open_model(checkpoint)
+    plan = plan_load(config, checkpoint, module, model, loaded.backend_choice)
+    parts = [
+        part
+        for weight in plan.weights.values()
+        for part in (weight.parts if isinstance(weight, WeightGroup) else (weight,))
+    ]
+    elements = sum(math.prod(part.shape) for part in parts)
+    size = sum(part.packed_nbytes for part in parts)
     return {
         "name": loaded.source.name,
         "path": str(loaded.source.path),
-        "fingerprint": loaded.checkpoint.fingerprint(),
+        "fingerprint": checkpoint.fingerprint(),
         "quantization": config.quantization,
         "activations": config.activations,
         "backend": loaded.backend.name,
-        "weight_bytes": loaded.memory.weights,
-        "bits_per_weight": 8 * loaded.memory.weights / max(parameters, 1),
+        "weight_bytes": size,
+        "bits_per_weight": 8 * size / elements,
     }
 
 

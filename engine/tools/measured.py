@@ -25,7 +25,7 @@ def file_of(path: Path) -> Path:
 
 
 def save(report: dict[str, Any]) -> Path:
-    """Keep a report of `evaluate` in place of an older one of the same kind. Errors: ConfigError."""
+    """Keep a report of `evaluate`, in place of an older one of its kind. Errors: ConfigError."""
     model = report["model"]
     file = file_of(Path(model["path"]))
     kept = [r for r in _read(file) if _key(r) != _key(report)]

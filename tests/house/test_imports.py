@@ -79,7 +79,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "markupsafe": ("engine.load",),
     "huggingface_hub": ("engine.load.source",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
-    "tqdm": ("engine.llm", "engine.batch"),
+    "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),

@@ -260,15 +260,22 @@ def _configure_inspect(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure and keep the loss of each quantization"
+    )
     add_engine_flags(parser)
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from .tools.choices import measure
     from .tools.inspect import inspect_model, render
     from .tools.options import engine_config
     from .tools.plain import dump
 
-    report = inspect_model(engine_config(args, args.model))
+    config = engine_config(args, args.model)
+    if args.measure:
+        measure(config)
+    report = inspect_model(config)
     if args.json:
         dump(report, sys.stdout)
     else:
@@ -277,6 +284,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _configure_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quant",
+        action="store_true",
+        help="check each kernel of each weight format instead, against its specification",
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
@@ -284,12 +296,26 @@ def _doctor(args: argparse.Namespace) -> int:
     from .tools.doctor import examine, exit_status, render
     from .tools.plain import dump
 
+    if args.quant:
+        return _doctor_quant(args)
     report = examine()
     if args.json:
         dump(report, sys.stdout)
     else:
         print(render(report))
     return exit_status(report)
+
+
+def _doctor_quant(args: argparse.Namespace) -> int:
+    from .tools.plain import dump
+    from .tools.quantcheck import check_formats, render
+
+    rows = check_formats()
+    if args.json:
+        dump({"kernels": rows}, sys.stdout)
+    else:
+        print(render(rows))
+    return 0 if all(row["passed"] for row in rows) else 9
 
 
 def _configure_models(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +348,90 @@ def _models(args: argparse.Namespace) -> int:
     else:
         print(render(report))
     return 0 if all(m["verified"] is not False for m in report["models"]) else 3
+
+
+# ------------------------------------------------------------------------------------------- eval
+
+
+def _configure_eval(parser: argparse.ArgumentParser) -> None:
+    from .tools.evaluate import AGAINST_OPTIONS
+    from .tools.options import add_engine_flags, count
+
+    parser.add_argument("model", help="a folder, a .gguf file, a short name or a Hugging Face id")
+    parser.add_argument("--against", metavar="MODEL", help="compare to this model's predictions")
+    parser.add_argument("--text", metavar="FILE", help="a UTF-8 text; default: see docs")
+    parser.add_argument("--context", type=count, default=512, help="tokens of a chunk (512)")
+    parser.add_argument("--chunks", type=count, metavar="N", help="score only the first N chunks")
+    parser.add_argument("--save", action="store_true", help="keep the result for `inspect`")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    for name in AGAINST_OPTIONS:
+        flag = "--against-" + name.replace("_", "-")
+        parser.add_argument(
+            flag,
+            dest=f"against_{name}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{name} of the other; without --against the other is the model itself",
+        )
+    add_engine_flags(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .tools.evaluate import against_config, evaluate, render
+    from .tools.measured import save
+    from .tools.options import engine_config
+    from .tools.plain import dump
+    from .tools.texts import evaluation_text
+
+    config = engine_config(args, args.model)
+    against = against_config(config, vars(args))
+    text = evaluation_text(args.text)
+    report = evaluate(config, against, text, context=args.context, most_chunks=args.chunks)
+    if args.save:
+        save(report)
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return 0
+
+
+# --------------------------------------------------------------------------------------- quantize
+
+
+def _configure_quantize(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import count
+    from .tools.quantize import FORMATS, METHODS
+
+    parser.add_argument(
+        "model", help="a folder of 16-bit safetensors; of a GGUF format, a GGUF file"
+    )
+    parser.add_argument("-o", "--out", required=True, help="the folder, or the file, to make")
+    parser.add_argument("--method", choices=METHODS, default="gptq", help="(default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="W4A16", help="(default: %(default)s)")
+    parser.add_argument("--group-size", type=count, metavar="N", help="columns that share a scale")
+    parser.add_argument("--text", metavar="FILE", help="the text to calibrate with, UTF-8")
+    parser.add_argument("--samples", type=count, default=32, help="runs of the text (32)")
+    parser.add_argument("--context", type=count, default=512, help="tokens of one (512)")
+    parser.add_argument("--device", default="auto", help="what runs the model (auto)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads")
+    parser.add_argument("--restart", action="store_true", help="drop what an earlier run kept")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .tools.plain import dump
+    from .tools.quantize import QuantizeConfig, quantize, render
+    from .tools.texts import calibration_text
+
+    names = ("model", "out", "method", "format", "group_size", "samples", "context", "device")
+    config = QuantizeConfig(**{n: getattr(args, n) for n in (*names, "threads")})
+    report = quantize(config, calibration_text(args.text), restart=args.restart)
+    if args.json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+    return 0
 
 
 # ------------------------------------------------------------------------------------------ bench
@@ -468,6 +578,14 @@ _COMMANDS = {
         "What a model is and whether it fits here, from its headers", _configure_inspect, _inspect
     ),
     "doctor": _Command("This machine, the backends, and a self-check", _configure_doctor, _doctor),
+    "eval": _Command(
+        "Perplexity, and the distance from another model or from 16 bits", _configure_eval, _eval
+    ),
+    "quantize": _Command(
+        "Make a smaller checkpoint: rounded to nearest, or calibrated by GPTQ or AWQ",
+        _configure_quantize,
+        _quantize,
+    ),
     "models": _Command("Short names and supported architectures", _configure_models, _models),
     "bench": _Command(
         "Measure a model, or kernels beside what this machine allows", _configure_bench, _bench

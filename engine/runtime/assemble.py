@@ -121,23 +121,29 @@ def plan_load(
     return LoadPlan(config, backend, program, weights, kv, memory, notes)
 
 
+def linear_weights(program: Program, *, every: bool = False) -> list[str]:
+    """The weights that may become small, in order, the head's last.
+
+    What decides which experts a token takes, and how much of them, keeps its bits: it is small, and
+    is among them with `every` only.
+    """
+    deciding = {op.inputs[0] for op in program if op.name == "top_experts"}
+    deciding |= {op.inputs[1] for op in program if op.name == "sigmoid_scale"}
+    return [
+        program.handles[op.inputs[1]].name  # type: ignore[index]
+        for op in program
+        if op.name in ("linear", "expert_linear") and (every or op.output not in deciding)
+    ]
+
+
 def _quantised(
     weights: Mapping[str, RawWeight | WeightGroup],
     program: Program,
     method: str,
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, RawWeight | WeightGroup], tuple[str, ...]]:
-    """The weights marked for quantising, and notes. Errors: ConfigError where nothing is gained.
-
-    What decides which experts a token takes, and how much of them, keeps its bits: it is small.
-    """
-    deciding = {op.inputs[0] for op in program if op.name == "top_experts"}
-    deciding |= {op.inputs[1] for op in program if op.name == "sigmoid_scale"}
-    linear = [
-        program.handles[op.inputs[1]].name  # type: ignore[index]
-        for op in program
-        if op.name in ("linear", "expert_linear") and op.output not in deciding
-    ]
+    """The weights marked for quantising, and notes. Errors: ConfigError where nothing is gained."""
+    linear = linear_weights(program)
     try:
         made = quantise(weights, linear, linear[-1], method)
     except NothingToQuantise as error:

@@ -14,6 +14,8 @@ from ..load.source import resolve
 from ..runtime.assemble import plan_load
 from ..runtime.load import open_model
 from ..runtime.memory import MemoryPlan
+from .choices import list_choices, recommend
+from .choices import render as render_choices
 
 
 def inspect_model(config: EngineConfig) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def inspect_model(config: EngineConfig) -> dict[str, Any]:
         choice = choose(config.device)
         load = plan_load(config, checkpoint, module, model, choice)
         plan = load.memory
+        choices = list_choices(config)
+        best, why = recommend(choices)
         return {
             "name": source.name,
             "path": str(source.path),
@@ -46,6 +50,8 @@ def inspect_model(config: EngineConfig) -> dict[str, Any]:
             "memory": _memory(plan),
             "fits": plan.fits,
             "because": plan.because,
+            "choices": choices,
+            "recommended": {"quantization": best, "because": why},
             "notes": [*checkpoint.notes, *model.notes, *load.notes, *plan.notes],
         }
     finally:
@@ -163,6 +169,7 @@ def render(report: dict[str, Any]) -> str:
         for context, count in memory["requests_at"].items()
         if report["fits"]
     ]
+    lines += render_choices(report["choices"])
     lines += [f"  note: {note}" for note in report["notes"]]
     lines.append(f"will it fit: {'yes' if report['fits'] else 'no'}, because {report['because']}")
     return "\n".join(lines)

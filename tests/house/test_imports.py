@@ -80,7 +80,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("engine.load.source",),
     "httptools": ("engine.bench.serve",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
-    "tqdm": ("engine.llm", "engine.batch"),
+    "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),

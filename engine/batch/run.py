@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import EngineConfig
+from ..core.cost import Cost
 from ..core.request import AdmissionError, RequestOutput, SamplingParams
 from ..load.template_process import TemplateError
 from . import manifest as manifests
@@ -236,7 +237,8 @@ class _Run:
                 output.timings.total_s,
                 status,
                 line,
-            )
+            ),
+            output.cost,
         )
 
     def _refuse(self, index: int, custom_id: str | None, why: str, field: str) -> None:
@@ -249,9 +251,9 @@ class _Run:
         line = self._lines.refusal(custom_id, index, why, field)
         self._keep(Result(index, 0, 0, 0, 0.0, 400, line))
 
-    def _keep(self, result: Result) -> None:
+    def _keep(self, result: Result, cost: Cost | None = None) -> None:
         self._seen.note(result.index, self._journal.add(result))
-        self._summary.count(result)
+        self._summary.count(result, cost)
         if self._bar is not None:
             s = self._summary
             self._bar.set_postfix(

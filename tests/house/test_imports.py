@@ -81,6 +81,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch"),
     "prometheus_client": ("engine.serve",),
+    "pynvml": ("engine.account.nvml",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),
 }
@@ -109,6 +110,7 @@ LOCAL_THIRD_PARTY = (
     "tokenizers",
     "sentencepiece",
     "tqdm",
+    "pynvml",
 )
 
 

@@ -23,8 +23,10 @@ class Lines:
         """The seed of a request that names none: the same whenever it runs."""
         return int.from_bytes(self._hash(b"seed", custom_id)[:8], "little")
 
-    def answer(self, request: BatchRequest, output: RequestOutput) -> bytes:
-        """The line of a request that was answered."""
+    def answer(
+        self, request: BatchRequest, output: RequestOutput, receipt: Any | None = None
+    ) -> bytes:
+        """The line of a request that was answered, with its receipt where there is one."""
         chat = request.url == CHAT
         make = _chat_choice if chat else _completion_choice
         usage = output.usage
@@ -42,6 +44,8 @@ class Lines:
         }
         if chat and output.prompt_logprobs is not None:
             body["prompt_logprobs"] = [_row(row) for row in output.prompt_logprobs]
+        if receipt is not None:
+            body["receipt"] = receipt
         return self._line(request.custom_id, 200, body)
 
     def refusal(self, custom_id: str | None, place: int, message: str, field: str) -> bytes:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.cost import Cost, total
 from .errors import DAMAGED, NOT_READ, BatchError
 from .journal import Reader, Result, journal_path, not_read
 
 
 @dataclass
 class Summary:
-    """One run of a batch. Tokens, latencies and seconds are of this run; latencies in seconds."""
+    """One run of a batch. Tokens, latencies, seconds and cost are of this run; latencies in
+    seconds."""
 
     output: Path
     requests: int = 0
@@ -28,15 +30,17 @@ class Summary:
     completion_tokens: int = 0
     cached_tokens: int = 0
     seconds: float = 0.0
+    cost: Cost | None = None
     latencies: array[float] = field(default_factory=lambda: array("f"), repr=False)
 
-    def count(self, result: Result) -> None:
-        """Take in one more answer."""
+    def count(self, result: Result, cost: Cost | None = None) -> None:
+        """Take in one more answer, and what it cost."""
         self.done += 1
         self.errors += result.status != 200
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
         self.cached_tokens += result.cached_tokens
+        self.cost = total((self.cost, cost))
         if result.status == 200:
             self.latencies.append(result.seconds)
 
@@ -67,6 +71,7 @@ class Summary:
                 f"tokens in {self.prompt_tokens} ({self.prompt_tokens * pace:.0f}/s, {share:.0%} "
                 f"of them found in the prefix cache), out {self.completion_tokens} "
                 f"({self.completion_tokens * pace:.0f}/s)",
+                *([] if self.cost is None else [f"energy {self.cost}"]),
                 "latency " + ", ".join(f"p{p} {self.percentile(p):.2f} s" for p in (50, 90, 99)),
             ]
         return "\n".join(lines)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import EngineConfig
+from ..core.cost import Cost
 from ..core.request import AdmissionError, RequestOutput, SamplingParams
 from ..load.template_process import TemplateError
+from ..receipts import Receipt
 from . import manifest as manifests
 from .answers import Lines
 from .errors import BAD_REQUEST, NOT_READ, NOT_WRITTEN, BatchError, LineError
@@ -26,6 +28,8 @@ from .requests import BatchRequest
 BATCH_DEFAULTS = SamplingParams(max_tokens=256)
 # Refusals that say something of this machine and not of the request: nothing to keep.
 _PASSING = ("never_fits", "queue_full")
+# Of Engine.receipt().
+MakeReceipt = Callable[[RequestOutput, SamplingParams], Receipt]
 _SHARED = 256  # characters that requests of a group have in common
 
 
@@ -64,13 +68,14 @@ def run(
     restart: bool = False,
     progress: bool = True,
     check: Callable[[], None] = lambda: None,
+    receipts: MakeReceipt | None = None,
 ) -> Summary:
     """Answer every line of `inputs` ("-": standard input) into `output`, or go on with doing so.
 
     model: manifest.engine_facts(). also_called: more names that a body may call it by. check() is
     called at every step and ends the run by raising. on_error: "stop" at the first line that is no
-    request or is refused, or "record" it. Whatever is raised, what was answered stays.
-    Errors: BatchError.
+    request or is refused, or "record" it. Whatever is raised, what was answered stays. receipts:
+    makes what each answer's body carries as its `receipt`. Errors: BatchError.
     """
     check_format(format)
     if on_error not in ("stop", "record"):
@@ -93,11 +98,15 @@ def run(
         )
         try:
             manifest = manifests.make(model, lines, params, format)
+            if receipts is not None:  # another output, byte for byte
+                manifest["receipts"] = True
             summary = Summary(target, requests=len(lines))
             seen = _resume(journal, manifest, summary)
             bar = _progress_bar(summary) if progress and sys.stderr.isatty() else None
             made = Lines(manifests.digest(manifest), model["name"])
-            batch = _Run(engine, lines, journal, seen, made, summary, on_error == "record", bar)
+            batch = _Run(
+                engine, lines, journal, seen, made, summary, on_error == "record", bar, receipts
+            )
             batch.run(check)
             lines.check_unchanged()
         finally:
@@ -121,6 +130,7 @@ class _Run:
         summary: Summary,
         record: bool,
         bar: Any,
+        receipts: MakeReceipt | None,
     ) -> None:
         self._engine = engine
         self._inputs = inputs
@@ -130,6 +140,7 @@ class _Run:
         self._summary = summary
         self._record = record
         self._bar = bar
+        self._receipts = receipts
         self._running: dict[str, tuple[int, BatchRequest]] = {}
         self._samples = 0
         self._prefix = f"batch-{secrets.token_hex(4)}-"  # apart from other callers' requests
@@ -226,7 +237,9 @@ class _Run:
                 raise BatchError(BAD_REQUEST, f"{self._inputs.place(index)} failed: {why}")
             status, line = 500, self._lines.failure(request.custom_id, why)
         else:
-            line = self._lines.answer(request, output)
+            made = self._receipts
+            receipt = None if made is None else made(output, request.params).as_plain()
+            line = self._lines.answer(request, output, receipt)
         self._keep(
             Result(
                 index,
@@ -236,7 +249,8 @@ class _Run:
                 output.timings.total_s,
                 status,
                 line,
-            )
+            ),
+            output.cost,
         )
 
     def _refuse(self, index: int, custom_id: str | None, why: str, field: str) -> None:
@@ -249,9 +263,9 @@ class _Run:
         line = self._lines.refusal(custom_id, index, why, field)
         self._keep(Result(index, 0, 0, 0, 0.0, 400, line))
 
-    def _keep(self, result: Result) -> None:
+    def _keep(self, result: Result, cost: Cost | None = None) -> None:
         self._seen.note(result.index, self._journal.add(result))
-        self._summary.count(result)
+        self._summary.count(result, cost)
         if self._bar is not None:
             s = self._summary
             self._bar.set_postfix(

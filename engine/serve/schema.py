@@ -203,6 +203,15 @@ class TokenDetails(Struct):
     cached_tokens: int
 
 
+class Cost(Struct):
+    """engineroom's own: energy, and what it comes to where prices are configured, else null."""
+
+    joules: float
+    money: float | None
+    grams: float | None
+    estimated: bool
+
+
 class Usage(Struct):
     """Tokens of a request. cached_tokens were found in the prefix cache."""
 
@@ -210,6 +219,7 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
+    cost: Cost | UnsetType = UNSET
 
 
 class Timings(Struct):

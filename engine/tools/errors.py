@@ -36,6 +36,7 @@ EXIT_STATUSES = {
     8: "a request ended with an error inside the engine",
     9: "a self-check of `engineroom doctor` failed",
     10: "a batch stopped before its end, or its files are damaged; the message says how to go on",
+    11: "a replay came to another answer than its receipt",
     130: "interrupted (Ctrl-C)",
     141: "whoever read the output went away",
     143: "told to end (SIGTERM)",
@@ -58,6 +59,13 @@ ERRORS = (
         "an engine option is unknown, out of range, or not supported yet",
         "the message names the nearest option or the range",
         _CONFIG,
+    ),
+    ErrorCode(
+        "E-RECEIPT-01",
+        2,
+        "what was given is no receipt, or a request can have none",
+        "the message names file and line; docs/receipts.md says where receipts come from",
+        "engine.receipts.receipt.ReceiptError",
     ),
     ErrorCode(
         "E-PARAM-01",

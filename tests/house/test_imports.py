@@ -32,8 +32,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kernels",
         "quant",
     ),
+    # What an engine's answers depend on; the build's version is among it.
+    "engine.receipts": ("engine.core", "engine.load", "engine.runtime", ""),
     "engine.wire": _BELOW_FACES,
-    "engine.engine": (*_BELOW_FACES, "engine.runtime"),
+    "engine.engine": (*_BELOW_FACES, "engine.runtime", "engine.receipts"),
     **dict.fromkeys(
         _CLIENT, (*_BELOW_FACES, *_CLIENT, "engine.runtime", "engine.engine", "engine.wire")
     ),
@@ -41,8 +43,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         _FACES, (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.wire")
     ),
     # The manifest names the version; LLM.batch() is a face on a face.
-    "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", ""),
-    "engine.llm": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.batch"),
+    "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.receipts", ""),
+    "engine.llm": (
+        *_BELOW_FACES,
+        "engine.engine",
+        "engine.load",
+        "engine.receipts",
+        "engine.batch",
+    ),
     "engine.serve": ("engine.async_llm", "engine.batch", "engine.serve.settings", *_BELOW_FACES),
     "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
@@ -82,6 +90,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
+    "pynvml": ("engine.account.nvml",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),
 }
@@ -110,6 +119,7 @@ LOCAL_THIRD_PARTY = (
     "tokenizers",
     "sentencepiece",
     "tqdm",
+    "pynvml",
 )
 
 

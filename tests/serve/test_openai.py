@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ def test_a_chat_answer(server: Running) -> None:
     assert usage["completion_tokens"] == 7
     assert usage["total_tokens"] == usage["prompt_tokens"] + 7
     assert answer["timings"]["decode_ms"] > 0
+    cost = {"joules": 0.5, "money": 0.25, "grams": None, "estimated": True}
+    assert usage["cost"] == cost
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -93,6 +96,8 @@ def test_the_model_and_the_health(server: Running) -> None:
     for path in ("/health", "/health/live", "/health/ready"):
         assert get(server, path).status == 200
     page = get(server, "/metrics").body.decode()
+    spent = re.findall(r"^engineroom_request_joules_total{.*} (.*)$", page, re.MULTILINE)
+    assert float(*spent) > 0 and float(*spent) % 0.5 == 0
     assert "engineroom_up" in page and 'engineroom_requests_total{finish_reason="length"' in page
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
-from .sampling_params import ParameterError, SamplingParams
+from .parameter import ParameterError
+from .sampling_params import SamplingParams
 from .steplog import Timeline
+from .structured import StructuredOutput
 
 if TYPE_CHECKING:
     from .blocks import KeyChain
@@ -26,6 +28,7 @@ __all__ = [
     "RequestOutput",
     "RequestState",
     "SamplingParams",
+    "StructuredOutput",
     "Timings",
     "Usage",
     "as_prompt",

@@ -52,6 +52,8 @@ SAMPLING_HELP = {
     "prompt_logprobs": "the same for the prompt's tokens",
     "echo": "the output begins with the prompt",
     "skip_special_tokens": "leave special tokens out of the text",
+    "structured": "the form of the output: a JSON schema, any JSON object, a regular expression, a "
+    "Lark grammar, or one of several texts (docs/structured-output.md)",
     "logits_processor": "a Python callable (token ids, logits) -> logits; library only, and the "
     "request is then not replayable from its seed",
 }

@@ -9,8 +9,11 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from .cost import Cost
-from .sampling_params import ParameterError, SamplingParams
+from .form import FREE, Form
+from .parameter import ParameterError
+from .sampling_params import SamplingParams
 from .steplog import Timeline
+from .structured import StructuredOutput
 
 if TYPE_CHECKING:
     from .blocks import KeyChain
@@ -28,6 +31,7 @@ __all__ = [
     "RequestOutput",
     "RequestState",
     "SamplingParams",
+    "StructuredOutput",
     "Timings",
     "Usage",
     "as_prompt",
@@ -100,6 +104,7 @@ class Request:
         "error",
         "finish_reason",
         "first_token_ns",
+        "form",
         "in_flight",
         "key",
         "keys",
@@ -148,6 +153,7 @@ class Request:
         dry_breaker_ids: frozenset[int] = frozenset(),
         text: TextStream | None = None,
         leader: Request | None = None,
+        form: Form = FREE,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
 
@@ -174,6 +180,7 @@ class Request:
         self.dry_breaker_ids = dry_breaker_ids
         self.text = text
         self.leader = leader
+        self.form = form
 
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
         self.num_prompt_tokens = len(self.token_ids)
@@ -441,7 +448,8 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample's output so far. logprobs: per output token, token id -> Logprob."""
+    """One sample's output so far. logprobs: per output token, token id -> Logprob. complete:
+    whether the text is whole in the form that was asked for (None: none was)."""
 
     index: int
     text: str
@@ -452,6 +460,7 @@ class CompletionOutput:
     stop_reason: str | int | None
     seed: int
     error: str | None = None
+    complete: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

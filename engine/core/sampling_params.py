@@ -11,20 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-__all__ = ["ParameterError", "SamplingParams", "check_choice"]
+from .parameter import ParameterError
+from .parameter import show as _show
+from .structured import StructuredOutput
+
+__all__ = ["SamplingParams", "check_choice"]
 
 _MAX_TOKENS = 1 << 24  # longer than any context; keeps every derived number an int32
 _MAX_ID = (1 << 31) - 1
 _ID_TEXT = r"0|[1-9][0-9]{0,9}"  # JSON has no other way to write a key than as text
+_NOT_STRUCTURED = ("min_tokens", "allowed_token_ids", "bad_words", "no_repeat_ngram_size")
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature overflows fp32 long before it helps
-
-
-class ParameterError(ValueError):
-    """A request parameter that cannot be honoured. `.field` is its name."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +65,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     echo: bool = False
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None  # the form that the output must have
     logits_processor: Callable[..., Any] | None = None  # library face only; not replayable
 
     # Inclusive ranges. Every numeric field has one; docs and tests read them from here.
@@ -153,6 +151,15 @@ class SamplingParams:
                 "max_tokens=0 asks for nothing; it needs echo=True or prompt_logprobs",
             )
 
+        if self.structured is not None:
+            for name in _NOT_STRUCTURED:
+                if getattr(self, name):
+                    raise ParameterError(
+                        name,
+                        f"{name} cannot be combined with structured: together they could allow no "
+                        "token at all, or no end; say what is wanted in the form itself",
+                    )
+
     @property
     def num_samples(self) -> int:
         """How many sequences are generated: best_of, or n."""
@@ -180,7 +187,7 @@ class SamplingParams:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                changed[f.name] = list(value) if isinstance(value, tuple) else value
+                changed[f.name] = _plain(value)
         return changed
 
     def replace(self, **changes: Any) -> SamplingParams:
@@ -203,15 +210,6 @@ def check_choice(what: str, name: object, known: Iterable[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------- checks
-
-
-def _show(value: object) -> str:
-    """A value in a message: its repr, cut, since it came from outside and may be huge."""
-    try:
-        text = repr(value)
-    except Exception:  # a foreign __repr__, or an int beyond Python's digit limit
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _range_text(name: str) -> str:
@@ -303,6 +301,20 @@ def _bias(name: str, value: object) -> dict[int, float]:
     return checked
 
 
+def _structured(name: str, value: object) -> StructuredOutput:
+    if isinstance(value, Mapping):  # as to_dict() writes it
+        return StructuredOutput.from_dict(value)
+    if isinstance(value, StructuredOutput):
+        return value
+    raise ParameterError(name, f"{name}={_show(value)} must be a StructuredOutput")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, StructuredOutput):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _callable(name: str, value: object) -> object:
     if callable(value):
         return value
@@ -316,6 +328,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tuple[str, ...]": _strings,
     "tuple[int, ...]": _ids,
     "Mapping[int, float]": _bias,
+    "StructuredOutput": _structured,
     "Callable[..., Any]": _callable,
 }
 # (field, kind, may be None), read off the annotations so that no field can go unchecked.

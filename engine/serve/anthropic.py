@@ -18,10 +18,11 @@ from .errors import ApiError
 from .schema import Strict
 from .service import Caller, Service, Work
 from .sse import event
+from .structured import OutputConfig, of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
-NAMES = {"stop": "stop_sequences"}
+NAMES = {"stop": "stop_sequences", "structured": "output_config"}
 
 
 # -------------------------------------------------------------------------------- the requests
@@ -73,6 +74,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_k: int | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    output_config: OutputConfig | None = None
     # engineroom's own
     seed: int | None = None
     priority: int = 0
@@ -214,6 +216,7 @@ def _params(request: MessagesRequest) -> SamplingParams:
         "top_p": request.top_p,
         "top_k": request.top_k,
         "seed": request.seed,
+        "structured": of_config(request.output_config),
     }
     if request.max_tokens < 1:
         raise ParameterError("max_tokens", f"max_tokens={request.max_tokens} must be at least 1")

@@ -13,6 +13,7 @@ from . import answers, schema
 from .requests import chat_params, template_messages, template_options
 from .service import Caller, Service, Work
 from .sse import DONE, event
+from .structured import complete
 
 
 class Chat:
@@ -65,6 +66,7 @@ class Chat:
                     stop_reason=c.stop_reason,
                     seed=c.seed,
                     token_ids=c.token_ids if self._request.return_token_ids else UNSET,
+                    complete=complete(c.complete),
                 )
                 for i, c in enumerate(last.outputs)
             ],
@@ -102,6 +104,7 @@ class Chat:
                     finish_reason=completion.finish_reason if finished else None,
                     stop_reason=completion.stop_reason if finished else UNSET,
                     seed=completion.seed if finished else UNSET,
+                    complete=complete(completion.complete) if finished else UNSET,
                     token_ids=completion.token_ids[shown[index] :]
                     if self._request.return_token_ids
                     else UNSET,

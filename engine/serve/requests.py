@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 from ..core.request import ParameterError, SamplingParams
-from . import schema
+from . import schema, structured
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-CHAT_NAMES = {"logprobs": "top_logprobs"}
+COMPLETION_NAMES = structured.NAMES
+CHAT_NAMES = {"logprobs": "top_logprobs", **COMPLETION_NAMES}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -101,10 +102,11 @@ def template_options(request: schema.ChatRequest) -> dict[str, Any]:
     return options
 
 
-def _sampling(request: schema.Sampling) -> dict[str, Any]:
+def _sampling(request: schema.Common) -> dict[str, Any]:
     """The fields of SamplingParams that were given."""
     names = schema.Sampling.__struct_fields__
     given = {name: getattr(request, name) for name in names}
+    given["structured"] = structured.structured(request.response_format, request.structured_outputs)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -201,6 +203,7 @@ def _call(call: schema.ToolCall) -> dict[str, Any]:
 
 __all__ = [
     "CHAT_NAMES",
+    "COMPLETION_NAMES",
     "chat_params",
     "completion_params",
     "prompts",

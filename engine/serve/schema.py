@@ -10,12 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-
-
-class Strict(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A part of a request: unknown fields are errors."""
-
+from .strict import Name, Strict
+from .structured import ResponseFormat, StructuredOutputs
 
 # ------------------------------------------------------------------------------------- messages
 
@@ -136,6 +132,9 @@ class Common(Sampling, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
+    # The form of the output: OpenAI's way to say it, and ours.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -160,7 +159,6 @@ class ChatRequest(Common, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     # Read, and refused by name where they ask for something (see refuse.py).
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -267,6 +265,7 @@ class ChatChoice(Struct, kw_only=True):
     stop_reason: str | int | None
     seed: int
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -296,6 +295,7 @@ class ChunkChoice(Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     seed: int | UnsetType = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class ChatChunk(Struct, kw_only=True):
@@ -326,6 +326,7 @@ class CompletionChoice(Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     seed: int | UnsetType = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class Completion(Struct, kw_only=True):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engineroom.engine.core.request import ParameterError as ParameterError
     from engineroom.engine.core.request import RequestOutput as RequestOutput
     from engineroom.engine.core.request import SamplingParams as SamplingParams
+    from engineroom.engine.core.request import StructuredOutput as StructuredOutput
     from engineroom.engine.llm import LLM as LLM
     from engineroom.engine.load.mapped import CheckpointError as CheckpointError
     from engineroom.engine.load.source import SourceError as SourceError
@@ -33,6 +34,7 @@ _OWNERS = {
     "AsyncLLM": "engineroom.engine.async_llm",
     "BatchError": "engineroom.engine.batch",
     "SamplingParams": "engineroom.engine.core.request",
+    "StructuredOutput": "engineroom.engine.core.request",
     "RequestOutput": "engineroom.engine.core.request",
     "CompletionOutput": "engineroom.engine.core.request",
     "Logprob": "engineroom.engine.core.request",

@@ -43,6 +43,7 @@ def test_every_numeric_field_has_a_bound_and_every_list_a_limit():
         "ignore_eos",
         "echo",
         "skip_special_tokens",
+        "structured",
         "logits_processor",
     }
 

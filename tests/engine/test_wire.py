@@ -20,6 +20,7 @@ from engineroom.engine.core.request import (
     Logprob,
     RequestOutput,
     SamplingParams,
+    StructuredOutput,
     Timings,
     Usage,
 )
@@ -80,6 +81,14 @@ def params() -> st.SearchStrategy[SamplingParams]:
         max_tokens=st.none() | st.integers(1, 9),
         logprobs=st.none() | st.integers(0, 20),
         ignore_eos=st.booleans(),
+        structured=st.none()
+        | st.sampled_from(
+            [
+                StructuredOutput(json_schema='{"type": "integer"}'),
+                StructuredOutput(json_object=True),
+                StructuredOutput(choice=("yes", "no")),
+            ]
+        ),
     )
 
 

@@ -267,13 +267,15 @@ def most_tokens(amd: bool) -> int:
 def tokens_of(num_tokens: int, weight: Matrix) -> int:
     """Width of the tile that serves so many tokens.
 
-    A step over planes of more than 32 codes is long, and integers with minimums hold three sums:
-    their wider tiles run out of registers.
+    A step over planes of more than 32 codes is long, integers with minimums hold three sums, and
+    columns are looked up: wider tiles of such weights run out of registers.
     """
     most = most_tokens(amd=torch.version.hip is not None)
     if isinstance(weight, QuantisedMatrix):
-        layout = weight.layout
-        if layout.has_long_planes or (layout.minimum and weight.activations):
+        layout, ordered = weight.layout, weight.columns is not None
+        if layout.has_long_planes:
+            most = TOKENS[0 if ordered else 1]
+        elif ordered or (layout.minimum and weight.activations):
             most = TOKENS[1]
     return min(next((width for width in TOKENS if num_tokens <= width), most), most)
 
@@ -318,7 +320,10 @@ def quantised_options(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
     """
     step = w.layout.step_groups * w.layout.group
     stages = 2 if step > 128 and not w.activations else 3
-    return OPTIONS | {"num_stages": stages, "num_warps": 8 if tokens == 128 else 4}
+    made = OPTIONS | {"num_stages": stages, "num_warps": 8 if tokens == 128 else 4}
+    if w.paired and w.layout.minimum and tokens == TOKENS[0] and torch.version.hip is None:
+        made |= {"maxnreg": 168}  # left to choose, the assembler stops at 96 and spills
+    return made
 
 
 def launch(

@@ -10,7 +10,7 @@ into one value, so that they can be one launch where their formats agree.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 from ..arena import Arena
@@ -152,67 +152,53 @@ def lower(program: Program, itemsize: int) -> Lowered:
 def _nodes(program: Program) -> list[Node]:
     nodes = []
     steps = fuse(program, lambda name: 0)
-    fused = _fused_ropes(program, steps)
-    norms = _head_norms(program, steps, [rope for pair in fused.values() for rope in pair])
-    taken = {op.output for pair in fused.values() for op in pair if op is not None}
-    taken |= {norm.output for norm in norms.values()}
+    written = _written(program, steps)
+    taken = {op.output for node in written.values() for op in (*node.ops, *node.norms) if op}
     for step in steps:
         op = step.main[0]
-        if op.output in taken:
-            continue
-        if op.name == "kv_write":
-            pair = fused[op.output]
-            of = tuple(None if rope is None else norms.get(rope.output) for rope in pair)
-            nodes.append(Node("kv_write", (*pair, op), norms=of))
-        else:
+        if op.output in written:
+            nodes.append(written[op.output])
+        elif op.output not in taken:
             nodes.append(Node(op.name, step.main, step.after, step.residual, step.norm))
     return nodes
 
 
-def _head_norms(program: Program, steps: list[Step], ropes: list[Op | None]) -> dict[int, Op]:
-    """For a rope's output, the rms_norm over heads that nothing else reads: it is launched with
-    the rope."""
-    reads = [value for step in steps for value in step.reads]
-    norms = {step.main[0].output: step.main[0] for step in steps}
-    found = {}
-    for rope in ropes:
-        norm = None if rope is None else norms.get(rope.inputs[0])  # type: ignore[arg-type]
-        if rope is None or norm is None or norm.name != "rms_norm":
-            continue
+def _written(program: Program, steps: list[Step]) -> dict[int, Node]:
+    """The node of each kv_write, by its output: with the ropes of its keys and of the queries that
+    meet them, and the norms of their heads, of which it is the only reader."""
+    made = {value: index for index, step in enumerate(steps) for value in step.outputs}
+    by = {step.main[0].output: step.main[0] for step in steps if len(step.main) == 1}
+    reads = Counter(value for step in steps for value in step.reads)
+
+    def before(value: int | None, index: int) -> bool:
+        return value is not None and made.get(value, -1) < index
+
+    def made_by(name: str, value: int | None) -> Op | None:
+        op = None if value is None else by.get(value)
+        return op if op is not None and op.name == name and reads[op.output] == 1 else None
+
+    def norm_of(rope: Op | None, index: int) -> Op | None:
+        norm = None if rope is None else made_by("rms_norm", rope.inputs[0])
+        if rope is None or norm is None or not before(norm.inputs[0], index):
+            return None
         size = program.handles[norm.inputs[1]].shape[0]  # type: ignore[index]
-        if size == rope.attrs["head_dim"] and reads.count(norm.output) == 1:
-            found[rope.output] = norm
-    return found
+        return norm if size == rope.attrs["head_dim"] else None
 
-
-def _fused_ropes(program: Program, steps: list[Step]) -> dict[int, tuple[Op | None, Op | None]]:
-    """For each kv_write's output, the ropes of queries and keys that are launched with it."""
-    readers: dict[int, list[int]] = defaultdict(list)
-    for index, step in enumerate(steps):
-        for value in step.reads:
-            readers[value].append(index)
-    out: dict[int, tuple[Op | None, Op | None]] = {}
-    ropes: list[Op] = []  # since the last kv_write
+    found = {}
     for index, step in enumerate(steps):
         op = step.main[0]
-        if op.name == "rope":
-            ropes.append(op)
         if op.name != "kv_write":
             continue
-        of_k = next((r for r in ropes if r.output == op.inputs[0]), None)
-        if of_k is not None and (readers[of_k.output] != [index] or not _heads_fit(of_k, op)):
+        of_k, of_q = made_by("rope", op.inputs[0]), None
+        if of_k is not None and of_k.attrs["head_dim"] != op.attrs["head_dim"]:
             of_k = None
-        of_q = None
-        if of_k is not None:
-            for rope in ropes:
-                same = rope is not of_k and dict(rope.attrs) == dict(of_k.attrs)
-                if same and min(readers[rope.output], default=0) > index:
-                    of_q = rope
-                    break
-        out[op.output] = (of_q, of_k)
-        ropes = []
-    return out
-
-
-def _heads_fit(rope: Op, write: Op) -> bool:
-    return rope.attrs["head_dim"] == write.attrs["head_dim"]
+        readers = [s.main[0] for s in steps if op.output in s.reads]
+        if of_k is not None and len(readers) == 1:
+            of_q = made_by("rope", readers[0].inputs[0])
+            if of_q is not None and dict(of_q.attrs) != dict(of_k.attrs):
+                of_q = None
+        norms = (norm_of(of_q, index), norm_of(of_k, index))
+        if of_q is not None and not before((norms[0] or of_q).inputs[0], index):
+            of_q, norms = None, (None, norms[1])
+        found[op.output] = Node("kv_write", (of_q, of_k, op), norms=norms)
+    return found

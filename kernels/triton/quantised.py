@@ -406,11 +406,16 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
 
 
 def _half(b: torch.Tensor) -> torch.Tensor:
-    return b.contiguous().view(torch.float16)
+    return _packed(b).view(torch.float16)
 
 
 def _single(b: torch.Tensor) -> torch.Tensor:
-    return b.contiguous().view(torch.float32)
+    return _packed(b).view(torch.float32)
+
+
+def _packed(b: torch.Tensor) -> torch.Tensor:
+    """A copy without gaps; `contiguous` keeps the stride of a single row."""
+    return b.clone(memory_format=torch.contiguous_format)
 
 
 def _pairs(b: torch.Tensor) -> torch.Tensor:

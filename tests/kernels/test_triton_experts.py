@@ -243,10 +243,10 @@ def test_a_recorded_step_fits_every_choice(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_experts_that_cannot_be_multiplied_are_refused() -> None:
-    data = random_rows(RNG, ALL["Q4_1"], 4 * 3, 32)
-    w = RawWeight("experts", ALL["Q4_1"], (4 * 3, 32), {"data": data})
-    weights = {"logits": table(4), "x": table(32), "w": w}
-    with pytest.raises(BackendUnavailable, match="'experts' is Q4_1, which"):
-        run(routed(4, 2, 3, 32, False), weights, plain_step(1), activations="int8")
-    with pytest.raises(ValueError, match="mixes Q4_1, F32"):
-        TritonBackend(threads=1).pack(WeightGroup((w, raw(table(32)))))
+    data = random_rows(RNG, ALL["Q6_K"], 4 * 3, 256)
+    w = RawWeight("experts", ALL["Q6_K"], (4 * 3, 256), {"data": data})
+    weights = {"logits": table(4), "x": table(256), "w": w}
+    with pytest.raises(BackendUnavailable, match="'experts' is Q6_K, which"):
+        run(routed(4, 2, 3, 256, False), weights, plain_step(1), activations="int8")
+    with pytest.raises(ValueError, match="mixes Q6_K, F32"):
+        TritonBackend(threads=1).pack(WeightGroup((w, raw(table(256)))))

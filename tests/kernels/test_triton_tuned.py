@@ -14,7 +14,7 @@ from engineroom.kernels.weights import Q4_0, RawWeight
 from tests.kernels.packed_steps import ROWS, one_op, plain_step, random_blocks
 from tests.kernels.triton_device import TritonBackend, run, torch, triton
 
-from engineroom.kernels.triton import device, linear, tuned  # isort: skip
+from engineroom.kernels.triton import device, linear, quantised, tuned  # isort: skip
 from engineroom.kernels.triton.tuned import Key, Options  # isort: skip
 
 K, N = 288, 40
@@ -89,11 +89,11 @@ def test_defaults_without_a_table_or_with_another_tritons(
 
 
 def test_a_row_is_for_formats_that_are_held_alike() -> None:
-    layouts = linear.LAYOUTS
+    layouts = quantised.LAYOUTS
     codes = torch.zeros(0)
     keys = {
         name: Key.of(
-            linear.QuantisedMatrix((N, K), layouts[name], codes, codes, None, kind),
+            quantised.QuantisedMatrix((N, K), layouts[name], codes, codes, None, kind),
             torch.float16,
             16,
         )

@@ -31,6 +31,7 @@ from engineroom.kernels.triton import (
     elementwise,
     embedding,
     experts,
+    inputs,
     linear,
     rms_norm,
     rope,
@@ -135,38 +136,71 @@ def _attention(
         )
 
 
-def _linear(dtype: str, tokens: int, after: str = "", K: int = 4096) -> Configuration:
+def _around(after: str, paired: bool, norm: bool, K: int) -> dict[str, Any]:
+    """Constants of what stands before and behind a layer."""
+    order = rms_norm.lanes(K if norm else 1)
+    return {"AFTER": after, "PAIRED": paired, "NORM": norm, **order}
+
+
+def _linear(
+    dtype: str,
+    tokens: int,
+    after: str = "",
+    K: int = 4096,
+    *,
+    paired: bool = False,
+    norm: bool = False,
+) -> Configuration:
     pointer = _POINTERS[dtype]
     product = getattr(torch, dtype)
     tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
     return Configuration(
-        f"linear {dtype} tokens {tokens} K {K}{' ' + after if after else ''}",
+        f"linear {dtype} tokens {tokens} K {K}{_label(after, paired, norm)}",
         linear.float_kernel,
         {
             "x_ptr": pointer,
             "w_ptr": pointer,
+            "norm_ptr": "*fp32",
             "bias_ptr": "*fp32",
             "other_ptr": pointer,
             "out_ptr": pointer,
         },
-        {"HAS_BIAS": True, "AFTER": after, "ROUND": _TL[dtype], "PRODUCT": _TL[dtype]}
+        {"HAS_BIAS": True, "ROUND": _TL[dtype], "PRODUCT": _TL[dtype]}
+        | _around(after, paired, norm, K)
         | linear.float_tile(K, tokens, product),
         linear.float_options(product),
         ("num_tokens",),
-        (),
+        ("eps", "offset"),
         tensor,
         targets=_targets(tokens),
     )
 
 
+def _label(after: str, paired: bool, norm: bool, ordered: bool = False) -> str:
+    words = [after, "in pairs" * paired, "of a norm" * norm, "act-order" * ordered]
+    return "".join(f" {word}" for word in words if word)
+
+
 def _quantised(
-    fmt: str, dtype: str, tokens: int, K: int = 4096, activations: str = ""
+    fmt: str,
+    dtype: str,
+    tokens: int,
+    K: int = 4096,
+    activations: str = "",
+    *,
+    after: str = "",
+    norm: bool = False,
+    ordered: bool = False,
 ) -> Configuration:
+    """after: a gate whose rows lie in turns with the layer's."""
     pointer = _POINTERS[dtype]
     layout = LAYOUTS[fmt]
     empty = torch.empty(0)
     minimum = empty if layout.minimum else None
-    weight = QuantisedMatrix((4096, K), layout, empty, empty, minimum, activations)
+    columns = empty if ordered else None
+    weight = QuantisedMatrix(
+        (4096, K), layout, empty, empty, minimum, activations, columns, paired=bool(after)
+    )
     tensor = {
         "int8": {"sm_90": ("IGMMA",), "sm_80": ("IMMA",)},
         "fp8": {"sm_90": ("QGMMA",)},
@@ -175,28 +209,32 @@ def _quantised(
     # A row that has one scale is converted once, at its end.
     whole_row = layout.per_row and activations == "int8"
     return Configuration(
-        f"linear {fmt} {activations or dtype} tokens {tokens} K {K}",
+        f"linear {fmt} {activations or dtype} tokens {tokens} K {K}"
+        + _label(after, bool(after), norm, ordered),
         linear.quantised_kernel,
         {
             "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}[activations],
             **_codes(layout, pointer),
             "scratch_ptr": "*fp32",
+            "columns_ptr": "*i32",
+            "norm_ptr": "*fp32",
             "bias_ptr": "*fp32",
             "other_ptr": pointer,
             "out_ptr": pointer,
         },
         {
             "HAS_BIAS": False,
-            "AFTER": "",
             "ROUND": _TL[dtype],
             "PRODUCT": linear.product_of(weight, getattr(torch, dtype)),
+            "ORDERED": ordered,
         }
+        | _around(after, bool(after), norm, K)
         | linear.quantised_tile(weight, tokens),
         linear.quantised_options(weight, tokens),
         ("num_tokens",),
-        (),
+        ("eps", "offset"),
         tensor,
-        () if whole_row else ("I2F",),
+        () if whole_row or norm else ("I2F",),  # the length of a normed row is converted once
         targets=tuple(t for t in _targets(tokens) if activations != "fp8" or t == "sm_90"),
     )
 
@@ -233,26 +271,32 @@ def _small(dtype: str) -> Iterator[Configuration]:
             f"rms_norm {dtype} {size}",
             rms_norm.rms_norm_kernel,
             {"x_ptr": pointer, "weight_ptr": "*fp32", "out_ptr": pointer},
-            {"BLOCK": next_power_of_two(size)},
+            rms_norm.tile(size),
             OPTIONS,
             (),
             ("eps", "offset"),
         )
     rotated = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "cache_ptr")
     read = {"table_ptr": "*fp32", "slot_ptr": "*i32", "scales_ptr": "*fp32"}
-    for heads, kv_heads, rotate, codes in (
-        (32, 8, True, ""),
-        (32, 8, True, "int8"),
-        (32, 8, True, "fp8"),
-        (32, 0, False, ""),
-        (0, 8, False, ""),
+    read |= {"q_norm_ptr": "*fp32", "k_norm_ptr": "*fp32"}
+    for heads, kv_heads, rotate, codes, norm in (
+        (32, 8, True, "", False),
+        (32, 8, True, "", True),
+        (32, 8, True, "int8", False),
+        (32, 8, True, "fp8", False),
+        (32, 8, True, "fp8", True),
+        (32, 0, False, "", False),
+        (0, 8, False, "", False),
     ):
+        more = (" " + codes if codes else "") + " with norms" * norm
         yield Configuration(
-            f"rope {dtype} {heads}+{kv_heads} heads of 128{' ' + codes if codes else ''}",
+            f"rope {dtype} {heads}+{kv_heads} heads of 128{more}",
             rope.rope_kernel,
             dict.fromkeys(rotated, pointer) | read | ({"cache_ptr": "*i8"} if codes else {}),
             {
                 "CODES": codes,
+                "Q_NORM": norm,
+                "K_NORM": norm,
                 "Q_HEADS": heads,
                 "KV_HEADS": kv_heads,
                 "ROTATE_K": rotate,
@@ -262,6 +306,7 @@ def _small(dtype: str) -> Iterator[Configuration]:
             | rope.tile(128, 64 if heads else 0, max(heads, kv_heads), codes),
             OPTIONS,
             ("layer",),
+            ("q_eps", "q_offset", "k_eps", "k_offset"),
             without=("I2F",),
         )
     yield Configuration(
@@ -285,26 +330,34 @@ def _small(dtype: str) -> Iterator[Configuration]:
             embedding.constants(QuantisedMatrix((0, 0), layout, empty, empty, None)),
             OPTIONS,
         )
-    yield Configuration(
-        f"group sums {dtype}",
-        linear.sums_kernel,
-        {"x_ptr": pointer, "sums_ptr": "*fp32"},
-        {"GROUP": 32, "BLOCK": linear.SUMS_BLOCK},
-        OPTIONS,
-        ("num_groups",),
-    )
-    for to in ("int8", "fp8"):
+    scratch = {"scratch_ptr": "*fp32", "columns_ptr": "*i32", "norm_ptr": "*fp32"}
+    for norm in (False, True):
+        shared = {"ORDERED": False, "NORM": norm, **rms_norm.lanes(4096)}
         yield Configuration(
-            f"activations {dtype} to {to}",
-            linear.activations_kernel,
-            {
-                "x_ptr": pointer,
-                "codes_ptr": "*i8" if to == "int8" else "*u8",
-                "scale_ptr": "*fp32",
-            },
-            {"TO": to, "BLOCK": linear.ACTIVATIONS_BLOCK},
+            f"group sums {dtype}{_label('', False, norm)}",
+            inputs.sums_kernel,
+            {"x_ptr": pointer, "sums_ptr": "*fp32", "normed_ptr": pointer, **scratch},
+            {"GROUP": 32, "BLOCK": inputs.SUMS_BLOCK, **shared},
             OPTIONS,
+            ("num_groups",),
+            ("eps", "offset"),
         )
+        for to, sums in (("int8", False), ("int8", True), ("fp8", False)):
+            yield Configuration(
+                f"activations {dtype} to {to}{' and sums' * sums}{_label('', False, norm)}",
+                inputs.activations_kernel,
+                {"x_ptr": pointer, "codes_ptr": "*i8" if to == "int8" else "*u8", **scratch},
+                {
+                    "TO": to,
+                    "GROUP": 32,
+                    "BLOCK": inputs.ACTIVATIONS_BLOCK,
+                    "HAS_SUMS": sums,
+                    **shared,
+                },
+                OPTIONS,
+                (),
+                ("eps", "offset"),
+            )
 
 
 def _experts(dtype: str, E: int, top_k: int) -> Iterator[Configuration]:
@@ -367,14 +420,17 @@ def _expert_linear(of: Configuration, E: int) -> Configuration:
     """The layer `of` with its rows gathered by expert."""
     routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
     quantised = of.kernel is linear.quantised_kernel
+    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS")
     return replace(
         of,
         name=f"experts {of.name} of {E}",
         kernel=experts.quantised_kernel if quantised else experts.float_kernel,
-        pointers={k: v for k, v in of.pointers.items() if k != "bias_ptr"} | routed,
-        constants={k: v for k, v in of.constants.items() if k != "HAS_BIAS"}
+        pointers={k: v for k, v in of.pointers.items() if k not in ("bias_ptr", "norm_ptr")}
+        | routed,
+        constants={k: v for k, v in of.constants.items() if k not in before}
         | {"BLOCK": next_power_of_two(E)},
         unaligned=("E", "share"),
+        floats=(),
         without=(),  # a pair's division by `share` converts once
     )
 
@@ -449,6 +505,12 @@ def configurations() -> Iterator[Configuration]:
             yield _linear(dtype, tokens)
     yield _linear("bfloat16", 16, "add")
     yield _linear("bfloat16", 128, "silu_mul")
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield _linear(dtype, 16, norm=True)
+        yield _linear(dtype, 16, "silu_mul", paired=True, norm=True)
+    for tokens in linear.TOKENS[1:]:
+        yield _linear("bfloat16", tokens, "silu_mul", paired=True)
+    yield _linear("bfloat16", 16, K=4864 + 32, norm=True)
     yield _linear("bfloat16", 16, K=4864 + 32)  # not whole steps
     yield _linear("float32", 16)
     yield _linear("float32", 128)
@@ -462,15 +524,27 @@ def configurations() -> Iterator[Configuration]:
         for tokens in several.get(fmt, (16, 128)):
             yield _quantised(fmt, "bfloat16", tokens)
         for activations in filter(layout.multiplies, ("int8", "fp8")):
-            for tokens in linear.TOKENS if fmt in ("INT8", "FP8") else (16, 128):
+            widths = linear.TOKENS if fmt in ("INT8", "FP8") else (16, 128)
+            for tokens in (16, 32) if layout.minimum else widths:
                 yield _quantised(fmt, "bfloat16", tokens, activations=activations)
     for fmt in ("Q4_0", "FP8", "NF4"):
         yield _quantised(fmt, "float16", 16)
+    for fmt, layout in LAYOUTS.items():
+        for tokens in (16, 32) if layout.has_long_planes else (16, 128):
+            norm = tokens == 16 and not layout.minimum
+            yield _quantised(fmt, "bfloat16", tokens, after="silu_mul", norm=norm)
+    for tokens in (16, 128):
+        yield _quantised("INT8", "bfloat16", tokens, activations="int8", after="silu_mul")
+        yield _quantised("FP8", "bfloat16", tokens, activations="fp8", after="silu_mul")
+    yield _quantised("I4G128", "bfloat16", 16, ordered=True)
+    for fmt in ("I4G32", "I8G32"):
+        yield _quantised(fmt, "bfloat16", 32, ordered=True)
     yield _quantised("Q4_0", "bfloat16", 16, K=576)
     yield _quantised("Q4_1", "float32", 16)
     for layer in (
         *(_linear("bfloat16", tokens) for tokens in linear.TOKENS[:3]),
         _linear("bfloat16", 64, "silu_mul"),
+        *(_linear("bfloat16", tokens, "silu_mul", paired=True) for tokens in (16, 64)),
         _linear("float16", 16),
         _linear("float32", 16),
         *(_quantised(fmt, "bfloat16", 16) for fmt in LAYOUTS),
@@ -478,6 +552,9 @@ def configurations() -> Iterator[Configuration]:
         *(_quantised(fmt, "bfloat16", 32) for fmt in ("Q4_1", "Q4_K", "Q5_1")),
         *(_quantised("INT8", "bfloat16", tokens, activations="int8") for tokens in (16, 128)),
         _quantised("FP8", "bfloat16", 128, activations="fp8"),
+        *(_quantised(fmt, "bfloat16", 16, after="silu_mul") for fmt in ("Q4_0", "Q4_K", "FP8")),
+        _quantised("Q4_0", "bfloat16", 128, after="silu_mul"),
+        _quantised("Q4_K", "bfloat16", 32, after="silu_mul"),
     ):
         yield _expert_linear(layer, 128)
     yield from _experts("bfloat16", 128, 8)

@@ -13,6 +13,7 @@ from ....kernels.backend import KV_CODES, KVSpec, SamplingInputs, StepInputs
 from ....kernels.triton import attention, elementwise, embedding, linear, quantised, rms_norm, rope
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.device import loads_ahead
+from ....kernels.triton.inputs import scratch_width
 from ....kernels.triton.quantised import Matrix
 from ....kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
 from .card import Launch
@@ -78,7 +79,7 @@ def pack(
 
 def multiply(x: torch.Tensor, weight: Matrix, out: torch.Tensor, **more: Any) -> Launch:
     """linear.launch, rounded to out's dtype."""
-    width = linear.scratch_width(weight)
+    width = scratch_width(weight)
     scratch = torch.empty((len(x), width), device=x.device) if width else None
     return lambda: linear.launch(x, weight, out, round_to=out.dtype, scratch=scratch, **more)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..kernels.weights import FP8, INT4, INT8, NF4, Format, RawWeight, WeightGroup
+from ..kernels.weights import FP8, INT4, INT8, NF4, SMALL_FLOATS, Format, RawWeight, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,10 @@ class Scheme:
 
     layers: Format
     head: Format | None  # None: it stays as it is
+
+    @property
+    def has_integers(self) -> bool:
+        return any(f is not None and f.name not in SMALL_FLOATS for f in (self.layers, self.head))
 
 
 # The head of a small model suffers most from 4 bits: docs/quantisation.md has what was measured.

@@ -11,6 +11,7 @@ from .compressed_tensors import CompressedTensors
 from .fp4 import ModelOpt, Mxfp4
 from .fp8 import Fp8
 from .gptq import Gptq
+from .own import METHOD, Own
 from .parts import FormatError, Options, Part, Reader
 
 QUANTISATION_KEYS = ("quantization_config", "compression_config")  # of config.json
@@ -22,6 +23,7 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "fp8": Fp8,
     "mxfp4": Mxfp4,
     "modelopt": ModelOpt,
+    METHOD: Own,
 }
 
 

@@ -23,6 +23,7 @@ from ..load.mapped import CheckpointError
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from ..models import Family
+from .keep import keep_quantised
 from .load import open_model, raw_weights
 from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory, too_long
 from .runner import Runner
@@ -158,6 +159,21 @@ def _packed_cache(checkpoint: Checkpoint) -> tuple[Path, str]:
     return cache_dir() / "packed" / f"{path.stem}-{digest[:16]}", checkpoint.fingerprint()
 
 
+def _kept(config: EngineConfig, say: Progress) -> EngineConfig:
+    """The configuration of loading what is quantised from the folder that keeps it."""
+    folder, method = Path(config.save or ""), config.quantization or ""
+    checkpoint = open_checkpoint(resolve(config.model).path)
+    try:
+        module, model = open_model(checkpoint)
+        plan = plan_load(config, checkpoint, module, model, choose(config.device))
+        keep_quantised(folder, checkpoint, plan.weights, method, say)
+    except WeightTooLarge as error:
+        raise CheckpointError(error.name, f"{checkpoint.path}: {error}") from error
+    finally:
+        checkpoint.close()
+    return config.replace(model=str(folder), quantization=None, save=None)
+
+
 def load_model(config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Load what `config` names.
 
@@ -166,6 +182,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
     """
     say = progress or _log.info
     t0 = time.perf_counter()
+    if config.save is not None:
+        config = _kept(config, say)
     choice = choose(config.device)
     imported = preload(choice)  # in a thread: most of a cold start is this import
     source = resolve(config.model)

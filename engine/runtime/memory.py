@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.backend import KVSpec
+from ...quant.policy import SCHEMES
 from ..config import EngineConfig, ModelConfig, parse_bytes, show_bytes
 
 DEFAULT_SHARE = 0.8  # of the memory available now: the rest is for the process and its neighbours
@@ -162,11 +163,12 @@ def kv_spec(config: EngineConfig, model: ModelConfig, default_dtype: str) -> KVS
 def activation_dtype(config: EngineConfig, model: ModelConfig) -> str:
     """The dtype that results are rounded to: as asked, or the checkpoint's own (law 6).
 
-    Of quantised weights that is float32, be they the checkpoint's or made by loading.
+    Of integers that is float32, be they the checkpoint's or made by loading.
     """
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if config.quantization is not None else model.dtype
+    makes_integers = config.quantization is not None and SCHEMES[config.quantization].has_integers
+    return "float32" if makes_integers else model.dtype
 
 
 def available_memory() -> int:

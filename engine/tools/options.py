@@ -64,6 +64,8 @@ ENGINE_HELP = {
     "dtype": "of the computation: auto (the checkpoint's own), float32, bfloat16 or float16",
     "quantization": "int8, int4, fp8, nf4 or bitsandbytes: quantise the weights on load, see "
     "docs/quantisation.md; None keeps the checkpoint's own bits",
+    "save": "with quantization: keep the quantised weights in this folder, which later starts (and "
+    "this one) load instead; it is a model folder of its own",
     "activations": "what multiplies quantised weights: auto (int8 on the CPU), int8 (groups of 32; "
     "on the GPU one scale per token), fp8 (GPU), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16, "

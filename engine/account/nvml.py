@@ -35,7 +35,7 @@ class Nvml:
         self.name = f"NVML: {card.decode() if isinstance(card, bytes) else card}"
 
     def read(self) -> int:
-        now: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
+        now = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card))
         return (now - self._start) * 1_000_000
 
     def close(self) -> None:

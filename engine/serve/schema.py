@@ -136,6 +136,7 @@ class Common(Sampling, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
+    receipt: bool | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -278,6 +279,7 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     timings: Timings
     prompt_logprobs: Any = UNSET
+    receipt: Any = UNSET  # what `engineroom replay` repeats it from; null: it was cut short
     system_fingerprint: str
 
 
@@ -339,6 +341,7 @@ class Completion(Struct, kw_only=True):
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
+    receipt: Any = UNSET
 
 
 class Model(Struct, kw_only=True):

@@ -28,7 +28,7 @@ class Nvml:
         try:
             pynvml.nvmlInit()
             self._card = _first_visible(pynvml)
-            self._start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
+            self._start = int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card))
             card = pynvml.nvmlDeviceGetName(self._card)
         except pynvml.NVMLError as error:
             raise MeterUnavailable(f"NVML: {error}; `nvidia-smi -q -d POWER` says more") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engineroom.engine.bench.cost import Cost
+from engineroom.engine.bench.cost import ModelCost
 
 from .engines import CLASSES, OURS
 from .run import SCHEMA, show_kl
@@ -113,7 +113,7 @@ def limit_s(result: Mapping[str, Any], row: Mapping[str, Any], metric: Metric) -
     if told is None or metric.workload not in ("decode", "prompt", "long"):
         return None
     sizes = result["sizes"]
-    cost = Cost.of(told)
+    cost = ModelCost.of(told)
     if metric.name == "first":
         tokens = sizes["prompt"] if metric.workload == "prompt" else sizes["long"][0]
         return cost.prompt_s(tokens, row["probe"])

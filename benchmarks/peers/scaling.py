@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engineroom.engine.bench.cost import Cost
+from engineroom.engine.bench.cost import ModelCost
 
 from . import plot, probe
 from .engines import OURS, Entry
@@ -74,7 +74,7 @@ def measure(
         "rows": [],
     }
     workers: dict[str, Worker] = {}
-    costs: dict[str, Cost] = {}
+    costs: dict[str, ModelCost] = {}
     try:
         for entry in picked:
             command = entry.command(
@@ -86,7 +86,7 @@ def measure(
             worker = workers[entry.name] = Worker(command, entry.environment)
             worker.receive(timeout)
             told = worker.ask(timeout, do="cost")
-            costs[entry.name] = Cost.of({**told, "products": entry.products})
+            costs[entry.name] = ModelCost.of({**told, "products": entry.products})
             worker.pause()
         for round_ in range(rounds):
             for axis, values in points.axes.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...kernels.cpu import _native
 from ..engine import Engine
-from .cost import Cost
+from .cost import ModelCost
 from .limits import Limits, cold_bytes
 
 
@@ -17,7 +17,7 @@ class Bound:
     since memory's speed changes within seconds on a shared machine."""
 
     def __init__(self, engine: Engine) -> None:
-        self._cost = Cost.of_engine(engine)
+        self._cost = ModelCost.of_engine(engine)
         self._threads = engine.config.threads or _native.usable_cores()
 
     def prompt_s(self, tokens: int) -> float | None:

@@ -20,7 +20,7 @@ _PEAKS = {"int8": "int8_gops", "bfloat16": "bf16_gflops", "float32": "f32_gflops
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """What an engine's model reads and multiplies. An operation is a multiply or an add."""
 
     weight_bytes: int  # of all matrices that a step multiplies by, as they are packed
@@ -32,12 +32,12 @@ class Cost:
     products: str  # which peak bounds the linear layers: a name of Limits.rates()
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Cost:
+    def of(cls, told: Mapping[str, Any]) -> ModelCost:
         """From the fields as JSON holds them."""
         return cls(**{**told, "windows": tuple(told["windows"])})
 
     @classmethod
-    def of_engine(cls, engine: Engine) -> Cost | None:
+    def of_engine(cls, engine: Engine) -> ModelCost | None:
         """From what loading planned; None where it is not the CPU that computes.
 
         Looking up a row of a table costs a step next to nothing, so the program is counted without

@@ -38,7 +38,7 @@ class Limits:
         return cls(read=_native.probe_read(pool, num_bytes), **dots)
 
     def rates(self) -> dict[str, float]:
-        """In 10^9 a second, by the names that a Cost asks for."""
+        """In 10^9 a second, by the names that a ModelCost asks for."""
         return {
             "read_gbs": self.read / 1e9,
             "int8_gops": self.int8 / 1e9,

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engineroom import __version__
 
-from ..load.checkpoint import Checkpoint
-from ..runtime.assemble import LoadedModel
+if TYPE_CHECKING:
+    from ..load.checkpoint import Checkpoint
+    from ..runtime.assemble import LoadedModel
 
 # Options that decide bits. Others (threads, batch sizes, blocks, memory) decide speed alone.
 DECIDING = ("dtype", "quantization", "activations", "kv_cache_dtype")
@@ -58,7 +59,7 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
         digest.update(f"{name} {weight.format.name} {weight.shape}\0".encode())
         for part, data in sorted(weight.buffers.items()):
             digest.update(f"{part} {data.nbytes}\0".encode())
-            digest.update(data)
+            digest.update(data.data)
     return digest.hexdigest()
 
 

@@ -135,6 +135,7 @@ class Common(Sampling, kw_only=True):
     # The form of the output: OpenAI's way to say it, and ours.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    receipt: bool | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -277,6 +278,7 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     timings: Timings
     prompt_logprobs: Any = UNSET
+    receipt: Any = UNSET  # what `engineroom replay` repeats it from; null: it was cut short
     system_fingerprint: str
 
 
@@ -340,6 +342,7 @@ class Completion(Struct, kw_only=True):
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
+    receipt: Any = UNSET
 
 
 class Model(Struct, kw_only=True):

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engineroom.engine.bench import latency, startup, throughput
+from engineroom.engine.bench import energy, latency, startup, throughput
 from engineroom.engine.bench.bound import Bound, share
-from engineroom.engine.bench.cost import Cost
+from engineroom.engine.bench.cost import ModelCost
 from engineroom.engine.bench.model import Subject, arrivals, rounds
 from engineroom.engine.bench.timing import Repeats
 from engineroom.engine.cli import main
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.engine import Engine
 from engineroom.engine.tools.options import add_engine_flags, engine_arguments, engine_config
 from tests.engine import golden
@@ -63,7 +64,7 @@ def test_figures_of_many_requests() -> None:
 
 
 # 60 MB of weights; 12 MOP a token, 1 MOP a head; 2 KB of keys and values, 1 kOP a key, two layers.
-COST = Cost(60_000_000, 2_000, 12_000_000, 1_000_000, 1_000, (0, 100), "int8_gops")
+COST = ModelCost(60_000_000, 2_000, 12_000_000, 1_000_000, 1_000, (0, 100), "int8_gops")
 RATES = {"read_gbs": 30.0, "int8_gops": 1000.0, "bf16_gflops": 500.0, "f32_gflops": 100.0}
 
 
@@ -83,7 +84,7 @@ def test_shares_are_of_what_was_measured() -> None:
 def test_a_model_s_cost_is_counted_from_its_program(model: Path) -> None:
     engine = Engine.from_model(str(model), EngineConfig(model=str(model), threads=1))
     try:
-        cost, config = Cost.of_engine(engine), engine.model_config
+        cost, config = ModelCost.of_engine(engine), engine.model_config
         assert cost is not None
         head = 2 * config.vocab_size * config.hidden_size
         assert cost.head_ops == head
@@ -98,6 +99,25 @@ def test_a_model_s_cost_is_counted_from_its_program(model: Path) -> None:
         assert (bound.run_s(2, 8, 8) or 0) > (bound.decode_s(2, 8) or 0) > 0
     finally:
         engine.close()
+
+
+def test_figures_of_energy() -> None:
+    found = [[Cost(j, None, None, True)] * 2 for j in (3.0, 1.0, 2.0)]
+    cells = energy.figures(found, 30, alone=8.0)
+    assert (cells["joules_request"], cells["tokens_joule"], cells["cost_alone"]) == (
+        2.0,
+        15.0,
+        0.25,
+    )
+    assert cells["estimated"] is True
+
+
+def test_energy_of_a_model(model: Path, tmp_path: Path) -> None:
+    sizes = ("--requests", "4,1", "--input-len", "5", "--output-len", "9")
+    facts, (one, four) = rows(tmp_path, "energy", str(model), *sizes, *FEW)
+    assert (one["batch"], four["batch"], one["cost_alone"]) == (1, 4, 1.0)
+    assert four["cost_alone"] == pytest.approx(four["joules_request"] / one["joules_request"])
+    assert facts["backend"]["meter"]
 
 
 def test_every_token_is_seen_when_it_comes(model: Path) -> None:

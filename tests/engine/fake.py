@@ -198,6 +198,9 @@ class FakeEngine:
         check_token_ids(SamplingParams(), token_ids, VOCAB)
         return bytes(t for t in token_ids if t < 256).decode("utf-8", "replace")
 
+    def facts(self) -> dict[str, Any]:
+        return {"name": "fake", "weights": "0" * 64}
+
     def stats(self) -> FakeStats:
         return FakeStats(self.num_live, self.steps)
 

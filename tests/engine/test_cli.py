@@ -113,6 +113,7 @@ def test_a_form_that_cannot_be_read_is_named(
 
 
 ENGINE_VALUES = {
+    "energy_meter": ("model", "model"),
     "device": ("reference", "reference"),
     "dtype": ("float32", "float32"),
     "quantization": ("int8", "int8"),

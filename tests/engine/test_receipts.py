@@ -134,9 +134,10 @@ def test_a_changed_parameter_and_the_first_difference_are_named(llm: LLM) -> Non
     assert receipts.first_difference(kept, replace(kept, answers=[first] * 2)) is not None
 
 
-def test_a_request_without_a_seed_has_the_one_that_was_drawn(llm: LLM) -> None:
+def test_a_drawn_seed_and_an_echoed_text_are_no_obstacle(llm: LLM) -> None:
     params = SamplingParams(max_tokens=9, temperature=1.3, echo=True)
-    (out,) = llm.generate(["a b"], params, use_tqdm=False)
+    (out,) = llm.generate(["a <|user|> b"], params, use_tqdm=False)
+    assert out.outputs[0].text.startswith("a <|user|> b")
     receipt = llm.receipt(out, params)
     assert receipt.sampling_params.seed == out.outputs[0].seed
     (verdict,) = replay(llm.engine, [receipt])

@@ -40,7 +40,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         _CLIENT, (*_BELOW_FACES, *_CLIENT, "engine.runtime", "engine.engine", "engine.wire")
     ),
     **dict.fromkeys(
-        _FACES, (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.wire")
+        _FACES,
+        (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.receipts", "engine.wire"),
     ),
     # The manifest names the version; LLM.batch() is a face on a face.
     "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.receipts", ""),
@@ -51,7 +52,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "engine.receipts",
         "engine.batch",
     ),
-    "engine.serve": ("engine.async_llm", "engine.batch", "engine.serve.settings", *_BELOW_FACES),
+    "engine.serve": (
+        "engine.receipts",
+        "engine.async_llm",
+        "engine.batch",
+        "engine.serve.settings",
+        *_BELOW_FACES,
+    ),
     "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
     "engine.bench": ("engine", "kernels", "quant"),

@@ -18,7 +18,7 @@ from benchmarks.peers import kl, plot, prepare, probe, report, run, scaling
 from benchmarks.peers.engines import table
 from benchmarks.peers.places import WORKERS, NotPrepared, Places
 from benchmarks.peers.worker import Refused, Worker, WorkerFailed
-from engineroom.engine.bench.cost import Cost
+from engineroom.engine.bench.cost import ModelCost
 
 
 def row(entry: str, workload: str, round_: int, mode: str = "near", **values: float) -> Any:
@@ -39,7 +39,7 @@ def row(entry: str, workload: str, round_: int, mode: str = "near", **values: fl
 
 
 # 66 MB of weights are 2 ms at the 33 GB/s of the rows above, 512 x 9 MOP 5.12 ms at 900 GOP/s.
-COST = Cost(66_000_000, 0, 9_000_000, 0, 0, (0, 4), "int8_gops")
+COST = ModelCost(66_000_000, 0, 9_000_000, 0, 0, (0, 4), "int8_gops")
 
 
 def canned() -> dict[str, Any]:
@@ -186,7 +186,7 @@ MOMENT = {"read_gbs": 10.0, "int8_gops": 100.0, "bf16_gflops": 50.0}
 
 
 def test_the_least_time_is_of_the_bytes_or_of_the_operations() -> None:
-    cost = Cost(
+    cost = ModelCost(
         weight_bytes=10**9,
         kv_bytes=10**6,
         linear_ops=10**9,

@@ -12,7 +12,7 @@ from protocol import Ids, serve
 
 import engineroom
 from engineroom import LLM, SamplingParams
-from engineroom.engine.bench.cost import Cost
+from engineroom.engine.bench.cost import ModelCost
 
 
 class Ours:
@@ -73,7 +73,7 @@ class Ours:
         return {"step_s": statistics.median(times), "steps": len(times)}
 
     def cost(self) -> dict[str, Any]:
-        found = Cost.of_engine(self._llm.engine)
+        found = ModelCost.of_engine(self._llm.engine)
         if found is None:
             raise ValueError("only a model on the CPU has a cost here")
         return asdict(found)

@@ -22,7 +22,7 @@ from .structured import OutputConfig, of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
-NAMES = {"stop": "stop_sequences", "structured": "output_config"}
+NAMES = {"stop": "stop_sequences"}
 
 
 # -------------------------------------------------------------------------------- the requests
@@ -148,6 +148,7 @@ class Messages:
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
+            form_field="output_config",
         )
         async for output in self._service.run(work):
             yield output

@@ -29,7 +29,7 @@ from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
 from .page import page
-from .requests import CHAT_NAMES, COMPLETION_NAMES, template_messages
+from .requests import CHAT_NAMES, template_messages
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
@@ -37,11 +37,7 @@ from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
 log = logging.getLogger(__name__)
 _Body = TypeVar("_Body")
 # What a parameter of ours is called in the requests of a path, where that differs.
-_NAMES = {
-    "/v1/chat/completions": CHAT_NAMES,
-    "/v1/completions": COMPLETION_NAMES,
-    anthropic.PATH: anthropic.NAMES,
-}
+_NAMES = {"/v1/chat/completions": CHAT_NAMES, anthropic.PATH: anthropic.NAMES}
 _STATS_SECONDS = 2.0  # what /metrics waits for a step to end
 
 
@@ -358,7 +354,7 @@ def _error(path: str, error: ApiError) -> Response:
 
 def _failure_event(path: str, error: Exception) -> bytes:
     """The last event of a stream that failed."""
-    answer = as_api_error(error, _NAMES.get(path))
+    answer = as_api_error(error)
     if answer is None:
         log.error("a stream failed", exc_info=error)
         answer = ApiError("internal_error", "an error that was not foreseen; the log has it")

@@ -13,7 +13,7 @@ from . import answers, schema
 from .requests import chat_params, template_messages, template_options
 from .service import Caller, Service, Work
 from .sse import DONE, event
-from .structured import complete
+from .structured import asked_in, complete
 
 
 class Chat:
@@ -43,6 +43,7 @@ class Chat:
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
+            form_field=asked_in(request.structured_outputs),
         )
         async for output in self._service.run(work):
             yield output

@@ -10,8 +10,7 @@ from . import schema, structured
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-COMPLETION_NAMES = structured.NAMES
-CHAT_NAMES = {"logprobs": "top_logprobs", **COMPLETION_NAMES}
+CHAT_NAMES = {"logprobs": "top_logprobs"}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -209,7 +208,6 @@ def _call(call: schema.ToolCall) -> dict[str, Any]:
 
 __all__ = [
     "CHAT_NAMES",
-    "COMPLETION_NAMES",
     "chat_params",
     "completion_params",
     "prompts",

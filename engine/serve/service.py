@@ -16,6 +16,7 @@ from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
 from .settings import ServeConfig
+from .structured import naming
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
 
@@ -47,6 +48,7 @@ class Work:
     timeout_ms: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    form_field: str = "response_format"  # what the request calls params.structured
 
     @property
     def salt(self) -> bytes:
@@ -124,10 +126,11 @@ class Service:
         started = time.monotonic()
         last: RequestOutput | None = None
         try:
-            async for output in stream:
-                last = deadline.over(output)
-                yield last
-                _raise_failure(last)
+            with naming(work.form_field):
+                async for output in stream:
+                    last = deadline.over(output)
+                    yield last
+                    _raise_failure(last)
         finally:
             deadline.cancel()
             await stream.aclose()

@@ -94,6 +94,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "markupsafe": ("engine.load",),
     "huggingface_hub": ("engine.load.source",),
     "httptools": ("engine.bench.serve",),
+    "llguidance": ("engine.features.grammar",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
@@ -115,6 +116,7 @@ LOCAL_OURS = {
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
+# llguidance: for structured output alone.
 # tqdm: shown only at a terminal.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
@@ -123,6 +125,7 @@ LOCAL_THIRD_PARTY = (
     "readline",
     "resource",
     "importlib",
+    "llguidance",
     "tokenizers",
     "sentencepiece",
     "tqdm",

@@ -98,11 +98,13 @@ class Routes:
         return _json(self._model())
 
     def _model(self) -> schema.Model:
-        info = self._service.info
+        info, dialect = self._service.info, self._service.dialect
         return schema.Model(
             id=self._service.model_name,
             created=self._service.created,
             max_model_len=info.config.max_model_len or info.model.max_position,
+            tool_format=dialect.tools.name if dialect.tools else None,
+            reasoning_format=dialect.reasoning.name if dialect.reasoning else None,
         )
 
     async def tokenize(self, request: Request) -> Response:

@@ -17,7 +17,7 @@ from .http import chat, completion, get, post
 def test_the_schema_has_every_sampling_parameter() -> None:
     ours = {f.name for f in dataclasses.fields(SamplingParams)}
     # Said otherwise in OpenAI's interface, or not over a wire at all.
-    apart = {"logits_processor", "logprobs", "echo"}
+    apart = {"logits_processor", "logprobs", "echo", "structured"}
     assert set(schema.Sampling.__struct_fields__) == ours - apart
 
 

@@ -2,7 +2,7 @@
 
 A text prompt may begin with a word and a colon: refuse, bug, panic (at the door); raise, kill,
 exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print, slow (1 ms
-a step). A prompt with say<<TEXT>> is answered by TEXT, a byte a token; say<<GRAMMAR>> by the grammar
+a step). A prompt with say«TEXT» is answered by TEXT, a byte a token; say«GRAMMAR» by the grammar
 that the output should have. The models of TEMPLATES have a chat template to be known by.
 """
 
@@ -274,11 +274,12 @@ class FakeEngine:
 
 
 def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
-    """The factory of fake_child.py. The model "paced" takes 1 ms a step; "missing" is an error."""
+    """The factory of fake_child.py. The model "paced" and those of TEMPLATES take 1 ms a step; "missing" is an error."""
     progress(f"making a fake of {config.model}")
     if config.model == "missing":
         raise ConfigError("model", "missing: no such model; did you mean 'fake'?")
-    return FakeEngine(config, pace=0.001 if config.model == "paced" else 0.0)
+    paced = config.model == "paced" or config.model in TEMPLATES
+    return FakeEngine(config, pace=0.001 if paced else 0.0)
 
 
 def _word(prompt: str | Sequence[int]) -> str:
@@ -291,7 +292,7 @@ def _reason(script: bytes | None, num_tokens: int) -> str:
 
 def _script(ids: Sequence[int], params: SamplingParams) -> bytes | None:
     text = bytes(i for i in ids if i < 256).decode("utf-8", "replace")
-    said = re.findall(r"say<<(.*?)>>", text, re.DOTALL)
+    said = re.findall(r"say«(.*?)»", text, re.DOTALL)
     if not said:
         return None
     if said[-1] == "GRAMMAR":

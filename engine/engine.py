@@ -17,6 +17,7 @@ from typing import Any
 from .config import EngineConfig
 from .core.detokenize import TextStream, TokenPieces
 from .core.outputs import OutputGroup
+from .core.form import FREE, Form
 from .core.request import (
     ParameterError,
     Request,
@@ -28,6 +29,8 @@ from .core.request import (
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import StepLog, StepRecord
+from .features.grammar import Grammars
+from .features.grammar_form import GrammarForm
 from .runtime.assemble import LoadedModel, Progress, load_model
 from .runtime.runner import Execution, Flight, LogprobObserver
 
@@ -88,6 +91,7 @@ class Engine:
         self._clock = clock
         self._runner = loaded.runner
         self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
+        self._grammars = Grammars(self.tokenizer)
         self._groups: dict[str, OutputGroup] = {}
         self._in_flight: deque[_Flying] = deque()  # launched, not committed
         self._num_steps = 0
@@ -153,6 +157,18 @@ class Engine:
             self._runner.observers[samples[0].key] = observer
         self._num_prompt_tokens += len(ids)
         return AddedRequest(request_id, seed, len(ids))
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        """Whether add_request() has nothing to compile for these parameters. From any thread."""
+        return params.structured is None or self._grammars.is_kept(params.structured)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what add_request() would have to: up to seconds, from any thread.
+
+        Errors: ParameterError("structured").
+        """
+        if params.structured is not None:
+            self._grammars.compile(params.structured)
 
     def abort(self, request_id: str) -> bool:
         """End a request now; its last RequestOutput comes with the next step. Unknown id: False."""
@@ -287,10 +303,30 @@ class Engine:
                         min_tokens=params.min_tokens,
                     ),
                     leader=samples[0] if samples else None,
+                    form=self._form(params, max_tokens),
                     **queueing,
                 )
             )
         return samples
+
+    def _form(self, params: SamplingParams, max_tokens: int) -> Form:
+        """A sample's form. Errors: ParameterError where its shortest output does not fit."""
+        if params.structured is None:
+            return FREE
+        compiled = self._grammars.compile(params.structured)
+        if compiled.ending is not None and len(compiled.ending) > max_tokens:
+            raise ParameterError(
+                "max_tokens",
+                f"max_tokens={max_tokens} is too few for any output of the form asked for by "
+                f"structured; the shortest has {len(compiled.ending)} tokens",
+            )
+        return GrammarForm(
+            self._grammars,
+            compiled,
+            max_tokens=max_tokens,
+            num_mask_words=-(-self.model_config.vocab_size // 32),
+            ignore_eos=params.ignore_eos,
+        )
 
     def _token_text(self, token_id: int) -> str:
         """What a token alone adds to a text; a part of a character shows as U+FFFD."""

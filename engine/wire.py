@@ -167,6 +167,7 @@ class Choice(_Message):
     seed: int
     error: str | None
     reset: bool = False
+    complete: bool | None = None
     delta: str | None = None  # RequestOutput.deltas[position] where it is not `text`
 
 
@@ -399,6 +400,7 @@ def _choice(
         stop_reason=new.stop_reason,
         seed=new.seed,
         error=new.error,
+        complete=new.complete,
         reset=not grown,
         delta=None if delta == text else delta,
     )
@@ -454,6 +456,7 @@ def apply(sent: RequestOutput | None, message: Output) -> RequestOutput:
             stop_reason=choice.stop_reason,
             seed=choice.seed,
             error=choice.error,
+            complete=choice.complete,
         )
         deltas[choice.position] = choice.text if choice.delta is None else choice.delta
     if len(outputs) != message.num_choices:

@@ -107,6 +107,7 @@ class OutputGroup:
             stop_reason=s.stop_reason,
             seed=s.seed,
             error=s.error,
+            complete=_complete(s),
         )
 
     def _prompt_logprobs(self, s: Request) -> tuple[dict[int, Logprob] | None, ...] | None:
@@ -121,6 +122,12 @@ class OutputGroup:
         }
         chosen = Logprob(entry.logprob, entry.rank, self._decode_token(entry.token_id))
         return {**out, entry.token_id: chosen}
+
+
+def _complete(s: Request) -> bool | None:
+    """A stop string cuts what had been complete with it."""
+    cut = s.text is not None and s.text.matched is not None
+    return False if s.form.complete and cut else s.form.complete
 
 
 def _text(s: Request) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from .form import FREE, Form
 from .parameter import ParameterError
 from .sampling_params import SamplingParams
 from .steplog import Timeline
@@ -101,6 +102,7 @@ class Request:
         "error",
         "finish_reason",
         "first_token_ns",
+        "form",
         "in_flight",
         "key",
         "keys",
@@ -149,6 +151,7 @@ class Request:
         dry_breaker_ids: frozenset[int] = frozenset(),
         text: TextStream | None = None,
         leader: Request | None = None,
+        form: Form = FREE,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
 
@@ -175,6 +178,7 @@ class Request:
         self.dry_breaker_ids = dry_breaker_ids
         self.text = text
         self.leader = leader
+        self.form = form
 
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
         self.num_prompt_tokens = len(self.token_ids)
@@ -442,7 +446,8 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample's output so far. logprobs: per output token, token id -> Logprob."""
+    """One sample's output so far. logprobs: per output token, token id -> Logprob. complete:
+    whether the text is whole in the form that was asked for (None: none was)."""
 
     index: int
     text: str
@@ -453,6 +458,7 @@ class CompletionOutput:
     stop_reason: str | int | None
     seed: int
     error: str | None = None
+    complete: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

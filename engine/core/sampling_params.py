@@ -20,6 +20,7 @@ __all__ = ["ParameterError", "SamplingParams", "check_choice"]
 _MAX_TOKENS = 1 << 24  # longer than any context; keeps every derived number an int32
 _MAX_ID = (1 << 31) - 1
 _ID_TEXT = r"0|[1-9][0-9]{0,9}"  # JSON has no other way to write a key than as text
+_NOT_STRUCTURED = ("min_tokens", "allowed_token_ids", "bad_words", "no_repeat_ngram_size")
 _MIN_TEMPERATURE = 1e-5  # below it logits / temperature overflows fp32 long before it helps
 
 
@@ -151,6 +152,15 @@ class SamplingParams:
                 "max_tokens",
                 "max_tokens=0 asks for nothing; it needs echo=True or prompt_logprobs",
             )
+
+        if self.structured is not None:
+            for name in _NOT_STRUCTURED:
+                if getattr(self, name):
+                    raise ParameterError(
+                        name,
+                        f"{name} cannot be combined with structured: together they could allow no "
+                        "token at all, or no end; say what is wanted in the form itself",
+                    )
 
     @property
     def num_samples(self) -> int:

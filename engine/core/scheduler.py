@@ -471,9 +471,8 @@ class Scheduler:
         """One sampled token: put it in its place, make it text, end the request if it does."""
         token, text = row.token_id, request.text
         if token < 0:
-            return self._end(
-                request, FinishReason.ERROR, now, scored=scored, error=_NOTHING_ALLOWED
-            )
+            why = request.form.error or _NOTHING_ALLOWED
+            return self._end(request, FinishReason.ERROR, now, scored=scored, error=why)
         tokens = request.token_ids
         tokens[-request.num_pending] = token
         request.num_pending -= 1
@@ -488,16 +487,19 @@ class Scheduler:
         stop: str | int | None = None
         reason: FinishReason | None = None
         error: str | None = None
+        silent = False  # a stop token shows in the text no more than a stop string does
         try:
             if token in request.stop_ids and num_output >= request.params.min_tokens:
                 reason = FinishReason.STOP
                 if request.params.ignore_eos or token not in request.eos_token_ids:
                     stop = token
+                silent = not request.params.include_stop_str_in_output
+            elif request.form.take(token):
+                reason = FinishReason.LENGTH if request.form.cut else FinishReason.STOP
             elif num_output >= request.max_tokens:
                 reason = FinishReason.LENGTH
             if text is not None:
-                # A stop token shows in the text no more than a stop string does.
-                if reason is not FinishReason.STOP or request.params.include_stop_str_in_output:
+                if not silent:
                     delta = text.push(token)
                 if reason is not None:
                     delta += text.finish()

@@ -114,6 +114,7 @@ class _Constants:
     fields: dict[str, np.ndarray]
     bias: bool  # whether any row may have entries of that kind
     bans: bool
+    forms: bool  # whether any row has a mask that changes
 
 
 class SamplingInputsBuilder:
@@ -139,6 +140,8 @@ class SamplingInputsBuilder:
             changing |= _csr("bias", map(_bias, constants.rows), values=np.float32)
         if constants.bans:
             changing |= _csr("ban", map(_bans, constants.rows))
+        if constants.forms:
+            changing["mask_table"] = self._form_masks(constants)
         position = (step.positions[step.logit_rows] + 1).view(np.uint32)
         return SamplingInputs(position=position, **(constants.fields | changing))
 
@@ -164,6 +167,7 @@ class SamplingInputsBuilder:
                 self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
                 any(p.logit_bias or p.dry_multiplier for p in params),
                 any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
+                any(row.samples and row.request.form.masks for row in rows),
             )
         return known
 
@@ -220,7 +224,9 @@ class SamplingInputsBuilder:
         live: dict[Request, np.ndarray] = {}
         for row in rows:
             request = row.request
-            if row.samples and request.params.allowed_token_ids is not None:
+            if row.samples and request.form.masks:
+                live[request] = np.zeros(words, dtype=np.uint32)  # filled in every step
+            elif row.samples and request.params.allowed_token_ids is not None:
                 known = self._masks.get(request)
                 live[request] = _bitmask(request, words) if known is None else known
         self._masks = live
@@ -228,6 +234,15 @@ class SamplingInputsBuilder:
         everything = np.full(words, 0xFFFFFFFF, dtype=np.uint32)
         mask_row = [place.get(row.request, 0) if row.samples else 0 for row in rows]
         return np.array(mask_row, dtype=np.int32), np.stack([everything, *live.values()])
+
+    def _form_masks(self, constants: _Constants) -> np.ndarray:
+        """The mask table with this step's rows of those whose output has a form."""
+        table: np.ndarray = constants.fields["mask_table"].copy()
+        places = constants.fields["mask_row"].tolist()
+        for row, place in zip(constants.rows, places, strict=True):
+            if row.samples and row.request.form.masks:
+                table[place] = row.request.form.mask()
+        return table
 
 
 def _penalised(p: SamplingParams) -> bool:

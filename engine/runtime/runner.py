@@ -26,6 +26,7 @@ from ..config import ModelConfig
 from ..core.plan import RowResult, ScheduledRequest, StepOutcome, StepPlan, TokenLogprob
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
 
+RESAMPLES = 4  # of a token that its request's form refuses; then the form chooses
 # Called with a request's first row position and its full-vocabulary logprobs [rows, V].
 LogprobObserver = Callable[[int, np.ndarray], None]
 
@@ -144,7 +145,9 @@ class Runner:
     def _wanted_by_host(self, plan: StepPlan) -> bool:
         """True where Python code reads or changes the step's logits."""
         return any(
-            s.request.params.logits_processor is not None or s.request.key in self.observers
+            s.request.params.logits_processor is not None
+            or s.request.key in self.observers
+            or s.request.form.near
             for s in plan.requests
         )
 
@@ -174,6 +177,10 @@ class Runner:
         else:
             logits = self._host_processors(plan, logits, errors)
             result = self._sampler.run(logits, rows)
+            for last in range(RESAMPLES, -1, -1):
+                if not _refuse_unsettled(plan, rows, result, forced=last == 0):
+                    break
+                result = self._sampler.run(logits, rows)
             if self.observers:
                 self._observe(plan, logits)
         flight.tokens = np.maximum(result.tokens, 0)  # -1: the row failed, and its request ends
@@ -210,6 +217,29 @@ class Runner:
             for s, first, observer in wanted:
                 position = s.start + s.logit_offsets[0] + 1
                 observer(position, logprobs[first : first + len(s.logit_offsets)])
+
+
+def _refuse_unsettled(
+    plan: StepPlan, rows: SamplingInputs, result: SampleResult, *, forced: bool
+) -> bool:
+    """Forbid in their masks the tokens behind which a request's form could not end in time; where
+    `forced`, allow the form's own choice alone. True where there were any: the rows are then
+    sampled again, and as a row is a function of itself the others keep their tokens."""
+    found = False
+    for s, first in _first_rows(plan):
+        row = first + len(s.logit_offsets) - 1
+        form = s.request.form
+        if not (form.near and s.samples) or result.tokens[row] < 0:
+            continue
+        token = int(result.tokens[row])
+        if not form.settle(token):
+            mask = rows.mask_table[rows.mask_row[row]]
+            if forced:
+                mask[:] = 0
+                token = form.instead()
+            mask[token >> 5] ^= np.uint32(1 << (token & 31))
+            found = True
+    return found
 
 
 def _first_rows(plan: StepPlan) -> list[tuple[ScheduledRequest, int]]:

@@ -1,0 +1,155 @@
+"""Endings: the shortest way from where an output stands to where its grammar is satisfied.
+
+The search walks a grammar byte by byte, since a grammar has far fewer bytes to choose from than a
+model has tokens; `Words` then spells the bytes found in as few tokens as there can be. First it
+goes straight ahead, closing what is open; then it tries the other ways at each fork of the path
+found, and keeps what is shorter. Forks that do not depend on each other (values of properties,
+alternatives of an enum) so get their shortest form each. The work is counted, not timed: the same
+grammar and output have the same ending everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+END: Final = 256  # the byte grammar's end-of-text token
+_MAX_FORK = 24  # ways at a place that is worth trying all of: beyond it, it is text
+_MAX_WORD = 48  # bytes
+_SPACES = frozenset(b" \t\n\r")
+# What ends soonest first. Only between JSON's values may a newline stand: elsewhere it is text.
+_BETWEEN = b'}],"0123456789ntf:'
+_WITHIN = b'"a0'
+
+
+class Words:
+    """A model's tokens by their bytes, special ones left out."""
+
+    def __init__(self, words: Mapping[bytes, int]) -> None:
+        self._ids = {word: i for word, i in words.items() if 0 < len(word) <= _MAX_WORD}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def spell(self, text: bytes) -> tuple[int, ...] | None:
+        """The fewest tokens whose bytes are `text`; None where a byte is in no token."""
+        ids, longest = self._ids, self._longest
+        fewest: list[tuple[int, int]] = [(0, 0)] * (len(text) + 1)  # (tokens to the end, length)
+        for start in range(len(text) - 1, -1, -1):
+            best = (len(text) + 1, 0)
+            for length in range(min(longest, len(text) - start), 0, -1):
+                rest = fewest[start + length][0] + 1
+                if rest < best[0] and text[start : start + length] in ids:
+                    best = (rest, length)
+            fewest[start] = best
+        found, at = [], 0
+        while at < len(text):
+            length = fewest[at][1]
+            if not length:
+                return None
+            found.append(ids[text[at : at + length]])
+            at += length
+        return tuple(found)
+
+
+@dataclass
+class Effort:
+    """What a search may still spend, in looks at the grammar."""
+
+    left: int
+
+
+@dataclass(frozen=True)
+class _Path:
+    text: bytes
+    forks: tuple[tuple[int, bytes], ...]  # where, and the ways there
+    tokens: tuple[int, ...] | None  # None: it leads nowhere
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return (1 << 30, 0) if self.tokens is None else (len(self.tokens), len(self.text))
+
+
+def find_ending(
+    matcher: Any, words: Words, effort: Effort, max_bytes: int, *, enough: int = 0
+) -> tuple[int, ...] | None:
+    """Tokens that lead the byte grammar `matcher` from its state to a satisfied one, few of them;
+    `enough` or fewer are not bettered.
+
+    None where the effort did not suffice or no ending has at most `max_bytes`.
+    """
+    limit = min(128, max_bytes)
+    while True:
+        path = _ahead(matcher, words, effort, limit)
+        path = _improved(matcher, words, path, effort, limit, enough)
+        if path.tokens is not None:
+            return path.tokens
+        if limit >= max_bytes or effort.left <= 0:
+            return None
+        limit = min(limit * 8, max_bytes)
+
+
+def _improved(
+    matcher: Any, words: Words, path: _Path, effort: Effort, limit: int, enough: int
+) -> _Path:
+    at = 0
+    while at < len(path.forks) and effort.left > 0 and path.cost[0] > enough:
+        where, ways = path.forks[at]
+        for way in ways:
+            if where < len(path.text) and way == path.text[where]:
+                continue
+            start = _Path(path.text[:where] + bytes([way]), path.forks[: at + 1], None)
+            other = _ahead(matcher, words, effort, limit, start)
+            if other.cost < path.cost:
+                path = other
+                break
+        else:
+            at += 1
+    return path
+
+
+def _ahead(
+    matcher: Any, words: Words, effort: Effort, limit: int, start: _Path | None = None
+) -> _Path:
+    """Straight ahead from the end of `start`, taking the first way at each fork."""
+    matcher = matcher.deep_copy()
+    text = bytearray(start.text if start else b"")
+    forks = list(start.forks) if start else []
+    if not matcher.consume_tokens(list(text)):
+        return _Path(bytes(text), tuple(forks), None)
+    while not matcher.is_accepting():
+        if len(text) >= limit or effort.left <= 0:
+            return _Path(bytes(text), tuple(forks), None)
+        effort.left -= 1
+        step = matcher.compute_ff_bytes()
+        if not step:
+            ways = _ways(allowed_ids(matcher.compute_bitmask()))
+            if not ways:
+                return _Path(bytes(text), tuple(forks), None)
+            if 1 < len(ways) <= _MAX_FORK:
+                forks.append((len(text), ways))
+            step = ways[:1]
+        if not matcher.consume_tokens(list(step)):
+            return _Path(bytes(text), tuple(forks), None)
+        text += step
+    return _Path(bytes(text), tuple(forks), words.spell(bytes(text)))
+
+
+def _ways(allowed: Iterable[int]) -> bytes:
+    """The bytes to try, the most promising first; white space where there is nothing else."""
+    found = [b for b in allowed if b < END]
+    order = _BETWEEN if 10 in found else _WITHIN
+    solid = [b for b in found if b not in _SPACES]
+    first = [b for b in order if b in solid]
+    return bytes(first + [b for b in solid if b not in first]) or bytes(found[:1])
+
+
+def allowed_ids(mask: bytes) -> list[int]:
+    """The ids whose bits are set in a mask of llguidance's."""
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+    ids: list[int] = np.flatnonzero(bits).tolist()
+    return ids
+
+
+__all__ = ["END", "Effort", "Words", "allowed_ids", "find_ending"]

@@ -1,1 +1,1 @@
-"""How models write tool calls and reasoning in their text: pure, no I/O, the standard library alone."""
+"""How models write tool calls and reasoning in their text: pure, by the standard library alone."""

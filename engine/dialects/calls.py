@@ -155,7 +155,7 @@ class CallParser(Parser):
     def _closing(self, end: str, sound: bool) -> Steps[None]:
         """Read what follows the arguments: broken ones go on to the end marker as they are."""
         if not sound and end:
-            found = yield from self._find(end, *self._begins)
+            yield from self._find(end, *self._begins)
             self._argue(self._read().rstrip(SPACE))
         yield from self._skip_space()
         if end:
@@ -390,7 +390,7 @@ class XmlCalls(CallParser):
 
 
 def typed(text: str, schema: Any) -> Any:
-    """A parameter's text as what its schema wants it to be; text where it wants none or it is not."""
+    """A parameter's text as what its schema wants; the text itself where it is no such value."""
     kind = schema.get("type") if isinstance(schema, dict) else None
     kinds = kind if isinstance(kind, list) else [kind]
     if "string" in kinds or (kind is None and not isinstance(schema, dict)):

@@ -31,7 +31,7 @@ class CallBegin:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """A piece of the call's arguments, which together are JSON unless the model slipped or was cut."""
+    """A piece of the call's arguments: together JSON, unless the model slipped or was cut."""
 
     text: str
 
@@ -46,8 +46,7 @@ class Parser(ABC):
     """Finds parts in a text that comes in pieces. What it returned is never taken back.
 
     How the text falls into pieces changes how texts and arguments fall into parts and nothing
-    else. It is written as one coroutine over the unread text: `_text[_at:]` is unread, `_text[:_at]`
-    may still be given back.
+    else. It is written as one coroutine: `_text[_at:]` is unread, `_text[:_at]` may be given back.
     """
 
     def __init__(self) -> None:

@@ -330,8 +330,8 @@ class Dialect:
         if format is None or format.shape is None:
             raise ApiError(
                 "unsupported",
-                f"{param}: calls of the format {format.name if format else 'none'} are not JSON, so "
-                "no grammar can hold the model to them; use tool_choice auto without strict",
+                f"{param}: calls of the format {format.name if format else 'none'} are not JSON, "
+                "so no grammar can hold the model to them; use tool_choice auto without strict",
                 param=param,
             )
         if params.structured is not None:

@@ -1,4 +1,4 @@
-"""Tool calls in growing text: any pieces give the same parts; what is written is read; no marker leaks."""
+"""Tool calls in growing text: any pieces give the same, what is written is read, no marker leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools and reasoning over HTTP, whole and streamed, for each interface; scripted by the fake engine."""
+"""Tools and reasoning over HTTP, whole and streamed, by OpenAI's and Anthropic's interfaces."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_model_says_which_formats_it_has(hermes: Running, server: Running) -
 
 
 def test_a_call(hermes: Running) -> None:
-    whole, events = both(hermes, say(f"Let me see.\n{CALL}", tools=[TOOL, OTHER]))
+    whole, _ = both(hermes, say(f"Let me see.\n{CALL}", tools=[TOOL, OTHER]))
     (choice,) = whole["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "Let me see."
@@ -210,6 +210,7 @@ def test_a_strict_tool_is_held_to_as_well(hermes: Running) -> None:
     )
 
 
+BAD_NAME = {"type": "function", "function": {"name": "a b"}}
 NAMED = {"type": "function", "function": {"name": "nobody"}}
 
 
@@ -224,7 +225,7 @@ NAMED = {"type": "function", "function": {"name": "nobody"}}
         ("hermes", {"tools": [TOOL], "tool_choice": NAMED}, "invalid_value", "tool_choice"),
         ("hermes", {"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
         ("hermes", {"tools": [{"type": "code"}]}, "invalid_value", "tools[0].type"),
-        ("hermes", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "invalid_value", "tools[0].function.name"),
+        ("hermes", {"tools": [BAD_NAME]}, "invalid_value", "tools[0].function.name"),
     ],
 )  # fmt: skip
 def test_a_refusal(
@@ -258,3 +259,89 @@ def test_the_official_client(hermes: Running) -> None:
     ]
     last = client.chat.completions.create(model="fake", messages=again, tools=[TOOL])
     assert last.choices[0].message.content == "Sunny."
+
+
+# ------------------------------------------------------------------------------------- Anthropic's
+
+MESSAGES = "/v1/messages"
+CUSTOM = {"name": "weather", "input_schema": SCHEMA}
+
+
+def anthropic_say(text: str, **fields: Any) -> dict[str, Any]:
+    return {**say(text), "max_tokens": 1000, "tools": [CUSTOM], **fields}
+
+
+def test_blocks_of_an_answer(hermes: Running) -> None:
+    answer = post(hermes, MESSAGES, anthropic_say(f"<think>Hm.</think>\nLet me see.\n{CALL}")).json
+    assert answer["stop_reason"] == "tool_use"
+    thinking, text, use = answer["content"]
+    assert thinking == {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    assert text["text"] == "Let me see."
+    assert (use["name"], use["input"]) == ("weather", {"city": "Zürich"})
+    assert use["id"].startswith("toolu_")
+
+
+def test_arguments_that_are_no_json_are_text(hermes: Running) -> None:
+    answer = post(hermes, MESSAGES, anthropic_say(CALL, max_tokens=60)).json
+    (block,) = answer["content"]
+    assert answer["stop_reason"] == "max_tokens"
+    assert block["type"] == "text" and block["text"].startswith('weather{"c')
+
+
+@pytest.mark.parametrize(
+    ("choice", "has"),
+    [({"type": "any"}, "calls"), ({"type": "tool", "name": "weather"}, "weather")],
+)
+def test_anthropics_choice_is_a_grammar_too(hermes: Running, choice: Any, has: str) -> None:
+    answer = post(hermes, MESSAGES, anthropic_say("GRAMMAR", tool_choice=choice)).json
+    assert has in answer["content"][0]["text"]
+    assert "TEXT" not in answer["content"][0]["text"]
+
+
+def test_thinking_is_told_to_the_template_or_refused(hermes: Running, server: Running) -> None:
+    def tokens(**fields: Any) -> int:
+        asked = {**chat(), **fields}
+        found: int = post(hermes, f"{MESSAGES}/count_tokens", asked).json["input_tokens"]
+        return found
+
+    on = tokens(thinking={"type": "enabled", "budget_tokens": 50})
+    assert tokens() == tokens(thinking={"type": "disabled"}) == on + 1
+    asked = {**chat(), "max_tokens": 40, "thinking": {"type": "enabled", "budget_tokens": 50}}
+    refused = post(hermes, MESSAGES, asked).error
+    assert "thinking.budget_tokens=50" in refused["message"]
+    asked["max_tokens"] = 60
+    assert "thinking" in post(server, MESSAGES, asked).error["message"]
+
+
+def test_blocks_where_they_cannot_be(hermes: Running) -> None:
+    result = {"type": "tool_result", "tool_use_id": "x", "content": "sun"}
+    messages = [{"role": "assistant", "content": [result]}, *chat()["messages"]]
+    refused = post(hermes, MESSAGES, anthropic_say("x", messages=messages)).error
+    assert "ToolResultBlock" in refused["message"]
+
+
+def test_anthropics_official_client(hermes: Running) -> None:
+    anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+    client = anthropic.Anthropic(base_url=hermes.url, api_key="none", max_retries=0)
+    asked = anthropic_say(f"<think>Hm.</think>\nLet me see.\n{CALL}\n{CALL}")
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert {"thinking", "text", "input_json", "content_block_stop"} <= set(kinds)
+    assert final.stop_reason == whole.stop_reason == "tool_use"
+    blocks = [b.model_dump(exclude={"id", "parsed_output"}) for b in whole.content]
+    assert [b.model_dump(exclude={"id", "parsed_output"}) for b in final.content] == blocks
+    assert [b["type"] for b in blocks] == ["thinking", "text", "tool_use", "tool_use"]
+    results = [
+        {"type": "tool_result", "tool_use_id": b.id, "content": "say«Sunny.»"}
+        for b in whole.content
+        if b.type == "tool_use"
+    ]
+    again = [
+        *asked["messages"],
+        {"role": "assistant", "content": whole.content},
+        {"role": "user", "content": results},
+    ]
+    last = client.messages.create(model="fake", max_tokens=90, messages=again, tools=[CUSTOM])
+    assert last.content[0].text == "Sunny."

@@ -15,6 +15,7 @@ from .dialect import Dialect
 from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
+from .responses_input import ResponseStore
 from .settings import ServeConfig
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
@@ -68,6 +69,7 @@ class Service:
         self.model_name = settings.served_model_name or model_name
         self.metrics = Metrics(self.model_name)
         self.draining = False
+        self.responses = ResponseStore()
         self._dialect: Dialect | None = None
         self._live: set[str] = set()
         self._idle = asyncio.Event()

@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -274,7 +274,10 @@ class FakeEngine:
 
 
 def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
-    """The factory of fake_child.py. The model "paced" and those of TEMPLATES take 1 ms a step; "missing" is an error."""
+    """The factory of fake_child.py. The model "missing" is an error.
+
+    "paced" and those of TEMPLATES take 1 ms a step.
+    """
     progress(f"making a fake of {config.model}")
     if config.model == "missing":
         raise ConfigError("model", "missing: no such model; did you mean 'fake'?")

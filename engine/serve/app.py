@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import anthropic, responses, responses_input, responses_schema, schema
+from . import anthropic, responses_input, responses_schema, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
@@ -30,6 +30,8 @@ from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
 from .page import page
 from .requests import CHAT_NAMES, template_messages
+from .responses import PATH as RESPONSES
+from .responses import Responses
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
@@ -40,7 +42,7 @@ _Body = TypeVar("_Body")
 _NAMES = {
     "/v1/chat/completions": CHAT_NAMES,
     anthropic.PATH: anthropic.NAMES,
-    responses.PATH: responses_input.NAMES,
+    RESPONSES: responses_input.NAMES,
 }
 _STATS_SECONDS = 2.0  # what /metrics waits for a step to end
 
@@ -79,7 +81,7 @@ class Routes:
 
     async def responses(self, request: Request) -> Any:
         body = await read(request, responses_schema.ResponsesRequest, self._service.settings)
-        call = responses.Responses(self._service, body, _caller(request))
+        call = Responses(self._service, body, _caller(request))
         return await self._answer(request, call, body)
 
     async def count_tokens(self, request: Request) -> Response:
@@ -89,7 +91,7 @@ class Routes:
     async def _answer(
         self,
         request: Request,
-        call: Chat | Completions | anthropic.Messages | responses.Responses,
+        call: Chat | Completions | anthropic.Messages | Responses,
         body: schema.Common | anthropic.MessagesRequest | responses_schema.ResponsesRequest,
     ) -> Any:
         if body.stream:

@@ -195,8 +195,8 @@ SERVE_HELP = {
     "allowed_hosts": "a name that requests may call it by, besides localhost and addresses",
     "cors_origins": "an origin whose pages may call this server",
     "shared_prefix_cache": "share cached prompt beginnings across API keys",
-    "tool_format": "how the model writes tool calls; auto reads it off the chat template, none reads no "
-    "calls (docs/server.md has the names)",
+    "tool_format": "how the model writes tool calls; auto reads it off the chat template, none "
+    "reads no calls (docs/server.md has the names)",
     "reasoning_format": "how the model writes its thoughts: auto, none, think, mistral or seed",
     "timeout_ms": "ends requests after so many milliseconds that name no timeout_ms of their own",
     "drain_timeout": "seconds that running requests get to finish in after a signal",

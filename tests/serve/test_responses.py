@@ -1,4 +1,4 @@
-"""OpenAI's Responses interface: whole, streamed, with tools, gone on with; and its official client."""
+"""OpenAI's Responses interface: whole, streamed, with tools; and by its official client."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def hermes() -> Iterator[Running]:
     running.stop()
 
 
-def say(text: str, **fields: Any) -> dict[str, Any]:
-    return {"model": "fake", "input": f"say«{text}»", **fields}
+def say(said: str, **fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "input": f"say«{said}»", **fields}
 
 
 def events(answer: bytes) -> list[Any]:
@@ -142,7 +142,7 @@ def test_a_conversation_is_gone_on_with(hermes: Running) -> None:
     second = post(hermes, PATH, {**more, "previous_response_id": first["id"]}).json
     assert second["output"][0]["content"][0]["text"] == "Sunny."
     assert second["previous_response_id"] == first["id"]
-    by_hand = [{"role": "user", "content": f"say«{CALL}»"}, {k: v for k, v in call.items()}, result]
+    by_hand = [{"role": "user", "content": f"say«{CALL}»"}, call, result]
     third = post(hermes, PATH, {**more, "input": by_hand}).json
     assert third["usage"]["input_tokens"] == second["usage"]["input_tokens"]
     unkept = post(hermes, PATH, say("x", store=False)).json["id"]
@@ -176,16 +176,18 @@ def test_a_grammar_or_a_schema_is_asked_for(hermes: Running) -> None:
     named = {"type": "function", "name": "weather"}
     answer = post(hermes, PATH, say("GRAMMAR", tools=[TOOL], tool_choice=named)).json
     assert "weather" in answer["output"][0]["content"][0]["text"]
-    both = {"text": {"format": {"type": "json_object"}}, "tools": [TOOL], "tool_choice": "required"}
+    form = {"format": {"type": "json_object"}}
+    both = {"text": form, "tools": [TOOL], "tool_choice": "required"}
     assert post(hermes, PATH, say("x", **both)).error["param"] == "tool_choice"
 
 
+IMAGE = {"role": "user", "content": [{"type": "input_image"}]}
 FORMAT = {"type": "json_schema", "name": "x", "schema": 5}
 REFUSALS: list[tuple[Any, str, str | None]] = [
     ({"input": []}, "invalid_value", "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_value", "input[0].type"),
     ({"input": [{"role": "user", "content": "x", "foo": 1}]}, "invalid_value", "input[0].foo"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "invalid_value", "input[0].content[0].type"),
+    ({"input": [IMAGE]}, "invalid_value", "input[0].content[0].type"),
     ({"foo": 1}, "invalid_value", "foo"),
     ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
     ({"temperature": -1}, "invalid_value", "temperature"),

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,11 +34,14 @@ from .client import (
     named_by,
     plain,
 )
+from .core.request import AdmissionError, ParameterError
 
 log = logging.getLogger(__name__)
 
 _NOT_LOADED = "the engine is not loaded: call start() first"
 _EXIT_SECONDS = 5.0  # what the interpreter's end waits for a step
+PREPARE_SECONDS = 10.0  # what a request may take to compile, its wait for others' included
+_MAX_PREPARING = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,16 @@ class _Close:
     drain: bool
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What the submission needs is compiled, or why it is not."""
+
+    submission: Submission
+    error: BaseException | None
+
+
 _Result = TypeVar("_Result")
-_Command = Submission | _Abort | _Call | _Close
+_Command = Submission | _Abort | _Call | _Close | _Prepared
 
 
 class ThreadClient(EngineClient):
@@ -142,6 +153,8 @@ class _Turner:
         self._factory = factory
         self._thread: threading.Thread | None = None
         self._running: set[str] = set()  # accepted by the engine, not ended
+        self._preparing: dict[str, bool] = {}  # what they need is compiled: aborted meanwhile?
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="engineroom-prepare")
         self._closing: _Close | None = None
 
     # Called from any thread.
@@ -245,13 +258,19 @@ class _Turner:
 
     def _turn(self, engine: EngineLike) -> None:
         while True:
-            self._obey(engine, wait=not (engine.has_work or self._running or self._closing))
-            if self._closing and not (self._closing.drain and self._running):
+            self._obey(engine, wait=self._sleeps(engine))
+            pending = self._running or self._preparing
+            if self._closing and not (self._closing.drain and pending):
                 self._abort_all(engine)
                 return
             # Also with no work left: an aborted request's ending comes out of a step.
             if engine.has_work or self._running:
                 self._step(engine)
+
+    def _sleeps(self, engine: EngineLike) -> bool:
+        """True where nothing happens before a command comes."""
+        busy = engine.has_work or self._running
+        return not busy and (self._closing is None or bool(self._preparing))
 
     def _obey(self, engine: EngineLike, *, wait: bool) -> None:
         try:
@@ -260,7 +279,11 @@ class _Turner:
                 wait = False
                 match command:
                     case Submission():
-                        self._admit(engine, command)
+                        self._receive(engine, command)
+                    case _Prepared(submission, error):
+                        self._prepared(engine, submission, error)
+                    case _Abort(request_id) if request_id in self._preparing:
+                        self._preparing[request_id] = True
                     case _Abort(request_id):
                         engine.abort(request_id)
                     case _Call(function, future):
@@ -274,6 +297,50 @@ class _Turner:
         except queue.Empty:
             return
 
+    def _receive(self, engine: EngineLike, command: Submission) -> None:
+        """Admit it, once what it needs is compiled: beside the steps, which do not wait for it."""
+        if engine.is_prepared(command.params):
+            self._admit(engine, command)
+            return
+        if len(self._preparing) >= _MAX_PREPARING:
+            text = f"{_MAX_PREPARING} requests wait to be compiled; send this one again later"
+            self.sinks.end(
+                command.request_id, RequestRefused.of(AdmissionError("queue_full", text))
+            )
+            return
+        self._preparing[command.request_id] = False
+        late = threading.Timer(PREPARE_SECONDS, self._too_late, [command])
+        late.daemon = True
+        late.start()
+        self._preparer.submit(self._prepare, engine, command, late)
+
+    def _prepare(self, engine: EngineLike, command: Submission, late: threading.Timer) -> None:
+        """On the preparer's thread."""
+        try:
+            engine.prepare(command.params)
+        except BaseException as exc:
+            self.commands.put(_Prepared(command, exc))
+        else:
+            self.commands.put(_Prepared(command, None))
+        late.cancel()
+
+    def _too_late(self, command: Submission) -> None:
+        text = f"structured: compiling took longer than {PREPARE_SECONDS} s; simplify the form"
+        self.commands.put(_Prepared(command, ParameterError("structured", text)))
+
+    def _prepared(
+        self, engine: EngineLike, command: Submission, error: BaseException | None
+    ) -> None:
+        aborted = self._preparing.pop(command.request_id, None)
+        if aborted is None:  # it was refused already
+            return
+        if error is not None:
+            self._refuse(command.request_id, error)
+            return
+        self._admit(engine, command)
+        if aborted:
+            engine.abort(command.request_id)
+
     def _admit(self, engine: EngineLike, command: Submission) -> None:
         rid = command.request_id
         try:
@@ -284,13 +351,17 @@ class _Turner:
                 priority=command.priority,
                 cache_salt=command.cache_salt,
             )
-        except ValueError as exc:
-            self.sinks.end(rid, RequestRefused.of(exc))
         except BaseException as exc:  # a tokenizer's panic, too, is this request's alone
-            log.exception("request %r failed at the door", rid)
-            self.sinks.end(rid, RequestFailed(f"the request failed at the door: {describe(exc)}"))
+            self._refuse(rid, exc)
         else:
             self._running.add(rid)
+
+    def _refuse(self, rid: str, exc: BaseException) -> None:
+        if isinstance(exc, ValueError):
+            self.sinks.end(rid, RequestRefused.of(exc))
+            return
+        log.error("request %r failed at the door", rid, exc_info=exc)
+        self.sinks.end(rid, RequestFailed(f"the request failed at the door: {describe(exc)}"))
 
     def _step(self, engine: EngineLike) -> None:
         self.step_started = time.monotonic()

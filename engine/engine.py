@@ -16,8 +16,8 @@ from typing import Any
 
 from .config import EngineConfig
 from .core.detokenize import TextStream, TokenPieces
-from .core.outputs import OutputGroup
 from .core.form import FREE, Form
+from .core.outputs import OutputGroup
 from .core.request import (
     ParameterError,
     Request,

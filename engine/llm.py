@@ -219,6 +219,8 @@ class LLM:
         request_id: str | None = None,
         **options: Any,
     ) -> str:
+        check_params(params)
+        self._engine.prepare(params)  # without the lock: others' turns go on
         with self._lock:
             request_id = request_id or f"llm-{next(self._ids)}"
             self._engine.add_request(request_id, prompt, params, **options)

@@ -15,7 +15,7 @@ from .parameter import ParameterError
 from .parameter import show as _show
 from .structured import StructuredOutput
 
-__all__ = ["ParameterError", "SamplingParams", "check_choice"]
+__all__ = ["SamplingParams", "check_choice"]
 
 _MAX_TOKENS = 1 << 24  # longer than any context; keeps every derived number an int32
 _MAX_ID = (1 << 31) - 1

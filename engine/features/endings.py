@@ -18,6 +18,7 @@ import numpy as np
 
 END: Final = 256  # the byte grammar's end-of-text token
 _MAX_FORK = 24  # ways at a place that is worth trying all of: beyond it, it is text
+_REFINED = 3  # forks behind another way that are looked at before it is judged
 _MAX_WORD = 48  # bytes
 _SPACES = frozenset(b" \t\n\r")
 # What ends soonest first. Only between JSON's values may a newline stand: elsewhere it is text.
@@ -71,6 +72,81 @@ class _Path:
         return (1 << 30, 0) if self.tokens is None else (len(self.tokens), len(self.text))
 
 
+_NOTHING = _Path(b"", (), None)
+
+
+@dataclass(frozen=True)
+class _Search:
+    matcher: Any
+    words: Words
+    effort: Effort
+    limit: int  # bytes of a path
+    enough: int  # tokens
+
+    def improved(self, path: _Path) -> _Path:
+        """The path with other ways at its forks, as long as that makes it cheaper: the last fork
+        first, or the first where the path leads nowhere."""
+        better = True
+        while better:
+            better = False
+            forks = range(len(path.forks))
+            for at in forks if path.tokens is None else reversed(forks):
+                other = self._best_at(path, at, refined=True)
+                if other.cost < path.cost:
+                    better, nowhere = True, path.tokens is None
+                    path = other
+                    if nowhere:
+                        break
+                if self.effort.left <= 0 or path.cost[0] <= self.enough:
+                    return path
+        return path
+
+    def _best_at(self, path: _Path, at: int, *, refined: bool) -> _Path:
+        """The cheapest of the ways at one fork, each straight ahead; `refined`, with the best ways
+        at the next forks behind it."""
+        where, ways = path.forks[at]
+        best = path
+        for way in ways:
+            if self.effort.left <= 0:
+                break
+            if path.text[where : where + 1] == bytes([way]):
+                continue
+            start = _Path(path.text[:where] + bytes([way]), path.forks[: at + 1], None)
+            other = self.ahead(start)
+            if refined:
+                for behind in range(at + 1, at + 1 + _REFINED):
+                    if behind < len(other.forks):
+                        other = self._best_at(other, behind, refined=False)
+            if other.cost < best.cost:
+                best = other
+        return best
+
+    def ahead(self, start: _Path) -> _Path:
+        """From the end of `start`, taking the first way at each fork."""
+        matcher = self.matcher.deep_copy()
+        text, forks = bytearray(start.text), list(start.forks)
+
+        def path(tokens: tuple[int, ...] | None) -> _Path:
+            return _Path(bytes(text), tuple(forks), tokens)
+
+        if not matcher.consume_tokens(list(text)):
+            return path(None)
+        while not matcher.is_accepting():
+            if len(text) >= self.limit or self.effort.left <= 0:
+                return path(None)
+            self.effort.left -= 1
+            step = matcher.compute_ff_bytes()
+            if not step:
+                ways = _ways(allowed_ids(matcher.compute_bitmask()))
+                if 1 < len(ways) <= _MAX_FORK:
+                    forks.append((len(text), ways))
+                step = ways[:1]
+            if not step or not matcher.consume_tokens(list(step)):
+                return path(None)
+            text += step
+        return path(self.words.spell(bytes(text)))
+
+
 def find_ending(
     matcher: Any, words: Words, effort: Effort, max_bytes: int, *, enough: int = 0
 ) -> tuple[int, ...] | None:
@@ -81,59 +157,13 @@ def find_ending(
     """
     limit = min(128, max_bytes)
     while True:
-        path = _ahead(matcher, words, effort, limit)
-        path = _improved(matcher, words, path, effort, limit, enough)
+        search = _Search(matcher, words, effort, limit, enough)
+        path = search.improved(search.ahead(_NOTHING))
         if path.tokens is not None:
             return path.tokens
         if limit >= max_bytes or effort.left <= 0:
             return None
         limit = min(limit * 8, max_bytes)
-
-
-def _improved(
-    matcher: Any, words: Words, path: _Path, effort: Effort, limit: int, enough: int
-) -> _Path:
-    at = 0
-    while at < len(path.forks) and effort.left > 0 and path.cost[0] > enough:
-        where, ways = path.forks[at]
-        for way in ways:
-            if where < len(path.text) and way == path.text[where]:
-                continue
-            start = _Path(path.text[:where] + bytes([way]), path.forks[: at + 1], None)
-            other = _ahead(matcher, words, effort, limit, start)
-            if other.cost < path.cost:
-                path = other
-                break
-        else:
-            at += 1
-    return path
-
-
-def _ahead(
-    matcher: Any, words: Words, effort: Effort, limit: int, start: _Path | None = None
-) -> _Path:
-    """Straight ahead from the end of `start`, taking the first way at each fork."""
-    matcher = matcher.deep_copy()
-    text = bytearray(start.text if start else b"")
-    forks = list(start.forks) if start else []
-    if not matcher.consume_tokens(list(text)):
-        return _Path(bytes(text), tuple(forks), None)
-    while not matcher.is_accepting():
-        if len(text) >= limit or effort.left <= 0:
-            return _Path(bytes(text), tuple(forks), None)
-        effort.left -= 1
-        step = matcher.compute_ff_bytes()
-        if not step:
-            ways = _ways(allowed_ids(matcher.compute_bitmask()))
-            if not ways:
-                return _Path(bytes(text), tuple(forks), None)
-            if 1 < len(ways) <= _MAX_FORK:
-                forks.append((len(text), ways))
-            step = ways[:1]
-        if not matcher.consume_tokens(list(step)):
-            return _Path(bytes(text), tuple(forks), None)
-        text += step
-    return _Path(bytes(text), tuple(forks), words.spell(bytes(text)))
 
 
 def _ways(allowed: Iterable[int]) -> bytes:

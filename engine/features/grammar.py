@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -43,6 +43,8 @@ class Tokens(Protocol):
     def eos_token_ids(self) -> frozenset[int]: ...
     @property
     def special_ids(self) -> frozenset[int]: ...
+    @property
+    def strip_leading_space(self) -> bool: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
@@ -120,16 +122,15 @@ class _Vocabulary:
             )
         special = tokenizer.special_ids
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-
-        # An id without bytes adds nothing to a text and must never be allowed: it counts as special.
+        # An id without bytes must never be allowed: it counts as special.
         apart = sorted(special | {i for i, text in enumerate(texts) if not text})
         self.size = size
         self.texts: Sequence[bytes] = texts
         self.special: Collection[int] = special
         self.eos_token_ids = frozenset(ends)
-        self.tokens = self._tokenizer(texts, apart, ends, tokenizer.bos_token_id, encode)
+        self.tokens = self._tokenizer(
+            texts, apart, ends, tokenizer.bos_token_id, _encoder(tokenizer)
+        )
         single = [bytes([b]) for b in range(256)]
         self.bytes = self._tokenizer(
             [*single, b"<end>"], [END], [END], None, lambda text: list(text.encode()), slices=[]
@@ -149,6 +150,19 @@ class _Vocabulary:
         source = _Source(texts, special, ends[0], bos, encode)
         wrapped = self.library.TokenizerWrapper(source)
         return self.library.LLTokenizer(wrapped, eos_token=list(ends), **options)
+
+
+def _encoder(tokenizer: Tokens) -> Callable[[str], list[int]]:
+    """Text in the middle of an output -> ids: without the space that some put before a text."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    if not tokenizer.strip_leading_space:
+        return encode
+    mark = "\x02"  # merges with nothing
+    before = encode(mark)
+    return lambda text: encode(mark + text)[len(before) :]
 
 
 class _Source:

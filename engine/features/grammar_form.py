@@ -9,7 +9,7 @@ its reserve ends whole, wherever max_tokens cuts it. All of it depends on the to
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 

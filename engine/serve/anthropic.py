@@ -42,10 +42,11 @@ from .errors import ApiError
 from .requests import named_results
 from .service import Caller, Service, Work
 from .sse import event
+from .structured import of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
-NAMES = {"stop": "stop_sequences"}
+NAMES = {"stop": "stop_sequences", "structured": "output_config"}
 
 
 class Messages:
@@ -219,6 +220,7 @@ def _params(request: MessagesRequest) -> SamplingParams:
         "top_p": request.top_p,
         "top_k": request.top_k,
         "seed": request.seed,
+        "structured": of_config(request.output_config),
     }
     if request.max_tokens < 1:
         raise ParameterError("max_tokens", f"max_tokens={request.max_tokens} must be at least 1")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from .schema import Strict, ToolName
+from .structured import OutputConfig
 
 # -------------------------------------------------------------------------------- the requests
 
@@ -123,6 +124,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_k: int | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    output_config: OutputConfig | None = None
     # engineroom's own
     seed: int | None = None
     priority: int = 0

@@ -15,6 +15,7 @@ from .dialect import Reader
 from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
 from .sse import DONE, event
+from .structured import complete
 
 
 class Chat:
@@ -76,6 +77,7 @@ class Chat:
                     stop_reason=c.stop_reason,
                     seed=c.seed,
                     token_ids=c.token_ids if self._request.return_token_ids else UNSET,
+                    complete=complete(c.complete),
                 )
                 for i, c in enumerate(last.outputs)
             ],
@@ -170,6 +172,7 @@ def _ending(reader: Reader, completion: CompletionOutput) -> dict[str, object]:
         "finish_reason": reader.finish_reason(completion),
         "stop_reason": completion.stop_reason,
         "seed": completion.seed,
+        "complete": complete(completion.complete),
     }
 
 

@@ -15,6 +15,7 @@ from . import answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work
 from .sse import DONE, event
+from .structured import complete
 
 
 class Completions:
@@ -129,6 +130,7 @@ class Completions:
             finish_reason=completion.finish_reason if finished else None,
             stop_reason=completion.stop_reason if finished else UNSET,
             seed=completion.seed if finished else UNSET,
+            complete=complete(completion.complete) if finished else UNSET,
             token_ids=completion.token_ids[start:] if self._request.return_token_ids else UNSET,
         )
 

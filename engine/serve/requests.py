@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 from ..core.request import ParameterError, SamplingParams
-from . import schema
+from . import schema, structured
 from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-CHAT_NAMES = {"logprobs": "top_logprobs"}
+COMPLETION_NAMES = structured.NAMES
+CHAT_NAMES = {"logprobs": "top_logprobs", **COMPLETION_NAMES}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -127,10 +128,11 @@ def template_options(request: schema.ChatRequest, dialect: Dialect) -> dict[str,
     return options
 
 
-def _sampling(request: schema.Sampling) -> dict[str, Any]:
+def _sampling(request: schema.Common) -> dict[str, Any]:
     """The fields of SamplingParams that were given."""
     names = schema.Sampling.__struct_fields__
     given = {name: getattr(request, name) for name in names}
+    given["structured"] = structured.structured(request.response_format, request.structured_outputs)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -228,6 +230,7 @@ def _call(call: schema.ToolCall) -> dict[str, Any]:
 
 __all__ = [
     "CHAT_NAMES",
+    "COMPLETION_NAMES",
     "chat_params",
     "completion_params",
     "named_results",

@@ -10,12 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-
-
-class Strict(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A part of a request: unknown fields are errors."""
-
+from .strict import Name, Strict
+from .structured import ResponseFormat, StructuredOutputs
 
 # ------------------------------------------------------------------------------------- messages
 
@@ -165,6 +161,9 @@ class Common(Sampling, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
+    # The form of the output: OpenAI's way to say it, and ours.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -192,7 +191,6 @@ class ChatRequest(Common, kw_only=True):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Read, and refused by name where they ask for something (see requests.py).
-    response_format: dict[str, Any] | None = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -298,6 +296,7 @@ class ChatChoice(Struct, kw_only=True):
     stop_reason: str | int | None
     seed: int
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -342,6 +341,7 @@ class ChunkChoice(Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     seed: int | UnsetType = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class ChatChunk(Struct, kw_only=True):
@@ -372,6 +372,7 @@ class CompletionChoice(Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     seed: int | UnsetType = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether the text is whole in the form asked for
 
 
 class Completion(Struct, kw_only=True):

@@ -64,7 +64,7 @@ ERRORS = (
         2,
         "a sampling parameter is unknown or out of range",
         "the message names the field and its range; docs/sampling.md has them all",
-        "engine.core.sampling_params.ParameterError",
+        "engine.core.parameter.ParameterError",
     ),
     ErrorCode(
         "E-MODEL-01",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, EngineConfig
-from ..core.request import SamplingParams
+from ..core.request import ParameterError, SamplingParams, StructuredOutput
 from ..serve.settings import ServeConfig
 
 # One sentence per field; the documentation's tables are made from the same. A test holds the keys
@@ -93,6 +93,13 @@ CHAT_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=512)
 COMPLETE_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
 
 _LIBRARY_ONLY = ("logits_processor",)
+# The forms of `structured`, a flag each: what it takes, and whether that is a file's text.
+_FORMS = {
+    "json_schema": ("FILE", True, "the output is JSON that the schema in this file describes"),
+    "regex": ("TEXT", False, "the whole output matches this regular expression"),
+    "grammar": ("FILE", True, "the output follows the Lark grammar in this file"),
+    "choice": ("TEXT", False, "the output is this text, or that of another --choice"),
+}
 # Fields whose only legal value is their default: flags for them would promise what is not there.
 _NO_FLAG = ("model", "tensor_parallel_size", "trust_remote_code")
 
@@ -176,8 +183,38 @@ def add_sampling_flags(parser: argparse.ArgumentParser, defaults: SamplingParams
     """A flag for every field of SamplingParams but the Python callable."""
     group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(SamplingParams):
-        if field.name not in _LIBRARY_ONLY:
+        if field.name == "structured":
+            _form_flags(group)
+        elif field.name not in _LIBRARY_ONLY:
             _flag(group, field, SAMPLING_HELP[field.name], getattr(defaults, field.name))
+
+
+def _form_flags(group: argparse._ArgumentGroup) -> None:
+    for name, (takes, _, text) in _FORMS.items():
+        flag = "--" + name.replace("_", "-")
+        action = "append" if name == "choice" else "store"
+        group.add_argument(
+            flag, dest=name, metavar=takes, action=action, default=argparse.SUPPRESS, help=text
+        )
+    group.add_argument(
+        "--json-object",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="the output is a JSON object",
+    )
+
+
+def _form(args: argparse.Namespace) -> dict[str, StructuredOutput]:
+    """What the flags say of the output's form. Errors: ParameterError("structured")."""
+    given = _given(args, [*_FORMS, "json_object"])
+    for name, (_, is_file, _) in _FORMS.items():
+        if is_file and name in given:
+            try:
+                given[name] = Path(given[name]).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                flag = name.replace("_", "-")
+                raise ParameterError("structured", f"--{flag} {given[name]}: {error}") from error
+    return {"structured": StructuredOutput.from_dict(given)} if given else {}
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +281,7 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
 
 def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The parsed flags over `defaults`. Errors: ParameterError."""
-    given = _given(args, (f.name for f in dataclasses.fields(SamplingParams)))
+    given = _given(args, (f.name for f in dataclasses.fields(SamplingParams))) | _form(args)
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     if given.get("n", 1) > 1 or given.get("best_of", 1) > 1:

@@ -26,8 +26,10 @@ from engineroom.engine.core.request import (
     AdmissionError,
     CompletionOutput,
     Logprob,
+    ParameterError,
     RequestOutput,
     SamplingParams,
+    StructuredOutput,
     Timings,
     Usage,
     check_token_ids,
@@ -93,6 +95,7 @@ class FakeEngine:
             self.chat_template = SimpleNamespace(source=TEMPLATES[config.model])
         self.closed = False
         self.steps = 0
+        self.prepared: set[StructuredOutput] = set()
         self._pace = pace
         self._live: dict[str, _Live] = {}
 
@@ -103,6 +106,21 @@ class FakeEngine:
     @property
     def num_live(self) -> int:
         return sum(not r.aborted for r in self._live.values())
+
+    def is_prepared(self, params: SamplingParams) -> bool:
+        return params.structured is None or params.structured in self.prepared
+
+    def prepare(self, params: SamplingParams) -> None:
+        """The grammar "slow" takes a second, "stuck" two minutes; "bad" is refused."""
+        assert params.structured is not None
+        match params.structured.grammar:
+            case "slow":
+                time.sleep(1.0)
+            case "stuck":
+                time.sleep(120.0)
+            case "bad":
+                raise ParameterError("structured", "structured: grammar cannot be used: it is bad")
+        self.prepared.add(params.structured)
 
     def add_request(
         self,

@@ -17,7 +17,12 @@ import pytest
 
 from engineroom.engine import cli
 from engineroom.engine.config import ConfigError, EngineConfig
-from engineroom.engine.core.request import AdmissionError, ParameterError, SamplingParams
+from engineroom.engine.core.request import (
+    AdmissionError,
+    ParameterError,
+    SamplingParams,
+    StructuredOutput,
+)
 from engineroom.engine.load.source import SourceError
 from engineroom.engine.tools import options, session
 from engineroom.engine.tools.errors import ERRORS, EXIT_STATUSES, find
@@ -63,6 +68,8 @@ def test_every_sampling_field_has_a_flag(
     if field.name == "logits_processor":
         assert run("complete", "x", "--logits-processor", "f") == 2
         return
+    if field.name == "structured":  # a flag for each form, below
+        return
     flag = "--" + field.name.replace("_", "-")
     kind = str(field.type).removesuffix(" | None")
     if kind == "bool":
@@ -75,6 +82,34 @@ def test_every_sampling_field_has_a_flag(
         given = [flag, *text]
     assert run("complete", "x", "--json", *given) == 0, capsys.readouterr().err
     assert getattr(engine.asked[0][1], field.name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        (["--json-schema", "FILE"], StructuredOutput(json_schema='{"type": "integer"}')),
+        (["--json-object"], StructuredOutput(json_object=True)),
+        (["--regex", "[ab]+"], StructuredOutput(regex="[ab]+")),
+        (["--grammar", "FILE"], StructuredOutput(grammar='{"type": "integer"}')),
+        (["--choice", "yes", "--choice", "no"], StructuredOutput(choice=("yes", "no"))),
+    ],
+)
+def test_every_form_of_output_has_a_flag(
+    given: list[str], form: StructuredOutput, engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "form").write_text('{"type": "integer"}')
+    flags = [str(tmp_path / "form") if text == "FILE" else text for text in given]
+    assert run("complete", "x", *flags) == 0
+    assert engine.asked[0][1].structured == form
+
+
+def test_a_form_that_cannot_be_read_is_named(
+    engine: ScriptedEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("complete", "x", "--json-schema", str(tmp_path / "missing")) != 0
+    assert "--json-schema" in capsys.readouterr().err
+    assert run("complete", "x", "--regex", "a", "--choice", "b") != 0
+    assert "exactly one of" in capsys.readouterr().err
 
 
 ENGINE_VALUES = {

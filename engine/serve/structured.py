@@ -1,0 +1,134 @@
+"""What a request says of its output's form, in OpenAI's, vLLM's and Anthropic's words.
+
+Sources: the OpenAI API reference (`response_format`), vLLM's `structured_outputs`, the Anthropic
+API reference (`output_config.format`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from msgspec import UNSET, UnsetType, field
+
+from ..core.request import StructuredOutput
+from .errors import ApiError
+from .strict import Name, Strict
+
+# The engine's name of it, and OpenAI's: for an error's `param`.
+NAMES = {"structured": "response_format"}
+Schema = dict[str, Any]
+
+
+class TextFormat(Strict, kw_only=True, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectFormat(Strict, kw_only=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(Strict, kw_only=True):
+    """`strict` is read and not needed: a schema is always held to."""
+
+    name: Name
+    schema_: Schema | bool | None = field(name="schema", default=None)
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict, kw_only=True, tag_field="type", tag="json_schema"):
+    """JSON that the schema describes."""
+
+    json_schema: NamedSchema
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class StructuredOutputs(Strict, kw_only=True):
+    """engineroom's own, and vLLM's: exactly one of them. `json` is a schema, or its text."""
+
+    json: Schema | bool | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class OutputFormat(Strict, kw_only=True, tag_field="type", tag="json_schema"):
+    """Anthropic's."""
+
+    schema_: Schema = field(name="schema")
+
+
+class OutputConfig(Strict, kw_only=True):
+    """Anthropic's `output_config`."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
+def structured(
+    response_format: ResponseFormat | None, outputs: StructuredOutputs | None
+) -> StructuredOutput | None:
+    """The form asked for; None for any text. Errors: ParameterError, ApiError for two at once."""
+    asked = None if isinstance(response_format, TextFormat) else response_format
+    if outputs is not None:
+        if asked is not None:
+            raise ApiError(
+                "invalid_value",
+                "structured_outputs and response_format both give the output a form; send one",
+                param="structured_outputs",
+            )
+        return _of_outputs(outputs)
+    if isinstance(asked, JsonSchemaFormat):
+        schema = asked.json_schema.schema_
+        return StructuredOutput(json_schema=_text({} if schema is None else schema))
+    return None if asked is None else StructuredOutput(json_object=True)
+
+
+def of_config(config: OutputConfig | None) -> StructuredOutput | None:
+    """Anthropic's. Errors: ParameterError, ApiError("unsupported") for an effort."""
+    if config is None:
+        return None
+    if config.effort is not None:
+        raise ApiError(
+            "unsupported",
+            "output_config.effort: models served here have no such control",
+            param="output_config.effort",
+        )
+    if config.format is None:
+        return None
+    return StructuredOutput(json_schema=_text(config.format.schema_))
+
+
+def complete(value: bool | None) -> bool | UnsetType:
+    """CompletionOutput.complete as an answer shows it: left out where no form was asked for."""
+    return UNSET if value is None else value
+
+
+def _of_outputs(outputs: StructuredOutputs) -> StructuredOutput:
+    schema = outputs.json
+    return StructuredOutput(
+        json_schema=schema if isinstance(schema, str) or schema is None else _text(schema),
+        json_object=bool(outputs.json_object),
+        regex=outputs.regex,
+        choice=None if outputs.choice is None else tuple(outputs.choice),
+        grammar=outputs.grammar,
+    )
+
+
+def _text(schema: Schema | bool) -> str:
+    return json.dumps(schema, ensure_ascii=False)
+
+
+__all__ = [
+    "NAMES",
+    "OutputConfig",
+    "ResponseFormat",
+    "StructuredOutputs",
+    "complete",
+    "of_config",
+    "structured",
+]

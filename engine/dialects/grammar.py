@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .formats import ToolFormat, Tools
 from .reasoning import ReasoningFormat
@@ -31,22 +31,22 @@ def call_grammar(
     writer = _Writer(dict(special or {}))
     thoughts = writer.thoughts(reasoning, inside) if reasoning is not None else ""
     before, middle, after = format.shape or ("", "", "")
+    opening, closing = format.around
     rules = []
     for number, (name, schema) in enumerate(tools.items()):
         styled = json.dumps({**(schema or {"type": "object"}), "x-guidance": _STYLE})
-        begin, end = writer.text(f"{before}{name}{middle}"), writer.text(after)
-        rules.append(f"call_{number}: {begin} %json {styled} {end}")
-    call = " | ".join(f"call_{number}" for number in range(len(rules)))
-    repeat = f"({writer.text(format.between)} call)*" if parallel else ""
-    opening, closing = map(writer.text, format.around)
-    calls = f"calls: {opening} call {repeat} {closing}"
+        rules.append(
+            f"body_{number}: {writer.text(name + middle)} %json {styled} {writer.text(after)}"
+        )
+    body = " | ".join(f"body_{number}" for number in range(len(rules)))
+    more = f"({writer.text(format.between + before)} body)*" if parallel else ""
+    rest = f"body {more} {writer.text(closing)}"
+    first = opening + before
     if required:
-        start = f"start: {thoughts} calls"
+        start = f"{thoughts} {writer.text(first)} {rest}"
     else:
-        first = format.around[0] or before
-        start = f"start: {thoughts} (TEXT | TEXT calls)"
-        writer.rules.append(f"TEXT: {writer.text_without(first)}")
-    return "\n".join([start, *writer.rules, calls, f"call: {call}", *rules, ""])
+        start = f"{thoughts} (TEXT | {writer.text_up_to(first, format.markers)} {rest})"
+    return "\n".join([f"start: {start}", *writer.rules, f"body: {body}", *rules, ""])
 
 
 class _Writer:
@@ -76,16 +76,23 @@ class _Writer:
         whole = "thoughts" if inside else f"({self.text(format.begin)} thoughts)?"
         return f"{whole} BLANK"
 
-    def text_without(self, first: str) -> str:
-        """A terminal for texts that have no marker of a call."""
-        if any(first.startswith(m) for m in self._special):
-            return "/(.|\\n)*/"
-        marker = _escaped(first.split("\n")[0])
-        return f"/(.|\\n)*/ & ~/(.|\\n)*{marker}(.|\\n)*/"
+    def text_up_to(self, first: str, markers: Sequence[str]) -> str:
+        """Any text, and `first` behind it; defines TEXT, which has no marker of a call."""
+        marker = next((m for m in markers if first.startswith(m)), None)
+        if marker in self._special:  # which no regular expression matches
+            self.rules.append("TEXT: /(.|\\n)*/")
+            return f"TEXT {self.text(first)}"
+        if marker is None:  # only a whole text is a call
+            self.rules.append(f"TEXT: /(.|\\n)*/ & ~/{_escaped(first)}(.|\\n)*/")
+            return self.text(first)
+        self.rules.append(f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{_escaped(marker)}(.|\\n)*/")
+        self.rules.append(f"lead[lazy]: /(.|\\n)*{_escaped(marker)}/")
+        return f"lead {self.text(first.removeprefix(marker))}"
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([^\w\s])", r"\\\1", text)
+    """As a regular expression: no more is escaped, for \\< means a word's beginning to Rust's."""
+    return re.sub(r"([\[\]\\^$.|?*+(){}/])", r"\\\1", text)
 
 
 __all__ = ["call_grammar"]

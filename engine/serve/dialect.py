@@ -277,8 +277,9 @@ class Dialect:
                 param="tools",
             )
         if self._reads_tools is None:
-            text = await _rendered(llm, _PROBE[:1], tools=[_PROBE_TOOL.plain()])
-            self._reads_tools = _PROBE_TOOL.name in (text or "")
+            ids = await llm.render_chat(_PROBE[:1], tools=[_PROBE_TOOL.plain()])
+            text = await llm.detokenize(ids, skip_special_tokens=False)
+            self._reads_tools = _PROBE_TOOL.name in text
         if not self._reads_tools:
             raise ApiError(
                 "unsupported",

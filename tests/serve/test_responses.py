@@ -172,7 +172,7 @@ def test_the_store_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_grammar_or_a_schema_is_asked_for(hermes: Running) -> None:
     answer = post(hermes, PATH, say("GRAMMAR", tools=[TOOL], tool_choice="required")).json
-    assert "call_0" in answer["output"][0]["content"][0]["text"]
+    assert "body_0" in answer["output"][0]["content"][0]["text"]
     named = {"type": "function", "name": "weather"}
     answer = post(hermes, PATH, say("GRAMMAR", tools=[TOOL], tool_choice=named)).json
     assert "weather" in answer["output"][0]["content"][0]["text"]

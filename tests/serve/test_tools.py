@@ -186,8 +186,13 @@ def test_effort_is_told_to_the_template_or_refused(hermes: Running, server: Runn
 @pytest.mark.parametrize(
     ("choice", "parallel", "has", "lacks"),
     [
-        ("required", True, ["start: (", "call_1", '"weather', "time"], ["TEXT"]),
-        ({"type": "function", "function": {"name": "time"}}, False, ["time"], ["weather", ")*\n"]),
+        ("required", True, ["body_1", "weather", "time", '" body)*'], ["TEXT"]),
+        (
+            {"type": "function", "function": {"name": "time"}},
+            False,
+            ["time"],
+            ["weather", '" body)*'],
+        ),
     ],
 )
 def test_a_demanded_call_is_held_to_by_a_grammar(
@@ -195,8 +200,7 @@ def test_a_demanded_call_is_held_to_by_a_grammar(
 ) -> None:
     body = say("GRAMMAR", tools=[TOOL, OTHER], tool_choice=choice, parallel_tool_calls=parallel)
     grammar = post(hermes, PATH, body).json["choices"][0]["message"]["content"]
-    for text in has:
-        assert text.strip('"') in grammar, grammar
+    assert all(text in grammar for text in has), grammar
     assert not any(text in grammar for text in lacks), grammar
 
 
@@ -290,7 +294,7 @@ def test_arguments_that_are_no_json_are_text(hermes: Running) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "has"),
-    [({"type": "any"}, "calls"), ({"type": "tool", "name": "weather"}, "weather")],
+    [({"type": "any"}, "body_0"), ({"type": "tool", "name": "weather"}, "weather")],
 )
 def test_anthropics_choice_is_a_grammar_too(hermes: Running, choice: Any, has: str) -> None:
     answer = post(hermes, MESSAGES, anthropic_say("GRAMMAR", tool_choice=choice)).json

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from .schema import Strict, ToolName
+from .schema import ToolName
+from .strict import Strict
 from .structured import OutputConfig
 
 # -------------------------------------------------------------------------------- the requests

@@ -23,6 +23,7 @@ from .responses_input import (
 )
 from .service import Caller, Service, Work
 from .sse import event
+from .structured import complete
 
 PATH = "/v1/responses"
 _COMPLETE = ("stop", "tool_calls")  # finish reasons
@@ -142,6 +143,7 @@ class Responses:
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
         )
         answer.seed = completion.seed
+        answer.complete = complete(completion.complete)
         answer.timings = answers.timings(output)
         if answer.store:
             kept = [*self._messages, *_as_messages(reader.answer, self._items)]

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from .schema import CompletionDetails, Strict, Timings, TokenDetails, ToolName
+from .schema import CompletionDetails, Timings, TokenDetails, ToolName
+from .strict import Strict
 
 # --------------------------------------------------------------------------------- items of input
 
@@ -248,6 +249,7 @@ class ResponsesAnswer(Struct, kw_only=True):
     user: str | None
     # engineroom's own
     seed: int | UnsetType = UNSET
+    complete: bool | UnsetType = UNSET  # whether a form that was asked for was reached
     timings: Timings | UnsetType = UNSET
     system_fingerprint: str
 

@@ -1,4 +1,4 @@
-"""Tool calls in growing text: any pieces give the same, what is written is read, no marker leaks."""
+"""Tool calls in growing text: any pieces give the same; what is written is read; no leaks."""
 
 from __future__ import annotations
 
@@ -131,26 +131,48 @@ def test_any_pieces_give_the_same_parts(
 
 
 WEATHER = ("weather", {"city": "Paris"})
+J = '{"name": "weather", "arguments": {"city": "Paris"}}'
+P = J.replace("arguments", "parameters")
+A = '{"city": "Paris"}'
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+TURNED = '{"arguments": {"city": "Paris"}, "name": "weather"}'
+QUOTED = '{"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}'
+MARKER = ("weather", {"city": CLOSE})
+DEEP = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    f"{A}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+CODER = (
+    f"{OPEN}\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    f"<parameter=days>\n3\n</parameter>\n</function>\n{CLOSE}"
+)
+FLAG = "<function=get_time-2><parameter=flag>True</parameter></function>"
+# format, text, content, calls
 READ: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>', "", [WEATHER]),
-    ("hermes", '<tool_call>{"arguments": {"city": "Paris"}, "name": "weather"}</tool_call>', "", [WEATHER]),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Paris\\"}"}</tool_call>', "", [WEATHER]),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": null}</tool_call>', "", [("weather", {})]),
-    ("hermes", '<tool_call>[{"name": "weather", "arguments": {"city": "Paris"}}]</tool_call>', "", [WEATHER]),
-    ("hermes", 'Hi\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\nBye', "Hi\nBye", [WEATHER]),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}', "", [WEATHER]),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_c', "", [WEATHER]),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "</tool_call>"}}</tool_call>', "", [("weather", {"city": "</tool_call>"})]),
-    ("llama3", '{"name": "weather", "parameters": {"city": "Paris"}}', "", [WEATHER]),
-    ("llama3", ' {"type": "function", "name": "weather", "parameters": {"city": "Paris"}}', "", [WEATHER]),
-    ("llama3", '<|python_tag|>{"name": "weather", "parameters": {"city": "Paris"}}; {"name": "weather", "parameters": {"city": "Paris"}}', "", [WEATHER, WEATHER]),
-    ("mistral_json", '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}, "id": "123456789"}]', "", [WEATHER]),
-    ("mistral", '[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{"city": "Paris"}[TOOL_CALLS]weather{"city": "Paris"}', "", [WEATHER, WEATHER]),
-    ("deepseek_v3", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>', "", [WEATHER]),
-    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>", "", [("weather", {"city": "Paris", "days": 3})]),
-    ("qwen3_coder", "<function=get_time-2><parameter=flag>True</parameter></function>", "", [("get_time-2", {"flag": True})]),
-    ("qwen3_coder", "<tool_call>\n<function=weather>\n</function>\n</tool_call>", "", [("weather", {})]),
-]  # fmt: skip
+    ("hermes", OPEN + J + CLOSE, "", [WEATHER]),
+    ("hermes", OPEN + TURNED + CLOSE, "", [WEATHER]),
+    ("hermes", OPEN + QUOTED + CLOSE, "", [WEATHER]),
+    ("hermes", OPEN + J.replace(A, "null") + CLOSE, "", [("weather", {})]),
+    ("hermes", f"{OPEN}[{J}]{CLOSE}", "", [WEATHER]),
+    ("hermes", f"Hi\n{OPEN}\n{J}\n{CLOSE}\nBye", "Hi\nBye", [WEATHER]),
+    ("hermes", OPEN + J, "", [WEATHER]),
+    ("hermes", f"{OPEN}{J}\n</tool_c", "", [WEATHER]),
+    ("hermes", OPEN + J.replace("Paris", CLOSE) + CLOSE, "", [MARKER]),
+    ("llama3", P, "", [WEATHER]),
+    ("llama3", f' {{"type": "function", {P[1:]}', "", [WEATHER]),
+    ("llama3", f"<|python_tag|>{P}; {P}", "", [WEATHER, WEATHER]),
+    ("mistral_json", f'[TOOL_CALLS] [{J[:-1]}, "id": "123456789"}}]', "", [WEATHER]),
+    (
+        "mistral",
+        f"[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{A}[TOOL_CALLS]weather{A}",
+        "",
+        [WEATHER] * 2,
+    ),
+    ("deepseek_v3", DEEP, "", [WEATHER]),
+    ("qwen3_coder", CODER, "", [("weather", {"city": "Paris", "days": 3})]),
+    ("qwen3_coder", FLAG, "", [("get_time-2", {"flag": True})]),
+    ("qwen3_coder", f"{OPEN}\n<function=weather>\n</function>\n{CLOSE}", "", [("weather", {})]),
+]
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), READ)
@@ -244,7 +266,7 @@ def test_thoughts_are_apart(text: str, inside: bool, thoughts: str, content: str
 
 
 def test_a_call_after_thoughts() -> None:
-    text = '<think>\n<tool_call> or not?\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    text = f"<think>\n<tool_call> or not?\n</think>\n\n{OPEN}\n{J}\n{CLOSE}"
     answer = read("hermes", text)
     assert answer.reasoning == "<tool_call> or not?"
     assert calls_of(answer) == [WEATHER] and answer.text == ""

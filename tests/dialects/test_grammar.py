@@ -1,4 +1,4 @@
-"""Grammars of tool calls, asked of llguidance: what obeys the tools' schemas passes, all else not."""
+"""Grammars of tool calls, asked of llguidance: what obeys the schemas passes, all else not."""
 
 from __future__ import annotations
 

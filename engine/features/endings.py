@@ -84,22 +84,24 @@ class _Search:
     enough: int  # tokens
 
     def improved(self, path: _Path) -> _Path:
-        """The path with other ways at its forks, as long as that makes it cheaper: the last fork
-        first, or the first where the path leads nowhere."""
-        better = True
+        """The path with other ways at its forks, as long as that makes it cheaper: once from the
+        first fork on, then from the last one back, looking further at each."""
+        at = 0
+        while at < len(path.forks) and not self._done(path):
+            path = self._best_at(path, at, refined=False)
+            at += 1
+        better = path.tokens is not None
         while better:
-            better = False
-            forks = range(len(path.forks))
-            for at in forks if path.tokens is None else reversed(forks):
-                other = self._best_at(path, at, refined=True)
-                if other.cost < path.cost:
-                    better, nowhere = True, path.tokens is None
-                    path = other
-                    if nowhere:
-                        break
-                if self.effort.left <= 0 or path.cost[0] <= self.enough:
+            before = path
+            for at in range(len(path.forks) - 1, -1, -1):
+                if self._done(path):
                     return path
+                path = self._best_at(path, at, refined=True)
+            better = path.cost < before.cost
         return path
+
+    def _done(self, path: _Path) -> bool:
+        return self.effort.left <= 0 or path.cost[0] <= self.enough
 
     def _best_at(self, path: _Path, at: int, *, refined: bool) -> _Path:
         """The cheapest of the ways at one fork, each straight ahead; `refined`, with the best ways
@@ -155,15 +157,16 @@ def find_ending(
 
     None where the effort did not suffice or no ending has at most `max_bytes`.
     """
-    limit = min(128, max_bytes)
-    while True:
+    for limit in [limit for limit in (128, 1024) if limit < max_bytes] + [max_bytes]:
         search = _Search(matcher, words, effort, limit, enough)
-        path = search.improved(search.ahead(_NOTHING))
+        path = search.ahead(_NOTHING)
+        if path.tokens is None and limit < max_bytes:  # half for this length, the rest for others
+            search = _Search(matcher, words, Effort(effort.left // 2), limit, enough)
+            effort.left -= search.effort.left
+        path = search.improved(path)
         if path.tokens is not None:
             return path.tokens
-        if limit >= max_bytes or effort.left <= 0:
-            return None
-        limit = min(limit * 8, max_bytes)
+    return None
 
 
 def _ways(allowed: Iterable[int]) -> bytes:

@@ -46,7 +46,7 @@ from .structured import of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
-NAMES = {"stop": "stop_sequences", "structured": "output_config"}
+NAMES = {"stop": "stop_sequences"}
 
 
 class Messages:
@@ -75,6 +75,7 @@ class Messages:
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
+            form_field=turn.form_field("output_config"),
         )
         async for output in service.run(work):
             yield output

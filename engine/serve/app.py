@@ -29,7 +29,7 @@ from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
 from .page import page
-from .requests import CHAT_NAMES, COMPLETION_NAMES, template_messages
+from .requests import CHAT_NAMES, template_messages
 from .responses import PATH as RESPONSES
 from .responses import Responses
 from .service import NOBODY, Caller, Service
@@ -41,7 +41,6 @@ _Body = TypeVar("_Body")
 # What a parameter of ours is called in the requests of a path, where that differs.
 _NAMES = {
     "/v1/chat/completions": CHAT_NAMES,
-    "/v1/completions": COMPLETION_NAMES,
     anthropic.PATH: anthropic.NAMES,
     RESPONSES: responses_input.NAMES,
 }
@@ -368,7 +367,7 @@ def _error(path: str, error: ApiError) -> Response:
 
 def _failure_event(path: str, error: Exception) -> bytes:
     """The last event of a stream that failed."""
-    answer = as_api_error(error, _NAMES.get(path))
+    answer = as_api_error(error)
     if answer is None:
         log.error("a stream failed", exc_info=error)
         answer = ApiError("internal_error", "an error that was not foreseen; the log has it")

@@ -15,7 +15,7 @@ from .dialect import Reader
 from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
 from .sse import DONE, event
-from .structured import complete
+from .structured import asked_in, complete
 
 
 class Chat:
@@ -52,6 +52,7 @@ class Chat:
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
+            form_field=turn.form_field(asked_in(request.structured_outputs)),
         )
         async for output in service.run(work):
             yield output

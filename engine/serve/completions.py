@@ -15,7 +15,7 @@ from . import answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work
 from .sse import DONE, event
-from .structured import complete
+from .structured import asked_in, complete
 
 
 class Completions:
@@ -43,6 +43,7 @@ class Completions:
                 timeout_ms=request.timeout_ms,
                 cache_salt=request.cache_salt,
                 request_id=self._id if len(many) == 1 else f"{self._id}-{index}",
+                form_field=asked_in(request.structured_outputs),
             )
             for index, prompt in enumerate(many)
         ]

@@ -157,6 +157,10 @@ class Turn:
     tools: ToolFormat | None
     use: ToolUse = field(default_factory=ToolUse)
 
+    def form_field(self, asked: str) -> str:
+        """What a refused form is to be blamed on: the tools, or the field that asked for it."""
+        return "tools" if self.use.constrained else asked
+
     def reader(self) -> Reader:
         """A reader for one sample."""
         thoughts = calls = None

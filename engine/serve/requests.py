@@ -11,8 +11,7 @@ from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-COMPLETION_NAMES = structured.NAMES
-CHAT_NAMES = {"logprobs": "top_logprobs", **COMPLETION_NAMES}
+CHAT_NAMES = {"logprobs": "top_logprobs"}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -230,7 +229,6 @@ def _call(call: schema.ToolCall) -> dict[str, Any]:
 
 __all__ = [
     "CHAT_NAMES",
-    "COMPLETION_NAMES",
     "chat_params",
     "completion_params",
     "named_results",

@@ -68,6 +68,7 @@ class Responses:
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
+            form_field=turn.form_field("text.format"),
         )
         async for output in service.run(work):
             yield output

@@ -14,9 +14,10 @@ from . import responses_schema as schema
 from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError, invalid
 from .requests import named_results
+from .structured import naming
 
 # What a parameter of ours is called in this interface, for the error's `param`.
-NAMES = {"max_tokens": "max_output_tokens", "structured": "text.format"}
+NAMES = {"max_tokens": "max_output_tokens"}
 Messages = list[dict[str, Any]]
 
 _NOTHING: tuple[Any, ...] = (None, "", False)
@@ -46,11 +47,12 @@ def sampling_params(request: schema.ResponsesRequest) -> SamplingParams:
         raise ParameterError(
             "max_tokens", f"max_output_tokens={request.max_output_tokens} must be at least 1"
         )
-    match request.text.format if request.text is not None else None:
-        case schema.JsonFormat():
-            values["structured"] = StructuredOutput(json_object=True)
-        case schema.SchemaFormat(schema=wanted):
-            values["structured"] = StructuredOutput.json(wanted)
+    with naming("text.format"):
+        match request.text.format if request.text is not None else None:
+            case schema.JsonFormat():
+                values["structured"] = StructuredOutput(json_object=True)
+            case schema.SchemaFormat(schema=wanted):
+                values["structured"] = StructuredOutput.json(wanted)
     return SamplingParams(**values)
 
 

@@ -17,6 +17,7 @@ from .keeper import Keeper
 from .metrics import Metrics
 from .responses_input import ResponseStore
 from .settings import ServeConfig
+from .structured import naming
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
 
@@ -48,6 +49,7 @@ class Work:
     timeout_ms: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    form_field: str = "response_format"  # what the request calls params.structured
 
     @property
     def salt(self) -> bytes:
@@ -135,10 +137,11 @@ class Service:
         started = time.monotonic()
         last: RequestOutput | None = None
         try:
-            async for output in stream:
-                last = deadline.over(output)
-                yield last
-                _raise_failure(last)
+            with naming(work.form_field):
+                async for output in stream:
+                    last = deadline.over(output)
+                    yield last
+                    _raise_failure(last)
         finally:
             deadline.cancel()
             await stream.aclose()

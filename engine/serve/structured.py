@@ -7,16 +7,16 @@ API reference (`output_config.format`).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from msgspec import UNSET, UnsetType, field
 
-from ..core.request import StructuredOutput
+from ..core.request import ParameterError, StructuredOutput
 from .errors import ApiError
 from .strict import Name, Strict
 
-# The engine's name of it, and OpenAI's: for an error's `param`.
-NAMES = {"structured": "response_format"}
 Schema = dict[str, Any]
 
 
@@ -72,24 +72,39 @@ class OutputConfig(Strict, kw_only=True):
 def structured(
     response_format: ResponseFormat | None, outputs: StructuredOutputs | None
 ) -> StructuredOutput | None:
-    """The form asked for; None for any text. Errors: ParameterError, ApiError for two at once."""
+    """The form asked for; None for any text. Errors: ApiError naming the field."""
     asked = None if isinstance(response_format, TextFormat) else response_format
-    if outputs is not None:
-        if asked is not None:
-            raise ApiError(
-                "invalid_value",
-                "structured_outputs and response_format both give the output a form; send one",
-                param="structured_outputs",
-            )
-        return _of_outputs(outputs)
-    if isinstance(asked, JsonSchemaFormat):
-        schema = asked.json_schema.schema_
-        return StructuredOutput(json_schema=_text({} if schema is None else schema))
-    return None if asked is None else StructuredOutput(json_object=True)
+    with naming(asked_in(outputs)):
+        if outputs is None:
+            return _of_format(asked)
+        if asked is None:
+            return _of_outputs(outputs)
+    raise ApiError(
+        "invalid_value",
+        "structured_outputs and response_format both give the output a form; send one",
+        param="structured_outputs",
+    )
+
+
+def asked_in(outputs: StructuredOutputs | None) -> str:
+    """The field of OpenAI's interface that gives the output its form."""
+    return "response_format" if outputs is None else "structured_outputs"
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """What is wrong with a form is an ApiError naming the request's own field for it."""
+    try:
+        yield
+    except ParameterError as error:
+        if error.field != "structured":
+            raise
+        text = str(error).removeprefix("structured: ")
+        raise ApiError("invalid_value", f"{param}: {text}", param=param) from None
 
 
 def of_config(config: OutputConfig | None) -> StructuredOutput | None:
-    """Anthropic's. Errors: ParameterError, ApiError("unsupported") for an effort."""
+    """Anthropic's. Errors: ApiError naming the field."""
     if config is None:
         return None
     if config.effort is not None:
@@ -100,7 +115,15 @@ def of_config(config: OutputConfig | None) -> StructuredOutput | None:
         )
     if config.format is None:
         return None
-    return StructuredOutput(json_schema=_text(config.format.schema_))
+    with naming("output_config"):
+        return StructuredOutput(json_schema=_text(config.format.schema_))
+
+
+def _of_format(asked: JsonObjectFormat | JsonSchemaFormat | None) -> StructuredOutput | None:
+    if isinstance(asked, JsonSchemaFormat):
+        schema = asked.json_schema.schema_
+        return StructuredOutput(json_schema=_text({} if schema is None else schema))
+    return None if asked is None else StructuredOutput(json_object=True)
 
 
 def complete(value: bool | None) -> bool | UnsetType:
@@ -124,11 +147,12 @@ def _text(schema: Schema | bool) -> str:
 
 
 __all__ = [
-    "NAMES",
     "OutputConfig",
     "ResponseFormat",
     "StructuredOutputs",
+    "asked_in",
     "complete",
+    "naming",
     "of_config",
     "structured",
 ]

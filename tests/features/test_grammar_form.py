@@ -47,7 +47,7 @@ def noise(seed: int, size: int, liked: str = "") -> object:
     return logits
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=150, full=4000)))
+@pytest.mark.parametrize("seed", range(count(reduced=30, full=4000)))
 def test_every_output_of_a_schema_is_valid_in_any_budget(grammars: Grammars, seed: int) -> None:
     rng = random.Random(seed)
     wanted = schema(rng)
@@ -64,7 +64,7 @@ def test_every_output_of_a_schema_is_valid_in_any_budget(grammars: Grammars, see
         validate(wanted, text)
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=20, full=300)))
+@pytest.mark.parametrize("seed", range(count(reduced=8, full=300)))
 def test_a_schema_that_holds_itself_ends_in_any_budget(grammars: Grammars, seed: int) -> None:
     node = {
         "type": "object",
@@ -86,7 +86,7 @@ def test_a_schema_that_holds_itself_ends_in_any_budget(grammars: Grammars, seed:
 
 
 @pytest.mark.parametrize("budget", range(1, 12))
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_choice_is_one_of_them_in_any_budget(grammars: Grammars, seed: int, budget: int) -> None:
     choice = ("yes", "no", "yesterday", 'a "quoted" one\n', "é")
     form = make_form(grammars, StructuredOutput(choice=choice), budget)
@@ -97,7 +97,7 @@ def test_a_choice_is_one_of_them_in_any_budget(grammars: Grammars, seed: int, bu
     assert text_of(SmallTokens(), ids) in choice and form.complete
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_regex_that_is_cut_ends_or_says_that_it_did_not(grammars: Grammars, seed: int) -> None:
     pattern = r"[a-f]{3,40}(-[0-9]{2}){1,3};"
     budget = random.Random(seed).randint(7, 60)
@@ -133,7 +133,10 @@ def test_an_end_is_allowed_exactly_where_the_grammar_accepts(grammars: Grammars)
 
 def test_ignoring_ends_goes_on_as_long_as_the_grammar_lets_it(grammars: Grammars) -> None:
     form = make_form(grammars, StructuredOutput(regex="a{1,9}"), 50, ignore_eos=True)
-    assert play(form, 50, lambda position: np.zeros(grammars.vocabulary.size)) == [ord("a")] * 9
+    likes_the_end = np.arange(grammars.vocabulary.size, dtype=np.float32)
+    assert play(form, 50, lambda position: likes_the_end.copy()) == [ord("a")] * 9
+    form = make_form(grammars, StructuredOutput(regex="a{1,9}"), 50)
+    assert play(form, 50, lambda position: likes_the_end.copy()) == [ord("a")]
 
 
 def test_special_tokens_and_ids_without_bytes_are_never_allowed(grammars: Grammars) -> None:
@@ -207,7 +210,7 @@ def test_a_grammar_is_compiled_once(grammars: Grammars) -> None:
     assert grammars.is_kept(output) and grammars.compile(output) is first
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=30, full=600)))
+@pytest.mark.parametrize("seed", range(count(reduced=15, full=600)))
 def test_the_shortest_output_is_the_shortest(grammars: Grammars, seed: int) -> None:
     """Against every output of a small schema, spelled in the fewest tokens."""
     rng = random.Random(seed)

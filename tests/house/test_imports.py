@@ -85,6 +85,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "jinja2": ("engine.load",),
     "markupsafe": ("engine.load",),
     "huggingface_hub": ("engine.load.source",),
+    "llguidance": ("engine.features.grammar",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch"),
     "prometheus_client": ("engine.serve",),
@@ -105,6 +106,7 @@ LOCAL_OURS = {
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
+# llguidance: for structured output alone.
 # tqdm: shown only at a terminal.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
@@ -113,6 +115,7 @@ LOCAL_THIRD_PARTY = (
     "readline",
     "resource",
     "importlib",
+    "llguidance",
     "tokenizers",
     "sentencepiece",
     "tqdm",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,11 +44,14 @@ class Running:
             time.sleep(0.01)
 
 
-def start(model: str = "fake", **options: Any) -> Running:
-    """A server of the fake model on a free port."""
+def start(
+    model: str = "fake", *, make: Callable[[], AsyncLLM] | None = None, **options: Any
+) -> Running:
+    """A server of the fake model, or of what `make` makes, on a free port."""
     settings = ServeConfig(port=0, **options)
     config = EngineConfig(model=model)
-    keeper = Keeper(lambda: AsyncLLM.from_client(ProcessClient(config, command=CHILD)))
+    fake = partial(ProcessClient, config, command=CHILD)
+    keeper = Keeper(make or (lambda: AsyncLLM.from_client(fake())))
     listener = bind(settings)
     made: list[Any] = []
     ready = threading.Event()

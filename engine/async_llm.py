@@ -137,10 +137,14 @@ class AsyncLLM:
             lambda: self._client.tokenize(text, add_special_tokens=add_special_tokens)
         )
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out. Errors: AdmissionError("token_id"),
-        ParameterError, EngineDeadError, RequestFailed."""
-        return await self._ask(lambda: self._client.detokenize(token_ids))
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        """The text of token ids. Errors: AdmissionError("token_id"), ParameterError,
+        EngineDeadError, RequestFailed."""
+        return await self._ask(
+            lambda: self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+        )
 
     async def _ask(self, question: Callable[[], _Result]) -> _Result:
         await self._loaded()

@@ -210,6 +210,7 @@ class _Server:
                 config=info.config,
                 model=info.model,
                 has_chat_template=info.has_chat_template,
+                chat_template=info.chat_template,
                 pid=info.pid,
             )
         )
@@ -314,8 +315,9 @@ def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:
             ids = client.render_chat(messages, **options)
         case wire.Tokenize(_, text, special):
             ids = client.tokenize(text, add_special_tokens=special)
-        case wire.Detokenize(_, token_ids):
-            return wire.Text(ticket=ticket, text=client.detokenize(token_ids))
+        case wire.Detokenize(_, token_ids, skip):
+            text = client.detokenize(token_ids, skip_special_tokens=skip)
+            return wire.Text(ticket=ticket, text=text)
         case wire.Stats():
             return wire.StatsReply(ticket=ticket, stats=client.stats(_CLOSE_SECONDS))
         case wire.Facts():

@@ -137,7 +137,7 @@ class EngineLike(Protocol):
     def prepare(self, params: SamplingParams) -> None: ...
     def render_chat(self, messages: Messages, **options: Any) -> list[int]: ...
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def detokenize(self, token_ids: Sequence[int]) -> str: ...
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
     def stats(self) -> Any: ...
     def facts(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -153,6 +153,7 @@ class EngineInfo:
     config: EngineConfig
     model: ModelConfig
     has_chat_template: bool
+    chat_template: str | None = None  # its source
     pid: int
 
 
@@ -193,8 +194,8 @@ class EngineClient(ABC):
         """Token ids of a text; blocks. Errors: those of render_chat()."""
 
     @abstractmethod
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out; blocks. Errors: render_chat()'s."""
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; blocks. Errors: render_chat()'s."""
 
     @abstractmethod
     def stats(self, timeout: float = 30.0) -> dict[str, Any]:

@@ -125,9 +125,13 @@ class ProcessClient(EngineClient):
         )
         return list(answer.result())
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         answer = self._link.call(
-            lambda ticket: wire.Detokenize(ticket=ticket, token_ids=tuple(token_ids))
+            lambda ticket: wire.Detokenize(
+                ticket=ticket,
+                token_ids=tuple(token_ids),
+                skip_special_tokens=skip_special_tokens,
+            )
         )
         text: str = answer.result()
         return text
@@ -410,6 +414,7 @@ class _Link:
                     config=message.config,
                     model=message.model,
                     has_chat_template=message.has_chat_template,
+                    chat_template=message.chat_template,
                     pid=message.pid,
                 )
                 self.is_ready = True

@@ -107,8 +107,11 @@ class ThreadClient(EngineClient):
             "tokenizing", lambda e: e.tokenize(text, add_special_tokens=add_special_tokens)
         )
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        return self._beside("detokenizing", lambda e: e.detokenize(token_ids))
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._beside(
+            "detokenizing",
+            lambda e: e.detokenize(token_ids, skip_special_tokens=skip_special_tokens),
+        )
 
     def stats(self, timeout: float = 30.0) -> dict[str, Any]:
         answer = self._turner.call(lambda engine: plain(engine.stats()))
@@ -226,6 +229,7 @@ class _Turner:
                 config=engine.config,
                 model=engine.model_config,
                 has_chat_template=engine.chat_template is not None,
+                chat_template=getattr(engine.chat_template, "source", None),
                 pid=os.getpid(),
             )
         except BaseException as exc:

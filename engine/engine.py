@@ -204,11 +204,11 @@ class Engine:
             return self._prompt_ids(text, SamplingParams())
         return self.tokenizer.encode(_unicode(text), add_special_tokens=False)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out. Errors: AdmissionError("token_id")."""
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Errors: AdmissionError("token_id")."""
         check_token_ids(SamplingParams(), token_ids, self.model_config.vocab_size)
         known = [t for t in token_ids if t < self.tokenizer.vocab_size]
-        return self.tokenizer.decode(known)
+        return self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     # ----------------------------------------------------------------------------------- steps
 
@@ -307,7 +307,7 @@ class Engine:
         tokenizer = self.tokenizer
         room = self.memory.max_model_len - len(ids)
         max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
-        skip = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        skip = self._skipped_ids(params)
         starts_text = all(token in tokenizer.special_ids for token in ids)
         arrival = self._clock()
         samples: list[Request] = []
@@ -373,6 +373,17 @@ class Engine:
                 if ids:
                     found[ids] = None
         return tuple(found)
+
+    def _skipped_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Token ids whose text is left out of the output."""
+        if not params.skip_special_tokens:
+            return frozenset()
+        special = self.tokenizer.special_ids
+        kept = [
+            self.tokenizer.encode(text, add_special_tokens=False)
+            for text in params.keep_special_tokens
+        ]
+        return special.difference(ids[0] for ids in kept if len(ids) == 1)
 
     def _dry_breaker_ids(self, params: SamplingParams) -> frozenset[int]:
         if not params.dry_multiplier:

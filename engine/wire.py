@@ -117,6 +117,7 @@ class Detokenize(_Message):
 
     ticket: int
     token_ids: tuple[int, ...]
+    skip_special_tokens: bool = True
 
 
 class Stats(_Message):
@@ -156,6 +157,7 @@ class Ready(_Message):
     model: ModelConfig
     has_chat_template: bool
     pid: int
+    chat_template: str | None = None
 
 
 class Choice(_Message):

@@ -65,6 +65,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     echo: bool = False
     skip_special_tokens: bool = True
+    keep_special_tokens: tuple[str, ...] = ()  # shown all the same
     structured: StructuredOutput | None = None  # the form that the output must have
     logits_processor: Callable[..., Any] | None = None  # library face only; not replayable
 
@@ -103,6 +104,7 @@ class SamplingParams:
     LIMITS: ClassVar[dict[str, tuple[int, int | None]]] = {
         "stop": (64, 256),
         "bad_words": (1024, 256),
+        "keep_special_tokens": (64, 256),
         "dry_sequence_breakers": (64, 64),
         "stop_token_ids": (1024, None),
         "allowed_token_ids": (1 << 20, None),

@@ -11,9 +11,12 @@ from ..core.request import CompletionOutput, Logprob, RequestOutput
 from . import schema
 
 
-def usage(output: RequestOutput) -> schema.Usage:
-    """Tokens of a request."""
-    return total_usage([output])
+def usage(output: RequestOutput, reasoning_tokens: int | None = None) -> schema.Usage:
+    """Tokens of a request. `reasoning_tokens`: where the interface tells them apart."""
+    total = total_usage([output])
+    if reasoning_tokens is not None:
+        total.completion_tokens_details = schema.CompletionDetails(reasoning_tokens)
+    return total
 
 
 def total_usage(outputs: Sequence[RequestOutput]) -> schema.Usage:

@@ -6,124 +6,48 @@ is known here or the request is refused.
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Struct
 
 from ..core.request import CompletionOutput, ParameterError, RequestOutput, SamplingParams
-from . import answers, schema
+from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
+from . import answers
+from .anthropic_schema import (
+    AnswerBlock,
+    AnswerText,
+    AnswerThinking,
+    AnswerToolUse,
+    AnyChoice,
+    CountTokensRequest,
+    InputTokens,
+    MessagesAnswer,
+    MessagesEvent,
+    MessagesRequest,
+    MessagesUsage,
+    NoChoice,
+    TextBlock,
+    ThinkingAdaptive,
+    ThinkingBlock,
+    ThinkingOn,
+    ToolChoice,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+)
+from .dialect import Dialect, Function, Reader, ToolUse
 from .errors import ApiError
-from .schema import Strict
+from .requests import named_results
 from .service import Caller, Service, Work
 from .sse import event
-from .structured import OutputConfig, of_config
+from .structured import of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
 NAMES = {"stop": "stop_sequences"}
-
-
-# -------------------------------------------------------------------------------- the requests
-
-
-class CacheControl(Strict, kw_only=True):
-    """Read and not needed: every prompt's beginning is cached."""
-
-    type: Literal["ephemeral"]
-    ttl: str | None = None
-
-
-class TextBlock(Strict, kw_only=True, tag_field="type", tag="text"):
-    text: str
-    cache_control: CacheControl | None = None
-    citations: None = None  # as an answer carries it
-
-
-class Turn(Strict, kw_only=True):
-    role: Literal["user", "assistant"]
-    content: str | list[TextBlock]
-
-
-class CountTokensRequest(Strict, kw_only=True):
-    """POST /v1/messages/count_tokens: the part of a request that becomes the prompt."""
-
-    model: str
-    messages: Annotated[list[Turn], Meta(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    cache_control: CacheControl | None = None
-    # Read, and refused where they ask for something.
-    thinking: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-
-
-class Metadata(Strict, kw_only=True):
-    user_id: str | None = None
-
-
-class MessagesRequest(CountTokensRequest, kw_only=True):
-    """POST /v1/messages."""
-
-    max_tokens: int
-    stream: bool | None = None
-    stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-    output_config: OutputConfig | None = None
-    # engineroom's own
-    seed: int | None = None
-    priority: int = 0
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
-    cache_salt: str | None = None
-
-
-# ---------------------------------------------------------------------------------- the answers
-
-
-class InputTokens(Struct):
-    input_tokens: int
-
-
-class MessagesUsage(Struct, kw_only=True):
-    """input_tokens were computed; those found in the prefix cache are counted apart."""
-
-    input_tokens: int
-    output_tokens: int
-    cache_read_input_tokens: int
-    cache_creation_input_tokens: int = 0
-    cost: schema.Cost | UnsetType = UNSET
-
-
-class AnswerBlock(Struct, kw_only=True, tag_field="type", tag="text"):
-    text: str
-    citations: None = None
-
-
-class MessagesAnswer(Struct, kw_only=True):
-    id: str
-    type: str = "message"
-    role: str = "assistant"
-    model: str
-    content: list[AnswerBlock]
-    stop_reason: str | None
-    stop_sequence: str | None
-    usage: MessagesUsage
-
-
-class MessagesEvent(Struct, kw_only=True):
-    """One event of a stream; `type` is its name, which says what else it has."""
-
-    type: str
-    message: MessagesAnswer | UnsetType = UNSET
-    index: int | UnsetType = UNSET
-    content_block: AnswerBlock | UnsetType = UNSET
-    delta: dict[str, str | None] | UnsetType = UNSET
-    usage: MessagesUsage | UnsetType = UNSET
 
 
 class Messages:
@@ -135,22 +59,26 @@ class Messages:
         self._request = request
         self._caller = caller
         self._params = _params(request)
-        self._messages = _template_messages(request)
+        self._conversation = _conversation(request, service.dialect)
         self._id = f"msg_{secrets.token_hex(12)}"
+        self._reader: Reader | None = None
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        request = self._request
+        request, service = self._request, self._service
+        messages, use, options = self._conversation
+        turn = await service.dialect.turn(service.keeper.llm, messages, self._params, use, options)
+        self._reader = turn.reader()
         work = Work(
-            prompt=await _render(self._service, self._messages),
-            params=self._params,
+            prompt=turn.prompt,
+            params=turn.params,
             caller=self._caller,
             priority=request.priority,
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
-            form_field="output_config",
+            form_field=turn.form_field("output_config"),
         )
-        async for output in self._service.run(work):
+        async for output in service.run(work):
             yield output
 
     async def whole(self) -> MessagesAnswer:
@@ -158,25 +86,28 @@ class Messages:
         last = None
         async for output in self._outputs():
             last = output
-        assert last is not None  # run() yields at least the ending
+        reader = self._reader
+        assert last is not None and reader is not None  # run() yields at least the ending
         (completion,) = last.outputs
-        return self._answer(last, [AnswerBlock(text=completion.text)], *stop_reason(completion))
+        reader.feed(completion.text, last=True)
+        return self._answer(last, _blocks(reader), *stop_reason(completion, reader))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: the message's beginning, one block of text as it comes, its end."""
-        begun = False
+        """Server-sent events: the message's beginning, its blocks as they come, its end."""
+        blocks: _Blocks | None = None
         async for output in self._outputs():
-            if not begun:  # what the door refuses is refused before the first event
-                begun = True
+            reader = self._reader
+            assert reader is not None
+            if blocks is None:  # what the door refuses is refused before the first event
+                blocks = _Blocks(reader)
                 yield _event("message_start", message=self._answer(output, [], None, None))
-                block = AnswerBlock(text="")
-                yield _event("content_block_start", index=0, content_block=block)
-            if output.deltas[0]:
-                delta = {"type": "text_delta", "text": output.deltas[0]}
-                yield _event("content_block_delta", index=0, delta=delta)
+            for part in reader.feed(output.deltas[0], last=output.finished):
+                for said in blocks.add(part):
+                    yield said
             if output.finished:
-                yield _event("content_block_stop", index=0)
-                reason, sequence = stop_reason(output.outputs[0])
+                for said in blocks.end():
+                    yield said
+                reason, sequence = stop_reason(output.outputs[0], reader)
                 end = {"stop_reason": reason, "stop_sequence": sequence}
                 yield _event("message_delta", delta=end, usage=_usage(output))
         yield _event("message_stop")
@@ -201,12 +132,86 @@ class Messages:
 async def count_tokens(service: Service, request: CountTokensRequest) -> InputTokens:
     """Tokens of the prompt that the conversation becomes. Errors: ApiError, the template's."""
     service.check_model(request.model)
-    return InputTokens(len(await _render(service, _template_messages(request))))
+    messages, use, options = _conversation(request, service.dialect)
+    ids = await service.dialect.render(service.keeper.llm, messages, use, options)
+    return InputTokens(len(ids))
 
 
-async def _render(service: Service, messages: list[dict[str, Any]]) -> list[int]:
-    # Templates of models that can think ask for this name; others do not read it.
-    return await service.keeper.llm.render_chat(messages, enable_thinking=False)
+def _blocks(reader: Reader) -> list[AnswerBlock]:
+    """The blocks of a whole answer; a text at least."""
+    answer = reader.answer
+    blocks: list[AnswerBlock] = []
+    if answer.reasoning:
+        blocks.append(AnswerThinking(thinking=answer.reasoning))
+    if answer.text or not (blocks or answer.calls):
+        blocks.append(AnswerText(text=answer.text))
+    for index, call in enumerate(answer.calls or ()):
+        try:
+            given = json.loads(call.arguments or "{}")
+        except (ValueError, RecursionError):
+            given = None
+        if isinstance(given, dict):
+            blocks.append(AnswerToolUse(id=_call_id(reader, index), name=call.name, input=given))
+        else:  # the model's own slip, or cut by max_tokens: no input that could be given
+            blocks.append(AnswerText(text=f"{call.name}{call.arguments}"))
+    return blocks
+
+
+def _call_id(reader: Reader, index: int) -> str:
+    return "toolu_" + reader.call_id(index).removeprefix("call_")
+
+
+class _Blocks:
+    """The events of an answer's blocks: one is open at a time."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._index = -1
+        self._open: type[Struct] | None = None
+        self._num_calls = 0
+
+    def add(self, part: Part) -> Iterator[bytes]:
+        """The events of one part."""
+        match part:
+            case Text(text):
+                yield from self._start(AnswerText, AnswerText(text=""))
+                yield self._delta({"type": "text_delta", "text": text})
+            case Reasoning(text):
+                yield from self._start(AnswerThinking, AnswerThinking(thinking=""))
+                yield self._delta({"type": "thinking_delta", "thinking": text})
+            case CallBegin(name):
+                call_id = _call_id(self._reader, self._num_calls)
+                self._num_calls += 1
+                yield from self._stop()
+                yield from self._start(
+                    AnswerToolUse, AnswerToolUse(id=call_id, name=name, input={})
+                )
+            case CallArguments(text):
+                yield self._delta({"type": "input_json_delta", "partial_json": text})
+
+    def end(self) -> Iterator[bytes]:
+        """The last events; a text without any where there was nothing else."""
+        if self._index < 0:
+            yield from self._start(AnswerText, AnswerText(text=""))
+        yield from self._stop()
+
+    def _start(self, kind: type[Struct], block: AnswerBlock) -> Iterator[bytes]:
+        if self._open is kind:
+            return
+        yield from self._stop()
+        self._open = kind
+        self._index += 1
+        yield _event("content_block_start", index=self._index, content_block=block)
+
+    def _stop(self) -> Iterator[bytes]:
+        if self._open is AnswerThinking:
+            yield self._delta({"type": "signature_delta", "signature": ""})
+        if self._open is not None:
+            self._open = None
+            yield _event("content_block_stop", index=self._index)
+
+    def _delta(self, delta: dict[str, str | None]) -> bytes:
+        return _event("content_block_delta", index=self._index, delta=delta)
 
 
 def _params(request: MessagesRequest) -> SamplingParams:
@@ -221,33 +226,22 @@ def _params(request: MessagesRequest) -> SamplingParams:
     }
     if request.max_tokens < 1:
         raise ParameterError("max_tokens", f"max_tokens={request.max_tokens} must be at least 1")
+    thinking = request.thinking
+    if isinstance(thinking, ThinkingOn) and thinking.budget_tokens >= request.max_tokens:
+        raise ApiError(
+            "invalid_value",
+            f"thinking.budget_tokens={thinking.budget_tokens} must be below max_tokens="
+            f"{request.max_tokens}, which counts thoughts and answer",
+            param="thinking.budget_tokens",
+        )
     return SamplingParams(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
 
 
-def _template_messages(request: CountTokensRequest) -> list[dict[str, Any]]:
-    """As chat templates read them: the system prompt first, turns of one role in a row as one."""
-    _refuse(request)
-    messages: list[dict[str, Any]] = []
-    if request.system:
-        messages.append({"role": "system", "content": _text(request.system)})
-    for turn in request.messages:
-        if messages and messages[-1]["role"] == turn.role:
-            messages[-1]["content"] += "\n\n" + _text(turn.content)
-        else:
-            messages.append({"role": turn.role, "content": _text(turn.content)})
-    return messages
+_Conversation = tuple[list[dict[str, Any]], ToolUse, dict[str, Any]]
 
 
-def _refuse(request: CountTokensRequest) -> None:
-    if request.thinking is not None and request.thinking != {"type": "disabled"}:
-        raise ApiError(
-            "unsupported",
-            'thinking: this server answers without it; send {"type": "disabled"} or nothing',
-            param="thinking",
-        )
-    if request.tools or request.tool_choice not in (None, {"type": "none"}):
-        name = "tools" if request.tools else "tool_choice"
-        raise ApiError("unsupported", f"{name}: tools are not supported here yet", param=name)
+def _conversation(request: CountTokensRequest, dialect: Dialect) -> _Conversation:
+    """What the template is given: messages, tools, and its own variables. Errors: ApiError."""
     if request.messages[-1].role == "assistant":
         raise ApiError(
             "unsupported",
@@ -255,6 +249,81 @@ def _refuse(request: CountTokensRequest) -> None:
             "own, so end with the user's",
             param="messages",
         )
+    if isinstance(request.thinking, ThinkingOn | ThinkingAdaptive):
+        options = dialect.thinking(True, "thinking")
+    else:  # templates of models that can think ask for this name; others do not read it
+        options = {"enable_thinking": False}
+    messages: list[dict[str, Any]] = []
+    if request.system:
+        messages.append({"role": "system", "content": _text(request.system)})
+    for turn in request.messages:
+        for message in _messages_of(turn):
+            _append(messages, message)
+    return named_results(messages), _tool_use(request), options
+
+
+def _tool_use(request: CountTokensRequest) -> ToolUse:
+    choice: str | tuple[str, str] = "auto"
+    match request.tool_choice:
+        case AnyChoice():
+            choice = "required"
+        case NoChoice():
+            choice = "none"
+        case ToolChoice(name=name):
+            choice = ("name", name)
+    single = getattr(request.tool_choice, "disable_parallel_tool_use", None)
+    functions = tuple(
+        Function(t.name, t.description, t.input_schema, bool(t.strict)) for t in request.tools or ()
+    )
+    return ToolUse(functions, choice, not single)
+
+
+def _messages_of(turn: Turn) -> Iterator[dict[str, Any]]:
+    """A turn as chat templates read it: results of tools are messages of their own, before text."""
+    blocks = [TextBlock(text=turn.content)] if isinstance(turn.content, str) else turn.content
+    message: dict[str, Any] = {"role": turn.role, "content": ""}
+    thoughts = ""
+    calls = []
+    said = isinstance(turn.content, str)
+    for block in blocks:
+        match block:
+            case TextBlock(text=text):
+                message["content"] += text
+                said = True
+            case ToolResultBlock() if turn.role == "user":
+                content = _text(block.content)
+                yield {
+                    "role": "tool",
+                    "tool_call_id": block.tool_use_id,
+                    "content": f"Error: {content}" if block.is_error else content,
+                }
+            case ThinkingBlock(thinking=text) if turn.role == "assistant":
+                thoughts += text
+            case ToolUseBlock() if turn.role == "assistant":
+                function = {"name": block.name, "arguments": block.input}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case _:
+                raise ApiError(
+                    "invalid_value",
+                    f"messages: a {turn.role} turn cannot have a {type(block).__name__}",
+                    param="messages",
+                )
+    if thoughts:
+        message["reasoning_content"] = thoughts
+    if calls:
+        message["tool_calls"] = calls
+    if said or calls or thoughts:
+        yield message
+
+
+def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
+    """Add a message; two texts of one role in a row become one."""
+    last = messages[-1] if messages else {"role": ""}
+    plain = set(last) == set(message) == {"role", "content"}
+    if plain and last["role"] == message["role"]:
+        last["content"] += "\n\n" + message["content"]
+    else:
+        messages.append(message)
 
 
 def _text(content: str | list[TextBlock]) -> str:
@@ -264,8 +333,12 @@ def _text(content: str | list[TextBlock]) -> str:
 _REASONS = {"stop": "end_turn", "length": "max_tokens"}  # the others keep our names
 
 
-def stop_reason(completion: CompletionOutput) -> tuple[str, str | None]:
+def stop_reason(
+    completion: CompletionOutput, reader: Reader | None = None
+) -> tuple[str, str | None]:
     """Anthropic's stop_reason and stop_sequence."""
+    if reader is not None and reader.finish_reason(completion) == "tool_calls":
+        return "tool_use", None
     if isinstance(completion.stop_reason, str):
         return "stop_sequence", completion.stop_reason
     reason = completion.finish_reason or "abort"

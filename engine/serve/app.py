@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import anthropic, schema
+from . import anthropic, responses_input, responses_schema, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
@@ -30,6 +30,8 @@ from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
 from .page import page
 from .requests import CHAT_NAMES, template_messages
+from .responses import PATH as RESPONSES
+from .responses import Responses
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
@@ -37,7 +39,11 @@ from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
 log = logging.getLogger(__name__)
 _Body = TypeVar("_Body")
 # What a parameter of ours is called in the requests of a path, where that differs.
-_NAMES = {"/v1/chat/completions": CHAT_NAMES, anthropic.PATH: anthropic.NAMES}
+_NAMES = {
+    "/v1/chat/completions": CHAT_NAMES,
+    anthropic.PATH: anthropic.NAMES,
+    RESPONSES: responses_input.NAMES,
+}
 _STATS_SECONDS = 2.0  # what /metrics waits for a step to end
 
 
@@ -73,6 +79,11 @@ class Routes:
         call = anthropic.Messages(self._service, body, _caller(request))
         return await self._answer(request, call, body)
 
+    async def responses(self, request: Request) -> Any:
+        body = await read(request, responses_schema.ResponsesRequest, self._service.settings)
+        call = Responses(self._service, body, _caller(request))
+        return await self._answer(request, call, body)
+
     async def count_tokens(self, request: Request) -> Response:
         body = await read(request, anthropic.CountTokensRequest, self._service.settings)
         return _json(await anthropic.count_tokens(self._service, body))
@@ -80,8 +91,8 @@ class Routes:
     async def _answer(
         self,
         request: Request,
-        call: Chat | Completions | anthropic.Messages,
-        body: schema.Common | anthropic.MessagesRequest,
+        call: Chat | Completions | anthropic.Messages | Responses,
+        body: schema.Common | anthropic.MessagesRequest | responses_schema.ResponsesRequest,
     ) -> Any:
         if body.stream:
             events = await unless_gone(request.receive, begun(call.events()))
@@ -98,11 +109,13 @@ class Routes:
         return _json(self._model())
 
     def _model(self) -> schema.Model:
-        info = self._service.info
+        info, dialect = self._service.info, self._service.dialect
         return schema.Model(
             id=self._service.model_name,
             created=self._service.created,
             max_model_len=info.config.max_model_len or info.model.max_position,
+            tool_format=dialect.tools.name if dialect.tools else None,
+            reasoning_format=dialect.reasoning.name if dialect.reasoning else None,
         )
 
     async def tokenize(self, request: Request) -> Response:

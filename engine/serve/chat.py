@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET
 
-from ..core.request import RequestOutput
+from ..core.request import CompletionOutput, RequestOutput
+from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from . import answers, schema
-from .requests import chat_params, template_messages, template_options
+from .dialect import Reader
+from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
 from .sse import DONE, event
 from .structured import asked_in, complete
@@ -25,27 +27,34 @@ class Chat:
         self._request = request
         self._caller = caller
         self._params = chat_params(request)
-        self._options = template_options(request)
+        self._tools = tool_use(request)
+        self._options = template_options(request, service.dialect)
         self._id = f"chatcmpl-{request.request_id or secrets.token_hex(12)}"
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
+        self._readers: list[Reader] = []
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        request = self._request
-        ids = await self._service.keeper.llm.render_chat(
-            template_messages(request.messages), **self._options
+        request, service = self._request, self._service
+        turn = await service.dialect.turn(
+            service.keeper.llm,
+            template_messages(request.messages),
+            self._params,
+            self._tools,
+            self._options,
         )
+        self._readers = [turn.reader() for _ in range(self._params.n)]
         work = Work(
-            prompt=ids,
-            params=self._params,
+            prompt=turn.prompt,
+            params=turn.params,
             caller=self._caller,
             priority=request.priority,
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
             request_id=self._id,
-            form_field=asked_in(request.structured_outputs),
+            form_field=turn.form_field(asked_in(request.structured_outputs)),
         )
-        async for output in self._service.run(work):
+        async for output in service.run(work):
             yield output
 
     async def whole(self) -> schema.ChatCompletion:
@@ -54,6 +63,8 @@ class Chat:
         async for output in self._outputs():
             last = output
         assert last is not None  # run() yields at least the ending
+        for reader, completion in zip(self._readers, last.outputs, strict=True):
+            reader.feed(completion.text, last=True)
         return schema.ChatCompletion(
             id=self._id,
             created=self._created,
@@ -61,9 +72,9 @@ class Chat:
             choices=[
                 schema.ChatChoice(
                     index=i,
-                    message=schema.AnswerMessage(content=c.text),
+                    message=_message(self._readers[i]),
                     logprobs=answers.chat_logprobs(c, 0, self._request.top_logprobs or 0),
-                    finish_reason=c.finish_reason or "abort",
+                    finish_reason=self._readers[i].finish_reason(c),
                     stop_reason=c.stop_reason,
                     seed=c.seed,
                     token_ids=c.token_ids if self._request.return_token_ids else UNSET,
@@ -71,7 +82,7 @@ class Chat:
                 )
                 for i, c in enumerate(last.outputs)
             ],
-            usage=answers.usage(last),
+            usage=await self._usage(last),
             timings=answers.timings(last),
             prompt_logprobs=answers.prompt_logprobs(last),
             receipt=await self._service.receipt(last, self._params)
@@ -81,7 +92,7 @@ class Chat:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: the role, the text as it comes, an ending of each choice, usage."""
+        """Server-sent events: the role, the answer as it comes, an ending of each choice, usage."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         shown = [0] * self._params.n  # tokens
@@ -93,28 +104,27 @@ class Chat:
                 for index in range(self._params.n):
                     yield self._part(index, schema.Delta(role="assistant", content=""), with_usage)
             for index, completion in enumerate(output.outputs):
-                delta = output.deltas[index]
-                news = len(completion.token_ids) > shown[index]
-                finished = completion.finish_reason is not None and not ended[index]
-                if not (delta or finished or (news and completion.logprobs is not None)):
+                if ended[index]:
                     continue
-                yield self._part(
-                    index,
-                    schema.Delta(content=delta) if delta else schema.Delta(),
-                    with_usage,
-                    logprobs=answers.chat_logprobs(
-                        completion, shown[index], self._request.top_logprobs or 0
-                    ),
-                    finish_reason=completion.finish_reason if finished else None,
-                    stop_reason=completion.stop_reason if finished else UNSET,
-                    seed=completion.seed if finished else UNSET,
-                    complete=complete(completion.complete) if finished else UNSET,
-                    token_ids=completion.token_ids[shown[index] :]
-                    if self._request.return_token_ids
-                    else UNSET,
-                )
-                shown[index] = len(completion.token_ids)
-                ended[index] = completion.finish_reason is not None
+                reader = self._readers[index]
+                num_calls = len(reader.answer.calls or ())
+                finished = ended[index] = completion.finish_reason is not None
+                parts = reader.feed(output.deltas[index], last=finished)
+                deltas = _deltas(reader, parts, num_calls)
+                news = len(completion.token_ids) > shown[index]
+                if not deltas and (finished or (news and completion.logprobs is not None)):
+                    deltas = [schema.Delta()]
+                for number, delta in enumerate(deltas):
+                    first, last = number == 0, number == len(deltas) - 1
+                    yield self._part(
+                        index,
+                        delta,
+                        with_usage,
+                        **(self._news(completion, shown[index]) if first else {}),
+                        **(_ending(reader, completion) if last and finished else {}),
+                    )
+                if deltas:
+                    shown[index] = len(completion.token_ids)
             if output.finished and with_usage:
                 yield event(
                     schema.ChatChunk(
@@ -123,11 +133,25 @@ class Chat:
                         model=self._service.model_name,
                         choices=[],
                         system_fingerprint=self._fingerprint,
-                        usage=answers.usage(output),
+                        usage=await self._usage(output),
                         timings=answers.timings(output),
                     )
                 )
         yield DONE
+
+    def _news(self, completion: CompletionOutput, shown: int) -> dict[str, object]:
+        """What a part says of the tokens that are new in it."""
+        ids = completion.token_ids[shown:] if self._request.return_token_ids else UNSET
+        logprobs = answers.chat_logprobs(completion, shown, self._request.top_logprobs or 0)
+        return {"logprobs": logprobs, "token_ids": ids}
+
+    async def _usage(self, output: RequestOutput) -> schema.Usage:
+        service, thoughts = self._service, 0
+        for reader, completion in zip(self._readers, output.outputs, strict=True):
+            thoughts += await service.dialect.reasoning_tokens(
+                service.keeper.llm, reader, completion.token_ids
+            )
+        return answers.usage(output, thoughts)
 
     def _part(self, index: int, delta: schema.Delta, with_usage: bool, **fields: object) -> bytes:
         choice = schema.ChunkChoice(
@@ -145,6 +169,58 @@ class Chat:
                 usage=None if with_usage else UNSET,
             )
         )
+
+
+def _ending(reader: Reader, completion: CompletionOutput) -> dict[str, object]:
+    return {
+        "finish_reason": reader.finish_reason(completion),
+        "stop_reason": completion.stop_reason,
+        "seed": completion.seed,
+        "complete": complete(completion.complete),
+    }
+
+
+def _message(reader: Reader) -> schema.AnswerMessage:
+    answer = reader.answer
+    message = schema.AnswerMessage(content=answer.text)
+    if answer.reasoning:
+        message.reasoning_content = message.reasoning = answer.reasoning
+    if answer.calls:
+        message.content = answer.text or None
+        message.tool_calls = [
+            schema.AnswerCall(
+                id=reader.call_id(i),
+                function=schema.FunctionCall(name=call.name, arguments=call.arguments),
+            )
+            for i, call in enumerate(answer.calls)
+        ]
+    return message
+
+
+def _deltas(reader: Reader, parts: Sequence[Part], num_calls: int) -> list[schema.Delta]:
+    """One a part. `num_calls`: of the answer before these parts."""
+    deltas = []
+    for part in parts:
+        match part:
+            case Text(text):
+                delta = schema.Delta(content=text)
+            case Reasoning(text):
+                delta = schema.Delta(reasoning_content=text, reasoning=text)
+            case CallBegin(name):
+                call = schema.ToolCallDelta(
+                    index=num_calls,
+                    id=reader.call_id(num_calls),
+                    type="function",
+                    function=schema.FunctionDelta(name=name, arguments=""),
+                )
+                delta = schema.Delta(tool_calls=[call])
+                num_calls += 1
+            case CallArguments(text):
+                function = schema.FunctionDelta(arguments=text)
+                piece = schema.ToolCallDelta(index=num_calls - 1, function=function)
+                delta = schema.Delta(tool_calls=[piece])
+        deltas.append(delta)
+    return deltas
 
 
 __all__ = ["Chat"]

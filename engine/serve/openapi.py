@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from . import anthropic, schema
+from . import anthropic, responses, responses_schema, schema
 from .errors import ERRORS
 
 
@@ -45,6 +45,15 @@ OPERATIONS = (
         schema.CompletionRequest,
         schema.Completion,
         schema.Completion,
+    ),
+    Operation(
+        "POST",
+        responses.PATH,
+        "responses",
+        "Answer a conversation (OpenAI's Responses interface)",
+        responses_schema.ResponsesRequest,
+        responses_schema.ResponsesAnswer,
+        responses_schema.ResponsesEvent,
     ),
     Operation(
         "POST",

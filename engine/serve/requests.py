@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.request import ParameterError, SamplingParams
 from . import schema, structured
+from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
@@ -81,15 +82,40 @@ def prompts(request: schema.CompletionRequest) -> list[str | list[int]]:
 
 
 def template_messages(messages: list[schema.Message]) -> list[dict[str, Any]]:
-    """As chat templates read them: text parts joined, tool arguments as objects."""
-    return [_message(m) for m in messages]
+    """As chat templates read them: text parts joined, arguments as objects, results named."""
+    return named_results([_message(m) for m in messages])
 
 
-def template_options(request: schema.ChatRequest) -> dict[str, Any]:
+def named_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tool results with the name of the tool whose call they answer, which some templates want."""
+    names = {
+        call["id"]: call["function"]["name"] for m in messages for call in m.get("tool_calls") or ()
+    }
+    for message in messages:
+        if message["role"] == "tool" and message["tool_call_id"] in names:
+            message.setdefault("name", names[message["tool_call_id"]])
+    return messages
+
+
+def tool_use(request: schema.ChatRequest) -> ToolUse:
+    """The tools of a request. Errors: ApiError("invalid_value")."""
+    choice: Any = request.tool_choice or "auto"
+    if isinstance(choice, schema.NamedTool):
+        choice = ("name", choice.function.name)
+    functions = tuple(
+        Function(f.name, f.description, f.parameters, bool(f.strict))
+        for f in (tool.function for tool in request.tools or ())
+    )
+    return ToolUse(functions, choice, request.parallel_tool_calls is not False)
+
+
+def template_options(request: schema.ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """Keyword arguments of the chat template. Errors: ApiError("unsupported")."""
-    options = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        options["reasoning_effort"] = request.reasoning_effort
+    options: dict[str, Any] = {}
+    effort = request.reasoning_effort
+    if effort is not None:
+        options = dialect.thinking(effort != "none", "reasoning_effort", effort)
+    options |= request.chat_template_kwargs or {}
     if request.documents is not None:
         options["documents"] = request.documents
     if request.add_generation_prompt is not None:
@@ -173,8 +199,9 @@ def _message(message: schema.Message) -> dict[str, Any]:
             plain: dict[str, Any] = {"role": "assistant", "content": _text(message.content)}
             if plain["content"] is None:
                 plain["content"] = message.refusal or ""
-            if message.reasoning_content is not None:
-                plain["reasoning_content"] = message.reasoning_content
+            reasoning = message.reasoning_content or message.reasoning
+            if reasoning is not None:
+                plain["reasoning_content"] = reasoning
             if message.tool_calls:
                 plain["tool_calls"] = [_call(call) for call in message.tool_calls]
         case schema.ToolMessage():
@@ -210,7 +237,9 @@ __all__ = [
     "CHAT_NAMES",
     "chat_params",
     "completion_params",
+    "named_results",
     "prompts",
     "template_messages",
     "template_options",
+    "tool_use",
 ]

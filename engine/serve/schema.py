@@ -60,6 +60,7 @@ class AssistantMessage(Strict, kw_only=True, tag_field="role", tag="assistant"):
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name of the same
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None  # as an answer of ours carries it
@@ -72,6 +73,33 @@ class ToolMessage(Strict, kw_only=True, tag_field="role", tag="tool"):
 
 
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+# ---------------------------------------------------------------------------------------- tools
+
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.:/-]{1,64}$")]
+
+
+class Function(Strict, kw_only=True):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict, kw_only=True, tag_field="type", tag="function"):
+    function: Function
+
+
+class NamedFunction(Strict, kw_only=True):
+    name: ToolName
+
+
+class NamedTool(Strict, kw_only=True, tag_field="type", tag="function"):
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 # -------------------------------------------------------------------------------- the requests
@@ -117,6 +145,7 @@ class Sampling(Strict, kw_only=True):
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+    keep_special_tokens: list[str] | None = None
 
 
 class Common(Sampling, kw_only=True):
@@ -159,10 +188,10 @@ class ChatRequest(Common, kw_only=True):
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    # Read, and refused by name where they ask for something (see refuse.py).
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # Read, and refused by name where they ask for something (see requests.py).
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -202,6 +231,10 @@ class TokenDetails(Struct):
     cached_tokens: int
 
 
+class CompletionDetails(Struct):
+    reasoning_tokens: int
+
+
 class Cost(Struct):
     """engineroom's own: energy, and what it comes to where prices are configured, else null."""
 
@@ -219,6 +252,7 @@ class Usage(Struct):
     total_tokens: int
     prompt_tokens_details: TokenDetails
     cost: Cost | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
 class Timings(Struct):
@@ -250,12 +284,19 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class AnswerCall(Struct, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
 class AnswerMessage(Struct, kw_only=True):
     role: str = "assistant"
     content: str | None
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -282,11 +323,26 @@ class ChatCompletion(Struct, kw_only=True):
     system_fingerprint: str
 
 
+class FunctionDelta(Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """The beginning of a call has id, type and name; its arguments follow in pieces."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class Delta(Struct, kw_only=True, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[Any] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
@@ -351,6 +407,8 @@ class Model(Struct, kw_only=True):
     created: int
     owned_by: str = "engineroom"
     max_model_len: int
+    tool_format: str | None
+    reasoning_format: str | None
 
 
 class ModelList(Struct, kw_only=True):

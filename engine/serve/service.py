@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from ..async_llm import AsyncLLM, EngineInfo
 from ..core.request import RequestOutput, SamplingParams
 from ..receipts import ReceiptError
+from .dialect import Dialect
 from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
+from .responses_input import ResponseStore
 from .settings import ServeConfig
 from .structured import naming
 
@@ -70,6 +72,8 @@ class Service:
         self.model_name = settings.served_model_name or model_name
         self.metrics = Metrics(self.model_name)
         self.draining = False
+        self.responses = ResponseStore()
+        self._dialect: Dialect | None = None
         self._live: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -86,6 +90,14 @@ class Service:
     @property
     def info(self) -> EngineInfo:
         return self.keeper.info
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model calls tools and thinks; a new one where a restart changed its template."""
+        info = self.keeper.info
+        if self._dialect is None or self._dialect.template != (info.chat_template or ""):
+            self._dialect = Dialect(info, self.settings)
+        return self._dialect
 
     @property
     def fingerprint(self) -> str:

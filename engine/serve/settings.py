@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import ConfigError
+from ..dialects.formats import TOOL_FORMATS
+from ..dialects.reasoning import REASONING_FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     shared_prefix_cache: bool = False  # across API keys
+    tool_format: str = "auto"  # by the chat template
+    reasoning_format: str = "auto"
     timeout_ms: int | None = None  # of requests that name none
     drain_timeout: float = 30.0
     health_timeout: float = 30.0  # without progress on what runs, /health is 503
@@ -44,6 +48,15 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ConfigError(name, f"{name} must be in {low:g}..{high:g}, not {value!r}")
+        for name, formats in (
+            ("tool_format", TOOL_FORMATS),
+            ("reasoning_format", REASONING_FORMATS),
+        ):
+            known = ("auto", "none", *formats)
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    name, f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
         for key in self.api_keys:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(

@@ -52,6 +52,7 @@ SAMPLING_HELP = {
     "prompt_logprobs": "the same for the prompt's tokens",
     "echo": "the output begins with the prompt",
     "skip_special_tokens": "leave special tokens out of the text",
+    "keep_special_tokens": "special tokens that show in the text all the same",
     "structured": "the form of the output: a JSON schema, any JSON object, a regular expression, a "
     "Lark grammar, or one of several texts (docs/structured-output.md)",
     "logits_processor": "a Python callable (token ids, logits) -> logits; library only, and the "
@@ -239,6 +240,9 @@ SERVE_HELP = {
     "allowed_hosts": "a name that requests may call it by, besides localhost and addresses",
     "cors_origins": "an origin whose pages may call this server",
     "shared_prefix_cache": "share cached prompt beginnings across API keys",
+    "tool_format": "how the model writes tool calls; auto reads it off the chat template, none "
+    "reads no calls (docs/server.md has the names)",
+    "reasoning_format": "how the model writes its thoughts: auto, none, think, mistral or seed",
     "timeout_ms": "ends requests after so many milliseconds that name no timeout_ms of their own",
     "drain_timeout": "seconds that running requests get to finish in after a signal",
     "health_timeout": "seconds without progress after which /health fails",

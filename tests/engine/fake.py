@@ -2,19 +2,23 @@
 
 A text prompt may begin with a word and a colon: refuse, bug, panic (at the door); raise, kill,
 exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print, slow (1 ms
-a step).
+a step). A prompt with say«TEXT» is answered by TEXT, a byte a token; say«GRAMMAR» by the grammar
+that the output should have. The models of TEMPLATES have a chat template to be known by.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from engineroom.engine.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
@@ -50,6 +54,16 @@ MODEL = ModelConfig(
 COST = Cost(joules=0.5, money=0.25, grams=None, estimated=True)  # whatever a request does
 
 
+# What the server reads in a template; "r1" also opens the thoughts in the prompt.
+TEMPLATES = {
+    "hermes": "{% if enable_thinking %}<think></think>{% endif %}<tool_call>",
+    "mistral": "[TOOL_CALLS][",
+    "coder": "<tool_call><function=x><parameter=y>",
+    "r1": "<think>\n",
+    "toolless": "<tool_call>",
+}
+
+
 class Panic(BaseException):
     """What a Rust library raises: no Exception."""
 
@@ -70,6 +84,7 @@ class _Live:
     params: SamplingParams
     output: RequestOutput
     aborted: bool = False
+    script: bytes | None = None
 
 
 class FakeEngine:
@@ -78,7 +93,9 @@ class FakeEngine:
     def __init__(self, config: EngineConfig, *, pace: float = 0.0) -> None:
         self.config = config
         self.model_config = MODEL
-        self.chat_template = object()
+        self.chat_template: object = object()
+        if config.model in TEMPLATES:
+            self.chat_template = SimpleNamespace(source=TEMPLATES[config.model])
         self.closed = False
         self.steps = 0
         self.prepared: set[StructuredOutput] = set()
@@ -159,6 +176,7 @@ class FakeEngine:
                 deltas=("",) * params.n,
                 cost=COST,
             ),
+            script=_script(ids, params),
         )
 
     def step(self) -> list[RequestOutput]:
@@ -187,14 +205,22 @@ class FakeEngine:
         text = "".join(f"{m['role']}:{m['content']};" for m in messages)
         if "hostile" in text:
             raise TemplateError("the template refuses hostile messages")
-        return list((text + repr(sorted(options.items()))).encode())
+        if self.config.model == "toolless":
+            options.pop("tools", None)
+        text += repr(sorted(options.items()))
+        if self.config.model in TEMPLATES:
+            more = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+            text += json.dumps([{k: m[k] for k in more if k in m} for m in messages])
+        if self.config.model == "r1":
+            text += "<think>\n"
+        return list(text.encode())
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if _word(text) == "bug":
             raise KeyError("a bug of ours")
         return [7] * add_special_tokens + list(text.encode())
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         check_token_ids(SamplingParams(), token_ids, VOCAB)
         return bytes(t for t in token_ids if t < 256).decode("utf-8", "replace")
 
@@ -238,10 +264,17 @@ class FakeEngine:
             position = len(c.token_ids)
             token = _token(old.prompt_token_ids, c.seed, c.index, position)
             last = position + 1 >= limit
+            script = request.script
+            if script is not None:
+                token = script[position]
+                last = last or position + 1 == len(script)
             # Like a real stream's, text lags behind: it comes in pieces of three tokens.
             tokens = (*c.token_ids, token)
             held = len(tokens) % 3 if not last else 0
             delta = "".join(f"{t}é " for t in tokens[c.text.count(" ") : len(tokens) - held])
+            if script is not None:
+                said = script[: len(tokens) - held]
+                delta = said.decode("utf-8", "replace" if last else "ignore")[len(c.text) :]
             row = None if params.logprobs is None else _row(token, position, params.logprobs)
             outputs.append(
                 replace(
@@ -250,7 +283,7 @@ class FakeEngine:
                     token_ids=tokens,
                     cumulative_logprob=(c.cumulative_logprob or 0.0) - 0.5,
                     logprobs=None if row is None else (*(c.logprobs or ()), row),
-                    finish_reason="length" if last else None,
+                    finish_reason=_reason(script, len(tokens)) if last else None,
                 )
             )
             deltas.append(delta)
@@ -266,15 +299,33 @@ class FakeEngine:
 
 
 def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
-    """The factory of fake_child.py. The model "paced" takes 1 ms a step; "missing" is an error."""
+    """The factory of fake_child.py. The model "missing" is an error.
+
+    "paced" and those of TEMPLATES take 1 ms a step.
+    """
     progress(f"making a fake of {config.model}")
     if config.model == "missing":
         raise ConfigError("model", "missing: no such model; did you mean 'fake'?")
-    return FakeEngine(config, pace=0.001 if config.model == "paced" else 0.0)
+    paced = config.model == "paced" or config.model in TEMPLATES
+    return FakeEngine(config, pace=0.001 if paced else 0.0)
 
 
 def _word(prompt: str | Sequence[int]) -> str:
     return prompt.split(":")[0] if isinstance(prompt, str) and ":" in prompt else ""
+
+
+def _reason(script: bytes | None, num_tokens: int) -> str:
+    return "stop" if script is not None and num_tokens == len(script) else "length"
+
+
+def _script(ids: Sequence[int], params: SamplingParams) -> bytes | None:
+    text = bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+    said = re.findall(r"say«(.*?)»", text, re.DOTALL)
+    if not said:
+        return None
+    if said[-1] == "GRAMMAR":
+        return str(params.structured and params.structured.grammar).encode()
+    return str(said[-1]).encode()
 
 
 def _token(prompt: Sequence[int], seed: int, index: int, position: int) -> int:

@@ -3,7 +3,6 @@ is what is taken. On the interpreter: counts and bytes are the same as on a card
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from typing import Any
 
@@ -15,7 +14,7 @@ from engineroom.kernels.backend import KVSpec
 from engineroom.kernels.weights import FORMATS, RawWeight
 from tests.kernels import programs
 from tests.kernels.packed_steps import Paged, random_rows, raw
-from tests.kernels.triton_device import TritonBackend, interpreter, torch
+from tests.kernels.triton_device import TritonBackend, interpreter
 
 HIDDEN, HEADS, KV_HEADS, HEAD = 64, 4, 2, 16
 SIZES = {

@@ -302,3 +302,14 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(part, llm, monk
     out = llm.generate([PROMPT], greedy(max_tokens=2))[0].outputs[0]
     assert out.finish_reason == "error" and "injected" in out.error
     assert llm.generate([PROMPT], greedy(max_tokens=2))[0].outputs[0].finish_reason == "length"
+
+
+def test_special_tokens_that_are_kept_show_in_the_text(llm):
+    ids = [golden.USER, golden.ASSISTANT]
+    params = {"allowed_token_ids": ids, "max_tokens": 6, "seed": 1, "temperature": 5.0}
+    ask = lambda **more: llm.generate("a", SamplingParams(**params, **more))[0].outputs[0]  # noqa: E731
+    output = ask()
+    assert output.text == "" and set(output.token_ids) == set(ids)
+    kept = ask(keep_special_tokens=("<|user|>", "<|no such|>", "ab"))
+    assert kept.token_ids == output.token_ids
+    assert kept.text == "<|user|>" * output.token_ids.count(golden.USER)

@@ -18,7 +18,7 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 REFUSALS: list[tuple[str, Any, str, str | None]] = [
     (CHAT, b"{", "invalid_json", None),
     (CHAT, b"\xff", "invalid_json", None),
-    (CHAT, b'{"tools":[' + b'{"a":' * 100_000, "invalid_json", None),
+    (CHAT, b'{"documents":[' + b'{"a":' * 100_000, "invalid_json", None),
     (CHAT, chat(foo=1), "invalid_value", "foo"),
     (CHAT, {"model": "fake"}, "invalid_value", "messages"),
     (CHAT, chat(messages=[]), "invalid_value", "messages"),

@@ -1,0 +1,1 @@
+"""How models write tool calls and reasoning in their text: pure, by the standard library alone."""

@@ -1,0 +1,190 @@
+"""The tool formats that are known, as a table, and which of them a chat template writes.
+
+Sources: the chat templates and model cards of the families named in each row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .calls import CallParser, JsonCalls, NamedCalls, XmlCalls
+
+Tools = Mapping[str, Any]  # a tool's name -> the JSON schema of its parameters
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a family writes calls. A template that has all of `has` and none of `lacks` is of it.
+
+    `shape`: text before a call's name, between name and arguments, behind them; None where the
+    arguments are no JSON. `around`: text before and behind all calls; `between`: two of them.
+    `markers`: what of these may be special tokens. `short_ids`: ids of calls are nine letters and
+    digits, as Mistral's templates demand.
+    """
+
+    name: str
+    has: tuple[str, ...]
+    parser: Callable[[Tools], CallParser]
+    markers: tuple[str, ...]
+    shape: tuple[str, str, str] | None = None
+    between: str = "\n"
+    around: tuple[str, str] = ("", "")
+    lacks: tuple[str, ...] = ()
+    short_ids: bool = False
+
+    def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        """Calls as a model of the family would write them."""
+        if self.shape is None:
+            raise ValueError(f"{self.name} has no shape")
+        before, middle, after = self.shape
+        texts = [f"{before}{n}{middle}{json.dumps(a)}{after}" for n, a in calls]
+        return self.around[0] + self.between.join(texts) + self.around[1]
+
+
+_HERMES = ("<tool_call>", "</tool_call>")
+_SEED = ("<seed:tool_call>", "</seed:tool_call>")
+_DEEPSEEK = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+)
+_KIMI = (
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_call_argument_begin|>",
+)
+_MISTRAL = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+_NAME = r"(?P<name>[\w.:/-]{1,128})"
+_MISTRAL_HEAD = re.compile(rf"\s*{_NAME}(?:\[CALL_ID\]\s*\w+)?\s*(?:\[ARGS\])?\s*")
+_DEEPSEEK_HEAD = re.compile(
+    rf"\s*(?:function<｜tool▁sep｜>)?{_NAME}(?:<｜tool▁sep｜>|\s*```json)\s*"
+)
+_KIMI_HEAD = re.compile(
+    r"\s*(?:functions\.)?(?P<name>[\w./-]{1,128})(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*"
+)
+
+
+def _mistral(tools: Tools) -> CallParser:
+    return NamedCalls(("[TOOL_CALLS]",), _MISTRAL_HEAD, lists=True)
+
+
+def _deepseek(tools: Tools) -> CallParser:
+    begins, end, drops = _DEEPSEEK[2:3], _DEEPSEEK[3], _DEEPSEEK[:2]
+    return NamedCalls(begins, _DEEPSEEK_HEAD, end, drops=drops, fence="```")
+
+
+TOOL_FORMATS = {
+    f.name: f
+    for f in (
+        ToolFormat(  # Mistral Small 3.2, Devstral, Magistral
+            "mistral",
+            ("[TOOL_CALLS]", "[ARGS]"),
+            _mistral,
+            _MISTRAL,
+            ("[TOOL_CALLS]", "[ARGS]", ""),
+            between="",
+            short_ids=True,
+        ),
+        ToolFormat(  # Mistral 7B v0.3, Nemo, Large
+            "mistral_json",
+            ("[TOOL_CALLS]",),
+            _mistral,
+            _MISTRAL,
+            ('{"name": "', '", "arguments": ', "}"),
+            between=", ",
+            around=("[TOOL_CALLS][", "]"),
+            short_ids=True,
+        ),
+        ToolFormat(  # Kimi K2
+            "kimi_k2",
+            ("<|tool_call_begin|>",),
+            lambda tools: NamedCalls(_KIMI[2:3], _KIMI_HEAD, _KIMI[3], drops=_KIMI[:2]),
+            _KIMI,
+            ("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", _KIMI[3]),
+            between="",
+            around=(_KIMI[0], _KIMI[1]),
+        ),
+        ToolFormat(  # DeepSeek V3, R1 and its distillations
+            "deepseek_v3",
+            ("<｜tool▁calls▁begin｜>", "```json"),
+            _deepseek,
+            _DEEPSEEK,
+            ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", f"\n```{_DEEPSEEK[3]}"),
+            around=(_DEEPSEEK[0], _DEEPSEEK[1]),
+        ),
+        ToolFormat(  # DeepSeek V3.1
+            "deepseek_v31",
+            ("<｜tool▁calls▁begin｜>",),
+            _deepseek,
+            _DEEPSEEK,
+            ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", _DEEPSEEK[3]),
+            between="",
+            around=(_DEEPSEEK[0], _DEEPSEEK[1]),
+        ),
+        ToolFormat(  # Seed-OSS
+            "seed_oss",
+            ("<seed:tool_call>", "<function="),
+            lambda tools: XmlCalls(_SEED, tools),
+            _SEED,
+        ),
+        ToolFormat(  # Qwen3-Coder, Nemotron 3, Step 3.5
+            "qwen3_coder",
+            ("<function=", "<parameter="),
+            lambda tools: XmlCalls(_HERMES, tools),
+            _HERMES,
+        ),
+        ToolFormat(  # Granite 3
+            "granite",
+            ("<|tool_call|>",),
+            lambda tools: JsonCalls(("<|tool_call|>",)),
+            ("<|tool_call|>",),
+            ('{"name": "', '", "arguments": ', "}"),
+            between=", ",
+            around=("<|tool_call|>[", "]"),
+        ),
+        ToolFormat(  # Apriel 1.5
+            "apriel",
+            ("<tool_calls>[",),
+            lambda tools: JsonCalls(("<tool_calls>",), "</tool_calls>"),
+            ("<tool_calls>", "</tool_calls>"),
+            ('{"name": "', '", "arguments": ', "}"),
+            between=", ",
+            around=("<tool_calls>[", "]</tool_calls>"),
+        ),
+        ToolFormat(  # Hermes 2 and 3, Qwen2.5, Qwen3, QwQ, Granite 4 and many others
+            "hermes",
+            ("<tool_call>",),
+            lambda tools: JsonCalls(_HERMES[:1], _HERMES[1]),
+            _HERMES,
+            ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+            lacks=("<arg_key>",),
+        ),
+        ToolFormat(  # Llama 3.1, 3.2, 3.3
+            "llama3",
+            ('"parameters": dictionary of argument name',),
+            lambda tools: JsonCalls(("<|python_tag|>",), bare=frozenset(tools)),
+            ("<|python_tag|>",),
+            ('{"name": "', '", "parameters": ', "}"),
+            between="; ",
+        ),
+    )
+}
+
+
+def tool_format_of(template: str) -> ToolFormat | None:
+    """The format that a chat template writes; None where it is none of the table's."""
+    for row in TOOL_FORMATS.values():
+        if all(s in template for s in row.has) and not any(s in template for s in row.lacks):
+            return row
+    return None
+
+
+__all__ = ["TOOL_FORMATS", "ToolFormat", "Tools", "tool_format_of"]

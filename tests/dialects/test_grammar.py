@@ -1,0 +1,81 @@
+"""Grammars of tool calls, asked of llguidance: what obeys the schemas passes, all else not."""
+
+from __future__ import annotations
+
+import pytest
+
+from engineroom.engine.dialects.formats import TOOL_FORMATS, ToolFormat
+from engineroom.engine.dialects.grammar import call_grammar
+from engineroom.engine.dialects.reasoning import REASONING_FORMATS
+
+llguidance = pytest.importorskip("llguidance", reason="the llguidance package is not installed")
+DEFS = {"$defs": {"day": {"enum": ["mon", "tue"]}}}
+TOOLS = {
+    "weather": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "day": {"$ref": "#/$defs/day"}},
+        "required": ["city"],
+        "additionalProperties": False,
+        **DEFS,
+    },
+    "time": None,
+}
+GOOD = ("weather", {"city": "Rome", "day": "mon"})
+BAD = [("weather", {"city": 5}), ("weather", {}), ("weather", {"city": "x", "day": "sun"})]
+WRITTEN = [f for f in TOOL_FORMATS.values() if f.shape is not None]
+THINK = REASONING_FORMATS["think"]
+
+
+def accepts(grammar: str, text: str) -> bool:
+    """Whether the text is one whole output."""
+    tokenizer = llguidance.LLTokenizer("byte")
+    refused = llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
+    assert not refused, refused
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    ids = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)
+def test_required_calls(format: ToolFormat) -> None:
+    grammar = call_grammar(TOOLS, format, required=True, parallel=True)
+    assert accepts(grammar, format.write([GOOD]))
+    assert accepts(grammar, format.write([GOOD, ("time", {"a": [1, {"b": None}]})]))
+    for bad in (*BAD, ("other", {})):
+        assert not accepts(grammar, format.write([bad]))
+    assert not accepts(grammar, "Hello")
+    single = call_grammar(TOOLS, format, required=True, parallel=False)
+    assert accepts(single, format.write([GOOD])) and not accepts(single, format.write([GOOD, GOOD]))
+
+
+@pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)
+def test_text_or_strict_calls(format: ToolFormat) -> None:
+    grammar = call_grammar(TOOLS, format, required=False, parallel=True)
+    assert accepts(grammar, "Hello <there>\n[x]")
+    assert accepts(grammar, format.write([GOOD]))
+    assert not accepts(grammar, format.write([BAD[0]]))
+    if format.name != "llama3":  # there a call is the whole text
+        assert accepts(grammar, "Let me see.\n" + format.write([GOOD]))
+
+
+@pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)
+def test_thoughts_before_a_call(format: ToolFormat) -> None:
+    call = format.write([GOOD])
+    grammar = call_grammar(TOOLS, format, required=True, parallel=True, reasoning=THINK)
+    for text in (f"<think>\na < b\n</think>\n\n{call}", call):
+        assert accepts(grammar, text)
+    assert not accepts(grammar, "<think>a</think>\n\nHello")
+    inside = call_grammar(TOOLS, format, required=True, parallel=True, reasoning=THINK, inside=True)
+    assert accepts(inside, f"Hm.\n</think>\n\n{call}") and not accepts(inside, call)
+
+
+def test_special_tokens_are_named_by_their_ids() -> None:
+    grammar = call_grammar(
+        TOOLS,
+        TOOL_FORMATS["mistral"],
+        required=True,
+        parallel=True,
+        special={"[TOOL_CALLS]": 5, "[ARGS]": 32},
+    )
+    assert "<[5]> body" in grammar and '"weather" <[32]> %json' in grammar
+    assert "TOOL_CALLS" not in grammar

@@ -1,0 +1,152 @@
+"""Dialect over the real templates: formats, tools and earlier calls reach the model's prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from engineroom.engine.async_llm import AsyncLLM, EngineInfo, RequestRefused
+from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.dialects.answer import AnswerParser, read_answer
+from engineroom.engine.load.chat_template import ChatTemplate, TemplateError
+from engineroom.engine.serve.dialect import Dialect, Function, ToolUse
+from engineroom.engine.serve.errors import ApiError
+from engineroom.engine.serve.settings import ServeConfig
+from tests.data import data_path
+
+# file -> tool format, reasoning format, whether the prompt opens thoughts by itself
+KNOWN: dict[str, tuple[str, str | None, bool]] = {
+    "Qwen-Qwen2.5-7B-Instruct": ("hermes", None, False),
+    "Qwen-Qwen3-0.6B": ("hermes", "think", False),
+    "Qwen-QwQ-32B": ("hermes", "think", False),
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": ("hermes", None, False),
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": ("hermes", None, False),
+    "ibm-granite-granite-4.0": ("hermes", None, False),
+    "meta-llama-Llama-3.1-8B-Instruct": ("llama3", None, False),
+    "meta-llama-Llama-3.2-3B-Instruct": ("llama3", None, False),
+    "meta-llama-Llama-3.3-70B-Instruct": ("llama3", None, False),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("mistral_json", None, False),
+    "Mistral-Small-3.2-24B-Instruct-2506": ("mistral", None, False),
+    "unsloth-mistral-Devstral-Small-2507": ("mistral", None, False),
+    "moonshotai-Kimi-K2": ("kimi_k2", None, False),
+    "Qwen3-Coder": ("qwen3_coder", None, False),
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": ("qwen3_coder", "think", True),
+    "ByteDance-Seed-OSS": ("seed_oss", "seed", False),
+    "unsloth-Apriel-1.5": ("apriel", None, False),
+}
+TOOL = Function(
+    "weather", "Of a city.", {"type": "object", "properties": {"city": {"type": "string"}}}
+)
+USE = ToolUse((TOOL,))
+CALL = {"name": "weather", "arguments": {"city": "Zürich"}}
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "How is it in Zürich?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_0123456789abcdef", "type": "function", "function": CALL}],
+    },
+    {"role": "tool", "tool_call_id": "call_0123456789abcdef", "name": "weather", "content": "-3.5"},
+]
+
+
+class Rendering:
+    """The part of AsyncLLM that a Dialect uses; a token is a character."""
+
+    def __init__(self, name: str) -> None:
+        source = (data_path("chat_templates") / f"{name}.jinja").read_text("utf-8")
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        self.template = ChatTemplate(source, special_tokens=tokens, origin=name)
+
+    async def render_chat(self, messages: Any, **options: Any) -> list[int]:
+        try:
+            return [ord(c) for c in self.template.render(messages, **options)]
+        except TemplateError as error:
+            raise RequestRefused.of(error) from None
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [ord(c) for c in text]
+
+    async def detokenize(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, ids))
+
+
+def dialect_of(source: str, **options: Any) -> Dialect:
+    info = cast(EngineInfo, SimpleNamespace(chat_template=source))
+    return Dialect(info, ServeConfig(**options))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_real_template(name: str) -> None:
+    tools, reasoning, inside = KNOWN[name]
+    rendering = Rendering(name)
+    llm = cast(AsyncLLM, rendering)
+    dialect = dialect_of(rendering.template.source)
+    assert dialect.tools is not None and dialect.tools.name == tools
+    assert (dialect.reasoning.name if dialect.reasoning else None) == reasoning
+    try:
+        first = asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), USE, {}))
+        again = asyncio.run(dialect.turn(llm, MESSAGES, SamplingParams(), USE, {}))
+    finally:
+        rendering.template.close()
+    assert first.inside == inside
+    assert set(dialect.tools.markers) <= set(first.params.keep_special_tokens)
+    told, text = ("".join(map(chr, t.prompt)) for t in (first, again))
+    assert "weather" in told and "Of a city." in told and "-3.5" not in told
+    rest = text[text.rindex("How is it in") :]
+    assert "-3.5" in rest
+    # What the template shows of the earlier call is what the parser reads.
+    begins = [rest.index(m) for m in (*dialect.tools.markers[:3], '{"name": "w') if m in rest]
+    written = rest[min(begins) : rest.index("-3.5")]
+    answer = read_answer(AnswerParser(None, dialect.tools.parser(USE.callable)), written)
+    assert answer.calls is not None and answer.calls[0].name == "weather"
+    assert "Zürich" in answer.calls[0].arguments or "Z\\u00fcrich" in answer.calls[0].arguments
+
+
+@pytest.mark.parametrize(
+    "name", ["google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct", "GLM-4.7-Flash"]
+)
+def test_a_template_without_a_known_format(name: str) -> None:
+    rendering = Rendering(name)
+    dialect = dialect_of(rendering.template.source)
+    assert dialect.tools is None
+    with pytest.raises(ApiError, match="--tool-format"):
+        asyncio.run(
+            dialect.turn(cast(AsyncLLM, rendering), MESSAGES[:1], SamplingParams(), USE, {})
+        )
+    rendering.template.close()
+
+
+def test_a_template_that_hides_earlier_calls_is_refused() -> None:
+    rendering = Rendering("ibm-granite-granite-3.3-2B-Instruct")
+    dialect = dialect_of(rendering.template.source)
+    assert dialect.tools is not None and dialect.tools.name == "granite"
+    with pytest.raises(ApiError, match="does not show tool calls"):
+        llm = cast(AsyncLLM, rendering)
+        asyncio.run(dialect.turn(llm, MESSAGES, SamplingParams(), ToolUse(), {}))
+    rendering.template.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "said"),
+    [
+        ("Qwen-Qwen3-0.6B", False, {"enable_thinking": False}),
+        ("ibm-granite-granite-3.3-2B-Instruct", True, {"thinking": True}),
+        ("upstage-Solar-Open-100B", True, {"reasoning_effort": "high"}),
+        ("llama-cpp-deepseek-r1", False, None),
+        ("google-gemma-2-2b-it", False, {}),
+        ("google-gemma-2-2b-it", True, None),
+    ],
+)
+def test_the_switch_for_thinking(name: str, wanted: bool, said: Any) -> None:
+    source = (data_path("chat_templates") / f"{name}.jinja").read_text("utf-8")
+    dialect = dialect_of(source)
+    effort = "high" if wanted else "none"
+    if said is None:
+        with pytest.raises(ApiError, match="no switch for thinking"):
+            dialect.thinking(wanted, "reasoning_effort", effort)
+    else:
+        assert dialect.thinking(wanted, "reasoning_effort", effort) == said

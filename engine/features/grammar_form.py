@@ -164,6 +164,12 @@ class GrammarForm(Form):
             wanted = [token_id, *ending, end]
             if self._matcher.validate_tokens(wanted) == len(wanted):
                 return ending
+        texts = self._vocabulary.texts
+        text = b"".join([texts[t] for t in ending])
+        if text.startswith(texts[token_id]):  # the same text in other tokens
+            rest = self._vocabulary.words.spell(text[len(texts[token_id]) :])
+            if rest is not None and len(rest) <= left:
+                return rest
         return self._search((token_id,), left, effort)
 
     def _search(

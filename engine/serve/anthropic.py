@@ -14,9 +14,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..core.request import CompletionOutput, ParameterError, RequestOutput, SamplingParams
 from .errors import ApiError
-from .schema import Strict
 from .service import Caller, Service, Work
 from .sse import event
+from .strict import Strict
 from .structured import OutputConfig, of_config
 
 PATH = "/v1/messages"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engineroom.engine.dialects.formats import TOOL_FORMATS, ToolFormat
@@ -20,8 +22,12 @@ TOOLS = {
     },
     "time": None,
 }
-GOOD = ("weather", {"city": "Rome", "day": "mon"})
-BAD = [("weather", {"city": 5}), ("weather", {}), ("weather", {"city": "x", "day": "sun"})]
+GOOD: tuple[str, dict[str, Any]] = ("weather", {"city": "Rome", "day": "mon"})
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("weather", {"city": 5}),
+    ("weather", {}),
+    ("weather", {"city": "x", "day": "sun"}),
+]
 WRITTEN = [f for f in TOOL_FORMATS.values() if f.shape is not None]
 THINK = REASONING_FORMATS["think"]
 
@@ -33,7 +39,7 @@ def accepts(grammar: str, text: str) -> bool:
     assert not refused, refused
     matcher = llguidance.LLMatcher(tokenizer, grammar)
     ids = tokenizer.tokenize_str(text)
-    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
 
 @pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)

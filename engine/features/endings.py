@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 END: Final = 256  # the byte grammar's end-of-text token
-_MAX_FORK = 24  # ways at a place that is worth trying all of: beyond it, it is text
+_MANY = 24  # ways at one place: more of them are text
 _REFINED = 3  # forks behind another way that are looked at before it is judged
 _MAX_WORD = 48  # bytes
 _SPACES = frozenset(b" \t\n\r")
@@ -85,11 +85,15 @@ class _Search:
 
     def improved(self, path: _Path) -> _Path:
         """The path with other ways at its forks, as long as that makes it cheaper: once from the
-        first fork on, then from the last one back, looking further at each."""
-        at = 0
-        while at < len(path.forks) and not self._done(path):
-            path = self._best_at(path, at, refined=False)
-            at += 1
+        first fork on (twice where it leads nowhere), then from the last one back, looking further
+        at each."""
+        for refined in (False, True):
+            at = 0
+            while at < len(path.forks) and not self._done(path):
+                path = self._best_at(path, at, refined=refined)
+                at += 1
+            if path.tokens is not None:
+                break
         better = path.tokens is not None
         while better:
             before = path
@@ -140,7 +144,7 @@ class _Search:
             step = matcher.compute_ff_bytes()
             if not step:
                 ways = _ways(allowed_ids(matcher.compute_bitmask()))
-                if 1 < len(ways) <= _MAX_FORK:
+                if len(ways) > 1:
                     forks.append((len(text), ways))
                 step = ways[:1]
             if not step or not matcher.consume_tokens(list(step)):
@@ -174,8 +178,22 @@ def _ways(allowed: Iterable[int]) -> bytes:
     found = [b for b in allowed if b < END]
     order = _BETWEEN if 10 in found else _WITHIN
     solid = [b for b in found if b not in _SPACES]
+    if len(solid) > _MANY:
+        if order is _WITHIN and order[0] in solid:
+            return order[:1]  # text that may end
+        solid = list({_kind(b): b for b in reversed(solid)}.values())[::-1]
     first = [b for b in order if b in solid]
     return bytes(first + [b for b in solid if b not in first]) or bytes(found[:1])
+
+
+def _kind(byte: int) -> int:
+    """In text letters of a case stand for each other, and so do digits, and bytes beyond ASCII."""
+    if byte >= 128:
+        return 128
+    char = chr(byte)
+    return (
+        ord("a" if char.islower() else "A" if char.isupper() else "0") if char.isalnum() else byte
+    )
 
 
 def allowed_ids(mask: bytes) -> list[int]:

@@ -23,7 +23,7 @@ MARGIN: Final = 256
 # Before, the reserve is measured anew when it may have grown into the margin, were each token to
 # add so many.
 _GROWTH: Final = 8
-_EFFORT: Final = 600  # looks at the grammar for one token, some 3 ms at most
+_EFFORT: Final = 1000  # looks at the grammar for one token, some 5 ms at most
 _MAX_BEGINNINGS: Final = 16  # tokens of a mask that are tried where an ending is all that fits
 _RETRY: Final = 16  # tokens until the next search where one found nothing
 

@@ -174,6 +174,18 @@ def test_an_output_is_the_same_on_a_backend_that_overlaps(llm: LLM, late: LLM, s
     assert [bits(out) for out in overlapped] == [bits(out) for out in plain]
 
 
+def test_a_tight_budget_is_kept_on_a_backend_that_overlaps(llm: LLM, late: LLM) -> None:
+    params = [
+        SamplingParams(temperature=2.0, seed=i, max_tokens=20 + i % 6, structured=FORMS[0])
+        for i in range(24)
+    ]
+    prompts = [[i] for i in range(24)]
+    plain = llm.generate(prompts, params, use_tqdm=False)
+    for out, twin in zip(late.generate(prompts, params, use_tqdm=False), plain, strict=True):
+        assert bits(out) == bits(twin) and out.outputs[0].complete
+        jsonschema_rs.validator_for(PERSON).validate(json.loads(out.outputs[0].text))
+
+
 def test_an_aborted_output_is_a_prefix(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=60, structured=FORMS[0])
     (whole,) = llm.generate(["x"], params, use_tqdm=False)
@@ -185,8 +197,9 @@ def test_an_aborted_output_is_a_prefix(llm: LLM) -> None:
     llm.engine.scheduler.check_integrity()
 
 
-def test_a_stop_string_cuts_and_the_output_says_that_it_is_not_whole(llm: LLM) -> None:
-    form = StructuredOutput(regex="[ab]{3}stop[ab]{3}")
+@pytest.mark.parametrize("rest", ["[ab]{3}", ""])
+def test_a_stop_string_cuts_and_the_output_says_that_it_is_not_whole(llm: LLM, rest: str) -> None:
+    form = StructuredOutput(regex="[ab]{3}stop" + rest)
     out = said(llm, "x", temperature=0, max_tokens=30, stop="stop", structured=form)
     assert re.fullmatch("[ab]{3}", out.text)
     assert out.finish_reason == "stop" and out.stop_reason == "stop" and out.complete is False

@@ -234,6 +234,23 @@ def test_the_shortest_output_is_the_shortest(grammars: Grammars, seed: int) -> N
     assert len(grammars.compile(as_output(wanted)).ending or ()) == min(lengths)
 
 
+@pytest.mark.parametrize(
+    ("output", "least"),
+    [
+        (StructuredOutput(regex=r"[a-z]+@[a-z]+\.(com|org)"), 7),
+        (StructuredOutput(json_schema='{"type": "string", "pattern": "^[^@]+@[^@]+$"}'), 5),
+        (StructuredOutput(json_schema='{"type": "string", "minLength": 30}'), 17),
+        (StructuredOutput(grammar='start: "a" start | "b"'), 1),
+        (StructuredOutput(regex="x*"), 0),
+    ],
+)
+def test_an_ending_is_found_behind_text_of_any_length(
+    grammars: Grammars, output: StructuredOutput, least: int
+) -> None:
+    ending = grammars.compile(output).ending
+    assert ending is not None and least <= len(ending) <= least + 15
+
+
 def test_words_are_spelled_in_the_fewest_tokens() -> None:
     words = Words({b"a": 0, b"ab": 1, b"abc": 2, b"cd": 3, b"d": 4, b"b": 5})
     assert words.spell(b"abcd") == (2, 4)

@@ -36,6 +36,12 @@ class ToolFormat:
     lacks: tuple[str, ...] = ()
     short_ids: bool = False
 
+    @property
+    def marker(self) -> str:
+        """What a call, or the first of several, begins with; "" where it is a whole text."""
+        first = self.around[0] + (self.shape[0] if self.shape else "")
+        return next((m for m in self.markers if first.startswith(m)), "")
+
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Calls as a model of the family would write them."""
         if self.shape is None:

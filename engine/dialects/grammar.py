@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 
 from .formats import ToolFormat, Tools
 from .reasoning import ReasoningFormat
@@ -19,75 +18,55 @@ def call_grammar(
     *,
     required: bool,
     parallel: bool,
+    content: str | None = None,
     reasoning: ReasoningFormat | None = None,
     inside: bool = False,
-    special: Mapping[str, int] | None = None,
 ) -> str:
-    """Text of the grammar. `format` has a shape.
+    """Text of the grammar. `format` has a shape. Markers are text: no token of it is special.
 
-    required: the answer is calls; else it is text, which calls may follow. reasoning: thoughts may
-    come first; inside: the prompt has opened them. special: markers that are special tokens -> id.
+    required: the answer is calls; else it is text, which calls may follow, or with `content`, a
+    JSON schema, either such JSON or calls (of a format with a marker). reasoning: thoughts may come
+    first; inside: the prompt has opened them.
     """
-    writer = _Writer(dict(special or {}))
-    thoughts = writer.thoughts(reasoning, inside) if reasoning is not None else ""
     before, middle, after = format.shape or ("", "", "")
     opening, closing = format.around
-    rules = []
+    first, rules = opening + before, _thoughts(reasoning, inside)
+    start = "thoughts" if reasoning is not None else ""
     for number, (name, schema) in enumerate(tools.items()):
         styled = json.dumps({**(schema or {"type": "object"}), "x-guidance": _STYLE})
-        rules.append(
-            f"body_{number}: {writer.text(name + middle)} %json {styled} {writer.text(after)}"
-        )
-    body = " | ".join(f"body_{number}" for number in range(len(rules)))
-    more = f"({writer.text(format.between + before)} body)*" if parallel else ""
-    rest = f"body {more} {writer.text(closing)}"
-    first = opening + before
+        rules.append(f"body_{number}: {_quoted(name + middle)} %json {styled} {_quoted(after)}")
+    rules.append("body: " + " | ".join(f"body_{number}" for number in range(len(tools))))
+    more = f"({_quoted(format.between + before)} body)*" if parallel else ""
+    rest = f"body {more} {_quoted(closing)}"
     if required:
-        start = f"{thoughts} {writer.text(first)} {rest}"
-    else:
-        start = f"{thoughts} (TEXT | {writer.text_up_to(first, format.markers)} {rest})"
-    return "\n".join([f"start: {start}", *writer.rules, f"body: {body}", *rules, ""])
+        start += f" {_quoted(first)} {rest}"
+    elif content is not None:
+        start += f" (content | {_quoted(first)} {rest})"
+        rules.append(f"content: %json {content}")
+    elif format.marker:
+        start += f" (TEXT | lead {_quoted(first.removeprefix(format.marker))} {rest})"
+        marker = _escaped(format.marker)
+        rules.append(f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{marker}(.|\\n)*/")
+        rules.append(f"lead[lazy]: /(.|\\n)*{marker}/")
+    else:  # a call is a whole text
+        start += f" (TEXT | {_quoted(first)} {rest})"
+        rules.append(f"TEXT: /(.|\\n)*/ & ~/{_escaped(first)}(.|\\n)*/")
+    return "\n".join([f"start: {start}", *rules, ""])
 
 
-class _Writer:
-    """Texts as the grammar spells them: special tokens by id, the rest quoted."""
+def _thoughts(format: ReasoningFormat | None, inside: bool) -> list[str]:
+    if format is None:
+        return []
+    said = "said" if inside else f"({_quoted(format.begin)} said)?"
+    return [
+        f"thoughts: {said} BLANK",
+        f"said[lazy]: /(.|\\n)*{_escaped(format.end)}/",
+        "BLANK: /[ \\n]{0,4}/",
+    ]
 
-    def __init__(self, special: dict[str, int]) -> None:
-        self._special = special
-        self.rules: list[str] = []
 
-    def text(self, text: str) -> str:
-        if not text:
-            return ""
-        pattern = "|".join(re.escape(m) for m in sorted(self._special, key=len, reverse=True))
-        pieces = re.split(f"({pattern})", text) if pattern else [text]
-        return " ".join(
-            f"<[{self._special[p]}]>" if p in self._special else json.dumps(p, ensure_ascii=False)
-            for p in pieces
-            if p
-        )
-
-    def thoughts(self, format: ReasoningFormat, inside: bool) -> str:
-        if format.end in self._special:  # a special token is no text, so text ends before it
-            self.rules.append(f"thoughts: /(.|\\n)*/ {self.text(format.end)}")
-        else:
-            self.rules.append(f"thoughts[lazy]: /(.|\\n)*{_escaped(format.end)}/")
-        self.rules.append("BLANK: /[ \\n]{0,4}/")
-        whole = "thoughts" if inside else f"({self.text(format.begin)} thoughts)?"
-        return f"{whole} BLANK"
-
-    def text_up_to(self, first: str, markers: Sequence[str]) -> str:
-        """Any text, and `first` behind it; defines TEXT, which has no marker of a call."""
-        marker = next((m for m in markers if first.startswith(m)), None)
-        if marker in self._special:  # which no regular expression matches
-            self.rules.append("TEXT: /(.|\\n)*/")
-            return f"TEXT {self.text(first)}"
-        if marker is None:  # only a whole text is a call
-            self.rules.append(f"TEXT: /(.|\\n)*/ & ~/{_escaped(first)}(.|\\n)*/")
-            return self.text(first)
-        self.rules.append(f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{_escaped(marker)}(.|\\n)*/")
-        self.rules.append(f"lead[lazy]: /(.|\\n)*{_escaped(marker)}/")
-        return f"lead {self.text(first.removeprefix(marker))}"
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 def _escaped(text: str) -> str:

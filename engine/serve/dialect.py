@@ -188,7 +188,7 @@ class Dialect:
             self.reasoning = REASONING_FORMATS[settings.reasoning_format]
         self._reads_tools: bool | None = None
         self._form: tuple[bool, bool] | None = None
-        self._special: dict[str, int] | None = None
+        self._special: frozenset[str] | None = None
         self._inside: dict[tuple[int, ...], bool] = {}
         log.info(
             "tool calls are read as %s, reasoning as %s",
@@ -208,11 +208,14 @@ class Dialect:
     ) -> Turn:
         """Errors: ApiError, RequestRefused (the template's)."""
         prompt = await self.render(llm, messages, use, options)
+        held = use.constrained or bool(use.offered and params.structured)
         # An output of another form than text has no thoughts before it.
-        reasoning = self.reasoning if params.structured is None or use.constrained else None
+        reasoning = self.reasoning if params.structured is None or held else None
+        if held and reasoning is not None and reasoning.end in await self._special_markers(llm):
+            reasoning = None
         inside = reasoning is not None and await self._is_inside(llm, reasoning, prompt)
         format = self.tools if use.offered else None
-        if use.constrained:
+        if held:
             grammar = await self._grammar(llm, params, use, reasoning, inside)
             params = params.replace(structured=StructuredOutput(grammar=grammar))
         markers = (*(format.markers if format else ()), *_markers(reasoning))
@@ -332,6 +335,7 @@ class Dialect:
     ) -> str:
         format = self.tools
         param = use.param if use.required else "tools"
+        content = params.structured
         if format is None or format.shape is None:
             raise ApiError(
                 "unsupported",
@@ -339,32 +343,47 @@ class Dialect:
                 "so no grammar can hold the model to them; use tool_choice auto without strict",
                 param=param,
             )
-        if params.structured is not None:
+        if content is not None and content.kind not in ("json_schema", "json_object"):
             raise ApiError(
                 "unsupported",
-                f"{param}: a required or strict tool call leaves no other form to the answer; "
-                "leave out one of the two",
+                f"{param}: beside tools the answer's form is a JSON schema or any JSON object, not "
+                f"a {content.kind}",
+                param=param,
+            )
+        if not use.required and format.marker in await self._special_markers(llm):
+            raise ApiError(
+                "unsupported",
+                f"{param}: this model begins a call with the special token {format.marker}, which "
+                "no grammar can offer beside text; use tool_choice required, or tools without "
+                "strict",
+                param=param,
+            )
+        if not use.required and content is not None and not format.marker:
+            raise ApiError(
+                "unsupported",
+                f"{param}: calls of the format {format.name} cannot be told from another JSON "
+                "answer; leave out the tools or the answer's form",
                 param=param,
             )
         return call_grammar(
             use.callable,
             format,
             required=use.required,
+            content=None if content is None else content.json_schema or '{"type": "object"}',
             parallel=use.parallel,
             reasoning=reasoning,
             inside=inside,
-            special=await self._special_ids(llm),
         )
 
-    async def _special_ids(self, llm: AsyncLLM) -> dict[str, int]:
-        """Markers that are special tokens: those that leave no text."""
+    async def _special_markers(self, llm: AsyncLLM) -> frozenset[str]:
+        """Markers that are special tokens, which leave no text; no grammar can ask for those."""
         if self._special is None:
-            found = {}
+            found = set()
             for marker in (*(self.tools.markers if self.tools else ()), *_markers(self.reasoning)):
                 ids = await llm.tokenize(marker, add_special_tokens=False)
                 if len(ids) == 1 and not await llm.detokenize(ids):
-                    found[marker] = ids[0]
-            self._special = found
+                    found.add(marker)
+            self._special = frozenset(found)
         return self._special
 
 

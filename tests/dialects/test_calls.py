@@ -37,7 +37,7 @@ CALLS = st.lists(
     min_size=1,
     max_size=3,
 )
-CASES = count(reduced=40, full=1000)
+CASES = count(reduced=25, full=1000)
 
 
 def parser(format: ToolFormat, *, inside: bool = False) -> AnswerParser:

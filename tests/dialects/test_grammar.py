@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engineroom.engine.dialects.formats import TOOL_FORMATS, ToolFormat
@@ -20,8 +22,12 @@ TOOLS = {
     },
     "time": None,
 }
-GOOD = ("weather", {"city": "Rome", "day": "mon"})
-BAD = [("weather", {"city": 5}), ("weather", {}), ("weather", {"city": "x", "day": "sun"})]
+GOOD: tuple[str, dict[str, Any]] = ("weather", {"city": "Rome", "day": "mon"})
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("weather", {"city": 5}),
+    ("weather", {}),
+    ("weather", {"city": "x", "day": "sun"}),
+]
 WRITTEN = [f for f in TOOL_FORMATS.values() if f.shape is not None]
 THINK = REASONING_FORMATS["think"]
 
@@ -33,7 +39,7 @@ def accepts(grammar: str, text: str) -> bool:
     assert not refused, refused
     matcher = llguidance.LLMatcher(tokenizer, grammar)
     ids = tokenizer.tokenize_str(text)
-    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
 
 @pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)
@@ -58,6 +64,18 @@ def test_text_or_strict_calls(format: ToolFormat) -> None:
         assert accepts(grammar, "Let me see.\n" + format.write([GOOD]))
 
 
+@pytest.mark.parametrize("format", [f for f in WRITTEN if f.marker], ids=lambda f: f.name)
+def test_calls_or_an_answer_of_a_schema(format: ToolFormat) -> None:
+    schema = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
+    grammar = call_grammar(
+        TOOLS, format, required=False, content=schema, parallel=True, reasoning=THINK
+    )
+    for text in ('{"n": 5}', '<think>a</think>{"n": 5}', format.write([GOOD])):
+        assert accepts(grammar, text)
+    for text in ("Hello", '{"n": "x"}', format.write([BAD[0]])):
+        assert not accepts(grammar, text)
+
+
 @pytest.mark.parametrize("format", WRITTEN, ids=lambda f: f.name)
 def test_thoughts_before_a_call(format: ToolFormat) -> None:
     call = format.write([GOOD])
@@ -67,15 +85,3 @@ def test_thoughts_before_a_call(format: ToolFormat) -> None:
     assert not accepts(grammar, "<think>a</think>\n\nHello")
     inside = call_grammar(TOOLS, format, required=True, parallel=True, reasoning=THINK, inside=True)
     assert accepts(inside, f"Hm.\n</think>\n\n{call}") and not accepts(inside, call)
-
-
-def test_special_tokens_are_named_by_their_ids() -> None:
-    grammar = call_grammar(
-        TOOLS,
-        TOOL_FORMATS["mistral"],
-        required=True,
-        parallel=True,
-        special={"[TOOL_CALLS]": 5, "[ARGS]": 32},
-    )
-    assert "<[5]> body" in grammar and '"weather" <[32]> %json' in grammar
-    assert "TOOL_CALLS" not in grammar

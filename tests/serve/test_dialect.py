@@ -150,3 +150,24 @@ def test_the_switch_for_thinking(name: str, wanted: bool, said: Any) -> None:
             dialect.thinking(wanted, "reasoning_effort", effort)
     else:
         assert dialect.thinking(wanted, "reasoning_effort", effort) == said
+
+
+def test_a_marker_that_is_a_special_token_allows_required_calls_alone() -> None:
+    class Special(Rendering):
+        async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [7] if text == "[TOOL_CALLS]" else await super().tokenize(text)
+
+        async def detokenize(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+            shown = [i for i in ids if i != 7 or not skip_special_tokens]
+            return await super().detokenize(shown)
+
+    rendering = Special("Mistral-Small-3.2-24B-Instruct-2506")
+    llm, dialect = cast(AsyncLLM, rendering), dialect_of(rendering.template.source)
+    strict = Function(TOOL.name, TOOL.description, TOOL.parameters, strict=True)
+    with pytest.raises(ApiError, match=r"special token \[TOOL_CALLS\]"):
+        asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), ToolUse((strict,)), {}))
+    use = ToolUse((strict,), "required")
+    turn = asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), use, {}))
+    rendering.template.close()
+    assert turn.params.structured is not None
+    assert '"[TOOL_CALLS]" body' in str(turn.params.structured.grammar)

@@ -176,9 +176,11 @@ def test_a_grammar_or_a_schema_is_asked_for(hermes: Running) -> None:
     named = {"type": "function", "name": "weather"}
     answer = post(hermes, PATH, say("GRAMMAR", tools=[TOOL], tool_choice=named)).json
     assert "weather" in answer["output"][0]["content"][0]["text"]
-    form = {"format": {"type": "json_object"}}
-    both = {"text": form, "tools": [TOOL], "tool_choice": "required"}
-    assert post(hermes, PATH, say("x", **both)).error["param"] == "tool_choice"
+    both = {"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}
+    answer = post(hermes, PATH, say("GRAMMAR", **both)).json
+    assert 'content: %json {"type": "object"}' in answer["output"][0]["content"][0]["text"]
+    answer = post(hermes, PATH, say("GRAMMAR", **both, tool_choice="required")).json
+    assert "content:" not in answer["output"][0]["content"][0]["text"]
 
 
 IMAGE = {"role": "user", "content": [{"type": "input_image"}]}

@@ -301,12 +301,6 @@ class EngineConfig:
             self._rate(name, getattr(self, name))
         if self.quantization is not None:
             self._one_of("quantization", QUANTIZATIONS, "; None keeps the checkpoint's own bits")
-        if self.save is not None and self.quantization is None:
-            raise ConfigError(
-                "save",
-                f"save={self.save!r} keeps weights that are quantised on load; it needs "
-                f"quantization, one of {', '.join(QUANTIZATIONS)}",
-            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size",

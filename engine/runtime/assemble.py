@@ -15,7 +15,7 @@ from ...kernels.program import Program
 from ...kernels.weights import RawWeight, WeightGroup, WeightTooLarge
 from ...quant.policy import NothingToQuantise, quantise
 from .. import models
-from ..config import ConfigError, EngineConfig, ModelConfig
+from ..config import QUANTIZATIONS, ConfigError, EngineConfig, ModelConfig
 from ..load.chat_template import ChatTemplate, TemplateError, load_chat_template
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.fetch import cache_dir
@@ -161,7 +161,13 @@ def _packed_cache(checkpoint: Checkpoint) -> tuple[Path, str]:
 
 def _kept(config: EngineConfig, say: Progress) -> EngineConfig:
     """The configuration of loading what is quantised from the folder that keeps it."""
-    folder, method = Path(config.save or ""), config.quantization or ""
+    folder, method = Path(config.save or ""), config.quantization
+    if method is None:
+        raise ConfigError(
+            "save",
+            f"save={config.save!r} keeps weights that are quantised on load; it needs "
+            f"quantization, one of {', '.join(QUANTIZATIONS)}",
+        )
     checkpoint = open_checkpoint(resolve(config.model).path)
     try:
         module, model = open_model(checkpoint)

@@ -117,6 +117,7 @@ ENGINE_VALUES = {
     "device": ("reference", "reference"),
     "dtype": ("float32", "float32"),
     "quantization": ("int8", "int8"),
+    "save": ("small", "small"),
     "activations": ("float32", "float32"),
     "kv_cache_dtype": ("int8", "int8"),
     "max_model_len": ("4k", 4000),

@@ -17,13 +17,23 @@ from engineroom.quant.own import SUFFIXES
 from engineroom.quant.policy import SCHEMES
 from tests.data import data_path
 from tests.load.stories260k import convert
-from tests.load.writers import write_safetensors
+from tests.load.writers import to_bf16, write_safetensors
 
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = data_path("stories260K/stories260K.bin").parent
-    return convert(folder, tmp_path_factory.mktemp("stories260K"))
+    made = convert(folder, tmp_path_factory.mktemp("stories260K"))
+    made["bf16"] = made["hf"].with_name("bf16")
+    shutil.copytree(made["hf"], made["bf16"])
+    wide = open_checkpoint(made["hf"])
+    tensors = {}
+    for name in wide.tensor_names:
+        tensor = wide.tensor(name)
+        values = tensor.data.view(np.float32).reshape(tensor.shape)
+        tensors[name] = ("BF16", tensor.shape, to_bf16(values))
+    write_safetensors(made["bf16"] / "model.safetensors", tensors)
+    return made
 
 
 def answer(path: Path, **options: Any) -> tuple[tuple[int, ...], Any]:
@@ -38,15 +48,15 @@ def test_answers_are_those_of_quantising_on_load(
     method: str, forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "small"
-    want = answer(forms["hf"], quantization=method)
-    assert answer(forms["hf"], quantization=method, save=str(folder)) == want
+    want = answer(forms["bf16"], quantization=method)
+    assert answer(forms["bf16"], quantization=method, save=str(folder)) == want
     assert answer(folder) == want
     monkeypatch.setattr(keep, "write_checkpoint", None)  # it is there: nothing is written again
-    assert answer(forms["hf"], quantization=method, save=str(folder)) == want
+    assert answer(forms["bf16"], quantization=method, save=str(folder)) == want
     names = open_checkpoint(folder).tensor_names
-    assert names == open_checkpoint(forms["hf"]).tensor_names
+    assert names == open_checkpoint(forms["bf16"]).tensor_names
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    assert size < 0.9 * sum(p.stat().st_size for p in forms["hf"].glob("*.safetensors"))
+    assert size < 0.9 * sum(p.stat().st_size for p in forms["bf16"].glob("*.safetensors"))
 
 
 def test_each_tensor_is_read_once(

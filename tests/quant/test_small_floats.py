@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engineroom.kernels.cpu import _native
-from engineroom.kernels.weights import FP8, NF4, SMALL_FLOATS, RawWeight
+from engineroom.kernels.weights import FP8, NF4, NF4_CODEBOOK, SMALL_FLOATS, RawWeight
 from engineroom.quant.small_floats import e4m3_values, quantise_fp8, quantise_nf4
 from engineroom.quant.values import block_dtype, dequantise, row_dtype
 from tests.counts import count
@@ -66,6 +66,9 @@ def test_nf4_is_byte_for_byte_that_of_bitsandbytes(columns: int) -> None:
     )
     for seed in range(count(reduced=4, full=100)):
         x = hostile(columns, seed)
+        table = np.array(NF4_CODEBOOK, np.float32)
+        x[19, :64] = 1
+        x[19, :15] = (table[:-1] + table[1:]) / 2  # ties
         packed, state = functional.quantize_4bit(
             torch.from_numpy(x), blocksize=64, quant_type="nf4", compress_statistics=False
         )

@@ -1,0 +1,168 @@
+"""Published weights read here equal what the format's own library makes of the same tensors.
+
+compressed-tensors compresses random and hostile weights, and what it decompresses is compared
+element for element. bitsandbytes is held so in double quantisation and
+LLM.int8() (its NF4 packing: test_small_floats.py), gguf in test_gguf_dequantise.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engineroom.engine.load.checkpoint import open_checkpoint
+from engineroom.quant.values import dequantise
+from tests.load.published import ct
+from tests.load.writers import write_safetensors
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch", reason="the libraries need torch")
+
+_DTYPES = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int32": "I32", "torch.int64": "I64"}
+_DTYPES |= {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float8_e4m3fn": "F8_E4M3"}
+
+
+def hostile(rows: int, columns: int) -> Any:
+    """A row and a group of zeros, one outlier, tiny values, one sign, negative zeros."""
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((rows, columns), np.float32))
+    x[0] = 0
+    x[1, :128] = 0
+    x[2, columns // 2] = 1000
+    x[3] = x[3].abs()
+    x[4] *= 1e-30
+    x[5, ::2] = -0.0
+    return x
+
+
+def read(folder: Path, settings: Any, tensors: dict[str, Any]) -> np.ndarray:
+    """The values of module m's weight, its columns as the input has them."""
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    made: dict[str, Any] = {"norm": np.ones(2, np.float32)}
+    for name, t in tensors.items():
+        raw = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        made[f"m.{name}"] = (_DTYPES[str(t.dtype)], tuple(t.shape), raw)
+    write_safetensors(folder / "model.safetensors", made)
+    weight = open_checkpoint(folder).tensor("m.weight")
+    values = dequantise(weight)
+    if weight.columns is None:
+        return values
+    out = np.empty_like(values)
+    out[:, weight.columns] = values
+    return out
+
+
+INTEGERS = [
+    ("pack-quantized", {"num_bits": 4, "group_size": 128, "strategy": "group"}),
+    ("pack-quantized", {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": False}),
+    ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    ("pack-quantized", {"num_bits": 8, "group_size": 64, "strategy": "group", "symmetric": False}),
+    ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+]
+
+
+def scheme_of(arguments: dict[str, Any]) -> Any:
+    quantization = pytest.importorskip(
+        "compressed_tensors.quantization", reason="compressed-tensors is not installed"
+    )
+    weights = quantization.QuantizationArgs(**arguments)
+    return quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+@pytest.mark.parametrize(("form", "arguments"), INTEGERS)
+@pytest.mark.parametrize("columns", [384, 640])
+def test_integers_of_compressed_tensors(
+    form: str, arguments: dict[str, Any], columns: int, tmp_path: Path
+) -> None:
+    scheme = scheme_of(arguments)
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x, size = hostile(48, columns), arguments.get("group_size") or columns
+    groups = x.reshape(48, -1, size)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+    scale = scale.to(torch.bfloat16).float()  # as checkpoints have them: d q - d zero is exact
+    state = {"weight": x, "weight_scale": scale, "weight_zero_point": zero}
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    want = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+    got = read(tmp_path / "m", ct(form, **arguments), packed)
+    np.testing.assert_array_equal(got, want.numpy())
+
+
+@pytest.mark.parametrize("columns", [384, 640])
+def test_mxfp4_of_compressed_tensors(columns: int, tmp_path: Path) -> None:
+    arguments = {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group"}
+    scheme = scheme_of(arguments)
+    from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+
+    x = hostile(48, columns)
+    largest = x.reshape(48, -1, 32).abs().amax(-1)
+    scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=1e-30))) - 2)
+    state = {"weight": x, "weight_scale": scale}
+    packed = MXFP4PackedCompressor.compress(state, scheme)
+    want = MXFP4PackedCompressor.decompress(packed, scheme)["weight"]
+    settings = ct("mxfp4-pack-quantized", **arguments)
+    got = read(tmp_path / "m", settings, packed)
+    np.testing.assert_array_equal(got, want.float().numpy())
+
+
+@pytest.mark.parametrize("columns", [384, 640])
+def test_nvfp4_of_compressed_tensors(columns: int, tmp_path: Path) -> None:
+    """It gives bfloat16: our float32 values, rounded, are those."""
+    arguments = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
+    scheme = scheme_of(arguments)
+    from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+
+    x = hostile(48, columns)
+    whole = (448 * 6 / x.abs().max()).reshape(1)
+    largest = x.reshape(48, -1, 16).abs().amax(-1)
+    scale = (largest / 6 * whole).clamp(max=448).to(torch.float8_e4m3fn).float()
+    scale = torch.where(scale == 0, torch.tensor(2.0**-9), scale)
+    state = {"weight": x, "weight_scale": scale, "weight_global_scale": whole}
+    packed = NVFP4PackedCompressor.compress(state, scheme)
+    want = NVFP4PackedCompressor.decompress(packed, scheme)["weight"]
+    got = read(tmp_path / "m", ct("nvfp4-pack-quantized", **arguments), packed)
+    np.testing.assert_array_equal(
+        torch.from_numpy(got).to(torch.bfloat16).float().numpy(), want.float().numpy()
+    )
+
+
+@pytest.mark.parametrize("columns", [384, 640])
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_of_bitsandbytes(columns: int, double: bool, tmp_path: Path) -> None:
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed"
+    )
+    x = hostile(48, columns)
+    packed, state = functional.quantize_4bit(
+        x, blocksize=64, quant_type="nf4", compress_statistics=double
+    )
+    tensors = {"weight": packed}
+    for name, value in state.as_dict(packed=True).items():
+        tensors[f"weight.{name}"] = value
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+    }
+    got = read(tmp_path / "m", settings, tensors)
+    np.testing.assert_array_equal(got, functional.dequantize_4bit(packed, state).numpy())
+
+
+@pytest.mark.parametrize("columns", [384, 640])
+def test_llm_int8_of_bitsandbytes(columns: int, tmp_path: Path) -> None:
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed"
+    )
+    x = hostile(48, columns).half()
+    codes, largest, _ = functional.int8_vectorwise_quant(x)
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    got = read(tmp_path / "m", settings, {"weight": codes, "SCB": largest})
+    want = codes.float() * (largest.float() / 127)[:, None]
+    np.testing.assert_array_equal(got, want.numpy())

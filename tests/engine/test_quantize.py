@@ -18,6 +18,7 @@ from engineroom.engine.runtime.load import open_model, raw_weights
 from engineroom.engine.tools import quantize as quantising
 from engineroom.engine.tools.calibration import Taps, cut_piece, taps
 from engineroom.engine.tools.quantize import QuantizeConfig, quantize
+from engineroom.engine.tools.quantize_gguf import quantize_gguf
 from engineroom.engine.tools.texts import Text
 from engineroom.kernels.backend import KVSpec, StepInputs
 from engineroom.kernels.cpu.backend import CpuBackend
@@ -202,3 +203,33 @@ def test_a_tap_is_the_value_of_the_whole_model_bit_for_bit(folder: Path) -> None
         for i, sequence in enumerate(ids):
             step = StepInputs(sequence, at, ends, ends[1:], table, at, at)
             np.testing.assert_array_equal(executable.run(step).numpy(), rows[40 * i : 40 * i + 40])
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_a_gguf_file_of_another(format: str, tmp_path: Path) -> None:
+    """Its metadata is the same; the gguf package reads the same values of it as we do."""
+    gguf = pytest.importorskip("gguf", reason="the oracle is the gguf package, which is absent")
+    source = convert(data_path("stories260K/stories260K.bin").parent, tmp_path / "made")["F32"]
+    out = tmp_path / "out.gguf"
+    method = "rtn" if format == "Q8_0" else "imatrix"
+    config = QuantizeConfig(
+        model=str(source), out=str(out), format=format, method=method, context=32, samples=2
+    )
+    report = quantize_gguf(config, TEXT)
+    checkpoint, before = open_checkpoint(out), open_checkpoint(source)
+    read = gguf.GGUFReader(out)
+    theirs = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
+    made = 0
+    for name in before.tensor_names:
+        weight = checkpoint.tensor(name)
+        np.testing.assert_array_equal(dequantise(weight), theirs[name].reshape(weight.shape))
+        made += weight.format is not before.tensor(name).format
+    assert made == report["weights"] > 0
+    if format == "Q4_K":  # rows of 64 are no whole blocks of 256
+        assert checkpoint.tensor("blk.0.attn_q.weight").format.name == "Q4_0"
+    changed = {k for k, v in before.metadata.items() if checkpoint.metadata[k] != v}
+    assert changed <= {"general.file_type"}
+    checkpoint.close()
+    before.close()
+    with pytest.raises(ConfigError, match="exists already"):
+        quantize_gguf(config, TEXT)

@@ -5,6 +5,9 @@ a group's range, least squares for the scale (and minimum) of the levels that ea
 fit of the smallest weighted error kept.
 """
 
+# mypy: no-warn-return-any
+# (numpy types what is computed from float32 arrays and Python numbers as Any)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

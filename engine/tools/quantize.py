@@ -324,7 +324,11 @@ def _calibrate(
         unit="tap",
         disable=not sys.stderr.isatty(),
     )
+    replaced: tuple[str, ...] = ()
     for index, (tap, rows) in enumerate(bar):
+        for name in replaced:  # what they make is known by now
+            running.weights[name] = model.weights[name]
+        replaced = tap.weights
         tapped = parts.load(index)
         if tapped is None:
             tapped = _solve(config, model, grid, tap, rows)

@@ -104,7 +104,7 @@ def _importance(
     ids = sequences(config, checkpoint, text)
     found = taps(program, layers)
     running = Taps(program, weights, backend, ids).go(found)
-    importance = {}
+    importance: dict[str, np.ndarray] = {}
     for tap, rows in tqdm(
         running, total=len(found), desc="calibrating", disable=not sys.stderr.isatty()
     ):

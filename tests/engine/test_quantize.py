@@ -118,6 +118,26 @@ def test_calibrated_weights_are_nearer_than_rounded_ones(
     assert 0 < report["mean_relative_error"] < 0.02
 
 
+def test_what_awq_multiplies_columns_by_is_divided_out_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the factors are, the model stays near: powers of two fold into norms and up layers
+    exactly."""
+    want = logprobs(folder)
+    made(folder, tmp_path / "rtn", method="rtn", group_size=32)
+    asked = []
+
+    def scales(values: np.ndarray, *rest: Any) -> np.ndarray:
+        asked.append(values.shape[1])
+        return np.exp2(np.arange(values.shape[1]) % 3 - 1).astype(np.float32)
+
+    monkeypatch.setattr(quantising.calibrate, "awq_scales", scales)
+    made(folder, tmp_path / "awq", method="awq", group_size=32)
+    assert asked == [128, 128, 256] * 2  # q, k and v; gate and up; down: not o, of grouped queries
+    far = [float(np.square(logprobs(tmp_path / x) - want).mean()) for x in ("rtn", "awq")]
+    assert far[1] < 3 * far[0]
+
+
 def test_a_killed_run_goes_on_and_makes_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from engineroom import LLM
 from engineroom.engine import models
+from engineroom.engine.cli import main
 from engineroom.engine.config import ConfigError
 from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.runtime.assemble import linear_weights
@@ -266,3 +267,20 @@ def test_a_gguf_file_of_another(format: str, tmp_path: Path) -> None:
     before.close()
     with pytest.raises(ConfigError, match="exists already"):
         quantize_gguf(config, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "x", "-o", "y", "--method", "awq", "--format", "Q4_K"], "rtn, imatrix"),
+        (["quantize", "x", "-o", "y", "--format", "W8A8", "--group-size", "32"], "no groups"),
+        (["eval", "x", "--text", "no-such-file"], "no UTF-8 text can be read of it"),
+    ],
+)
+def test_a_wrong_option_is_the_callers_error(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("engineroom: E-CONFIG-01")
+    assert said in error

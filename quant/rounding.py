@@ -124,7 +124,8 @@ def e4m3_codes(values: np.ndarray) -> np.ndarray:
     code = np.searchsorted(_E4M3_BETWEEN, size)
     tie = (code < len(_E4M3_BETWEEN)) & (size == _E4M3_BETWEEN[np.minimum(code, 125)])
     code = np.where(tie & (code % 2 == 1), code + 1, code).astype(np.uint8)
-    return np.where(np.signbit(values), code | np.uint8(0x80), code)
+    signed: np.ndarray = np.where(np.signbit(values), code | np.uint8(0x80), code)
+    return signed
 
 
 def fp8_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

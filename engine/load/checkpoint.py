@@ -143,6 +143,10 @@ class GgufCheckpoint:
     def fingerprint(self) -> str:
         return self._file.file.fingerprint()
 
+    @property
+    def file(self) -> GgufFile:
+        return self._file
+
     def close(self) -> None:
         self._file.close()
 

@@ -58,6 +58,7 @@ _TENSOR_TYPE_NAMES = """
 """
 _TENSOR_TYPES = dict(enumerate(_TENSOR_TYPE_NAMES.split()))
 _TENSOR_TYPES |= {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+TENSOR_NUMBERS = {name: number for number, name in _TENSOR_TYPES.items()}
 
 # The types that known keys must have: int8 "scores" read as float32 were a real hole elsewhere.
 _EXPECTED: dict[str, tuple[str, ...]] = {
@@ -202,7 +203,9 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.file = MappedFile(path)
         try:
-            self.version, self.metadata, self.tensors = _Header(self.file).read()
+            header = _Header(self.file)
+            self.version, self.metadata, self.tensors = header.read()
+            self._pairs = header.pairs
         except BaseException:
             self.file.close()
             raise
@@ -214,6 +217,11 @@ class GgufFile:
             raise no_such_tensor(self.file.name, name, self.tensors)
         data = self.file.view(info.offset, info.nbytes)
         return RawWeight(name, info.format, info.shape, {"data": data})
+
+    @property
+    def pairs(self) -> bytes:
+        """The metadata as the file has it: keys, types and values."""
+        return self.file.buffer[self._pairs]
 
     def close(self) -> None:
         self.file.close()
@@ -228,15 +236,17 @@ class _Header:
         self.size = file.size
         self.at = 0
         self.texts = 0  # seen in arrays so far
+        self.pairs = slice(0)  # of the file's bytes, the metadata's
 
     def read(self) -> tuple[int, Metadata, dict[str, TensorInfo]]:
         version = self.version()
         # The least that one entry takes: a tensor 8 + 4 + 8 + 4 + 8 bytes, a pair 8 + 4 + 1.
         num_tensors = self.count("tensor_count", MAX_TENSORS, 32)
         num_keys = self.count("metadata_kv_count", MAX_KEYS, 13)
-        metadata = Metadata(self.file)
+        metadata, start = Metadata(self.file), self.at
         for i in range(num_keys):
             self.pair(i, metadata)
+        self.pairs = slice(start, self.at)
         self.check_metadata(metadata)
         entries = [self.tensor_entry(i) for i in range(num_tensors)]
         return version, metadata, self.place(entries, metadata.get("general.alignment", 32))
@@ -484,4 +494,4 @@ class _Header:
         return tensors
 
 
-__all__ = ["CheckpointError", "GgufFile", "Metadata", "TensorInfo"]
+__all__ = ["TENSOR_NUMBERS", "CheckpointError", "GgufFile", "Metadata", "TensorInfo"]

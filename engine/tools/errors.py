@@ -330,8 +330,15 @@ def find(error: BaseException) -> ErrorCode:
     return _BY_CODE["E-INTERNAL-01"]
 
 
+# Of `eval` and `quantize`, as their errors name them.
+_TOOL_OPTIONS = frozenset(
+    ("against", "context", "format", "group_size", "method", "out", "samples", "save", "text")
+)
+
+
 def _options() -> set[str]:
-    return {f.name for kind in (EngineConfig, ServeConfig) for f in dataclasses.fields(kind)}
+    known = {f.name for kind in (EngineConfig, ServeConfig) for f in dataclasses.fields(kind)}
+    return known | _TOOL_OPTIONS
 
 
 __all__ = ["ERRORS", "EXIT_STATUSES", "ErrorCode", "find"]

@@ -6,6 +6,9 @@ the kernel's way of multiplying allows; and a row alone must give the bits that 
 others.
 """
 
+# mypy: no-warn-return-any
+# (numpy types the fields of a structured array, and what is computed from them, as Any)
+
 from __future__ import annotations
 
 import time
@@ -76,22 +79,22 @@ def random_weight(fmt: Format, num_rows: int, columns: int) -> RawWeight:
     rng = np.random.default_rng(31)
     data = rng.integers(0, 256, num_rows * fmt.row_bytes(columns), np.uint8)
     if fmt.is_float:
-        values = rng.standard_normal((num_rows, columns), np.float32)
+        floats = rng.standard_normal((num_rows, columns), np.float32)
         if fmt.name == "F32":
-            return float_weight(fmt.name, values)
-        bits = values.view(np.uint32) >> 16 if fmt.name == "BF16" else values.astype("<f2")
+            return float_weight(fmt.name, floats)
+        bits = floats.view(np.uint32) >> 16 if fmt.name == "BF16" else floats.astype("<f2")
         data = bits.astype("<u2" if fmt.name == "BF16" else "<f2").reshape(-1).view(np.uint8)
         return RawWeight(fmt.name, fmt, (num_rows, columns), {"data": data})
     rows = data.view(row_dtype(fmt, columns))
     for where, layout in ((rows, fmt.header), (rows["blocks"], fmt.layout)):
         for field, kind, _ in layout:
-            values = where[field]
+            values: Any = where[field]
             if field == "zero":
                 values[:] = rng.integers(-8, 8, values.shape)
             elif kind in ("f2", "f4"):
                 values[:] = rng.uniform(0.5, 1, values.shape) / 64
             elif field == "values":
-                values[:] &= 0xF7  # no NaN among codes of floats
+                values[:] = values & np.uint8(0xF7)  # no NaN among codes of floats
             elif field == "scale" and not fmt.header and fmt.block_elements <= 32:
                 values[:] = rng.integers(112, 120, values.shape)  # a power of two, or a small float
     return RawWeight(fmt.name, fmt, (num_rows, columns), {"data": data})
@@ -101,7 +104,7 @@ def _inputs() -> np.ndarray:
     x = np.random.default_rng(32).standard_normal((_ROWS, _COLUMNS)).astype(np.float32)
     x[3, 7::64] *= 50
     x[5] = 0
-    return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # bfloat16 holds them too
+    return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # bfloat16 numbers
 
 
 def _compare(
@@ -110,7 +113,7 @@ def _compare(
     program = Program()
     step = StepHandles.of(program)
     rows = ops.embedding(program.weight("x", x.shape), step.token_ids)
-    made = ops.linear(rows, program.weight("w", weight.shape))  # type: ignore[arg-type]
+    made = ops.linear(rows, program.weight("w", weight.shape))
     program.finish(ops.select_rows(made, step.logit_rows))
     packed = {"x": backend.pack(float_weight("x", x)), "w": backend.pack(weight)}
     executable = backend.lower(program, packed, None)

@@ -46,8 +46,14 @@ from ..runtime.load import open_model, raw_weights
 from .calibration import Tap, Taps, Weights, float_weight, moments, taps
 from .texts import Text
 
-FORMATS = tuple(SCHEMES)
-METHODS = ("rtn", "gptq", "awq")
+# What each kind of format is made by; the formats of GGUF are quantize_gguf.py's.
+METHODS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(SCHEMES, ("rtn", "gptq", "awq")),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_K", "Q6_K"), ("rtn", "imatrix")),
+}
+FORMATS = tuple(METHODS)
+DEFAULT_METHODS = {"W4A16": "gptq", "W4A16_ASYM": "gptq"}
+DEFAULT_METHODS |= dict.fromkeys(("Q4_0", "Q4_K", "Q6_K"), "imatrix")  # others: rtn
 _COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 _WRITTEN = ("config.json", "model.safetensors.index.json", "engineroom-eval.json")
 _GROUP_SIZES = (128, 64, 32)
@@ -68,10 +74,11 @@ class QuantizeConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("format", self.format, SCHEMES)
-        grid = SCHEMES[self.format].grid
-        if self.method != "rtn" and (grid is None or (self.method == "awq" and grid.bits != 4)):
+        _one_of("format", self.format, METHODS)
+        _one_of("method", self.method, METHODS[self.format], f" as {self.format}")
+        grid = SCHEMES[self.format].grid if self.format in SCHEMES else None
+        calibrated = self.method in ("gptq", "awq")
+        if calibrated and (grid is None or (self.method == "awq" and grid.bits != 4)):
             kinds = "4-bit integers" if self.method == "awq" else "integers"
             raise ConfigError(
                 "method", f"method {self.method} makes {kinds}, not {self.format}; take rtn for it"
@@ -87,9 +94,11 @@ class QuantizeConfig:
                 raise ConfigError(name, f"{name} is at least {least}, not {getattr(self, name)}")
 
 
-def _one_of(name: str, value: str, known: Any) -> None:
+def _one_of(name: str, value: str, known: Any, where: str = "") -> None:
     if value not in known:
-        raise ConfigError(name, f"{name} {value!r} is not made; these are: {', '.join(known)}")
+        raise ConfigError(
+            name, f"{name} {value!r} is not made{where}; these are: {', '.join(known)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -304,7 +313,9 @@ def _calibrate(
         activations="float32",
     )
     found = taps(model.program, model.names)
-    running = Taps(model.program, dict(model.weights), backend, _sequences(config, model, text))
+    running = Taps(
+        model.program, dict(model.weights), backend, sequences(config, model.checkpoint, text)
+    )
     errors = []
     bar = tqdm(
         running.go(found),
@@ -313,7 +324,11 @@ def _calibrate(
         unit="tap",
         disable=not sys.stderr.isatty(),
     )
+    replaced: tuple[str, ...] = ()
     for index, (tap, rows) in enumerate(bar):
+        for name in replaced:  # what they make is known by now
+            running.weights[name] = model.weights[name]
+        replaced = tap.weights
         tapped = parts.load(index)
         if tapped is None:
             tapped = _solve(config, model, grid, tap, rows)
@@ -326,9 +341,9 @@ def _calibrate(
     return errors
 
 
-def _sequences(config: QuantizeConfig, model: _Model, text: Text) -> list[list[int]]:
+def sequences(config: QuantizeConfig, checkpoint: Checkpoint, text: Text) -> list[list[int]]:
     """Up to `samples` runs of `context` tokens, evenly spread over the text."""
-    tokenizer = load_tokenizer(model.checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(text.text, parse_special=False)
     room = len(ids) // config.context
     if not room:
@@ -508,4 +523,13 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["FORMATS", "METHODS", "QuantizeConfig", "quantize", "render", "scalable"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "FORMATS",
+    "METHODS",
+    "QuantizeConfig",
+    "quantize",
+    "render",
+    "scalable",
+    "sequences",
+]

@@ -11,6 +11,7 @@ import pytest
 
 from engineroom import LLM
 from engineroom.engine import models
+from engineroom.engine.cli import main
 from engineroom.engine.config import ConfigError
 from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.runtime.assemble import linear_weights
@@ -18,6 +19,7 @@ from engineroom.engine.runtime.load import open_model, raw_weights
 from engineroom.engine.tools import quantize as quantising
 from engineroom.engine.tools.calibration import Taps, cut_piece, taps
 from engineroom.engine.tools.quantize import QuantizeConfig, quantize
+from engineroom.engine.tools.quantize_gguf import quantize_gguf
 from engineroom.engine.tools.texts import Text
 from engineroom.kernels.backend import KVSpec, StepInputs
 from engineroom.kernels.cpu.backend import CpuBackend
@@ -117,6 +119,39 @@ def test_calibrated_weights_are_nearer_than_rounded_ones(
     assert 0 < report["mean_relative_error"] < 0.02
 
 
+def test_what_awq_multiplies_columns_by_is_divided_out_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Powers of two fold into norms and up layers exactly; what is left is rounding to 4 bits."""
+    asked = []
+
+    def scales(values: np.ndarray, *rest: Any) -> np.ndarray:
+        asked.append(values.shape[1])
+        return factors(values.shape[1])
+
+    def factors(count: int) -> np.ndarray:
+        return np.exp2(np.arange(count) % 3 - 1).astype(np.float32)
+
+    monkeypatch.setattr(quantising.calibrate, "awq_scales", scales)
+    made(folder, tmp_path / "awq", method="awq", group_size=32)
+    assert asked == [128, 128, 256] * 2  # q, k and v; gate and up; down: not o, of grouped queries
+    wide, small = matrices(folder), matrices(tmp_path / "awq")
+    for name, values in wide.items():
+        found = small[name]
+        if "o_proj" not in name:
+            found = found / factors(found.shape[1])
+        if "up_proj" in name:
+            found = found * factors(found.shape[0])[:, None]
+        assert np.linalg.norm(found - values) < 0.2 * np.linalg.norm(values), name
+    before, after = open_checkpoint(folder), open_checkpoint(tmp_path / "awq")
+    for name in before.tensor_names:
+        if "layernorm" in name:
+            norms = [dequantise(c.tensor(name)) for c in (before, after)]
+            np.testing.assert_array_equal(norms[1] * factors(128), norms[0])
+    before.close()
+    after.close()
+
+
 def test_a_killed_run_goes_on_and_makes_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,3 +237,50 @@ def test_a_tap_is_the_value_of_the_whole_model_bit_for_bit(folder: Path) -> None
         for i, sequence in enumerate(ids):
             step = StepInputs(sequence, at, ends, ends[1:], table, at, at)
             np.testing.assert_array_equal(executable.run(step).numpy(), rows[40 * i : 40 * i + 40])
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+def test_a_gguf_file_of_another(format: str, tmp_path: Path) -> None:
+    """Its metadata is the same; the gguf package reads the same values of it as we do."""
+    gguf = pytest.importorskip("gguf", reason="the oracle is the gguf package, which is absent")
+    source = convert(data_path("stories260K/stories260K.bin").parent, tmp_path / "made")["F32"]
+    out = tmp_path / "out.gguf"
+    method = "rtn" if format == "Q8_0" else "imatrix"
+    config = QuantizeConfig(
+        model=str(source), out=str(out), format=format, method=method, context=32, samples=2
+    )
+    report = quantize_gguf(config, TEXT)
+    checkpoint, before = open_checkpoint(out), open_checkpoint(source)
+    read = gguf.GGUFReader(out)
+    theirs = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
+    made = 0
+    for name in before.tensor_names:
+        weight = checkpoint.tensor(name)
+        np.testing.assert_array_equal(dequantise(weight), theirs[name].reshape(weight.shape))
+        made += weight.format is not before.tensor(name).format
+    assert made == report["weights"] > 0
+    if format == "Q4_K":  # rows of 64 are no whole blocks of 256
+        assert checkpoint.tensor("blk.0.attn_q.weight").format.name == "Q4_0"
+    changed = {k for k, v in before.metadata.items() if checkpoint.metadata[k] != v}
+    assert changed <= {"general.file_type"}
+    checkpoint.close()
+    before.close()
+    with pytest.raises(ConfigError, match="exists already"):
+        quantize_gguf(config, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "x", "-o", "y", "--method", "awq", "--format", "Q4_K"], "rtn, imatrix"),
+        (["quantize", "x", "-o", "y", "--format", "W8A8", "--group-size", "32"], "no groups"),
+        (["eval", "x", "--text", "no-such-file"], "no UTF-8 text can be read of it"),
+    ],
+)
+def test_a_wrong_option_is_the_callers_error(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("engineroom: E-CONFIG-01")
+    assert said in error

@@ -127,13 +127,9 @@ def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str, kv_
     shape, more = SHAPES[name], {"fill": np.nan, "dtype": dtype, "kv_dtype": kv_dtype or dtype}
     tokens = tokens_of(SPLIT + 5)
     whole = Layer(shape, **more).feed_new(tokens)
-    ways = (
-        (8, (SPLIT - 1, 1, 1, 4)),
-        (24, (SPLIT // 2 + 3, SPLIT // 2, 2)),
-        (64, (SPLIT, 5)),
-        (128, (SPLIT + 5,)),
-    )
-    for block_size, chunks in ways if FULL else ways[:2]:
+    ways = ((8, (SPLIT - 1, 1, 1, 4)), (24, (SPLIT // 2 + 3, SPLIT // 2, 2)))
+    more_ways = ((64, (SPLIT, 5)), (128, (SPLIT + 5,)))
+    for block_size, chunks in (*ways, *more_ways) if FULL else ways:
         num_blocks = 1 + len(tokens) // block_size
         layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, **more)
         sequence, done = layer.pages.add(), 0

@@ -173,7 +173,7 @@ def _added_norms(program: Program, steps: list[Step]) -> dict[int, Op]:
     """For an addition's output, the rms_norm that it adds to something else and alone reads."""
     norms = {step.main[0].output: step.main[0] for step in steps if step.main[0].name == "rms_norm"}
     reads = Counter(value for step in steps for value in step.reads)
-    found = {}
+    found: dict[int, Op] = {}
     for step in steps:
         op = step.main[0]
         for value in op.inputs if op.name == "add" and step.after is None else ():
@@ -204,7 +204,7 @@ def _written(program: Program, steps: list[Step]) -> dict[int, Node]:
         size = program.handles[norm.inputs[1]].shape[0]  # type: ignore[index]
         return norm if size == rope.attrs["head_dim"] else None
 
-    found = {}
+    found: dict[int, Node] = {}
     for index, step in enumerate(steps):
         op = step.main[0]
         if op.name != "kv_write":

@@ -223,7 +223,9 @@ class Scratch:
                 rows * (shape.padded + 2), dtype=torch.float32, device=device
             )
         return tuple(
-            self._buffer[: rows * (shape.padded + 2)].split([rows * shape.padded, rows, rows])
+            self._buffer[: rows * (shape.padded + 2)].split(  # type: ignore[no-untyped-call]
+                [rows * shape.padded, rows, rows]
+            )
         )
 
 

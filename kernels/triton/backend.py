@@ -9,7 +9,7 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, graphs, inputs, sampling
+from . import attention, cublas, graphs, inputs, sampling
 from . import device as dev
 from .cache import KVCache
 from .executor import TritonExecutable
@@ -150,7 +150,7 @@ class TritonBackend:
         self, program: Program, max_tokens: int, max_rows: int, max_context: int
     ) -> int:
         """Upper bound of values, splits of attention, sums of groups, pairs of experts, a step's
-        metadata, sampling, and the steps that are recorded, with theirs."""
+        metadata, sampling, the vendor's library, and the steps that are recorded, with theirs."""
         lowered = lower(program, DTYPE_BYTES[self._dtype])
         tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
         values = tokens * lowered.token_bytes + rows * lowered.row_bytes
@@ -173,7 +173,8 @@ class TritonBackend:
         nodes = len(recorded) * graphs.launches(lowered) * graphs.NODE_BYTES
         assert program.result is not None
         drawing = sampling.workspace_bytes(rows, int(program.result.shape[1]))
-        return values + splits + sums + route + metadata + nodes + drawing
+        library = cublas.workspace_bytes(program) if self._device.type == "cuda" else 0
+        return values + splits + sums + route + metadata + nodes + drawing + library
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None
@@ -185,8 +186,9 @@ class TritonBackend:
         """
         self._check_products(program, weights)
         dtype = TORCH_DTYPES[self._dtype]
+        products = cublas.PRODUCTS if self._device.type == "cuda" else None
         return TritonExecutable(
-            program, weights, kv, dtype, self._device, self._activations, self._tuned
+            program, weights, kv, dtype, self._device, self._activations, self._tuned, products
         )
 
     def sampler(self, vocab_size: int) -> sampling.TritonSampler:

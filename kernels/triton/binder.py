@@ -12,6 +12,7 @@ from ..program import Op
 from ..weights import RawWeight
 from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
 from .cache import KVCache
+from .cublas import Products
 from .facts import shape_of, table_of
 from .inputs import scratch_width
 from .lower import Lowered, Node
@@ -39,8 +40,9 @@ class Surroundings:
     """What launches of every step use.
 
     activations: of quantised weights, see quantised.pack; product: dtype of attention's products;
-    view: a value of the step, [rows, width]; sums: scratch of quantised layers' inputs; route: the
-    pairs of the mixture of so many experts that is computed.
+    view: a value of the step, [rows, width]; sums: scratch of quantised layers' inputs; products:
+    large ones by a library, None for none; route: the pairs of the mixture of so many experts that
+    is computed.
     """
 
     kv: KVCache | None
@@ -52,6 +54,7 @@ class Surroundings:
     scratch: attention.Scratch
     view: Callable[[int | None], torch.Tensor]
     sums: Callable[[], torch.Tensor]
+    products: Products | None
     route: Callable[[int], experts.Route]
 
 
@@ -121,11 +124,15 @@ class Binder:
 
     def _rms_norm(self, node: Node) -> list[Launch]:
         op, view, norm = _op(node), self._around.view, self._norm(_op(node))
-        return [
-            lambda step: rms_norm.launch(
-                view(op.inputs[0]), norm.weight, view(op.output), norm.eps, norm.offset
+        out = op.output if node.after is None else node.after.output
+
+        def launch(step: Step) -> None:
+            other = None if node.residual is None else view(node.residual)
+            rms_norm.launch(
+                view(op.inputs[0]), norm.weight, view(out), norm.eps, norm.offset, other
             )
-        ]
+
+        return [launch]
 
     def _norm(self, op: Op) -> Norm:
         weight = self._vector(op.inputs[1])
@@ -334,10 +341,14 @@ class Binder:
         around = self._around
         width = matrix.shape[0] // (2 if matrix.paired else 1)
         before, of = norm
+        plain = bias is None and after in ("", "add") and out not in self._program.fp32_values()
+        run: Callable[..., None] = linear.launch
+        if plain and around.products and around.products.has_our_bits(matrix, around.dtype):
+            run = around.products.launch
 
         def launch(step: Step) -> None:
             first = around.view(out)
-            linear.launch(
+            run(
                 around.view(x),
                 matrix,
                 first.as_strided((first.shape[0], width), first.stride()),

@@ -13,6 +13,7 @@ from ..program import Program
 from . import attention, embedding, experts, rope
 from .binder import Binder, Step, Surroundings
 from .cache import KVCache
+from .cublas import Products
 from .device import event
 from .facts import mixtures, shape_of, table_of
 from .graphs import Graphs, Record, Work, buckets, cuda_record, padded
@@ -52,6 +53,7 @@ class TritonExecutable:
         device: torch.device,
         activations: str = "",
         tuned: Tuned = UNTUNED,
+        products: Products | None = None,
     ) -> None:
         check_program("Triton", program, weights, kv.spec if kv else None, OPERATIONS)
         self._lowered = lower(program, dtype.itemsize)
@@ -94,6 +96,7 @@ class TritonExecutable:
             scratch=self._scratch,
             view=self.view,
             sums=self.sums,
+            products=products,
             route=self.route,
         )
         binder = Binder(around, self._lowered, weights)

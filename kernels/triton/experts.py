@@ -28,8 +28,8 @@ from . import linear
 from .elementwise import BLOCK
 from .inputs import prepare
 from .linear import ROWS, TOKENS, store
-from .numerics import OPTIONS, next_power_of_two
-from .products import TL, float_product, quantised_product
+from .numerics import OPTIONS, TL, next_power_of_two
+from .products import float_product, quantised_product
 from .quantised import FloatMatrix, Matrix, QuantisedMatrix
 
 PAIRS = 1024  # looked at together while they are sorted

@@ -26,8 +26,8 @@ import triton.language as tl
 
 from . import rms_norm
 from .inputs import prepare
-from .numerics import OPTIONS, gated
-from .products import TL, float_product, quantised_product
+from .numerics import OPTIONS, TL, gated
+from .products import float_product, quantised_product
 from .quantised import PAIR, FloatMatrix, Matrix, QuantisedMatrix, codebook
 from .rms_norm import Norm
 from .tuned import UNTUNED, Tuned

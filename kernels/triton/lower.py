@@ -154,13 +154,33 @@ def _nodes(program: Program) -> list[Node]:
     steps = fuse(program, lambda name: 0)
     written = _written(program, steps)
     taken = {op.output for node in written.values() for op in (*node.ops, *node.norms) if op}
+    added = _added_norms(program, steps)
+    taken |= {norm.output for norm in added.values()}
     for step in steps:
         op = step.main[0]
-        if op.output in written:
+        if op.output in added:
+            norm = added[op.output]
+            other = next(i for i in op.inputs if i != norm.output)
+            nodes.append(Node("rms_norm", (norm,), op, other))
+        elif op.output in written:
             nodes.append(written[op.output])
         elif op.output not in taken:
             nodes.append(Node(op.name, step.main, step.after, step.residual, step.norm))
     return nodes
+
+
+def _added_norms(program: Program, steps: list[Step]) -> dict[int, Op]:
+    """For an addition's output, the rms_norm that it adds to something else and alone reads."""
+    norms = {step.main[0].output: step.main[0] for step in steps if step.main[0].name == "rms_norm"}
+    reads = Counter(value for step in steps for value in step.reads)
+    found: dict[int, Op] = {}
+    for step in steps:
+        op = step.main[0]
+        for value in op.inputs if op.name == "add" and step.after is None else ():
+            fp32 = value in program.fp32_values()
+            if value in norms and reads[value] == 1 and len(set(op.inputs)) == 2 and not fp32:
+                found.setdefault(op.output, norms[value])
+    return found
 
 
 def _written(program: Program, steps: list[Step]) -> dict[int, Node]:
@@ -184,7 +204,7 @@ def _written(program: Program, steps: list[Step]) -> dict[int, Node]:
         size = program.handles[norm.inputs[1]].shape[0]  # type: ignore[index]
         return norm if size == rope.attrs["head_dim"] else None
 
-    found = {}
+    found: dict[int, Node] = {}
     for index, step in enumerate(steps):
         op = step.main[0]
         if op.name != "kv_write":

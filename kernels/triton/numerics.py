@@ -28,6 +28,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
 }
 
+TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

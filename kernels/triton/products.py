@@ -15,14 +15,10 @@ is rounded to the dtype of x).
 
 from __future__ import annotations
 
-import torch
-
 import triton
 import triton.language as tl
 
 from .rms_norm import normed
-
-TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit

@@ -4,7 +4,8 @@ Both take a row's sum of squares in one order, so a row has the same bits by eit
 each add every CHUNK-th element in ascending order, and a tree of pairs written out adds the lanes,
 whatever the layout among threads. No sum depends on other rows.
 
-The addition of a residual is not fused here: it is the epilogue of the linear layer before.
+A residual is added where the norm stands behind a layer (Gemma); else that addition is the epilogue
+of the linear layer before.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -19,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import OPTIONS, next_power_of_two
+from .numerics import OPTIONS, TL, next_power_of_two
 
 _CHUNK = 512  # lanes at most
 
@@ -76,19 +77,24 @@ def normed(x, root, weight, offset, DTYPE):
 def rms_norm_kernel(
     x_ptr,
     weight_ptr,
+    other_ptr,
     out_ptr,
     x_stride,
+    other_stride,
     out_stride,
     size,
     eps,
     offset,
+    ADD: tl.constexpr,
+    ROUND: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One group of one row."""
+    """One group of one row. ADD: other + the norm rounded to ROUND."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride + tl.program_id(1) * size
+    other_ptr += row * other_stride + tl.program_id(1) * size
     out_ptr += row * out_stride + tl.program_id(1) * size
     first = tl.zeros((1,), tl.int64)
     root = tl.sum(roots(x_ptr, first, 0, size, eps, 1, CHUNK, LEVELS, CHUNKS), 0)
@@ -97,8 +103,11 @@ def rms_norm_kernel(
         mask = at < size - i * CHUNK
         x = tl.load(x_ptr + i * CHUNK + at, mask=mask, other=0.0)
         weight = tl.load(weight_ptr + i * CHUNK + at, mask=mask, other=0.0)
-        out = normed(x, root, weight, offset, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + i * CHUNK + at, out, mask=mask)
+        out = normed(x, root, weight, offset, ROUND)
+        if ADD:
+            other = tl.load(other_ptr + i * CHUNK + at, mask=mask, other=0.0).to(tl.float32)
+            out = other + out.to(tl.float32)
+        tl.store(out_ptr + i * CHUNK + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def lanes(size: int) -> dict[str, int]:
@@ -114,21 +123,31 @@ def tile(size: int) -> dict[str, int]:
 
 
 def launch(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, offset: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+    offset: float,
+    other: torch.Tensor | None = None,
 ) -> None:
-    """See ops.rms_norm.  x, out [rows, G*D], weight fp32 [D]."""
+    """See ops.rms_norm.  x, out [rows, G*D], weight fp32 [D]. other [rows, G*D]: is added to the
+    norm, which is rounded to its dtype before."""
     size = weight.shape[0]
     rows, width = out.shape
     if rows:
         rms_norm_kernel[(rows, width // size)](
             x,
             weight,
+            out if other is None else other,
             out,
             x.stride(0),
+            0 if other is None else other.stride(0),
             out.stride(0),
             size,
             eps,
             offset,
+            ADD=other is not None,
+            ROUND=TL[out.dtype if other is None else other.dtype],
             **tile(size),
             **OPTIONS,
         )

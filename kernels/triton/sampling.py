@@ -20,9 +20,10 @@ from .. import sampling
 from ..backend import Logits, SampleResult, SamplingInputs
 from ..cpu.sampler import CpuLogits, CpuSampler
 from . import sampling_draw, sampling_edits, sampling_filters, sampling_logprobs
-from .executor import TritonLogits, Upload
+from .executor import TritonLogits
 from .numerics import OPTIONS, next_power_of_two
 from .sampling_rows import CHUNK, SLOTS, Packed, scoring
+from .upload import Upload
 
 BLOCK = 2048  # tokens that a program of one row takes at a time
 ROW_OPTIONS = OPTIONS | {"num_warps": 8}  # as exact as with 4: sums are of integers

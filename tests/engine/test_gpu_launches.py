@@ -1,5 +1,4 @@
-"""How many launches a layer of each family takes on the Triton backend, and that the plan of memory
-is what is taken. On the interpreter: counts and bytes are the same as on a card."""
+"""How many launches a layer of each family takes on the Triton backend: as many as on a card."""
 
 from __future__ import annotations
 
@@ -37,6 +36,7 @@ SIZES = {
     "torch_dtype": "float32",
 }
 GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": HEAD,
     "sliding_window": 64,
@@ -48,10 +48,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "LlamaForCausalLM": ({}, 6),
     "Qwen2ForCausalLM": ({}, 6),
     "Qwen3ForCausalLM": ({}, 6),
-    "Gemma2ForCausalLM": (GEMMA, 10),
-    "Gemma3ForCausalLM": (GEMMA, 10),
-    "MixtralForCausalLM": ({}, 13),
-    "Qwen3MoeForCausalLM": ({"norm_topk_prob": True}, 13),
+    "Gemma2ForCausalLM": (GEMMA, 8),
+    "Gemma3ForCausalLM": (GEMMA, 8),
+    "MixtralForCausalLM": ({}, 14),
+    "Qwen3MoeForCausalLM": ({"norm_topk_prob": True}, 14),
 }
 
 
@@ -108,7 +108,7 @@ def test_launches_of_a_layer_that_decodes(
 
 
 def test_launches_of_a_layer_by_its_tokens_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms are launches of their own for many tokens; 8-bit activations take one for each layer."""
+    """Norms are launches of their own for many tokens; 8-bit activations take one a layer."""
     launches, llama = Launches(monkeypatch), "LlamaForCausalLM"
     assert per_layer(launches, llama, 1, fmt="Q8_0").total() == 6
     prompt = per_layer(launches, llama, 17)

@@ -62,6 +62,10 @@ SHAPES = {
     "gqa 8, one kv head": Shape(num_heads=8, num_kv_heads=1, head_dim=64, scale=0.1),
     "gqa 20, one kv head": Shape(num_heads=20, num_kv_heads=1),
     "head 80": Shape(head_dim=80, scale=0.1),
+    "head 64": Shape(num_heads=2, num_kv_heads=1, head_dim=64, scale=0.1),
+    "head 96": Shape(num_heads=2, num_kv_heads=2, head_dim=96, scale=0.1),
+    "head 128, gqa 4": Shape(num_heads=4, num_kv_heads=1, head_dim=128, scale=0.1),
+    "gqa 16": Shape(num_heads=16, num_kv_heads=1, scale=0.2),
     "head 256": Shape(num_heads=2, num_kv_heads=1, head_dim=256, scale=0.05),
     "window 1": Shape(window=1),
     "window 24": Shape(window=24),
@@ -123,8 +127,9 @@ def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str, kv_
     shape, more = SHAPES[name], {"fill": np.nan, "dtype": dtype, "kv_dtype": kv_dtype or dtype}
     tokens = tokens_of(SPLIT + 5)
     whole = Layer(shape, **more).feed_new(tokens)
-    ways = ((8, (SPLIT - 1, 1, 1, 4)), (24, (SPLIT // 2 + 3, SPLIT // 2, 2)), (64, (SPLIT, 5)))
-    for block_size, chunks in ways if FULL else ways[:2]:
+    ways = ((8, (SPLIT - 1, 1, 1, 4)), (24, (SPLIT // 2 + 3, SPLIT // 2, 2)))
+    more_ways = ((64, (SPLIT, 5)), (128, (SPLIT + 5,)))
+    for block_size, chunks in (*ways, *more_ways) if FULL else ways:
         num_blocks = 1 + len(tokens) // block_size
         layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, **more)
         sequence, done = layer.pages.add(), 0

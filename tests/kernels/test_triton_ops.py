@@ -63,6 +63,10 @@ CASES = {
         {"a": 21},
         lambda p, s, a: ops.rms_norm(a, p.weight("w", (7,)), eps=1e-6, offset=1.0),
     ),
+    "rms_norm, then add": (
+        {"a": 7, "b": 7},
+        lambda p, s, a, b: ops.add(b, ops.rms_norm(a, p.weight("w", (7,)), eps=1e-5)),
+    ),
     "rope": (
         {"a": 30},
         lambda p, s, a: ops.rope(a, s.positions, head_dim=10, inv_freq=INV_FREQ),
@@ -454,6 +458,48 @@ def test_what_has_no_kernel_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------ whole programs
+
+
+def normed_heads(kv_heads: int, dim: int, pairs: int) -> Program:
+    """Two query heads to a kv head; the head's first 2 * pairs elements are rotated."""
+
+    def build(p: Program, step: ops.StepHandles, x: ops.Handle) -> ops.Handle:
+        frequencies = [100.0 ** (-i / pairs) for i in range(pairs)]
+
+        def heads(name: str, count: int, offset: float) -> ops.Handle:
+            y = ops.linear(x, p.weight(name, (count * dim, 24)))
+            y = ops.rms_norm(y, p.weight(f"{name} norm", (dim,)), eps=1e-6, offset=offset)
+            return ops.rope(y, step.positions, head_dim=dim, inv_freq=frequencies)
+
+        k, v = heads("k", kv_heads, 1.0), ops.linear(x, p.weight("v", (kv_heads * dim, 24)))
+        cache = ops.kv_write(k, v, layer=0, num_kv_heads=kv_heads, head_dim=dim)
+        q, more = heads("q", 2 * kv_heads, 0.0), {"num_kv_heads": kv_heads, "head_dim": dim}
+        return ops.attention(q, cache, layer=0, num_heads=2 * kv_heads, scale=0.3, **more)
+
+    return one_op(build, x=24)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("dim", "pairs"), [(16, 8), (12, 3)])
+def test_norms_of_heads_in_one_launch_with_rope_and_the_cache(
+    dim: int, pairs: int, kv_dtype: str
+) -> None:
+    program = normed_heads(3, dim, pairs)
+    rng = np.random.default_rng(5)
+    weights = {
+        name: rng.standard_normal(handle.shape).astype(np.float32)
+        for name, handle in program.weights.items()
+    }
+    kv = KVSpec(1, 3, dim, 8, kv_dtype)
+
+    def logits(run_on, count: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+        pages = Paged(8, 64, np.random.default_rng(1))
+        return run_on(program, weights, pages.step({pages.add(): list(range(count))}), kv=kv)
+
+    whole = logits(run, 19)
+    # A code of a key may fall on the other side of a tie.
+    assert_close(whole, logits(run_reference, 19), "float32", 1e-5 if kv_dtype != "int8" else 1e-2)
+    assert logits(run, 7).tobytes() == whole[:7].tobytes()
 
 
 def two_layer_step(dtype: str, block_size: int = 4):  # type: ignore[no-untyped-def]

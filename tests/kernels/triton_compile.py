@@ -266,12 +266,12 @@ def _small(dtype: str) -> Iterator[Configuration]:
             (),
             ("parameter",),
         )
-    for size in (128, 4096, 8192):
+    for size, add in ((128, False), (4096, False), (8192, False), (2304, True)):
         yield Configuration(
-            f"rms_norm {dtype} {size}",
+            f"rms_norm {dtype} {size}{' then add' * add}",
             rms_norm.rms_norm_kernel,
-            {"x_ptr": pointer, "weight_ptr": "*fp32", "out_ptr": pointer},
-            rms_norm.tile(size),
+            {"x_ptr": pointer, "weight_ptr": "*fp32", "other_ptr": pointer, "out_ptr": pointer},
+            rms_norm.tile(size) | {"ADD": add, "ROUND": _TL[dtype]},
             OPTIONS,
             (),
             ("eps", "offset"),

@@ -18,7 +18,7 @@ from ....kernels.triton import TritonBackend, quantised
 from ....kernels.triton import device as dev
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.executor import TritonLogits
-from ....kernels.weights import BF16, F16, F32, Format
+from ....kernels.weights import BF16, F16, F32, Q4_0, Format
 from ....quant.values import dequantise
 from . import launches
 from .card import Card
@@ -102,6 +102,13 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
         for fmt in launches.WEIGHTS:
             if not fmt.is_float or fmt == _FLOATS[dtype]:
                 yield from _linears(card, sizes, fmt, dtype, rng)
+        for fmt in (_FLOATS[dtype], Q4_0):
+            yield Probe(
+                f"linear {fmt.name}, gate and layer in one",
+                name,
+                f"{sizes.batches[-1]} x {sizes.layer[1]} x {sizes.layer[0]}",
+                lambda fmt=fmt, dtype=dtype: _gated(card, sizes, fmt, dtype, rng),  # type: ignore[misc]
+            )
         for fmt, activations in eight_bits():
             yield from _linears(card, sizes, fmt, dtype, rng, activations)
         for heads, kind in caches(sizes, dtype):
@@ -214,6 +221,30 @@ def _linear(
         want = slope * sums
     bound = slope.abs() * error + want.abs() * (half_step(dtype) + 2.0**-20)
     return worst(guarded.result(), want, bound)
+
+
+def _gated(
+    card: Card, sizes: Sizes, fmt: Format, dtype: torch.dtype, rng: np.random.Generator
+) -> float:
+    """silu_mul of a gate and a layer whose rows take turns."""
+    rows, columns = sizes.layer
+    rows, columns = rows - rows % quantised.PAIR, columns - columns % fmt.block_elements
+    raw = launches.random_weight(fmt, 2 * rows, columns, rng)
+    weight = quantised.paired(launches.pack(raw, card.device)[0])
+    x = torch.randn(sizes.batches[-1], columns, device=card.device).to(dtype)
+    guarded = Guarded(len(x), rows, dtype, card.device)
+    launches.multiply(x, weight, guarded.out, after="silu_mul")()
+    wide = torch.from_numpy(dequantise(raw)).to(card.device).double()
+    both, sizes_of = x.double() @ wide.T, x.double().abs() @ wide.abs().T
+    a, b = both[:, :rows], both[:, rows:]
+    size_a, size_b = sizes_of[:, :rows], sizes_of[:, rows:]
+    order = 2.0**-22 * columns**0.5
+    error_a, error_b = (
+        s.abs() * half_step(dtype) + size * order for s, size in ((a, size_a), (b, size_b))
+    )
+    want = gate(a, "silu_mul") * b
+    bound = 1.1 * error_a * (b.abs() + error_b) + gate(a, "silu_mul").abs() * error_b
+    return worst(guarded.result(), want, bound + want.abs() * (half_step(dtype) + 2.0**-20))
 
 
 def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:

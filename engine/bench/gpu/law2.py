@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ....kernels.triton.quantised import FLOATS
+from ....kernels.triton.rms_norm import Norm
 from ....kernels.weights import Format
 from . import launches
 from .card import Card
@@ -41,6 +43,15 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
                 lambda f=fmt, dtype=dtype, a=activations: _linear(card, sizes, f, dtype, rng, a),  # type: ignore[misc]
                 "law 2",
             )
+        for fmt in launches.WEIGHTS:
+            if fmt.name in ("Q4_0", "Q4_K") or FLOATS.get(fmt) == dtype:
+                yield Probe(
+                    f"norm and linear {fmt.name}, batches of 1 to {sizes.batches[-1]}",
+                    name,
+                    f"{sizes.layer[1]} x {sizes.layer[0]}",
+                    lambda f=fmt, dtype=dtype: _linear(card, sizes, f, dtype, rng, norm=True),  # type: ignore[misc]
+                    "law 2",
+                )
         for heads, kind in caches(sizes, dtype):
             yield Probe(
                 f"attention, {kind} cache, chunkings, splits and neighbours",
@@ -77,16 +88,19 @@ def _linear(
     dtype: torch.dtype,
     rng: np.random.Generator,
     activations: str = "",
+    *,
+    norm: bool = False,
 ) -> float:
     rows, columns = sizes.layer
     columns -= columns % fmt.block_elements
     raw = launches.random_weight(fmt, rows, columns, rng)
     weight = launches.pack(raw, card.device, activations=activations)[0]
     x = torch.randn(sizes.batches[-1], columns, device=card.device).to(dtype)
+    before = Norm(torch.randn(columns, device=card.device), 1e-5, 0.0) if norm else None
 
     def product(part: torch.Tensor) -> torch.Tensor:
         out = torch.full((len(part), rows), float("nan"), dtype=dtype, device=card.device)
-        launches.multiply(part, weight, out)()
+        launches.multiply(part, weight, out, norm=before, normed=torch.empty_like(part))()
         return out
 
     whole = product(x)

@@ -227,6 +227,7 @@ def _complete(args: argparse.Namespace) -> int:
     from .tools.complete import stream_text
     from .tools.options import COMPLETE_DEFAULTS, engine_config, sampling_params
     from .tools.plain import dump, output_as_plain
+    from .tools.replay import append
     from .tools.session import Session, ctrl_c, open_engine
 
     params = sampling_params(args, COMPLETE_DEFAULTS)
@@ -252,8 +253,7 @@ def _complete(args: argparse.Namespace) -> int:
         if any(c.finish_reason == "abort" for c in outputs[-1].outputs):
             return 130
         if args.receipt is not None:
-            with open(args.receipt, "a", encoding="utf-8") as file:
-                file.write(engine.receipt(outputs[-1], params).to_json() + "\n")
+            append(args.receipt, engine.receipt(outputs[-1], params))
         return 0
     finally:
         engine.close()

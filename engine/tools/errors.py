@@ -63,7 +63,7 @@ ERRORS = (
     ErrorCode(
         "E-RECEIPT-01",
         2,
-        "what was given is no receipt, or a request can have none",
+        "what was given is no receipt, one cannot be written, or a request can have none",
         "the message names file and line; docs/receipts.md says where receipts come from",
         "engine.receipts.receipt.ReceiptError",
     ),

@@ -55,6 +55,15 @@ def read_receipts(paths: Sequence[str]) -> list[Receipt]:
     return found
 
 
+def append(path: str, receipt: Receipt) -> None:
+    """As the last line of a file. Errors: ReceiptError where it cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(receipt.to_json() + "\n")
+    except OSError as error:
+        raise ReceiptError(f"the receipt could not be written: {path}: {error.strerror}") from error
+
+
 def options(receipts: Sequence[Receipt]) -> dict[str, Any]:
     """EngineConfig options under which these receipts came about.
 
@@ -151,4 +160,4 @@ def _verdict(engine: Engine, number: int, receipt: Receipt, output: RequestOutpu
     return Verdict(number, tokens, first_difference(receipt, again), changes(receipt, again))
 
 
-__all__ = ["Verdict", "options", "read_receipts", "replay"]
+__all__ = ["Verdict", "append", "options", "read_receipts", "replay"]

@@ -189,6 +189,9 @@ def test_the_command(
     model = ["-m", str(golden_model)]
     one, batch = str(tmp_path / "one.jsonl"), str(tmp_path / "batch.jsonl")
     assert cli.main(["complete", *model, "hi", "--max-tokens", "5", "--receipt", one]) == 0
+    nowhere = str(tmp_path / "none" / "one")
+    assert cli.main(["complete", *model, "a", "--max-tokens", "1", "--receipt", nowhere]) == 2
+    assert "the receipt could not be written" in capsys.readouterr().err
     lines = tmp_path / "in.txt"
     lines.write_text("one\ntwo\n")
     run = ["batch", "run", str(lines), "--format", "text", "-o", batch, *model]

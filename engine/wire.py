@@ -87,6 +87,8 @@ class Submit(_Message):
     params: Params  # type: ignore[valid-type]
     priority: int
     cache_salt: bytes
+    final_only: bool = False
+    embed: bool = False
 
 
 class Abort(_Message):
@@ -187,6 +189,7 @@ class Output(_Message):
     prompt: Prompt | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None  # new positions
     more: bool = False
+    embedding: tuple[float, ...] | None = None
 
 
 class Refused(_Message):
@@ -372,6 +375,7 @@ def _difference(sent: RequestOutput | None, new: RequestOutput, *, more: bool) -
         prompt=None if same_prompt else Prompt(text=new.prompt, token_ids=new.prompt_token_ids),
         prompt_logprobs=rows,
         more=more,
+        embedding=new.embedding,
     )
 
 
@@ -477,4 +481,5 @@ def apply(sent: RequestOutput | None, message: Output) -> RequestOutput:
         usage=message.usage,
         timings=message.timings,
         deltas=tuple(deltas),
+        embedding=message.embedding,
     )

@@ -118,6 +118,7 @@ class Request:
         "prompt_logprobs",
         "prompt_rows",
         "request_id",
+        "reuses_prefix",
         "sample_index",
         "seed",
         "state",
@@ -146,8 +147,10 @@ class Request:
         dry_breaker_ids: frozenset[int] = frozenset(),
         text: TextStream | None = None,
         leader: Request | None = None,
+        reuses_prefix: bool = True,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
+        Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
@@ -172,6 +175,7 @@ class Request:
         self.dry_breaker_ids = dry_breaker_ids
         self.text = text
         self.leader = leader
+        self.reuses_prefix = reuses_prefix
 
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
         self.num_prompt_tokens = len(self.token_ids)
@@ -456,7 +460,8 @@ class CompletionOutput:
 class RequestOutput:
     """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
 
-    prompt_logprobs: per prompt token, None for the first.
+    prompt_logprobs: per prompt token, None for the first. embedding: of a request that asked for
+    one, once finished; of unit length.
     """
 
     request_id: str
@@ -468,3 +473,4 @@ class RequestOutput:
     usage: Usage
     timings: Timings
     deltas: tuple[str, ...]
+    embedding: tuple[float, ...] | None = None

@@ -93,11 +93,14 @@ class AsyncLLM:
         cache_salt: bytes | str | None = None,
         final_only: bool = False,
         embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> OutputStream:
         """Complete text or token ids: growing RequestOutputs, `.deltas` is what is new.
 
         With `final_only` there is one output, at the end: nothing is made or sent before it. With
         `embed` that one has the prompt's embedding (see embed()), and nothing is generated.
+        `tenant` and `weight`: whose tokens they are, where several share the engine fairly.
 
         The request starts with the first output asked for. Leaving the loop, cancelling its task or
         aclose() aborts the request at once. A slow reader skips outputs, never text: deltas add up.
@@ -109,7 +112,15 @@ class AsyncLLM:
             return prompt
 
         return self._stream(
-            ready, params, request_id, priority, cache_salt, final_only=final_only, embed=embed
+            ready,
+            params,
+            request_id,
+            priority,
+            cache_salt,
+            final_only=final_only,
+            embed=embed,
+            tenant=tenant,
+            weight=weight,
         )
 
     async def embed(
@@ -225,7 +236,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
         cache_salt: bytes | str | None,
-        **shape: bool,
+        **shape: Any,
     ) -> OutputStream:
         salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt or b""
         return OutputStream(
@@ -254,9 +265,9 @@ class OutputStream(AsyncIterator[RequestOutput]):
         request_id: str,
         priority: int,
         cache_salt: bytes,
-        shape: Mapping[str, bool],
+        shape: Mapping[str, Any],
     ) -> None:
-        """`shape`: final_only and embed, as EngineClient.submit() takes them."""
+        """`shape`: what else EngineClient.submit() takes."""
         self.request_id = request_id
         self._client = client
         self._ready = ready

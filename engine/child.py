@@ -230,6 +230,8 @@ class _Server:
                 cache_salt=message.cache_salt,
                 final_only=message.final_only,
                 embed=message.embed,
+                tenant=message.tenant,
+                weight=message.weight,
                 sink=sink,
             )
         except ValueError as exc:

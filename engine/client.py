@@ -26,6 +26,7 @@ from .core.request import (
     check_identity,
     check_params,
     check_token_ids,
+    check_weight,
 )
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ class EngineLike(Protocol):
         cache_salt: bytes = b"",
         final_only: bool = False,
         embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> object: ...
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
@@ -165,6 +168,8 @@ class Submission:
     cache_salt: bytes
     final_only: bool = False
     embed: bool = False
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class EngineClient(ABC):
@@ -233,24 +238,26 @@ class EngineClient(ABC):
         cache_salt: bytes = b"",
         final_only: bool = False,
         embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
         sink: Sink,
     ) -> None:
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
-        `final_only` and `embed` are Engine.add_request()'s.
+        `final_only`, `embed`, `tenant` and `weight` are Engine.add_request()'s.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
         AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
         token id of any model; ParameterError.
         """
         check_identity(request_id, priority, cache_salt)
+        check_weight(weight)
         check_params(params)
         prompt = as_prompt(prompt)
         if not isinstance(prompt, str):
             check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
             prompt = tuple(prompt)
-        self._submit(
-            Submission(request_id, prompt, params, priority, cache_salt, final_only, embed), sink
-        )
+        shape = (final_only, embed, tenant, weight)
+        self._submit(Submission(request_id, prompt, params, priority, cache_salt, *shape), sink)
 
     def __enter__(self) -> EngineClient:
         self.start()

@@ -158,6 +158,8 @@ class ProcessClient(EngineClient):
                     cache_salt=submission.cache_salt,
                     final_only=submission.final_only,
                     embed=submission.embed,
+                    tenant=submission.tenant,
+                    weight=submission.weight,
                 )
             )
         except wire.WireError as exc:

@@ -281,6 +281,8 @@ class _Turner:
                 cache_salt=command.cache_salt,
                 final_only=command.final_only,
                 embed=command.embed,
+                tenant=command.tenant,
+                weight=command.weight,
             )
         except ValueError as exc:
             self.sinks.end(rid, RequestRefused.of(exc))

@@ -115,13 +115,16 @@ class Engine:
         observer: LogprobObserver | None = None,
         final_only: bool = False,
         embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AddedRequest:
         """Admit a request, or refuse it with the reason; nothing changes where it is refused.
 
         `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
         in chunks (see `LLM.score`); it needs params.prompt_logprobs. With `final_only` the request
         has one RequestOutput, at its end, and costs nothing to show before. With `embed` it
-        generates nothing and its one output has the embedding of the prompt.
+        generates nothing and its one output has the embedding of the prompt. Waiting requests of
+        several tenants are admitted by the tokens that each was served, over its weight.
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
@@ -143,6 +146,8 @@ class Engine:
             bad_words,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
+            weight=weight,
             reuses_prefix=not embed,  # a position that is not computed has no hidden state
         )
         pool = Pool(len(ids)) if embed else None

@@ -89,6 +89,8 @@ class Submit(_Message):
     cache_salt: bytes
     final_only: bool = False
     embed: bool = False
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class Abort(_Message):

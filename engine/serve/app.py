@@ -188,9 +188,10 @@ class Door:
         self._app = app
         self._service = service
         settings = service.settings
+        shared = settings.shared_prefix_cache
         self._keys = [
-            (key.encode(), Caller.of(key, shared_cache=settings.shared_prefix_cache))
-            for key in settings.api_keys
+            (key.encode(), Caller.of(key, shared_cache=shared, weight=weight))
+            for key, weight in settings.weights.items()
         ]
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         self._open = {op.path for op in OPERATIONS if op.open}

@@ -25,11 +25,12 @@ class Caller:
 
     name: str
     salt: bytes  # makes the prefix cache private
+    weight: float = 1.0  # its share beside other keys; see core/fairness.py
 
     @classmethod
-    def of(cls, key: str, *, shared_cache: bool) -> Caller:
+    def of(cls, key: str, *, shared_cache: bool, weight: float = 1.0) -> Caller:
         digest = hashlib.sha256(b"engineroom\0" + key.encode()).digest()
-        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16])
+        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16], weight)
 
 
 NOBODY = Caller("", b"")
@@ -120,6 +121,8 @@ class Service:
             cache_salt=work.salt,
             final_only=work.final_only,
             embed=work.embed,
+            tenant=work.caller.name,
+            weight=work.caller.weight,
         )
         deadline = _Deadline(llm, request_id, timeout_ms)
         self._live.add(request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +14,10 @@ from ..config import ConfigError
 class ServeConfig:
     """Options of `engineroom serve` beside the engine's own. Errors: ConfigError.
 
-    `api_keys`: empty lets everybody in. `allowed_hosts`: names that a request's Host header may
-    carry besides localhost, the bound host and IP addresses. Times in seconds but `timeout_ms`.
+    `api_keys`: empty lets everybody in; "KEY weight=2" gives a key twice the share of one without
+    (0.01 to 100) where several keys have requests waiting. `allowed_hosts`: names that a request's
+    Host header may carry besides localhost, the bound host and IP addresses. Times in seconds but
+    `timeout_ms`.
     """
 
     host: str = "127.0.0.1"
@@ -44,14 +47,14 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ConfigError(name, f"{name} must be in {low:g}..{high:g}, not {value!r}")
-        for key in self.api_keys:
+        for key in self.weights:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
                     "api_keys",
                     "an API key is at least 8 printable ASCII characters without spaces; one of "
                     f"those given has {len(key)} characters",
                 )
-        if len(set(self.api_keys)) != len(self.api_keys):
+        if len(self.weights) != len(self.api_keys):
             raise ConfigError("api_keys", "an API key is given twice")
         if not self.host:
             raise ConfigError("host", "host must be a name or an address, such as 127.0.0.1")
@@ -63,12 +66,35 @@ class ServeConfig:
             )
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Each API key's weight. Errors: ConfigError."""
+        return dict(map(_key_and_weight, self.api_keys))
+
+    @property
     def is_local(self) -> bool:
         """True where only this machine can connect."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def _key_and_weight(entry: str) -> tuple[str, float]:
+    key, *rest = entry.split(" ")
+    if not rest:
+        return key, 1.0
+    match = re.fullmatch(r"weight=([0-9.]+)", " ".join(rest).strip())
+    try:
+        weight = float(match[1]) if match else 0.0
+    except ValueError:
+        weight = 0.0
+    if not 0.01 <= weight <= 100:
+        raise ConfigError(
+            "api_keys",
+            "an API key stands alone on its line, or before ` weight=NUMBER` of 0.01 to 100; one "
+            "of those given is followed by something else",
+        )
+    return key, weight
 
 
 __all__ = ["ServeConfig"]

@@ -57,6 +57,7 @@ class TemplateError(ValueError):
 class FakeStats:
     live: int
     steps: int
+    weights: dict[str, float]  # of each tenant met
 
 
 @dataclass
@@ -79,6 +80,7 @@ class FakeEngine:
         self.closed = False
         self.steps = 0
         self._pace = pace
+        self._weights: dict[str, float] = {}
         self._live: dict[str, _Live] = {}
 
     @property
@@ -99,7 +101,10 @@ class FakeEngine:
         cache_salt: bytes = b"",
         final_only: bool = False,
         embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
+        self._weights[tenant] = weight
         match _word(prompt):
             case "refuse":
                 raise AdmissionError("context_length", "9000 tokens exceed the 4096 of this model")
@@ -184,7 +189,7 @@ class FakeEngine:
         return bytes(t for t in token_ids if t < 256).decode("utf-8", "replace")
 
     def stats(self) -> FakeStats:
-        return FakeStats(self.num_live, self.steps)
+        return FakeStats(self.num_live, self.steps, self._weights)
 
     def close(self) -> None:
         self.closed = True

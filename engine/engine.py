@@ -27,10 +27,12 @@ from .core.request import (
     check_token_ids,
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
-from .core.steplog import StepLog, StepRecord
+from .core.steplog import RecentSteps, StepLog, StepRecord
 from .runtime.assemble import LoadedModel, Progress, load_model
 from .runtime.pooling import Pool
 from .runtime.runner import Execution, Flight, LogprobObserver
+
+_RECENT_STEPS = 512  # that stats() sums up
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    recent: RecentSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +254,7 @@ class Engine:
             self._num_steps,
             self._num_prompt_tokens,
             self._num_generated_tokens,
+            self.log.recent(_RECENT_STEPS),
         )
 
     def close(self) -> None:

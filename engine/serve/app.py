@@ -25,6 +25,7 @@ from . import anthropic, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
+from .dashboard import snapshot
 from .embeddings import Embeddings
 from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
@@ -145,30 +146,38 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         service, keeper = self._service, self._service.keeper
-        stalled = keeper.stalled_s
-        status = "draining" if service.draining else "ok" if keeper.is_ready else "engine_down"
-        if keeper.is_ready and stalled > service.settings.health_timeout:
-            status = "stalled"
+        status = service.status
         report = {
             "status": status,
-            "stalled_s": round(stalled, 3),
+            "stalled_s": round(keeper.stalled_s, 3),
             "running_requests": service.num_live,
             "engine_restarts": keeper.num_restarts,
         }
         return _json(report, 200 if status in ("ok", "draining") else 503)
 
     async def page(self, request: Request) -> Response:
-        return page()
+        return page("chat")
 
-    async def metrics(self, request: Request) -> Response:
+    async def dashboard(self, request: Request) -> Response:
+        return page("dashboard")
+
+    async def dashboard_data(self, request: Request) -> Response:
+        answer = _json(snapshot(self._service, await self._stats()))
+        answer.headers["cache-control"] = "no-store"
+        return answer
+
+    async def _stats(self) -> dict[str, Any] | None:
         keeper = self._service.keeper
-        stats = None
         if keeper.is_ready:
             try:
                 async with asyncio.timeout(_STATS_SECONDS):
-                    stats = await keeper.llm.stats()
-            except Exception:  # a long step or a dying engine: the counters are still worth having
+                    return await keeper.llm.stats()
+            except Exception:  # a long step or a dying engine: the rest is still worth having
                 log.debug("no engine statistics", exc_info=True)
+        return None
+
+    async def metrics(self, request: Request) -> Response:
+        keeper, stats = self._service.keeper, await self._stats()
         page = self._service.metrics.page(
             stats, ready=keeper.is_ready, restarts=keeper.num_restarts
         )

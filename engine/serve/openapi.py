@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from . import anthropic, schema
+from .dashboard import Snapshot
 from .errors import ERRORS
 
 
@@ -85,6 +86,8 @@ OPERATIONS = (
         schema.Detokenized,
     ),
     Operation("GET", "/", "page", "A page to talk to the model", media="text/html"),
+    Operation("GET", "/dashboard", "dashboard", "A page that shows the load", media="text/html"),
+    Operation("GET", "/dashboard/data", "dashboard_data", "What that page shows", answer=Snapshot),
     Operation("GET", "/health/live", "live", "The server answers", open=True),
     Operation("GET", "/health/ready", "ready", "Requests would be accepted", open=True),
     Operation("GET", "/health", "health", "The engine makes progress", open=True),

@@ -94,6 +94,13 @@ class Service:
         said = f"{config.model}|{config.dtype}|{config.quantization}|{config.kv_cache_dtype}"
         return "er_" + hashlib.sha256(said.encode()).hexdigest()[:12]
 
+    @property
+    def status(self) -> str:
+        """ "ok", "draining", "stalled" (no progress on what runs) or "engine_down"."""
+        if self.keeper.is_ready and self.keeper.stalled_s > self.settings.health_timeout:
+            return "stalled"
+        return "draining" if self.draining else "ok" if self.keeper.is_ready else "engine_down"
+
     def check_model(self, name: str | None) -> None:
         """Errors: ApiError("model_not_found")."""
         if name is not None and name != self.model_name:

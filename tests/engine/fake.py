@@ -1,8 +1,8 @@
 """An engine without a model: deterministic outputs, and every misfortune, by prompt.
 
-A text prompt may begin with a word and a colon: refuse, bug, panic (at the door); raise, kill,
-exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print, slow (1 ms
-a step).
+A text prompt may begin with a word and a colon: refuse, vast, crowded, bug, panic (at the door);
+raise, kill, exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print,
+slow (1 ms a step; an embedding never ends).
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class FakeEngine:
         match _word(prompt):
             case "refuse":
                 raise AdmissionError("context_length", "9000 tokens exceed the 4096 of this model")
+            case "vast":
+                raise AdmissionError("never_fits", "900 blocks are needed, and there are 64")
+            case "crowded":
+                raise AdmissionError("queue_full", "1024 requests are waiting already")
             case "bug":
                 raise KeyError("a bug of ours")
             case "panic":
@@ -146,7 +150,7 @@ class FakeEngine:
                 timings=Timings(0.0, 0.0, 0.0, 0.0, None),
                 deltas=("",) * params.n,
             ),
-            final_only,
+            final_only or embed,
             embed,
         )
 
@@ -219,6 +223,8 @@ class FakeEngine:
         if request.aborted:
             ended = tuple(replace(c, finish_reason="abort") for c in old.outputs)
             return replace(old, outputs=ended, finished=True, deltas=("",) * len(ended))
+        if request.embed and _word(request.prompt) == "slow":
+            return old
         if request.embed:
             ended = tuple(replace(c, finish_reason="length") for c in old.outputs)
             unit = _embedding(old.prompt_token_ids)
@@ -257,10 +263,13 @@ class FakeEngine:
 
 
 def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
-    """The factory of fake_child.py. The model "paced" takes 1 ms a step; "missing" is an error."""
+    """The factory of fake_child.py. The model "paced" takes 1 ms a step, "late" a second
+    to load; "missing" is an error."""
     progress(f"making a fake of {config.model}")
     if config.model == "missing":
         raise ConfigError("model", "missing: no such model; did you mean 'fake'?")
+    if config.model == "late":
+        time.sleep(1.0)
     return FakeEngine(config, pace=0.001 if config.model == "paced" else 0.0)
 
 

@@ -43,11 +43,13 @@ class Running:
             time.sleep(0.01)
 
 
-def start(model: str = "fake", **options: Any) -> Running:
-    """A server of the fake model on a free port."""
+def start(
+    model: str = "fake", *, wait: bool = True, watchdog: float = 10.0, **options: Any
+) -> Running:
+    """A server of the fake model on a free port; `watchdog`: the engine's, in seconds."""
     settings = ServeConfig(port=0, **options)
     config = EngineConfig(model=model)
-    keeper = Keeper(lambda: AsyncLLM.from_client(ProcessClient(config, command=CHILD)))
+    keeper = Keeper(lambda: AsyncLLM.from_client(_client(config, watchdog)))
     listener = bind(settings)
     made: list[Any] = []
     ready = threading.Event()
@@ -71,8 +73,13 @@ def start(model: str = "fake", **options: Any) -> Running:
         assert not thread.is_alive(), "the server did not end"
 
     running = Running(service, listener.getsockname()[1], stop)
-    running.wait_until(lambda: service.keeper.is_ready)
+    if wait:
+        running.wait_until(lambda: service.keeper.is_ready)
     return running
+
+
+def _client(config: EngineConfig, watchdog: float) -> ProcessClient:
+    return ProcessClient(config, command=CHILD, watchdog=watchdog)
 
 
 @pytest.fixture(scope="package")

@@ -33,7 +33,8 @@ class CacheControl(Strict, kw_only=True):
     ttl: str | None = None
 
 
-class TextBlock(Strict, kw_only=True, tag_field="type", tag="text"):
+class TextBlock(Strict, kw_only=True):
+    type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
     citations: None = None  # as an answer carries it

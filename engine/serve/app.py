@@ -384,7 +384,8 @@ def _as_answer(scope: Scope, error: Exception) -> ApiError | None:
         return as_api_error(error, _NAMES.get(scope["path"]))
     path = scope["path"][:100]
     if error.status_code == 405:
-        return ApiError("method_not_allowed", f"{path!r} has no method {scope['method']}")
+        text = f"{path!r} has no method {scope['method']}"
+        return ApiError("method_not_allowed", text, headers=error.headers)  # Allow
     return ApiError("not_found", f"{path!r}: no such path; /openapi.json lists them")
 
 

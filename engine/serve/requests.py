@@ -157,7 +157,7 @@ def _text(content: str | list[Any] | None) -> str | None:
     if content is None or isinstance(content, str):
         return content
     return "".join(
-        part.text if isinstance(part, schema.TextPart) else part.refusal for part in content
+        part.refusal if isinstance(part, schema.RefusalPart) else part.text for part in content
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Timeout = Annotated[int, Meta(ge=1, le=86_400_000)]
 
 
@@ -25,11 +26,18 @@ class TextPart(Strict, kw_only=True, tag_field="type", tag="text"):
     text: str
 
 
+class OnlyText(Strict, kw_only=True):
+    """A text part where there is no other kind: unlike a tag alone, its type must be there."""
+
+    type: Literal["text"]
+    text: str
+
+
 class RefusalPart(Strict, kw_only=True, tag_field="type", tag="refusal"):
     refusal: str
 
 
-Text = str | list[TextPart]
+Text = str | list[OnlyText]
 
 
 class SystemMessage(Strict, kw_only=True, tag_field="role", tag="system"):
@@ -208,7 +216,7 @@ class TokenizeRequest(Strict, kw_only=True):
 class DetokenizeRequest(Strict, kw_only=True):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[TokenId]
     model: str | None = None
 
 

@@ -1,8 +1,8 @@
 """An engine without a model: deterministic outputs, and every misfortune, by prompt.
 
 A text prompt may begin with a word and a colon: refuse, vast, crowded, bug, panic (at the door);
-raise, kill, exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print,
-slow (1 ms a step; an embedding never ends).
+raise, kill, exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log,
+print, slow (1 ms a step; an embedding never ends).
 """
 
 from __future__ import annotations

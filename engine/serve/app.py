@@ -35,6 +35,7 @@ from .requests import CHAT_NAMES, template_messages
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
+from .tracing import TRACEPARENT
 
 log = logging.getLogger(__name__)
 _Body = TypeVar("_Body")
@@ -217,6 +218,7 @@ class Door:
         status = 0
         headers = _headers(scope)
         cors = self._cors(headers)
+        TRACEPARENT.set(headers.get(b"traceparent", b"").decode("latin-1"))
 
         async def sending(message: Message) -> None:
             nonlocal status

@@ -15,6 +15,7 @@ from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
 from .settings import ServeConfig
+from .tracing import Traced, untraced
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
 
@@ -70,6 +71,7 @@ class Service:
         self.model_name = settings.served_model_name or model_name
         self.metrics = Metrics(self.model_name)
         self.draining = False
+        self.traced: Traced = untraced
         self._live: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -147,7 +149,9 @@ class Service:
             self._live.discard(request_id)
             if not self._live:
                 self._idle.set()
-            self.metrics.ended(last, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self.metrics.ended(last, seconds)
+            self.traced(self.model_name, request_id, last, seconds)
 
     async def idle(self, timeout: float) -> bool:
         """Wait until nothing runs; False where it took longer."""

@@ -30,6 +30,7 @@ class ServeConfig:
     timeout_ms: int | None = None  # of requests that name none
     drain_timeout: float = 30.0
     health_timeout: float = 30.0  # without progress on what runs, /health is 503
+    otlp_endpoint: str | None = None  # where traces go; None: there are none
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
 
@@ -56,6 +57,12 @@ class ServeConfig:
                 )
         if len(self.weights) != len(self.api_keys):
             raise ConfigError("api_keys", "an API key is given twice")
+        if self.otlp_endpoint is not None and not re.match(r"https?://.", self.otlp_endpoint):
+            raise ConfigError(
+                "otlp_endpoint",
+                f"otlp_endpoint={self.otlp_endpoint!r} is no address; an OTLP collector over HTTP "
+                "is at one such as http://127.0.0.1:4318",
+            )
         if not self.host:
             raise ConfigError("host", "host must be a name or an address, such as 127.0.0.1")
         if not self.is_local and not self.api_keys:

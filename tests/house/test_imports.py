@@ -80,6 +80,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("engine.load.source",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch"),
+    "opentelemetry": ("engine.serve.tracing",),
     "prometheus_client": ("engine.serve",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),
@@ -98,10 +99,11 @@ LOCAL_OURS = {
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
-# tqdm: shown only at a terminal.
+# tqdm: shown only at a terminal. opentelemetry: an extra, imported where traces are asked for.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
     "huggingface_hub",
+    "opentelemetry",
     "torch",
     "readline",
     "resource",

@@ -235,6 +235,10 @@ class _Server:
                 wire.unpack_params(message.params),
                 priority=message.priority,
                 cache_salt=message.cache_salt,
+                final_only=message.final_only,
+                embed=message.embed,
+                tenant=message.tenant,
+                weight=message.weight,
                 sink=sink,
             )
         except ValueError as exc:

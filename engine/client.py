@@ -26,6 +26,7 @@ from .core.request import (
     check_identity,
     check_params,
     check_token_ids,
+    check_weight,
 )
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,10 @@ class EngineLike(Protocol):
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> object: ...
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
@@ -166,6 +171,10 @@ class Submission:
     params: SamplingParams
     priority: int
     cache_salt: bytes
+    final_only: bool = False
+    embed: bool = False
+    tenant: str = ""
+    weight: float = 1.0
 
 
 class EngineClient(ABC):
@@ -237,21 +246,28 @@ class EngineClient(ABC):
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
         sink: Sink,
     ) -> None:
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
+        `final_only`, `embed`, `tenant` and `weight` are Engine.add_request()'s.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
         AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
         token id of any model; ParameterError.
         """
         check_identity(request_id, priority, cache_salt)
+        check_weight(weight)
         check_params(params)
         prompt = as_prompt(prompt)
         if not isinstance(prompt, str):
             check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
             prompt = tuple(prompt)
-        self._submit(Submission(request_id, prompt, params, priority, cache_salt), sink)
+        shape = (final_only, embed, tenant, weight)
+        self._submit(Submission(request_id, prompt, params, priority, cache_salt, *shape), sink)
 
     def __enter__(self) -> EngineClient:
         self.start()

@@ -164,6 +164,10 @@ class ProcessClient(EngineClient):
                     params=wire.pack_params(submission.params),
                     priority=submission.priority,
                     cache_salt=submission.cache_salt,
+                    final_only=submission.final_only,
+                    embed=submission.embed,
+                    tenant=submission.tenant,
+                    weight=submission.weight,
                 )
             )
         except wire.WireError as exc:

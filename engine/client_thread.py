@@ -353,6 +353,10 @@ class _Turner:
                 command.params,
                 priority=command.priority,
                 cache_salt=command.cache_salt,
+                final_only=command.final_only,
+                embed=command.embed,
+                tenant=command.tenant,
+                weight=command.weight,
             )
         except BaseException as exc:  # a tokenizer's panic, too, is this request's alone
             self._refuse(rid, exc)

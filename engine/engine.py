@@ -32,15 +32,17 @@ from .core.request import (
     check_token_ids,
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
-from .core.steplog import StepLog, StepRecord
+from .core.steplog import RecentSteps, StepLog, StepRecord
 from .features.grammar import Grammars
 from .features.grammar_form import GrammarForm
 from .receipts import Receipt
 from .receipts.facts import all_facts
 from .runtime.assemble import LoadedModel, Progress, load_model
+from .runtime.pooling import Pool
 from .runtime.runner import Execution, Flight, LogprobObserver
 
 _log = logging.getLogger("engineroom")
+_RECENT_STEPS = 512  # that stats() sums up
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class EngineStats:
     num_prompt_tokens: int
     num_generated_tokens: int
     energy: EnergyStats
+    recent: RecentSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +131,17 @@ class Engine:
         cache_salt: bytes = b"",
         observer: LogprobObserver | None = None,
         final_only: bool = False,
+        embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> AddedRequest:
         """Admit a request, or refuse it with the reason; nothing changes where it is refused.
 
         `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
         in chunks (see `LLM.score`); it needs params.prompt_logprobs. With `final_only` the request
-        has one RequestOutput, at its end, and costs nothing to show before.
+        has one RequestOutput, at its end, and costs nothing to show before. With `embed` it
+        generates nothing and its one output has the embedding of the prompt. Waiting requests of
+        several tenants are admitted by the tokens that each was served, over its weight.
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
@@ -146,9 +154,20 @@ class Engine:
         bad_words = self._bad_word_ids(params)
         check_token_ids(params, ids, self.model_config.vocab_size, bad_word_ids=bad_words)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
+        run = _embedding_params(params) if embed else params
         samples = self._samples(
-            request_id, ids, params, seed, bad_words, priority=priority, cache_salt=cache_salt
+            request_id,
+            ids,
+            run,
+            seed,
+            bad_words,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            weight=weight,
+            reuses_prefix=not embed,  # a position that is not computed has no hidden state
         )
+        pool = Pool(len(ids)) if embed else None
         echo = ""
         if params.echo:  # what the model is given: a truncated prompt as its tokens spell it
             whole = params.truncate_prompt_tokens is None
@@ -157,13 +176,16 @@ class Engine:
             request_id,
             prompt=text,
             echo_text=echo,
-            params=params,
+            params=run,
             samples=samples,
             decode_token=self._token_text,
-            final_only=final_only,
+            final_only=final_only or embed,
+            embedding=None if pool is None else pool.embedding,
         )
         self.scheduler.add(*samples)
         self._groups[request_id] = group
+        if pool is not None:
+            self._runner.pooling.pools[samples[0].key] = pool
         if observer is not None:
             self._runner.observers[samples[0].key] = observer
         self._num_prompt_tokens += len(ids)
@@ -266,6 +288,7 @@ class Engine:
             self._num_prompt_tokens,
             self._num_generated_tokens,
             self.ledger.stats(),
+            self.log.recent(_RECENT_STEPS),
         )
 
     def facts(self) -> dict[str, Any]:
@@ -413,6 +436,7 @@ class Engine:
             if output.finished:
                 del self._groups[group.request_id]
                 self._runner.observers.pop(group.samples[0].key, None)
+                self._runner.pooling.pools.pop(group.samples[0].key, None)
         return outputs
 
     def _record(self, flying: _Flying, execution: Execution, commit_s: float) -> None:
@@ -457,6 +481,17 @@ def _ledger(config: EngineConfig, *, gpu: bool) -> Ledger:
         grams_per_kwh=config.grams_per_kwh,
     )
     return Ledger(meter, prices)
+
+
+def _embedding_params(params: SamplingParams) -> SamplingParams:
+    """Errors: ParameterError for what would be ignored."""
+    keep = params.truncate_prompt_tokens
+    if params != SamplingParams(truncate_prompt_tokens=keep):
+        raise ParameterError(
+            "params",
+            "an embedding samples nothing: of params it takes truncate_prompt_tokens alone",
+        )
+    return SamplingParams(max_tokens=0, echo=True, truncate_prompt_tokens=keep)
 
 
 def _unicode(text: str) -> str:

@@ -4,63 +4,101 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from .fairness import Account, Shares
 from .request import Request, RequestState
 
 __all__ = ["NOBODY", "Waiting", "index_of", "insert_in_order"]
 
 NOBODY = float("inf")  # the priority of an empty queue: nobody stands behind it
 _Order = tuple[int, float, int]
+_Entry = tuple[_Order, Request]
 _order = attrgetter("order")
 
 
 class Waiting:
-    """Waiting requests, first in order first. A request that ends while waiting stays in the heap
-    as a dead entry until it surfaces or until dead entries outnumber the living.
+    """Waiting requests: by priority, then by whose turn it is (see fairness.py), then in order.
+
+    Each tenant has a heap of its own. A request that ends while waiting stays there as a dead entry
+    until it surfaces or until dead entries outnumber the living. `settle` brings the accounts up to
+    date; it is called before a choice between tenants.
     """
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[_Order, Request]] = []
+    def __init__(self, shares: Shares, settle: Callable[[], None]) -> None:
+        self._shares = shares
+        self._settle = settle
+        self._heaps: dict[Account, list[_Entry]] = {}  # none is empty
+        self._num_entries = 0
         self._num_dead = 0
 
     def __len__(self) -> int:
-        return len(self._heap) - self._num_dead
+        return self._num_entries - self._num_dead
 
     def __iter__(self) -> Iterator[Request]:
-        return (r for _, r in self._heap if r.state is RequestState.WAITING)
+        entries = (entry for heap in self._heaps.values() for entry in heap)
+        return (r for _, r in entries if r.state is RequestState.WAITING)
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.order, request))
+        account = request.account
+        heap = self._heaps.get(account)
+        if heap is None:
+            self._shares.comes(account, self._heaps)
+            heap = self._heaps[account] = []
+        heapq.heappush(heap, (request.order, request))
+        self._num_entries += 1
 
     def head(self) -> Request | None:
-        """The first in order, left in place."""
-        while self._heap:
-            request = self._heap[0][1]
-            if request.state is RequestState.WAITING:
-                return request
-            heapq.heappop(self._heap)
-            self._num_dead -= 1
-        return None
+        """The one whose turn it is, left in place."""
+        heads = self._heads()
+        if len(heads) > 1:
+            self._settle()
+            return min(heads, key=lambda r: (r.priority, r.account.counter, r.order))
+        return heads[0] if heads else None
 
-    def pop(self) -> None:
+    def pop(self, head: Request) -> None:
         """Remove what head() returned."""
-        heapq.heappop(self._heap)
+        self._drop_first(head.account)
 
     def one_ended(self) -> None:
         """A request of this queue has just become FINISHED."""
         self._num_dead += 1
         if self._num_dead > 64 + len(self):
-            self._heap = [entry for entry in self._heap if entry[1].state is RequestState.WAITING]
-            heapq.heapify(self._heap)
+            for account, heap in list(self._heaps.items()):
+                heap[:] = [entry for entry in heap if entry[1].state is RequestState.WAITING]
+                heapq.heapify(heap)
+                if not heap:
+                    self._leave(account)
+            self._num_entries = sum(map(len, self._heaps.values()))
             self._num_dead = 0
 
     @property
     def priority(self) -> float:
-        """Of the head; NOBODY where none waits."""
-        head = self.head()
-        return NOBODY if head is None else head.priority
+        """The best of those that wait; NOBODY where none does."""
+        return min([request.priority for request in self._heads()], default=NOBODY)
+
+    def _heads(self) -> list[Request]:
+        """The first of each tenant's."""
+        found = []
+        for account, heap in list(self._heaps.items()) if self._num_dead else self._heaps.items():
+            while heap and heap[0][1].state is not RequestState.WAITING:
+                self._drop_first(account)
+                self._num_dead -= 1
+            if heap:
+                found.append(heap[0][1])
+        return found
+
+    def _drop_first(self, account: Account) -> None:
+        heap = self._heaps[account]
+        heapq.heappop(heap)
+        self._num_entries -= 1
+        if not heap:
+            self._leave(account)
+
+    def _leave(self, account: Account) -> None:
+        del self._heaps[account]
+        self._shares.leaves(account)
 
 
 def insert_in_order(running: list[Request], request: Request) -> None:

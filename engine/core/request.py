@@ -18,6 +18,7 @@ from .structured import StructuredOutput
 if TYPE_CHECKING:
     from .blocks import KeyChain
     from .detokenize import TextStream
+    from .fairness import Account
     from .plan import TokenLogprob
 
 __all__ = [
@@ -38,12 +39,14 @@ __all__ = [
     "check_identity",
     "check_params",
     "check_token_ids",
+    "check_weight",
 ]
 
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
 _MAX_ID_LENGTH = 256
 _MAX_SALT = 256
 _MAX_PRIORITY = (1 << 31) - 1
+_WEIGHTS = (0.01, 100.0)
 
 
 class FinishReason(StrEnum):
@@ -92,6 +95,7 @@ class Request:
     """
 
     __slots__ = (
+        "account",
         "adapter",
         "arrival",
         "bad_word_ids",
@@ -113,6 +117,7 @@ class Request:
         "max_prompt_rows",
         "max_tokens",
         "num_cached_tokens",
+        "num_charged",
         "num_computed",
         "num_pending",
         "num_preemptions",
@@ -125,14 +130,17 @@ class Request:
         "prompt_logprobs",
         "prompt_rows",
         "request_id",
+        "reuses_prefix",
         "sample_index",
         "seed",
         "state",
         "stop_ids",
         "stop_reason",
+        "tenant",
         "text",
         "timeline",
         "token_ids",
+        "weight",
     )
 
     def __init__(
@@ -154,12 +162,18 @@ class Request:
         text: TextStream | None = None,
         leader: Request | None = None,
         form: Form = FREE,
+        reuses_prefix: bool = True,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
+        Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
+        `tenant` and its `weight` say whose tokens they are (see fairness.py).
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
         check_identity(request_id, priority, cache_salt, arrival)
+        check_weight(weight)
         if params.min_tokens > max_tokens:
             raise ParameterError(
                 "min_tokens",
@@ -181,6 +195,10 @@ class Request:
         self.text = text
         self.leader = leader
         self.form = form
+        self.reuses_prefix = reuses_prefix
+        self.tenant = tenant
+        self.weight = weight
+        self.account: Account  # the tenant's, once a scheduler has accepted it
 
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
         self.num_prompt_tokens = len(self.token_ids)
@@ -193,6 +211,7 @@ class Request:
         self.decodes = False  # a token was sampled since it last started
         self.keys: KeyChain | None = None  # prefix keys of the full blocks, made on first use
         self.num_cached_tokens = 0  # prefix hit of the first admission
+        self.num_charged = 0  # leading tokens that are on the account, or were found in the cache
         self.num_preemptions = 0
         self.prompt_rows = 0  # prompt positions whose logprob is emitted or in flight
         self.prompt_logprobs: list[TokenLogprob] = []  # [i] is of prompt position i + 1
@@ -228,6 +247,7 @@ class Request:
         self.block_ids = table
         self.num_published = num_hits
         self.num_computed = self.num_scheduled = num_computed
+        self.num_charged = max(self.num_charged, num_computed)
         self.decodes = False
         self.timeline.mark("prefill", now)
 
@@ -388,6 +408,13 @@ def _cut(value: object) -> str:
     return repr(value)[:80]
 
 
+def check_weight(weight: float) -> None:
+    """Errors: ParameterError for a share of the engine that none can have."""
+    if not isinstance(weight, (int, float)) or not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        low, high = _WEIGHTS
+        raise ParameterError("weight", f"weight must be in {low:g}..{high:g}, not {_cut(weight)}")
+
+
 def check_identity(request_id: str, priority: int, cache_salt: bytes, arrival: float = 0.0) -> None:
     """What comes with a request beside its prompt and parameters. Errors: ParameterError."""
     if not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH:
@@ -469,6 +496,8 @@ class RequestOutput:
 
     prompt_logprobs: per prompt token, None for the first. cost: of all samples, so far; None where
     no engine of ours computed it.
+    prompt_logprobs: per prompt token, None for the first. embedding: of a request that asked for
+    one, once finished; of unit length.
     """
 
     request_id: str
@@ -481,3 +510,4 @@ class RequestOutput:
     timings: Timings
     deltas: tuple[str, ...]
     cost: Cost | None = None
+    embedding: tuple[float, ...] | None = None

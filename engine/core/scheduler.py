@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .blocks import BlockManager, IntegrityError, KeyChain
+from .fairness import Shares
 from .integrity import check_books
 from .limits import SchedulerConfig, check_fits
 from .plan import (
@@ -98,7 +99,8 @@ class Scheduler:
         self.blocks = BlockManager(
             config.num_blocks, config.block_size, config.enable_prefix_caching, fault
         )
-        self._waiting = Waiting()
+        self._shares = Shares()
+        self._waiting = Waiting(self._shares, self._charge_running)
         self._running: list[Request] = []  # in order
         self._parked: dict[Request, list[Request]] = {}  # leader -> samples waiting for its prompt
         self._num_parked = 0
@@ -139,6 +141,7 @@ class Scheduler:
         now = self._clock()
         for request in requests:
             self._num_accepted += 1
+            request.account = self._shares.account(request.tenant, request.weight)
             request.accept(self._num_accepted, now)
             self._live.setdefault(request.request_id, {})[request.sample_index] = request
             leader = request.leader
@@ -170,10 +173,11 @@ class Scheduler:
     # left, and a preempted request is one that has fallen back to 0 and keeps its output.
     #
     # Order: by priority; within one priority the running requests, oldest first, before the
-    # waiting ones, oldest first. A running request short of a block takes it from the last
-    # running one; a waiting request takes blocks and seats only from running ones of strictly
-    # lower priority. Victims always stand behind, so nothing already planned is undone; and the
-    # first in the order always gets on, since every request alone fits in the pool.
+    # waiting ones; of those, whose turn it is between tenants (fairness.py), and within one the
+    # oldest first. A running request short of a block takes it from the last running one; a
+    # waiting request takes blocks and seats only from running ones of strictly lower priority.
+    # Victims always stand behind, so nothing already planned is undone; and the first in the
+    # order always gets on, since every request alone fits in the pool.
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nothing can run before a commit, an arrival or a release.
 
@@ -273,7 +277,7 @@ class Scheduler:
         table = self.blocks.acquire(hits, need)
         if table is None:
             return False
-        self._waiting.pop()
+        self._waiting.pop(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = start
             self._num_cached_tokens += start
@@ -288,7 +292,7 @@ class Scheduler:
 
         A position whose prompt logprob is still to be emitted is computed, never hit.
         """
-        if not self.config.enable_prefix_caching:
+        if not (self.config.enable_prefix_caching and request.reuses_prefix):
             return []
         reach = len(request.token_ids) - 1
         if request.wants_prompt_rows:
@@ -343,6 +347,7 @@ class Scheduler:
         draft.admits = False  # a victim may fit again at once, on blocks that it now shares
         now = self._clock()
         for victim in reversed(self._running[cut:]):
+            _charge(victim)
             self.blocks.release(victim.block_ids)
             victim.fall_back(now)
             self._waiting.push(victim)
@@ -390,6 +395,10 @@ class Scheduler:
         if samples:
             return (*offsets, end - 1 - start), (*targets, SAMPLE)
         return offsets, targets
+
+    def _charge_running(self) -> None:
+        for request in self._running:
+            _charge(request)
 
     # --------------------------------------------------------------------------------- commit
 
@@ -568,6 +577,7 @@ class Scheduler:
     ) -> Update:
         """The one way out: -> FINISHED, out of every queue, blocks returned (or left in flight)."""
         was_running = request.state is _RUNNING
+        _charge(request)
         request.finish(reason, now, stop_reason=stop_reason, error=error)
         if was_running:
             del self._running[index_of(self._running, request)]
@@ -650,3 +660,12 @@ class Scheduler:
         )
         if self.num_waiting != len([*self._waiting]) + sum(map(len, self._parked.values())):
             raise IntegrityError("the waiting are miscounted")
+
+
+def _charge(request: Request) -> None:
+    """Put what it was served since the last time on its tenant's account: tokens computed or in
+    flight, but for those found in the cache or computed anew after a preemption."""
+    served = request.num_scheduled - request.num_charged
+    if served > 0:
+        request.account.charge(served)
+        request.num_charged = request.num_scheduled

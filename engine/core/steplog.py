@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import TextIO
 
-__all__ = ["Segment", "StepLog", "StepRecord", "Timeline"]
+__all__ = ["RecentSteps", "Segment", "StepLog", "StepRecord", "Timeline"]
 
 _log = logging.getLogger("engineroom.steplog")
 
@@ -49,6 +51,27 @@ class StepRecord:
 _RECORD_FIELDS = tuple(f.name for f in fields(StepRecord))
 
 
+@dataclass(frozen=True, slots=True)
+class RecentSteps:
+    """The latest steps together: how many, what they computed, how long they took (seconds)."""
+
+    num_steps: int
+    num_tokens: int
+    median_s: float
+    p99_s: float
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> RecentSteps:
+        times = sorted(r.t_schedule_s + r.t_build_s + r.t_execute_s + r.t_commit_s for r in records)
+        n = len(times)
+        return cls(
+            n,
+            sum(r.num_tokens for r in records),
+            times[n // 2] if n else 0.0,
+            times[min(n - 1, n * 99 // 100)] if n else 0.0,
+        )
+
+
 class StepLog:
     """The last `capacity` records in memory, and every record as a JSON line in `path` if given.
 
@@ -74,6 +97,10 @@ class StepLog:
                 self._file.flush()
             except (OSError, ValueError) as error:
                 self._give_up(error)
+
+    def recent(self, count: int) -> RecentSteps:
+        """Of the last `count` records at most."""
+        return RecentSteps.of(tuple(islice(reversed(self._ring), count)))
 
     @property
     def records(self) -> tuple[StepRecord, ...]:

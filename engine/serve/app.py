@@ -25,6 +25,8 @@ from . import anthropic, responses_input, responses_schema, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
+from .dashboard import snapshot
+from .embeddings import Embeddings
 from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
@@ -35,6 +37,7 @@ from .responses import Responses
 from .service import NOBODY, Caller, Service
 from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
+from .tracing import TRACEPARENT
 
 log = logging.getLogger(__name__)
 _Body = TypeVar("_Body")
@@ -99,6 +102,11 @@ class Routes:
             return EventStream(events, functools.partial(_failure_event, request.scope["path"]))
         return _json(await unless_gone(request.receive, call.whole()))
 
+    async def embeddings(self, request: Request) -> Response:
+        body = await read(request, schema.EmbeddingRequest, self._service.settings)
+        call = Embeddings(self._service, body, _caller(request))
+        return _json(await unless_gone(request.receive, call.whole()))
+
     # -------------------------------------------------------------------------- the model
 
     async def models(self, request: Request) -> Response:
@@ -152,30 +160,38 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         service, keeper = self._service, self._service.keeper
-        stalled = keeper.stalled_s
-        status = "draining" if service.draining else "ok" if keeper.is_ready else "engine_down"
-        if keeper.is_ready and stalled > service.settings.health_timeout:
-            status = "stalled"
+        status = service.status
         report = {
             "status": status,
-            "stalled_s": round(stalled, 3),
+            "stalled_s": round(keeper.stalled_s, 3),
             "running_requests": service.num_live,
             "engine_restarts": keeper.num_restarts,
         }
         return _json(report, 200 if status in ("ok", "draining") else 503)
 
     async def page(self, request: Request) -> Response:
-        return page()
+        return page("chat")
 
-    async def metrics(self, request: Request) -> Response:
+    async def dashboard(self, request: Request) -> Response:
+        return page("dashboard")
+
+    async def dashboard_data(self, request: Request) -> Response:
+        answer = _json(snapshot(self._service, await self._stats()))
+        answer.headers["cache-control"] = "no-store"
+        return answer
+
+    async def _stats(self) -> dict[str, Any] | None:
         keeper = self._service.keeper
-        stats = None
         if keeper.is_ready:
             try:
                 async with asyncio.timeout(_STATS_SECONDS):
-                    stats = await keeper.llm.stats()
-            except Exception:  # a long step or a dying engine: the counters are still worth having
+                    return await keeper.llm.stats()
+            except Exception:  # a long step or a dying engine: the rest is still worth having
                 log.debug("no engine statistics", exc_info=True)
+        return None
+
+    async def metrics(self, request: Request) -> Response:
+        keeper, stats = self._service.keeper, await self._stats()
         page = self._service.metrics.page(
             stats, ready=keeper.is_ready, restarts=keeper.num_restarts
         )
@@ -195,9 +211,10 @@ class Door:
         self._app = app
         self._service = service
         settings = service.settings
+        shared = settings.shared_prefix_cache
         self._keys = [
-            (key.encode(), Caller.of(key, shared_cache=settings.shared_prefix_cache))
-            for key in settings.api_keys
+            (key.encode(), Caller.of(key, shared_cache=shared, weight=weight))
+            for key, weight in settings.weights.items()
         ]
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         self._open = {op.path for op in OPERATIONS if op.open}
@@ -214,6 +231,7 @@ class Door:
         status = 0
         headers = _headers(scope)
         cors = self._cors(headers)
+        TRACEPARENT.set(headers.get(b"traceparent", b"").decode("latin-1"))
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -381,7 +399,8 @@ def _as_answer(scope: Scope, error: Exception) -> ApiError | None:
         return as_api_error(error, _NAMES.get(scope["path"]))
     path = scope["path"][:100]
     if error.status_code == 405:
-        return ApiError("method_not_allowed", f"{path!r} has no method {scope['method']}")
+        text = f"{path!r} has no method {scope['method']}"
+        return ApiError("method_not_allowed", text, headers=error.headers)  # Allow
     return ApiError("not_found", f"{path!r}: no such path; /openapi.json lists them")
 
 

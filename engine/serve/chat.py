@@ -51,6 +51,7 @@ class Chat:
             priority=request.priority,
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
+            final_only=not request.stream,
             request_id=self._id,
             form_field=turn.form_field(asked_in(request.structured_outputs)),
         )

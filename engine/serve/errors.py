@@ -78,7 +78,7 @@ ERRORS = (
         "deadline",
         400,
         _REQUEST,
-        "timeout_ms is too short for the request to begin",
+        "timeout_ms is too short for what was asked",
         "a longer timeout_ms, or fewer requests at once",
     ),
     ErrorRow(
@@ -166,10 +166,18 @@ RETRY_AFTER_S = {"queue_full": 1, "draining": 30, "engine_down": 5, "loading": 5
 class ApiError(Exception):
     """An answer that is an error. `param` is the field at fault, where it is one."""
 
-    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.row = _ROWS[code]
         self.param = param
+        self._headers = headers or {}
 
     @property
     def status(self) -> int:
@@ -177,7 +185,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = {}
+        headers = dict(self._headers)
         if self.row.code in RETRY_AFTER_S:
             headers["retry-after"] = str(RETRY_AFTER_S[self.row.code])
         if self.row.code == "invalid_api_key":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..core.request import RequestOutput
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_RECENT = 1000  # requests
 _TOKENS = tuple(2.0**n for n in range(15))
 # Of EngineStats, as the engine last told them; they begin anew with its process, so all are gauges.
 _GAUGES = {
@@ -92,6 +94,9 @@ class Metrics:
             field: Gauge(f"engineroom_energy_{field}", text, name, registry=registry)
             for field, text in _ENERGY.items()
         }
+        # Of the latest requests, for the dashboard: seconds to the first token, and per token.
+        self.recent_ttft: deque[float] = deque(maxlen=_RECENT)
+        self.recent_per_token: deque[float] = deque(maxlen=_RECENT)
         self._up = Gauge("engineroom_up", "1 while requests are accepted", name, registry=registry)
         self._restarts = Gauge(
             "engineroom_engine_restarts", "of the engine's process", name, registry=registry
@@ -127,9 +132,11 @@ class Metrics:
         self._queued.labels(model).observe(t.queued_s)
         if t.time_to_first_token_s is not None:
             self._ttft.labels(model).observe(t.time_to_first_token_s)
+            self.recent_ttft.append(t.time_to_first_token_s)
         tokens = max((len(c.token_ids) for c in output.outputs), default=0)
         if tokens > 1:
             self._per_token.labels(model).observe(t.decode_s / (tokens - 1))
+            self.recent_per_token.append(t.decode_s / (tokens - 1))
 
     def page(self, stats: Mapping[str, Any] | None, *, ready: bool, restarts: int) -> bytes:
         """The text that Prometheus scrapes. stats: EngineStats as plain data, where it is known."""

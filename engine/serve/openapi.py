@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from . import anthropic, responses, responses_schema, schema
+from .dashboard import Snapshot
 from .errors import ERRORS
 
 
@@ -72,6 +73,14 @@ OPERATIONS = (
         anthropic.CountTokensRequest,
         anthropic.InputTokens,
     ),
+    Operation(
+        "POST",
+        "/v1/embeddings",
+        "embeddings",
+        "Texts as vectors",
+        schema.EmbeddingRequest,
+        schema.EmbeddingList,
+    ),
     Operation("GET", "/v1/models", "models", "The served model", answer=schema.ModelList),
     Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=schema.Model),
     Operation(
@@ -86,6 +95,8 @@ OPERATIONS = (
         schema.Detokenized,
     ),
     Operation("GET", "/", "page", "A page to talk to the model", media="text/html"),
+    Operation("GET", "/dashboard", "dashboard", "A page that shows the load", media="text/html"),
+    Operation("GET", "/dashboard/data", "dashboard_data", "What that page shows", answer=Snapshot),
     Operation("GET", "/health/live", "live", "The server answers", open=True),
     Operation("GET", "/health/ready", "ready", "Requests would be accepted", open=True),
     Operation("GET", "/health", "health", "The engine makes progress", open=True),
@@ -103,6 +114,10 @@ def document(version: str) -> bytes:
     _, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
+    components["TokenizeRequest"]["oneOf"] = [
+        {"required": [name], "properties": {name: {"type": kind}}}
+        for name, kind in (("prompt", "string"), ("messages", "array"))
+    ]
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS:
         paths.setdefault(op.path.replace(":path", ""), {})[op.method.lower()] = _operation(op)

@@ -1,4 +1,4 @@
-"""The page at `/`: one file, with a policy that lets it run its own script and ask this server."""
+"""The pages: one file each, with a policy that lets it run its own script and ask this server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from starlette.responses import Response
 
-_PAGE = Path(__file__).with_name("web") / "chat.html"
+_PAGES = Path(__file__).with_name("web")
 
 
 @functools.cache
-def _read() -> tuple[str, str]:
+def _read(name: str) -> tuple[str, str]:
     """The page, and its Content-Security-Policy: script and style by their SHA-256."""
-    text = _PAGE.read_text("utf-8")
+    text = (_PAGES / f"{name}.html").read_text("utf-8")
     script, style = (_source(text, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
@@ -30,9 +30,9 @@ def _source(text: str, tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
 
 
-def page() -> Response:
-    """The answer to GET /."""
-    text, policy = _read()
+def page(name: str) -> Response:
+    """The answer to GET of a page: "chat" or "dashboard"."""
+    text, policy = _read(name)
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
     return Response(text, headers=headers, media_type="text/html")
 

@@ -13,6 +13,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from .strict import Name, Strict
 from .structured import ResponseFormat, StructuredOutputs
 
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Timeout = Annotated[int, Meta(ge=1, le=86_400_000)]
+
+
 # ------------------------------------------------------------------------------------- messages
 
 
@@ -20,11 +24,18 @@ class TextPart(Strict, kw_only=True, tag_field="type", tag="text"):
     text: str
 
 
+class OnlyText(Strict, kw_only=True):
+    """A text part where there is no other kind: unlike a tag alone, its type must be there."""
+
+    type: Literal["text"]
+    text: str
+
+
 class RefusalPart(Strict, kw_only=True, tag_field="type", tag="refusal"):
     refusal: str
 
 
-Text = str | list[TextPart]
+Text = str | list[OnlyText]
 
 
 class SystemMessage(Strict, kw_only=True, tag_field="role", tag="system"):
@@ -157,7 +168,7 @@ class Common(Sampling, kw_only=True):
     user: str | None = None
     # engineroom's own
     priority: int = 0
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    timeout_ms: Timeout | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
@@ -207,6 +218,21 @@ class ChatRequest(Common, kw_only=True):
     prompt_cache_retention: str | None = None
 
 
+class EmbeddingRequest(Strict, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[str | int | list[int]]  # texts, token ids, or lists of them
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    # engineroom's own
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+    timeout_ms: Timeout | None = None
+    request_id: str | None = None
+
+
 class TokenizeRequest(Strict, kw_only=True):
     """POST /tokenize: a text, or messages as the chat template renders them."""
 
@@ -220,7 +246,7 @@ class TokenizeRequest(Strict, kw_only=True):
 class DetokenizeRequest(Strict, kw_only=True):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[TokenId]
     model: str | None = None
 
 
@@ -399,6 +425,26 @@ class Completion(Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
     receipt: Any = UNSET
+
+
+class Embedding(Struct, kw_only=True):
+    """Of unit length; base64 of its little-endian float32 values where that was asked for."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct, kw_only=True):
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class Model(Struct, kw_only=True):

@@ -21,6 +21,7 @@ from .app import make_app
 from .keeper import Keeper
 from .service import Service
 from .settings import ServeConfig
+from .tracing import Traced, exporting, untraced
 
 log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 2  # for connections that have had their answer
@@ -65,17 +66,30 @@ def serve(
     """Load the model and serve it until a signal; the exit status.
 
     `make` gives the engine (default: a supervised child process). Errors: ServeError where the
-    address cannot be bound; EngineStartError.
+    address cannot be bound; EngineStartError; ConfigError where traces are asked for and their
+    packages are not there.
     """
+    traced: Traced = untraced
+    flush: Callable[[], None] = _nothing
+    if settings.otlp_endpoint is not None:
+        traced, flush = exporting(settings.otlp_endpoint, version)
     listener = bind(settings)
     _log_as_json()
     names = [f.name for f in dataclasses.fields(config) if f.name != "model"]
     options = {name: getattr(config, name) for name in names}
     keeper = Keeper(make or (lambda: AsyncLLM(config.model, client="process", **options)))
     service = Service(keeper, settings, config.model, version=version)
-    with listener:
-        asyncio.run(_serve(service, listener))
+    service.traced = traced
+    try:
+        with listener:
+            asyncio.run(_serve(service, listener))
+    finally:
+        flush()
     return 0
+
+
+def _nothing() -> None:
+    """There are no traces to send."""
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:

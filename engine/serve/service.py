@@ -19,6 +19,7 @@ from .metrics import Metrics
 from .responses_input import ResponseStore
 from .settings import ServeConfig
 from .structured import naming
+from .tracing import Traced, untraced
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
 
@@ -29,11 +30,12 @@ class Caller:
 
     name: str
     salt: bytes  # makes the prefix cache private
+    weight: float = 1.0  # its share beside other keys; see core/fairness.py
 
     @classmethod
-    def of(cls, key: str, *, shared_cache: bool) -> Caller:
+    def of(cls, key: str, *, shared_cache: bool, weight: float = 1.0) -> Caller:
         digest = hashlib.sha256(b"engineroom\0" + key.encode()).digest()
-        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16])
+        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16], weight)
 
 
 NOBODY = Caller("", b"")
@@ -51,6 +53,8 @@ class Work:
     cache_salt: str | None = None
     request_id: str | None = None
     form_field: str = "response_format"  # what the request calls params.structured
+    final_only: bool = False  # nobody reads before the end
+    embed: bool = False
 
     @property
     def salt(self) -> bytes:
@@ -74,6 +78,7 @@ class Service:
         self.draining = False
         self.responses = ResponseStore()
         self._dialect: Dialect | None = None
+        self.traced: Traced = untraced
         self._live: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -106,6 +111,13 @@ class Service:
         said = f"{config.model}|{config.dtype}|{config.quantization}|{config.kv_cache_dtype}"
         return "er_" + hashlib.sha256(said.encode()).hexdigest()[:12]
 
+    @property
+    def status(self) -> str:
+        """ "ok", "draining", "stalled" (no progress on what runs) or "engine_down"."""
+        if self.keeper.is_ready and self.keeper.stalled_s > self.settings.health_timeout:
+            return "stalled"
+        return "draining" if self.draining else "ok" if self.keeper.is_ready else "engine_down"
+
     def check_model(self, name: str | None) -> None:
         """Errors: ApiError("model_not_found")."""
         if name is not None and name != self.model_name:
@@ -131,6 +143,10 @@ class Service:
             request_id=request_id,
             priority=work.priority,
             cache_salt=work.salt,
+            final_only=work.final_only,
+            embed=work.embed,
+            tenant=work.caller.name,
+            weight=work.caller.weight,
         )
         deadline = _Deadline(llm, request_id, timeout_ms)
         self._live.add(request_id)
@@ -149,7 +165,9 @@ class Service:
             self._live.discard(request_id)
             if not self._live:
                 self._idle.set()
-            self.metrics.ended(last, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self.metrics.ended(last, seconds)
+            self.traced(self.model_name, request_id, last, seconds)
 
     async def receipt(self, output: RequestOutput, params: SamplingParams) -> object:
         """Of an answer that run() gave to `params`, as plain data; None where it was cut short."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +16,10 @@ from ..dialects.reasoning import REASONING_FORMATS
 class ServeConfig:
     """Options of `engineroom serve` beside the engine's own. Errors: ConfigError.
 
-    `api_keys`: empty lets everybody in. `allowed_hosts`: names that a request's Host header may
-    carry besides localhost, the bound host and IP addresses. Times in seconds but `timeout_ms`.
+    `api_keys`: empty lets everybody in; "KEY weight=2" gives a key twice the share of one without
+    (0.01 to 100) where several keys have requests waiting. `allowed_hosts`: names that a request's
+    Host header may carry besides localhost, the bound host and IP addresses. Times in seconds but
+    `timeout_ms`.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +34,7 @@ class ServeConfig:
     timeout_ms: int | None = None  # of requests that name none
     drain_timeout: float = 30.0
     health_timeout: float = 30.0  # without progress on what runs, /health is 503
+    otlp_endpoint: str | None = None  # where traces go; None: there are none
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
 
@@ -57,15 +61,21 @@ class ServeConfig:
                 raise ConfigError(
                     name, f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        for key in self.api_keys:
+        for key in self.weights:
             if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
                     "api_keys",
                     "an API key is at least 8 printable ASCII characters without spaces; one of "
                     f"those given has {len(key)} characters",
                 )
-        if len(set(self.api_keys)) != len(self.api_keys):
+        if len(self.weights) != len(self.api_keys):
             raise ConfigError("api_keys", "an API key is given twice")
+        if self.otlp_endpoint is not None and not re.match(r"https?://.", self.otlp_endpoint):
+            raise ConfigError(
+                "otlp_endpoint",
+                f"otlp_endpoint={self.otlp_endpoint!r} is no address; an OTLP collector over HTTP "
+                "is at one such as http://127.0.0.1:4318",
+            )
         if not self.host:
             raise ConfigError("host", "host must be a name or an address, such as 127.0.0.1")
         if not self.is_local and not self.api_keys:
@@ -76,12 +86,35 @@ class ServeConfig:
             )
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Each API key's weight. Errors: ConfigError."""
+        return dict(map(_key_and_weight, self.api_keys))
+
+    @property
     def is_local(self) -> bool:
         """True where only this machine can connect."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def _key_and_weight(entry: str) -> tuple[str, float]:
+    key, *rest = entry.split(" ")
+    if not rest:
+        return key, 1.0
+    match = re.fullmatch(r"weight=([0-9.]+)", " ".join(rest).strip())
+    try:
+        weight = float(match[1]) if match else 0.0
+    except ValueError:
+        weight = 0.0
+    if not 0.01 <= weight <= 100:
+        raise ConfigError(
+            "api_keys",
+            "an API key stands alone on its line, or before ` weight=NUMBER` of 0.01 to 100; one "
+            "of those given is followed by something else",
+        )
+    return key, weight
 
 
 __all__ = ["ServeConfig"]

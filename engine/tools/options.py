@@ -246,6 +246,8 @@ SERVE_HELP = {
     "timeout_ms": "ends requests after so many milliseconds that name no timeout_ms of their own",
     "drain_timeout": "seconds that running requests get to finish in after a signal",
     "health_timeout": "seconds without progress after which /health fails",
+    "otlp_endpoint": "address of an OTLP collector that gets each request's trace; needs the extra "
+    "`otel`",
     "max_body_bytes": "longest body of a request",
     "max_header_bytes": "longest headers of a request",
 }

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..program import Op
-from ..weights import RawWeight
 from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
 from .cache import KVCache
 from .cublas import Products
@@ -89,13 +88,16 @@ class Binder:
     def _matrix(self, value: int | None) -> Matrix:
         name = self._name(value)
         if name not in self._matrices:
-            self._matrices[name] = self._pack(list(self._weights[name].parts))
+            self._matrices[name] = self._pack([self._weights[name]])
         return self._matrices[name]
 
-    def _pack(self, parts: list[RawWeight], *, in_pairs: bool = False) -> Matrix:
-        matrix = pack(parts, self._around.device, self._around.activations)
-        if in_pairs:
-            matrix = paired(matrix)
+    def _pack(self, group: Sequence[TritonWeight], *, in_pairs: bool = False) -> Matrix:
+        parts = [part for weight in group for part in weight.parts]
+        key = (in_pairs, *(part.name for part in parts))
+        matrix = group[0].matrices.get(key)
+        if matrix is None:
+            matrix = pack(parts, self._around.device, self._around.activations)
+            matrix = group[0].matrices[key] = paired(matrix) if in_pairs else matrix
         self.nbytes += matrix.nbytes
         self.sums_width = max(self.sums_width, scratch_width(matrix))
         return matrix
@@ -231,8 +233,8 @@ class Binder:
             gate, up = ops
             gated = layer(up, node.after.output, node.after.name, gate.output)
             return [*launches, layer(gate, gate.output), gated]
-        parts = [part for op in ops for part in self._weights[self._name(op.inputs[1])].parts]
-        matrix = self._pack(parts, in_pairs=node.after is not None)
+        weights = [self._weights[self._name(op.inputs[1])] for op in ops]
+        matrix = self._pack(weights, in_pairs=node.after is not None)
         biases = [b for b in (self._vector(op.inputs[2]) for op in ops) if b is not None]
         bias = torch.cat(biases) if biases else None
         if node.after is None:
@@ -295,8 +297,7 @@ class Binder:
         after = node.after
         if self._can_merge(ops, gated=True):
             names = [self._name(layer.inputs[1]) for layer in ops]
-            parts = [part for name in names for part in self._weights[name].parts]
-            both = self._pack(parts, in_pairs=True)
+            both = self._pack([self._weights[name] for name in names], in_pairs=True)
             return [*launches, self._expert_layer(op, both, after.output, after.name)]
         first, other = (self._matrix(layer.inputs[1]) for layer in ops)
         return [

@@ -1,9 +1,10 @@
 """An engine without a model: deterministic outputs, and every misfortune, by prompt.
 
-A text prompt may begin with a word and a colon: refuse, bug, panic (at the door); raise, kill,
-exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log, print, slow (1 ms
-a step). A prompt with say«TEXT» is answered by TEXT, a byte a token; say«GRAMMAR» by the grammar
-that the output should have. The models of TEMPLATES have a chat template to be known by.
+A text prompt may begin with a word and a colon: refuse, vast, crowded, bug, panic (at the door);
+raise, kill, exit, hang (in a step; "hang:2.5" for that many seconds); vanish (forgotten); log,
+print, slow (1 ms a step; an embedding never ends). A prompt with say«TEXT» is answered by TEXT, a
+byte a token; say«GRAMMAR» by the grammar that the output should have. The models of TEMPLATES have
+a chat template to be known by.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class TemplateError(ValueError):
 class FakeStats:
     live: int
     steps: int
+    weights: dict[str, float]  # of each tenant met
 
 
 @dataclass
@@ -83,6 +85,8 @@ class _Live:
     prompt: str | Sequence[int]
     params: SamplingParams
     output: RequestOutput
+    final_only: bool = False
+    embed: bool = False
     aborted: bool = False
     script: bytes | None = None
 
@@ -100,6 +104,7 @@ class FakeEngine:
         self.steps = 0
         self.prepared: set[StructuredOutput] = set()
         self._pace = pace
+        self._weights: dict[str, float] = {}
         self._live: dict[str, _Live] = {}
 
     @property
@@ -133,10 +138,19 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
+        self._weights[tenant] = weight
         match _word(prompt):
             case "refuse":
                 raise AdmissionError("context_length", "9000 tokens exceed the 4096 of this model")
+            case "vast":
+                raise AdmissionError("never_fits", "900 blocks are needed, and there are 64")
+            case "crowded":
+                raise AdmissionError("queue_full", "1024 requests are waiting already")
             case "bug":
                 raise KeyError("a bug of ours")
             case "panic":
@@ -177,6 +191,8 @@ class FakeEngine:
                 cost=COST,
             ),
             script=_script(ids, params),
+            final_only=final_only or embed,
+            embed=embed,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -189,7 +205,8 @@ class FakeEngine:
                 self._misfortune(rid, request)
             if rid in self._live:
                 request.output = self._advance(request)
-                outputs.append(request.output)
+                if request.output.finished or not request.final_only:
+                    outputs.append(request.output)
                 if request.output.finished:
                     del self._live[rid]
         return outputs
@@ -228,7 +245,7 @@ class FakeEngine:
         return {"name": "fake", "weights": "0" * 64}
 
     def stats(self) -> FakeStats:
-        return FakeStats(self.num_live, self.steps)
+        return FakeStats(self.num_live, self.steps, self._weights)
 
     def close(self) -> None:
         self.closed = True
@@ -258,6 +275,12 @@ class FakeEngine:
         if request.aborted:
             ended = tuple(replace(c, finish_reason="abort") for c in old.outputs)
             return replace(old, outputs=ended, finished=True, deltas=("",) * len(ended))
+        if request.embed and _word(request.prompt) == "slow":
+            return old
+        if request.embed:
+            ended = tuple(replace(c, finish_reason="length") for c in old.outputs)
+            unit = _embedding(old.prompt_token_ids)
+            return replace(old, outputs=ended, finished=True, embedding=unit)
         outputs, deltas = [], []
         limit = params.max_tokens if params.max_tokens is not None else 1 << 30
         for c in old.outputs:
@@ -294,18 +317,19 @@ class FakeEngine:
             finished=all(c.finish_reason for c in outputs),
             usage=replace(old.usage, completion_tokens=done),
             timings=Timings(0.0, 0.25, 0.5 * done, 0.25 + 0.5 * done, 0.25),
-            deltas=tuple(deltas),
+            deltas=tuple(c.text for c in outputs) if request.final_only else tuple(deltas),
         )
 
 
 def fake_engine(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngine:
-    """The factory of fake_child.py. The model "missing" is an error.
-
-    "paced" and those of TEMPLATES take 1 ms a step.
+    """The factory of fake_child.py. The model "late" takes a second to load; "missing" is an
+    error. "paced" and those of TEMPLATES take 1 ms a step.
     """
     progress(f"making a fake of {config.model}")
     if config.model == "missing":
         raise ConfigError("model", "missing: no such model; did you mean 'fake'?")
+    if config.model == "late":
+        time.sleep(1.0)
     paced = config.model == "paced" or config.model in TEMPLATES
     return FakeEngine(config, pace=0.001 if paced else 0.0)
 
@@ -331,6 +355,14 @@ def _script(ids: Sequence[int], params: SamplingParams) -> bytes | None:
 def _token(prompt: Sequence[int], seed: int, index: int, position: int) -> int:
     digest = hashlib.sha256(repr((tuple(prompt), seed, index, position)).encode()).digest()
     return int.from_bytes(digest[:4], "little") % VOCAB
+
+
+def _embedding(prompt: Sequence[int]) -> tuple[float, ...]:
+    """Eight floats that fp32 holds, of unit length for an even number of tokens."""
+    if 500 in prompt:
+        return (float("nan"),) * 8
+    place = sum(prompt) % 8
+    return tuple(0.6 if i == place else 0.8 if i == (place + 1) % 8 else 0.0 for i in range(8))
 
 
 def _row(token: int, position: int, count: int) -> dict[int, Logprob]:

@@ -98,6 +98,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "httptools": ("engine.bench.serve",),
     "llguidance": ("engine.features.grammar",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
+    "opentelemetry": ("engine.serve.tracing",),
     "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
     "pynvml": ("engine.account.nvml",),
@@ -118,11 +119,12 @@ LOCAL_OURS = {
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
-# llguidance: for structured output alone.
+# llguidance: for structured output alone. opentelemetry: an extra, imported where traces are asked for.
 # tqdm: shown only at a terminal.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
     "huggingface_hub",
+    "opentelemetry",
     "torch",
     "readline",
     "resource",

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -45,13 +44,18 @@ class Running:
 
 
 def start(
-    model: str = "fake", *, make: Callable[[], AsyncLLM] | None = None, **options: Any
+    model: str = "fake",
+    *,
+    make: Callable[[], AsyncLLM] | None = None,
+    wait: bool = True,
+    watchdog: float = 10.0,
+    **options: Any,
 ) -> Running:
-    """A server of the fake model, or of what `make` makes, on a free port."""
+    """A server of the fake model, or of what `make` makes, on a free port; `watchdog`: the
+    engine's, in seconds."""
     settings = ServeConfig(port=0, **options)
     config = EngineConfig(model=model)
-    fake = partial(ProcessClient, config, command=CHILD)
-    keeper = Keeper(make or (lambda: AsyncLLM.from_client(fake())))
+    keeper = Keeper(make or (lambda: AsyncLLM.from_client(_client(config, watchdog))))
     listener = bind(settings)
     made: list[Any] = []
     ready = threading.Event()
@@ -75,8 +79,13 @@ def start(
         assert not thread.is_alive(), "the server did not end"
 
     running = Running(service, listener.getsockname()[1], stop)
-    running.wait_until(lambda: service.keeper.is_ready)
+    if wait:
+        running.wait_until(lambda: service.keeper.is_ready)
     return running
+
+
+def _client(config: EngineConfig, watchdog: float) -> ProcessClient:
+    return ProcessClient(config, command=CHILD, watchdog=watchdog)
 
 
 @pytest.fixture(scope="package")

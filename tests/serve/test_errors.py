@@ -50,6 +50,8 @@ REFUSALS: list[tuple[str, Any, str, str | None]] = [
     (PLAIN, completion("raise: it"), "engine_error", None),
     (PLAIN, completion("bug: it"), "engine_error", None),
     ("/detokenize", {"tokens": [10**6]}, "token_id", None),
+    ("/detokenize", {"tokens": [2**64]}, "invalid_value", "tokens[0]"),
+    (CHAT, chat(messages=[{"role": "user", "content": [{"text": "a"}]}]), "invalid_value", None),
     ("/tokenize", {}, "invalid_value", "prompt"),
 ]
 
@@ -76,7 +78,8 @@ def test_a_refusal_names_what_is_wrong(
 
 def test_what_is_no_route(server: Running) -> None:
     assert get(server, "/nope").error["code"] == "not_found"
-    assert get(server, CHAT).error["code"] == "method_not_allowed"
+    refused = get(server, CHAT)
+    assert refused.error["code"] == "method_not_allowed" and refused.headers["allow"] == "POST"
     answer = post(server, CHAT, chat(), {"Content-Type": "text/plain"})
     assert answer.error["code"] == "unsupported_media_type"
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from engineroom.engine.config import ConfigError
 from engineroom.engine.serve.accesslog import JsonFormatter
+from engineroom.engine.serve.settings import ServeConfig
 
 from .conftest import Running
 from .http import chat, completion, get, post, streaming
@@ -166,3 +168,20 @@ def test_thirty_streams_are_as_each_alone(server: Running) -> None:
     for thread in threads:
         thread.join(20)
     assert texts == [alone["choices"][0]["message"]["content"]] * 30
+
+
+def test_a_key_file_says_weights() -> None:
+    settings = ServeConfig(api_keys=("one-long-key", "two-long-key weight=2.5"))
+    assert settings.weights == {"one-long-key": 1.0, "two-long-key": 2.5}
+    for entry in ("a-long-key weight=0", "a-long-key weight=x", "a-long-key heavy", "a-long-key "):
+        with pytest.raises(ConfigError, match="weight=NUMBER"):
+            ServeConfig(api_keys=(entry,))
+
+
+def test_the_engine_knows_whose_request_it_is_and_not_the_key(serving: Any) -> None:
+    running = serving(api_keys=("one-long-key", "two-long-key weight=2.5"))
+    for key in ("one-long-key", "two-long-key"):
+        answer = post(running, PLAIN, completion(max_tokens=1), {"x-api-key": key})
+        assert answer.status == 200
+    weights = running.service.keeper.llm.client.stats()["weights"]
+    assert sorted(weights.values()) == [1.0, 2.5] and "one-long-key" not in weights

@@ -14,6 +14,7 @@ CHANGED = "E-BATCH-03"
 DAMAGED = "E-BATCH-04"
 NOT_WRITTEN = "E-BATCH-05"
 NOT_READ = "E-BATCH-06"
+LIMIT = "E-BATCH-07"
 
 
 class BatchError(RuntimeError):

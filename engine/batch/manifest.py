@@ -14,8 +14,9 @@ from ..core.request import SamplingParams
 from ..engine import Engine
 from .errors import CHANGED, NOT_READ, BatchError
 from .inputs import Inputs
+from .journal import FORMAT
+from .template import PLAIN, Prompting
 
-_FORMAT = 1
 # Options that decide bits. Others (threads, batch sizes, blocks, memory) decide speed alone.
 _DECIDING = ("dtype", "quantization", "activations", "kv_cache_dtype")
 _SPEED_ALONE = ("threads", "tuned")  # of what a backend says of itself
@@ -40,7 +41,11 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 
 def make(
-    model: Mapping[str, Any], inputs: Inputs, params: SamplingParams, format: str
+    model: Mapping[str, Any],
+    inputs: Inputs,
+    params: SamplingParams,
+    format: str,
+    prompting: Prompting = PLAIN,
 ) -> dict[str, Any]:
     """The manifest of a batch; equal for equal bytes, wherever the files lie.
 
@@ -52,11 +57,12 @@ def make(
         )
     files = [{"sha256": f.sha256, "bytes": f.bytes, "lines": f.lines} for f in inputs.files]
     made = {
-        "journal": _FORMAT,
+        "journal": FORMAT,
         "engineroom": __version__,
         "model": dict(model),
         "inputs": files,
         "format": format,
+        "prompting": prompting.as_plain(),
         "params": params.to_dict(),
     }
     return dict(json.loads(json.dumps(made)))  # as the journal gives it back

@@ -1,4 +1,4 @@
-"""A line of the input as a request: OpenAI's batch format, or a line of plain text."""
+"""A request, and a line of OpenAI's batch format as one."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ class BatchRequest:
         return "".join(map(chr, (min(t, 0x10FFFF) for t in self.prompt)))
 
 
-def from_text(line: bytes, custom_id: str, params: SamplingParams) -> BatchRequest:
-    """A line of plain text, a prompt. Errors: LineError."""
+def check_id(custom_id: Any) -> str:
+    """Errors: LineError."""
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
+        raise LineError(f"custom_id must be a text of 1 to {_MAX_ID} characters", field="custom_id")
     try:
-        return BatchRequest(custom_id, COMPLETIONS, params, line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LineError(f"the line is not UTF-8: {error}", custom_id=custom_id) from None
+        custom_id.encode()
+    except UnicodeEncodeError:
+        raise LineError("custom_id has a lone surrogate", field="custom_id") from None
+    return custom_id
 
 
 def from_json(line: bytes, params: SamplingParams, models: frozenset[str]) -> BatchRequest:
@@ -62,13 +65,7 @@ def from_json(line: bytes, params: SamplingParams, models: frozenset[str]) -> Ba
         value = parse_object(line, "the line")
     except CheckpointError as error:
         raise LineError(str(error)) from None
-    custom_id = value.get("custom_id")
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
-        raise LineError(f"custom_id must be a text of 1 to {_MAX_ID} characters", field="custom_id")
-    try:
-        custom_id.encode()
-    except UnicodeEncodeError:
-        raise LineError("custom_id has a lone surrogate", field="custom_id") from None
+    custom_id = check_id(value.get("custom_id"))
     try:
         return _request(value, custom_id, params, models)
     except LineError as error:
@@ -172,4 +169,4 @@ def _template(value: Any) -> dict[str, Any]:
     return value
 
 
-__all__ = ["CHAT", "COMPLETIONS", "BatchRequest", "from_json", "from_text"]
+__all__ = ["CHAT", "COMPLETIONS", "BatchRequest", "check_id", "from_json"]

@@ -3,7 +3,6 @@ output in the order of the input."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import time
@@ -17,10 +16,14 @@ from ..load.template_process import TemplateError
 from . import manifest as manifests
 from .answers import Lines
 from .errors import BAD_REQUEST, NOT_READ, NOT_WRITTEN, BatchError, LineError
-from .inputs import Inputs, check_format, spool
-from .journal import Journal, Result, journal_path, not_written, sync_folder
+from .inputs import Inputs, spool
+from .journal import Journal, Result, journal_path
+from .limits import Limits
+from .outputs import check_output, write_output
 from .report import Seen, Summary
 from .requests import BatchRequest
+from .sources import guess_format
+from .template import PLAIN, Prompting
 
 # What a line leaves out. OpenAI's own defaults but for max_tokens, where 16 helps nobody.
 BATCH_DEFAULTS = SamplingParams(max_tokens=256)
@@ -58,26 +61,30 @@ def run(
     *,
     model: Mapping[str, Any],
     also_called: Sequence[str] = (),
-    format: str = "jsonl",
+    format: str | None = None,
+    prompting: Prompting = PLAIN,
     params: SamplingParams = BATCH_DEFAULTS,
     on_error: str = "stop",
     restart: bool = False,
+    limits: Limits | None = None,
     progress: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Summary:
     """Answer every line of `inputs` ("-": standard input) into `output`, or go on with doing so.
 
-    model: manifest.engine_facts(). also_called: more names that a body may call it by. check() is
-    called at every step and ends the run by raising. on_error: "stop" at the first line that is no
-    request or is refused, or "record" it. Whatever is raised, what was answered stays.
+    format: one of FORMATS, by the files' names where it is None; prompting: of one that is not JSON
+    lines. model: manifest.engine_facts(). also_called: more names that a body may call it by.
+    check() is called at every step and ends the run by raising. on_error: "stop" at the first line
+    that is no request or is refused, or "record" it. Whatever is raised, what was answered stays.
     Errors: BatchError.
     """
-    check_format(format)
     if on_error not in ("stop", "record"):
         raise BatchError(NOT_READ, f"on_error={on_error!r} is not stop or record")
     if not inputs:
         raise BatchError(NOT_READ, "no input: name a file, or - for standard input")
+    format = format or guess_format([str(p) for p in inputs])
     target = Path(output)
+    check_output(target)
     journal = _open(target, restart)
     try:
         begun = journal.reader.size > 0
@@ -87,22 +94,25 @@ def run(
         lines = Inputs(
             paths,
             format=format,
+            prompting=prompting,
             params=params,
             models=frozenset([model["name"], *also_called]),
             record=on_error == "record",
         )
         try:
-            manifest = manifests.make(model, lines, params, format)
+            manifest = manifests.make(model, lines, params, format, prompting)
             summary = Summary(target, requests=len(lines))
             seen = _resume(journal, manifest, summary)
             bar = _progress_bar(summary) if progress and sys.stderr.isatty() else None
             made = Lines(manifests.digest(manifest), model["name"])
-            batch = _Run(engine, lines, journal, seen, made, summary, on_error == "record", bar)
+            limits = limits or Limits()
+            record = on_error == "record"
+            batch = _Run(engine, lines, journal, seen, made, summary, record, limits, bar)
             batch.run(check)
             lines.check_unchanged()
         finally:
             lines.close()
-        _write_output(target, journal, seen)
+        write_output(target, map(journal.line, seen.offsets))
         return summary
     finally:
         journal.close()
@@ -120,6 +130,7 @@ class _Run:
         lines: Lines,
         summary: Summary,
         record: bool,
+        limits: Limits,
         bar: Any,
     ) -> None:
         self._engine = engine
@@ -129,6 +140,7 @@ class _Run:
         self._lines = lines
         self._summary = summary
         self._record = record
+        self._limits = limits
         self._bar = bar
         self._running: dict[str, tuple[int, BatchRequest]] = {}
         self._samples = 0
@@ -143,7 +155,10 @@ class _Run:
             following = next(feed, None)
             while following is not None or self._running:
                 check()
-                while following is not None and self._samples < most and self._admit(*following):
+                self._limits.check_time()
+                while following is not None and self._samples < most and self._affords():
+                    if not self._admit(*following):
+                        break
                     following = next(feed, None)
                 if self._running:
                     for output in self._engine.step():
@@ -158,6 +173,15 @@ class _Run:
             if self._bar is not None:
                 self._bar.close()
 
+    def _affords(self) -> bool:
+        """Whether one more may begin. Errors: BatchError where none may and none runs."""
+        s, running = self._summary, len(self._running)
+        if self._limits.afford(s.money, s.done_before + s.done, running):
+            return True
+        if not running:
+            self._limits.raise_spent(s.money)
+        return False
+
     def _end(self, error: BaseException) -> None:
         """Leave nothing running, and keep what was answered where the journal still can."""
         for request_id in self._running:
@@ -170,14 +194,12 @@ class _Run:
         group first. Bad lines are recorded on the way."""
         for window in self._inputs.windows(lambda index: index not in self._seen):
             groups: dict[str, list[tuple[str, int, BatchRequest]]] = {}
-            for index in window:
-                try:
-                    request = self._inputs.read(index)
-                except LineError as error:
-                    self._refuse(index, error.custom_id, str(error), error.field)
-                    continue
-                text = request.text
-                groups.setdefault(text[:_SHARED], []).append((text, index, request))
+            for index, request in window:
+                if isinstance(request, LineError):
+                    self._refuse(index, request.custom_id, str(request), request.field)
+                else:
+                    text = request.text
+                    groups.setdefault(text[:_SHARED], []).append((text, index, request))
             self._inputs.check_unchanged()
             longest = sorted(groups.values(), key=lambda g: -max(len(text) for text, _, _ in g))
             for group in longest:
@@ -219,6 +241,7 @@ class _Run:
         reasons = {c.finish_reason for c in output.outputs}
         if "abort" in reasons:
             raise BatchError(BAD_REQUEST, f"{self._inputs.place(index)}: somebody aborted it")
+        self._limits.check_cost(output.cost)
         status, usage = 200, output.usage
         if "error" in reasons:
             why = next((c.error for c in output.outputs if c.error), "the engine gave no reason")
@@ -236,6 +259,7 @@ class _Run:
                 output.timings.total_s,
                 status,
                 line,
+                output.cost,
             )
         )
 
@@ -289,24 +313,9 @@ def _resume(journal: Journal, manifest: dict[str, Any], summary: Summary) -> See
         seen.note(result.index, offset)
         summary.done_before += 1
         summary.errors += result.status != 200
+        summary.money_before += (result.cost.money if result.cost else None) or 0.0
     journal.go_on()
     return seen
-
-
-def _write_output(output: Path, journal: Journal, seen: Seen) -> None:
-    """All answers in the input's order, under another name until they are all on the disk."""
-    fresh = output.with_name(output.name + ".new")
-    try:
-        with fresh.open("wb") as file:
-            for offset in seen.offsets:
-                file.write(journal.line(offset))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, output)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise not_written(output, error) from error
-    sync_folder(output.parent)
 
 
 def _progress_bar(summary: Summary) -> Any:

@@ -36,6 +36,7 @@ EXIT_STATUSES = {
     8: "a request ended with an error inside the engine",
     9: "a self-check of `engineroom doctor` failed",
     10: "a batch stopped before its end, or its files are damaged; the message says how to go on",
+    11: "a batch reached its deadline or its budget; the same command goes on",
     130: "interrupted (Ctrl-C)",
     141: "whoever read the output went away",
     143: "told to end (SIGTERM)",
@@ -284,6 +285,14 @@ ERRORS = (
         "the message names the file or the option",
         _BATCH,
         "E-BATCH-06",
+    ),
+    ErrorCode(
+        "E-BATCH-07",
+        11,
+        "a batch reached its --deadline or --max-cost",
+        "the same command with another limit goes on: what was answered is kept",
+        _BATCH,
+        "E-BATCH-07",
     ),
     ErrorCode(
         "E-DOCTOR-01",

@@ -80,6 +80,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("engine.load.source",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "tqdm": ("engine.llm", "engine.batch"),
+    "pyarrow": ("engine.batch",),
     "prometheus_client": ("engine.serve",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),
@@ -109,6 +110,7 @@ LOCAL_THIRD_PARTY = (
     "tokenizers",
     "sentencepiece",
     "tqdm",
+    "pyarrow",
 )
 
 

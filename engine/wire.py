@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .config import EngineConfig, ModelConfig
+from .core.cost import Cost
 from .core.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Timings, Usage
 
 MAX_FRAME = 64 << 20  # bytes of payload: a million token ids fit ten times over
@@ -187,6 +188,7 @@ class Output(_Message):
     prompt: Prompt | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None  # new positions
     more: bool = False
+    cost: Cost | None = None
 
 
 class Refused(_Message):
@@ -372,6 +374,7 @@ def _difference(sent: RequestOutput | None, new: RequestOutput, *, more: bool) -
         prompt=None if same_prompt else Prompt(text=new.prompt, token_ids=new.prompt_token_ids),
         prompt_logprobs=rows,
         more=more,
+        cost=new.cost,
     )
 
 
@@ -477,4 +480,5 @@ def apply(sent: RequestOutput | None, message: Output) -> RequestOutput:
         usage=message.usage,
         timings=message.timings,
         deltas=tuple(deltas),
+        cost=message.cost,
     )

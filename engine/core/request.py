@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from .cost import Cost
 from .sampling_params import ParameterError, SamplingParams
 from .steplog import Timeline
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdmissionError",
     "CompletionOutput",
+    "Cost",
     "FinishReason",
     "Logprob",
     "ParameterError",
@@ -456,7 +458,8 @@ class CompletionOutput:
 class RequestOutput:
     """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
 
-    prompt_logprobs: per prompt token, None for the first.
+    prompt_logprobs: per prompt token, None for the first. cost: of all samples, so far; None where
+    no engine of ours computed it.
     """
 
     request_id: str
@@ -468,3 +471,4 @@ class RequestOutput:
     usage: Usage
     timings: Timings
     deltas: tuple[str, ...]
+    cost: Cost | None = None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from engineroom.engine import wire
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.core.request import (
     CompletionOutput,
     Logprob,
@@ -201,6 +202,10 @@ LOGPROBS = st.dictionaries(
     st.integers(0, 99), st.builds(Logprob, st.floats(-9, 0), st.integers(1, 9), TEXT), max_size=2
 )
 
+COSTS = st.builds(
+    Cost, st.floats(0, 9), st.none() | st.floats(0, 9), st.none() | st.floats(0, 9), st.booleans()
+)
+
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[RequestOutput]:
@@ -251,6 +256,7 @@ def histories(draw: st.DrawFn) -> list[RequestOutput]:
                 usage=Usage(len(prompt), step, 0),
                 timings=Timings(0.0, 0.1, 0.2, 0.3, None),
                 deltas=tuple(deltas),
+                cost=draw(st.none() | COSTS),
             )
         )
     return history

@@ -61,9 +61,9 @@ class Inputs:
         self._unit = "row" if format == "parquet" else "line"
         self._params = params
         self._models = models
-        self._prompts = None if format == "jsonl" else Prompts(format, prompting, params)
+        self._prompts = Prompts(format, prompting, params)
         # Rows are numbered where they have no ids of their own.
-        self._numbered = self._prompts is not None and prompting.id_column is None
+        self._numbered = format != "jsonl" and prompting.id_column is None
         self._record = record
         self._several = len(paths) > 1
         self._offsets = array("Q")
@@ -134,7 +134,7 @@ class Inputs:
     # --------------------------------------------------------------------------------- private
 
     def _source(self, path: Path) -> Source:
-        return open_source(path, self._format, self._prompts.columns if self._prompts else ())
+        return open_source(path, self._format, self._prompts.columns)
 
     def _scan(self, path: Path, ids: _Ids) -> InputFile:
         first = len(self._offsets)
@@ -178,13 +178,12 @@ class Inputs:
         return f"{path} {self._unit} {self._numbers[index]}"
 
     def _parse(self, row: Row, index: int) -> BatchRequest:
-        if self._prompts is None and isinstance(row, bytes):
+        if self._format == "jsonl" and isinstance(row, bytes):
             return from_json(row, self._params, self._models)
         custom_id = self._given_id(index) if self._numbered else None
         if isinstance(row, LineError):
             row.custom_id = custom_id
             raise row
-        assert self._prompts is not None  # ours: JSON lines are bytes
         return self._prompts.request(row, custom_id or "")
 
     def _given_id(self, index: int) -> str:

@@ -241,7 +241,6 @@ class _Run:
         reasons = {c.finish_reason for c in output.outputs}
         if "abort" in reasons:
             raise BatchError(BAD_REQUEST, f"{self._inputs.place(index)}: somebody aborted it")
-        self._limits.check_cost(output.cost)
         status, usage = 200, output.usage
         if "error" in reasons:
             why = next((c.error for c in output.outputs if c.error), "the engine gave no reason")
@@ -262,6 +261,7 @@ class _Run:
                 output.cost,
             )
         )
+        self._limits.check_cost(output.cost)
 
     def _refuse(self, index: int, custom_id: str | None, why: str, field: str) -> None:
         if not self._record:

@@ -62,7 +62,10 @@ PLAIN = Prompting()
 
 
 class Prompts:
-    """Makes the requests of a format that is not JSON lines. Errors: BatchError."""
+    """Makes the requests of a format that is not JSON lines.
+
+    Errors: BatchError where the options do not go with the format.
+    """
 
     def __init__(self, format: str, options: Prompting, params: SamplingParams) -> None:
         self._options = options

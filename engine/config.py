@@ -229,6 +229,7 @@ MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this ma
 DEVICES = ("auto", "cpu", "cuda", "reference")
 ACTIVATIONS = ("auto", "int8", "fp8", "float32")
 QUANTIZATIONS = ("int8", "int4")
+ENERGY_METERS = ("auto", "rapl", "nvml", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +257,11 @@ class EngineConfig:
     packed_cache: bool = False
     chat_template: str | None = None
     step_log: str | None = None
+    energy_meter: str = "auto"
+    watts_per_core: float = 5.0
+    price_per_kwh: float | None = None
+    price_per_hour: float | None = None
+    grams_per_kwh: float | None = None
     tensor_parallel_size: int = 1
     trust_remote_code: bool = False
 
@@ -289,6 +295,9 @@ class EngineConfig:
         self._one_of("dtype", DTYPES)
         self._one_of("activations", ACTIVATIONS)
         self._one_of("kv_cache_dtype", KV_CACHE_DTYPES)
+        self._one_of("energy_meter", ENERGY_METERS)
+        for name in ("watts_per_core", "price_per_kwh", "price_per_hour", "grams_per_kwh"):
+            self._rate(name, getattr(self, name))
         if self.quantization is not None:
             self._one_of("quantization", QUANTIZATIONS, "; None keeps the checkpoint's own bits")
         if self.tensor_parallel_size != 1:
@@ -322,6 +331,13 @@ class EngineConfig:
 
     def replace(self, **changes: Any) -> EngineConfig:
         return dataclasses.replace(self, **changes)
+
+    def _rate(self, name: str, value: float | None) -> None:
+        if value is None and name != "watts_per_core":
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < 1e9:  # type: ignore[operator]
+            raise ConfigError(name, f"{name} must be a number in 0..1e9, not {value!r}")
 
     def _one_of(self, name: str, allowed: tuple[str, ...], more: str = "") -> None:
         value = getattr(self, name)

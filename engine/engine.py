@@ -7,6 +7,7 @@ client's engine thread) is its only caller.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -14,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import EngineConfig
+from .account.ledger import EnergyStats, Ledger, Prices
+from .account.meter import MeterUnavailable, open_meter
+from .config import ConfigError, EngineConfig
 from .core.detokenize import TextStream, TokenPieces
 from .core.outputs import OutputGroup
 from .core.request import (
@@ -30,6 +33,8 @@ from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import StepLog, StepRecord
 from .runtime.assemble import LoadedModel, Progress, load_model
 from .runtime.runner import Execution, Flight, LogprobObserver
+
+_log = logging.getLogger("engineroom")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class EngineStats:
     num_steps: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    energy: EnergyStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.chat_template = loaded.chat_template
         self.log = StepLog(path=config.step_log)
+        self.ledger = _ledger(config, gpu=loaded.backend_choice.name == "triton")
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -196,8 +203,10 @@ class Engine:
         and that one is what is committed: its tokens are shown one call later.
         """
         started = self._clock()
-        plan = self.scheduler.schedule()
         before = self._in_flight[-1] if self._in_flight else None
+        if before is None:
+            self.ledger.begin()
+        plan = self.scheduler.schedule()
         flying = None
         if plan is not None:
             scheduled = self._clock()
@@ -209,7 +218,11 @@ class Engine:
             self._runner.sample(flying.flight)  # every token before it is known now
             if not self._runner.backend.overlaps:
                 outputs = self._commit(flying)
-        return self._outputs(self.scheduler.drain_finished()) if outputs is None else outputs
+        if outputs is None:
+            outputs = self._outputs(self.scheduler.drain_finished())
+        if not self._in_flight:
+            self.ledger.end(resting=not self._groups)
+        return outputs
 
     def _commit(self, flying: _Flying) -> list[RequestOutput]:
         """Wait for the oldest step in flight, take its answer and record it."""
@@ -217,6 +230,7 @@ class Engine:
         execution = self._runner.answer(flying.flight)
         answered = self._clock()
         self._in_flight.popleft()
+        self.ledger.charge(plan, self._groups, execution.execute_s)
         updates = [
             *self.scheduler.commit(plan, execution.outcome),
             *self.scheduler.drain_finished(),
@@ -231,6 +245,7 @@ class Engine:
             self._num_steps,
             self._num_prompt_tokens,
             self._num_generated_tokens,
+            self.ledger.stats(),
         )
 
     def close(self) -> None:
@@ -240,6 +255,7 @@ class Engine:
         for flying in self._in_flight:
             self._runner.answer(flying.flight)  # it may read what is released here
         self.log.close()
+        self.ledger.close()
         self.loaded.close()
 
     # --------------------------------------------------------------------------------- private
@@ -331,7 +347,7 @@ class Engine:
         for group in touched.values():
             if group.final_only and not group.finished:
                 continue
-            output = group.output()
+            output = group.output(self.ledger.cost(group))
             outputs.append(output)
             if output.finished:
                 del self._groups[group.request_id]
@@ -361,6 +377,25 @@ class Engine:
                 backend=self._runner.backend.name,
             )
         )
+
+
+def _ledger(config: EngineConfig, *, gpu: bool) -> Ledger:
+    """Errors: ConfigError("energy_meter")."""
+    try:
+        meter, note = open_meter(config.energy_meter, gpu=gpu, watts_per_core=config.watts_per_core)
+    except MeterUnavailable as why:
+        raise ConfigError(
+            "energy_meter",
+            f"energy_meter={config.energy_meter!r} cannot be had here: {why}",
+        ) from why
+    if note:
+        _log.warning("%s", note)
+    prices = Prices(
+        price_per_kwh=config.price_per_kwh,
+        price_per_hour=config.price_per_hour,
+        grams_per_kwh=config.grams_per_kwh,
+    )
+    return Ledger(meter, prices)
 
 
 def _unicode(text: str) -> str:

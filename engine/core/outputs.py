@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from .cost import Cost
 from .plan import TokenLogprob
 from .request import (
     CompletionOutput,
@@ -35,6 +36,7 @@ class OutputGroup:
         """final_only: nobody reads before the end, so nothing is made before it."""
         self.request_id = request_id
         self.samples = tuple(samples)
+        self.nanojoules = self.nanoseconds = 0  # its share of the machine: the ledger's
         self._prompt_token_ids = samples[0].prompt_token_ids
         self._prompt = prompt
         self._params = params
@@ -57,7 +59,7 @@ class OutputGroup:
         """Note the text that an update brought."""
         self._deltas[update.request.sample_index] += update.text_delta
 
-    def output(self) -> RequestOutput:
+    def output(self, cost: Cost | None = None) -> RequestOutput:
         """Everything so far, with `deltas` since the last call."""
         finished = self.finished
         shown = self.samples
@@ -83,6 +85,7 @@ class OutputGroup:
             ),
             timings=first.timings(),
             deltas=tuple(deltas),
+            cost=cost,
         )
 
     def _best(self) -> tuple[Request, ...]:

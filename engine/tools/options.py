@@ -81,6 +81,12 @@ ENGINE_HELP = {
     "start maps them instead of packing again",
     "chat_template": "a file with a Jinja chat template in place of the checkpoint's own",
     "step_log": "a file that gets one JSON line per engine step",
+    "energy_meter": "what counts energy: auto (RAPL where it can be read, with NVML on a GPU, else "
+    "the model), rapl, nvml, or model (busy core-seconds x watts_per_core); see docs/efficiency.md",
+    "watts_per_core": "of the model: what a busy core draws, its part of memory and fans included",
+    "price_per_kwh": "price of a kilowatt-hour, in the currency that costs are to be told in",
+    "price_per_hour": "price of an hour of this machine; requests pay for the time it computes",
+    "grams_per_kwh": "carbon intensity of the grid, grams of CO2 equivalent per kilowatt-hour",
     "tensor_parallel_size": "only 1: several devices are not supported yet",
     "trust_remote_code": "only False: code from a checkpoint is never run",
 }

@@ -1,0 +1,167 @@
+"""What requests cost: shares and idle are all that the meter counts, to the last nanojoule."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from engineroom import LLM, SamplingParams
+from engineroom.engine.account.ledger import Ledger, Prices
+from engineroom.engine.config import ConfigError
+from tests.counts import count
+from tests.engine.late import late_backends
+from tests.engine.test_overlap import FORMS, ROOMY, TIGHT, draw
+
+GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=12, ignore_eos=True)
+
+
+class Jumpy:
+    """A meter whose counter jumps by anything between two readings, nothing included."""
+
+    name, estimated = "jumpy", False
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self.now = 10**12
+
+    def read(self) -> int:
+        self.now += self._rng.choice((0, 1, 7, 1000, self._rng.randrange(10**9)))
+        return self.now
+
+    def close(self) -> None:
+        pass
+
+
+def nanojoules(joules: float) -> int:
+    return round(joules * 1e9)
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+@pytest.mark.parametrize("options", [TIGHT, ROOMY], ids=["tight", "roomy"])
+def test_shares_and_idle_are_all_the_meter_counts(
+    form: str, options: dict, golden_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With preemptions, aborts, prefix hits, samples of one prompt, idle turns, reused ids."""
+    if form == "plain":
+        llm = LLM(str(golden_model), device="cpu", **options)
+    else:
+        with late_backends(monkeypatch, **FORMS[form]):
+            llm = LLM(str(golden_model), device="cpu", **options)
+    engine = llm.engine
+    for seed in range(count(reduced=6, full=200)):
+        rng = random.Random(seed)
+        meter = Jumpy(seed)
+        start = meter.now
+        engine.ledger = ledger = Ledger(meter)
+        start = ledger._start
+        asked = draw(rng)
+        told: dict[str, int] = {}
+        answered = 0
+        turn = 0
+        while turn <= 12 or engine.has_work:
+            for a in asked:
+                if a.comes == turn:
+                    engine.add_request(a.request_id, a.prompt, a.params, priority=a.priority)
+                    told[a.request_id] = 0
+                if a.aborted == turn:
+                    engine.abort(a.request_id)
+            for output in engine.step():
+                share = nanojoules(output.cost.joules)
+                assert share >= told[output.request_id], "a cost went down"
+                told[output.request_id] = share
+                if output.finished and rng.random() < 0.2:  # the id is another's from now on
+                    answered += told.pop(output.request_id)
+                    again = SamplingParams(max_tokens=2, seed=1)
+                    engine.add_request(output.request_id, [1, 2, 3], again)
+                    told[output.request_id] = 0
+            turn += 1
+        shared = answered + sum(told.values())
+        assert shared + ledger.idle == ledger.total, f"seed {seed}"
+        assert ledger.total == meter.now - start, f"seed {seed}"
+        assert shared > 0 and ledger.idle > 0
+    llm.close()
+
+
+@pytest.fixture
+def llm(make_llm: Any) -> LLM:
+    return make_llm(device="cpu", max_num_seqs=32, price_per_kwh=0.36, grams_per_kwh=360)
+
+
+class Steady(Jumpy):
+    """A joule a reading."""
+
+    def read(self) -> int:
+        self.now += 10**9
+        return self.now
+
+
+def test_what_passes_between_turns_is_nobodys(llm: LLM) -> None:
+    engine = llm.engine
+    engine.ledger = ledger = Ledger(Steady(0))
+    engine.add_request("a", [1, 2, 3], GREEDY.replace(max_tokens=4))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    # A turn reads three times: the joule before it is idle, the two others are the request's, but
+    # for the last one, which comes after its answer.
+    assert [o.cost.joules for o in outputs] == [1, 3, 5, 7]
+    assert ledger.idle == 5 * 10**9
+
+
+def test_a_request_pays_for_what_it_computes(llm: LLM) -> None:
+    """A longer prompt more than a short one, a prefix found in the cache next to nothing."""
+    llm.engine.ledger = Ledger(Steady(0))
+    params = GREEDY.replace(max_tokens=1)
+    long, short = llm.generate([[5] * 200, [6] * 10], params, use_tqdm=False)
+    assert long.cost.joules > 5 * short.cost.joules > 0
+    (again, other) = llm.generate([[5] * 200, [7] * 150], params, use_tqdm=False)
+    assert again.usage.cached_tokens > 150
+    assert other.cost.joules > 4 * again.cost.joules
+
+
+def test_money_and_grams_follow_from_the_prices(llm: LLM) -> None:
+    (out,) = llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    cost = out.cost
+    assert cost.joules > 0 and cost.estimated
+    assert cost.money == pytest.approx(cost.joules * 0.36 / 3.6e6)
+    assert cost.grams == pytest.approx(cost.joules * 360 / 3.6e6)
+    llm.engine.ledger = Ledger(Steady(0), Prices(price_per_hour=3.6), clock_ns=Steady(0).read)
+    (out,) = llm.generate([[1, 2]], GREEDY.replace(max_tokens=1), use_tqdm=False)
+    assert out.cost.money == pytest.approx(0.001) and out.cost.grams is None
+    llm.engine.ledger = Ledger(Steady(0))
+    (out,) = llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    assert out.cost.money is None and out.cost.grams is None
+
+
+def test_a_meter_that_fails_ends_the_counting_and_not_the_request(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dying(Steady):
+        def read(self) -> int:
+            if self.now > 10**12 + 9 * 10**9:
+                raise OSError("gone")
+            return super().read()
+
+    llm.engine.ledger = Ledger(Dying(0))
+    (out,) = llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    assert len(out.outputs[0].token_ids) == 12 and out.cost is None
+    assert [r.getMessage() for r in caplog.records] == ["jumpy: gone; costs are no longer told"]
+
+
+def test_the_meter_that_is_asked_for_is_the_one_or_none(golden_model: Any) -> None:
+    with pytest.raises(ConfigError, match="energy_meter must be one of"):
+        LLM(str(golden_model), energy_meter="ammeter")
+    with pytest.raises(ConfigError, match=r"energy_meter='nvml' cannot be had here: NVML"):
+        LLM(str(golden_model), device="cpu", energy_meter="nvml")
+    for value in (-1.0, float("nan"), True, "3"):
+        with pytest.raises(ConfigError, match="price_per_kwh must be a number"):
+            LLM(str(golden_model), price_per_kwh=value)
+
+
+def test_stats_name_the_meter(llm: LLM) -> None:
+    llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    energy = llm.stats().energy
+    assert energy.joules >= energy.idle_joules > 0
+    assert energy.meter and energy.estimated in (True, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from .client import (
@@ -91,8 +91,13 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: bytes | str | None = None,
+        final_only: bool = False,
+        embed: bool = False,
     ) -> OutputStream:
         """Complete text or token ids: growing RequestOutputs, `.deltas` is what is new.
+
+        With `final_only` there is one output, at the end: nothing is made or sent before it. With
+        `embed` that one has the prompt's embedding (see embed()), and nothing is generated.
 
         The request starts with the first output asked for. Leaving the loop, cancelling its task or
         aclose() aborts the request at once. A slow reader skips outputs, never text: deltas add up.
@@ -103,7 +108,28 @@ class AsyncLLM:
             await self._loaded()
             return prompt
 
-        return self._stream(ready, params, request_id, priority, cache_salt)
+        return self._stream(
+            ready, params, request_id, priority, cache_salt, final_only=final_only, embed=embed
+        )
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> RequestOutput:
+        """One prompt's RequestOutput, whose `.embedding` is as LLM.embed()'s.
+
+        Cancelling the task aborts the request. Errors: those of generate().
+        """
+        params = SamplingParams(truncate_prompt_tokens=truncate_prompt_tokens)
+        stream = self.generate(prompt, params, request_id=request_id, priority=priority, embed=True)
+        try:
+            return await anext(stream)
+        finally:
+            await stream.aclose()
 
     def chat(
         self,
@@ -199,6 +225,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
         cache_salt: bytes | str | None,
+        **shape: bool,
     ) -> OutputStream:
         salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt or b""
         return OutputStream(
@@ -208,6 +235,7 @@ class AsyncLLM:
             request_id=f"async-{next(self._ids)}" if request_id is None else request_id,
             priority=priority,
             cache_salt=salt,
+            shape=shape,
         )
 
 
@@ -226,13 +254,16 @@ class OutputStream(AsyncIterator[RequestOutput]):
         request_id: str,
         priority: int,
         cache_salt: bytes,
+        shape: Mapping[str, bool],
     ) -> None:
+        """`shape`: final_only and embed, as EngineClient.submit() takes them."""
         self.request_id = request_id
         self._client = client
         self._ready = ready
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
+        self._shape = shape
         # The client knows the mailbox and not the stream, so that a dropped stream is collected.
         self._mailbox: _Mailbox | None = None
         self._over = False
@@ -276,6 +307,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
             priority=self._priority,
             cache_salt=self._cache_salt,
             sink=mailbox.put,
+            **self._shape,
         )
         self._mailbox = mailbox
 

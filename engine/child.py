@@ -228,6 +228,8 @@ class _Server:
                 wire.unpack_params(message.params),
                 priority=message.priority,
                 cache_salt=message.cache_salt,
+                final_only=message.final_only,
+                embed=message.embed,
                 sink=sink,
             )
         except ValueError as exc:

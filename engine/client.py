@@ -129,6 +129,8 @@ class EngineLike(Protocol):
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
     ) -> object: ...
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
@@ -161,6 +163,8 @@ class Submission:
     params: SamplingParams
     priority: int
     cache_salt: bytes
+    final_only: bool = False
+    embed: bool = False
 
 
 class EngineClient(ABC):
@@ -227,9 +231,12 @@ class EngineClient(ABC):
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
         sink: Sink,
     ) -> None:
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
+        `final_only` and `embed` are Engine.add_request()'s.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
         AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
@@ -241,7 +248,9 @@ class EngineClient(ABC):
         if not isinstance(prompt, str):
             check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
             prompt = tuple(prompt)
-        self._submit(Submission(request_id, prompt, params, priority, cache_salt), sink)
+        self._submit(
+            Submission(request_id, prompt, params, priority, cache_salt, final_only, embed), sink
+        )
 
     def __enter__(self) -> EngineClient:
         self.start()

@@ -156,6 +156,8 @@ class ProcessClient(EngineClient):
                     params=wire.pack_params(submission.params),
                     priority=submission.priority,
                     cache_salt=submission.cache_salt,
+                    final_only=submission.final_only,
+                    embed=submission.embed,
                 )
             )
         except wire.WireError as exc:

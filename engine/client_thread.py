@@ -279,6 +279,8 @@ class _Turner:
                 command.params,
                 priority=command.priority,
                 cache_salt=command.cache_salt,
+                final_only=command.final_only,
+                embed=command.embed,
             )
         except ValueError as exc:
             self.sinks.end(rid, RequestRefused.of(exc))

@@ -32,6 +32,7 @@ from .core.request import (
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import StepLog, StepRecord
 from .runtime.assemble import LoadedModel, Progress, load_model
+from .runtime.pooling import Pool
 from .runtime.runner import Execution, Flight, LogprobObserver
 
 _log = logging.getLogger("engineroom")
@@ -120,12 +121,14 @@ class Engine:
         cache_salt: bytes = b"",
         observer: LogprobObserver | None = None,
         final_only: bool = False,
+        embed: bool = False,
     ) -> AddedRequest:
         """Admit a request, or refuse it with the reason; nothing changes where it is refused.
 
         `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
         in chunks (see `LLM.score`); it needs params.prompt_logprobs. With `final_only` the request
-        has one RequestOutput, at its end, and costs nothing to show before.
+        has one RequestOutput, at its end, and costs nothing to show before. With `embed` it
+        generates nothing and its one output has the embedding of the prompt.
 
         Errors: ParameterError (a bad parameter), AdmissionError (it cannot run here).
         """
@@ -138,9 +141,18 @@ class Engine:
         bad_words = self._bad_word_ids(params)
         check_token_ids(params, ids, self.model_config.vocab_size, bad_word_ids=bad_words)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
+        run = _embedding_params(params) if embed else params
         samples = self._samples(
-            request_id, ids, params, seed, bad_words, priority=priority, cache_salt=cache_salt
+            request_id,
+            ids,
+            run,
+            seed,
+            bad_words,
+            priority=priority,
+            cache_salt=cache_salt,
+            reuses_prefix=not embed,  # a position that is not computed has no hidden state
         )
+        pool = Pool(len(ids)) if embed else None
         echo = ""
         if params.echo:  # what the model is given: a truncated prompt as its tokens spell it
             whole = params.truncate_prompt_tokens is None
@@ -149,13 +161,16 @@ class Engine:
             request_id,
             prompt=text,
             echo_text=echo,
-            params=params,
+            params=run,
             samples=samples,
             decode_token=self._token_text,
-            final_only=final_only,
+            final_only=final_only or embed,
+            embedding=None if pool is None else pool.embedding,
         )
         self.scheduler.add(*samples)
         self._groups[request_id] = group
+        if pool is not None:
+            self._runner.pooling.pools[samples[0].key] = pool
         if observer is not None:
             self._runner.observers[samples[0].key] = observer
         self._num_prompt_tokens += len(ids)
@@ -352,6 +367,7 @@ class Engine:
             if output.finished:
                 del self._groups[group.request_id]
                 self._runner.observers.pop(group.samples[0].key, None)
+                self._runner.pooling.pools.pop(group.samples[0].key, None)
         return outputs
 
     def _record(self, flying: _Flying, execution: Execution, commit_s: float) -> None:
@@ -396,6 +412,17 @@ def _ledger(config: EngineConfig, *, gpu: bool) -> Ledger:
         grams_per_kwh=config.grams_per_kwh,
     )
     return Ledger(meter, prices)
+
+
+def _embedding_params(params: SamplingParams) -> SamplingParams:
+    """Errors: ParameterError for what would be ignored."""
+    keep = params.truncate_prompt_tokens
+    if params != SamplingParams(truncate_prompt_tokens=keep):
+        raise ParameterError(
+            "params",
+            "an embedding samples nothing: of params it takes truncate_prompt_tokens alone",
+        )
+    return SamplingParams(max_tokens=0, echo=True, truncate_prompt_tokens=keep)
 
 
 def _unicode(text: str) -> str:

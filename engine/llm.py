@@ -26,6 +26,14 @@ _Inbox = list[RequestOutput]
 
 
 @dataclass(frozen=True)
+class EmbeddingOutput:
+    """A text's embedding, float32 [H] of unit length, and the tokens that it is the mean of."""
+
+    prompt_token_ids: tuple[int, ...]
+    embedding: np.ndarray
+
+
+@dataclass(frozen=True)
 class ScoreOutput:
     """Logprobs (natural log) of a text's own tokens: entry i is of token i + 1 given its past."""
 
@@ -144,6 +152,26 @@ class LLM:
                     if entry is not None
                 ),
             )
+            for out in outputs
+        ]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """The mean of the last hidden states of each prompt's tokens, at unit length.
+
+        Every prompt is computed whole: the prefix cache holds no hidden states. What is not
+        finite is a model's own fault and stays as it is. Errors: those of generate().
+        """
+        many = _as_prompts(prompts)
+        params = SamplingParams(truncate_prompt_tokens=truncate_prompt_tokens)
+        outputs = self._run(many, [params] * len(many), 0, use_tqdm, embed=True)
+        return [
+            EmbeddingOutput(out.prompt_token_ids, np.array(out.embedding, np.float32))
             for out in outputs
         ]
 
@@ -269,6 +297,8 @@ class LLM:
         params: Sequence[SamplingParams],
         priority: int,
         use_tqdm: bool,
+        *,
+        embed: bool = False,
     ) -> list[RequestOutput]:
         inbox: _Inbox = []
         done: dict[str, RequestOutput] = {}
@@ -288,6 +318,7 @@ class LLM:
                                 params[index],
                                 priority=priority,
                                 final_only=True,
+                                embed=embed,
                             )
                         )
                     except ValueError as error:

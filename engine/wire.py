@@ -88,6 +88,8 @@ class Submit(_Message):
     params: Params  # type: ignore[valid-type]
     priority: int
     cache_salt: bytes
+    final_only: bool = False
+    embed: bool = False
 
 
 class Abort(_Message):
@@ -189,6 +191,7 @@ class Output(_Message):
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None  # new positions
     more: bool = False
     cost: Cost | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 class Refused(_Message):
@@ -375,6 +378,7 @@ def _difference(sent: RequestOutput | None, new: RequestOutput, *, more: bool) -
         prompt_logprobs=rows,
         more=more,
         cost=new.cost,
+        embedding=new.embedding,
     )
 
 
@@ -481,4 +485,5 @@ def apply(sent: RequestOutput | None, message: Output) -> RequestOutput:
         timings=message.timings,
         deltas=tuple(deltas),
         cost=message.cost,
+        embedding=message.embedding,
     )

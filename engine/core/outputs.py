@@ -17,6 +17,7 @@ from .request import (
 from .scheduler import Update
 
 DecodeToken = Callable[[int], str]
+Embedding = Callable[[], tuple[float, ...] | None]
 
 
 class OutputGroup:
@@ -32,8 +33,10 @@ class OutputGroup:
         samples: Sequence[Request],
         decode_token: DecodeToken,
         final_only: bool = False,
+        embedding: Embedding | None = None,
     ) -> None:
-        """final_only: nobody reads before the end, so nothing is made before it."""
+        """final_only: nobody reads before the end, so nothing is made before it. `embedding` is
+        asked at the end, where the request is for one."""
         self.request_id = request_id
         self.samples = tuple(samples)
         self.nanojoules = self.nanoseconds = 0  # its share of the machine: the ledger's
@@ -42,6 +45,7 @@ class OutputGroup:
         self._params = params
         self._decode_token = decode_token
         self.final_only = final_only
+        self._embedding = embedding
         self._echo = echo_text
         self._shows_parts = not (final_only or self.ranked)
         self._deltas = [echo_text] * len(samples)
@@ -86,6 +90,7 @@ class OutputGroup:
             timings=first.timings(),
             deltas=tuple(deltas),
             cost=cost,
+            embedding=self._embedding() if finished and self._embedding is not None else None,
         )
 
     def _best(self) -> tuple[Request, ...]:

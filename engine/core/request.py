@@ -120,6 +120,7 @@ class Request:
         "prompt_logprobs",
         "prompt_rows",
         "request_id",
+        "reuses_prefix",
         "sample_index",
         "seed",
         "state",
@@ -148,8 +149,10 @@ class Request:
         dry_breaker_ids: frozenset[int] = frozenset(),
         text: TextStream | None = None,
         leader: Request | None = None,
+        reuses_prefix: bool = True,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
+        Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
@@ -174,6 +177,7 @@ class Request:
         self.dry_breaker_ids = dry_breaker_ids
         self.text = text
         self.leader = leader
+        self.reuses_prefix = reuses_prefix
 
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, output, then PENDING ones
         self.num_prompt_tokens = len(self.token_ids)
@@ -459,7 +463,8 @@ class RequestOutput:
     """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
 
     prompt_logprobs: per prompt token, None for the first. cost: of all samples, so far; None where
-    no engine of ours computed it.
+    no engine of ours computed it. embedding: of a request that asked for one, once finished; of
+    unit length.
     """
 
     request_id: str
@@ -472,3 +477,4 @@ class RequestOutput:
     timings: Timings
     deltas: tuple[str, ...]
     cost: Cost | None = None
+    embedding: tuple[float, ...] | None = None

@@ -288,7 +288,7 @@ class Scheduler:
 
         A position whose prompt logprob is still to be emitted is computed, never hit.
         """
-        if not self.config.enable_prefix_caching:
+        if not (self.config.enable_prefix_caching and request.reuses_prefix):
             return []
         reach = len(request.token_ids) - 1
         if request.wants_prompt_rows:

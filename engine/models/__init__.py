@@ -95,15 +95,28 @@ def record(module: Family, config: ModelConfig) -> Program:
     Lengths that some rope kinds depend on are config.max_position: replace that by the context
     that will be served. config.dtype is what activations are rounded to.
     """
+    hidden, weights = _hidden_rows(module, config)
+    head = weights["embed"] if config.tie_embeddings else weights["lm_head"]
+    logits = ops.linear(hidden, head)  # [R, V]
+    if config.final_softcap:
+        logits = ops.softcap(logits, config.final_softcap)
+    return weights.program.finish(logits)
+
+
+def record_hidden(module: Family, config: ModelConfig) -> Program:
+    """record() without the head: the result is the final norm's output [R, H], which is what
+    embeddings are pooled from. Its weights are among record()'s."""
+    hidden, weights = _hidden_rows(module, config)
+    return weights.program.finish(hidden)
+
+
+def _hidden_rows(module: Family, config: ModelConfig) -> tuple[Handle, WeightHandles]:
+    """[R, H], in a new Program, with the handles of that one."""
     program = Program()
     step = StepHandles.of(program)
     weights = WeightHandles(program, module.weights(config))
     hidden = module.forward(config, weights, step)  # [T, H]
-    head = weights["embed"] if config.tie_embeddings else weights["lm_head"]
-    logits = ops.linear(ops.select_rows(hidden, step.logit_rows), head)  # [R, V]
-    if config.final_softcap:
-        logits = ops.softcap(logits, config.final_softcap)
-    return program.finish(logits)
+    return ops.select_rows(hidden, step.logit_rows), weights
 
 
 def _find(attribute: str, architecture: str, what: str) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -72,6 +73,7 @@ class LoadPlan:
     config: EngineConfig  # dtypes resolved
     backend: Backend
     program: Program
+    hidden: Callable[[], Program]  # the program without its head
     weights: Mapping[str, RawWeight | WeightGroup]
     kv: KVSpec
     memory: MemoryPlan
@@ -102,7 +104,8 @@ def plan_load(
     config = config.replace(kv_cache_dtype=kv.dtype)
     # What is recorded may depend on the context served and on the dtype results are rounded to.
     context = min(config.max_model_len or model.max_position, model.longest_context)
-    program = models.record(module, model.replace(max_position=context, dtype=config.dtype))
+    recorded = model.replace(max_position=context, dtype=config.dtype)
+    program = models.record(module, recorded)
     weights = raw_weights(checkpoint, module, model)
     notes: tuple[str, ...] = ()
     if config.quantization is not None:
@@ -118,7 +121,8 @@ def plan_load(
         kv=kv,
         available=backend.available_memory(),
     )
-    return LoadPlan(config, backend, program, weights, kv, memory, notes)
+    hidden = functools.partial(models.record_hidden, module, recorded)
+    return LoadPlan(config, backend, program, hidden, weights, kv, memory, notes)
 
 
 def _quantised(
@@ -198,6 +202,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             kv=plan.kv,
             num_blocks=memory.num_blocks,
             limits=(config.max_num_batched_tokens, config.max_logit_rows, memory.max_model_len),
+            hidden=plan.hidden,
         )
     except BaseException as error:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:

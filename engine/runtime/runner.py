@@ -25,6 +25,7 @@ from ...kernels.weights import RawWeight, WeightGroup
 from ..config import ModelConfig
 from ..core.plan import RowResult, ScheduledRequest, StepOutcome, StepPlan, TokenLogprob
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
+from .pooling import Pooling
 
 # Called with a request's first row position and its full-vocabulary logprobs [rows, V].
 LogprobObserver = Callable[[int, np.ndarray], None]
@@ -57,8 +58,11 @@ class Flight:
     def fail(self, error: Exception) -> None:
         """A step that fails ends its own requests, and the engine goes on."""
         message = f"the step failed: {type(error).__name__}: {error}"
-        requests = range(len(self.plan.requests))
-        outcome = StepOutcome(tuple(() for _ in requests), dict.fromkeys(requests, message))
+        self.land(dict.fromkeys(range(len(self.plan.requests)), message))
+
+    def land(self, errors: dict[int, str] | None = None) -> None:
+        """Its answer has no rows: there is nothing more to wait for."""
+        outcome = StepOutcome(tuple(() for _ in self.plan.requests), errors)
         self.execution = Execution(outcome, self.build_s, time.perf_counter() - self.launched)
 
 
@@ -80,8 +84,10 @@ class Runner:
         kv: KVSpec,
         num_blocks: int,
         limits: tuple[int, int, int],
+        hidden: Callable[[], Program],
     ) -> None:
-        """limits: tokens and logit rows of a step, and tokens of a sequence, at most."""
+        """limits: tokens and logit rows of a step, and tokens of a sequence, at most. `hidden`
+        records the program whose rows are pooled into embeddings (see models.record_hidden)."""
         self.backend = backend
         self._cache = backend.allocate_kv(kv, num_blocks)
         self.kv_nbytes = num_blocks * kv.bytes_per_block
@@ -94,6 +100,9 @@ class Runner:
         self._launching = sampler if isinstance(sampler, LaunchingSampler) else None
         self._answered = 0.0  # when the last step was
         self._inputs = StepInputsBuilder(kv.block_size)
+        self.pooling = Pooling(
+            lambda: backend.lower(hidden(), packed, self._cache), StepInputsBuilder(kv.block_size)
+        )
         self._sampling = SamplingInputsBuilder(config.vocab_size)
         self.observers: dict[tuple[str, int], LogprobObserver] = {}
 
@@ -102,7 +111,11 @@ class Runner:
         samples the tokens that the plan does not know."""
         flight = Flight(plan)
         try:
-            step = self._inputs.build(plan, None if before is None else before.plan)
+            rest = self.pooling.run(plan)
+            if not rest.requests:
+                flight.land()
+                return flight
+            step = self._inputs.build(rest, None if before is None else before.plan)
             if before is None:
                 flight.rows = self._sampling.build(plan, step)
             flight.build_s = time.perf_counter() - flight.launched

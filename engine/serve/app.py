@@ -25,6 +25,7 @@ from . import anthropic, schema
 from .accesslog import access
 from .chat import Chat
 from .completions import Completions
+from .embeddings import Embeddings
 from .errors import ApiError, as_api_error
 from .metrics import CONTENT_TYPE
 from .openapi import OPERATIONS, document
@@ -86,6 +87,11 @@ class Routes:
         if body.stream:
             events = await unless_gone(request.receive, begun(call.events()))
             return EventStream(events, functools.partial(_failure_event, request.scope["path"]))
+        return _json(await unless_gone(request.receive, call.whole()))
+
+    async def embeddings(self, request: Request) -> Response:
+        body = await read(request, schema.EmbeddingRequest, self._service.settings)
+        call = Embeddings(self._service, body, _caller(request))
         return _json(await unless_gone(request.receive, call.whole()))
 
     # -------------------------------------------------------------------------- the model

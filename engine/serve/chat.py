@@ -41,6 +41,7 @@ class Chat:
             priority=request.priority,
             timeout_ms=request.timeout_ms,
             cache_salt=request.cache_salt,
+            final_only=not request.stream,
             request_id=self._id,
         )
         async for output in self._service.run(work):

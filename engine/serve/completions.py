@@ -32,7 +32,7 @@ class Completions:
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
         self._first_texts: dict[int, str] = {}  # of echoed prompts' first tokens
-        many = prompts(request)
+        many = prompts(request.prompt)
         self._works = [
             Work(
                 prompt=prompt,
@@ -41,6 +41,7 @@ class Completions:
                 priority=request.priority,
                 timeout_ms=request.timeout_ms,
                 cache_salt=request.cache_salt,
+                final_only=not request.stream,
                 request_id=self._id if len(many) == 1 else f"{self._id}-{index}",
             )
             for index, prompt in enumerate(many)

@@ -78,7 +78,7 @@ ERRORS = (
         "deadline",
         400,
         _REQUEST,
-        "timeout_ms is too short for the request to begin",
+        "timeout_ms is too short for what was asked",
         "a longer timeout_ms, or fewer requests at once",
     ),
     ErrorRow(

@@ -63,6 +63,14 @@ OPERATIONS = (
         anthropic.CountTokensRequest,
         anthropic.InputTokens,
     ),
+    Operation(
+        "POST",
+        "/v1/embeddings",
+        "embeddings",
+        "Texts as vectors",
+        schema.EmbeddingRequest,
+        schema.EmbeddingList,
+    ),
     Operation("GET", "/v1/models", "models", "The served model", answer=schema.ModelList),
     Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=schema.Model),
     Operation(

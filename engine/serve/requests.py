@@ -58,20 +58,21 @@ def completion_params(request: schema.CompletionRequest) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def prompts(request: schema.CompletionRequest) -> list[str | list[int]]:
-    """Each prompt. Errors: ApiError for an empty list, or one of several kinds."""
-    prompt = request.prompt
+def prompts(
+    prompt: str | list[str | int | list[int]], field: str = "prompt"
+) -> list[str | list[int]]:
+    """Each prompt of a field. Errors: ApiError for an empty list, or one of several kinds."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise ApiError("prompt_empty", "prompt is an empty list", param="prompt")
+        raise ApiError("prompt_empty", f"{field} is an empty list", param=field)
     kinds = {type(p) for p in prompt}
     if len(kinds) > 1:
         raise ApiError(
             "invalid_value",
-            "prompt is a text, a list of texts, token ids, or a list of lists of token ids, not "
+            f"{field} is a text, a list of texts, token ids, or a list of lists of token ids, not "
             "several of them at once",
-            param="prompt",
+            param=field,
         )
     if kinds == {int}:
         return [[p for p in prompt if isinstance(p, int)]]

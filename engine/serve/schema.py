@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Timeout = Annotated[int, Meta(ge=1, le=86_400_000)]
 
 
 class Strict(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -132,7 +133,7 @@ class Common(Sampling, kw_only=True):
     user: str | None = None
     # engineroom's own
     priority: int = 0
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    timeout_ms: Timeout | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
@@ -177,6 +178,21 @@ class ChatRequest(Common, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+
+
+class EmbeddingRequest(Strict, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[str | int | list[int]]  # texts, token ids, or lists of them
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    # engineroom's own
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+    timeout_ms: Timeout | None = None
+    request_id: str | None = None
 
 
 class TokenizeRequest(Strict, kw_only=True):
@@ -329,6 +345,26 @@ class Completion(Struct, kw_only=True):
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
+
+
+class Embedding(Struct, kw_only=True):
+    """Of unit length; base64 of its little-endian float32 values where that was asked for."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Struct, kw_only=True):
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class Model(Struct, kw_only=True):

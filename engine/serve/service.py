@@ -46,6 +46,8 @@ class Work:
     timeout_ms: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    final_only: bool = False  # nobody reads before the end
+    embed: bool = False
 
     @property
     def salt(self) -> bytes:
@@ -116,6 +118,8 @@ class Service:
             request_id=request_id,
             priority=work.priority,
             cache_salt=work.salt,
+            final_only=work.final_only,
+            embed=work.embed,
         )
         deadline = _Deadline(llm, request_id, timeout_ms)
         self._live.add(request_id)

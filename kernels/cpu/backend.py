@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +29,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False)
 class CpuWeight:
-    """A weight as it came; what a Program does with it decides how `lower` packs it."""
+    """A weight as it came; what a Program does with it decides how `lower` packs it.
+
+    `tiles`: what `lower` made, one for each part; another Program over this weight shares them.
+    """
 
     parts: tuple[RawWeight, ...]
     shape: tuple[int, ...]
+    tiles: list[_native.PackedMatrix] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -362,7 +366,6 @@ class _Binder:
         self._cache = cache
         self._dtype = backend._dtype
         self._fp32 = lowered.program.fp32_values()
-        self._tiles: dict[str, list[Any]] = {}  # one PackedMatrix for each part of a weight
 
     def bind(self) -> None:
         for node in self._lowered.nodes:
@@ -393,11 +396,12 @@ class _Binder:
         table = self._weight(op.inputs[0])
         if table.parts[0].columns is not None:
             raise ValueError(f"table {table.name!r} has its columns in another order")
+        parts: list[Any]
         if not all(part.is_as_stored for part in table.parts):
             # Made here, also for a head that shares it: its tiles are all there is of it.
             name = self._program.handles[op.inputs[0]].name  # type: ignore[index]
             self._pack([name], paired=False)
-            parts = self._tiles[name]
+            parts = list(self._weights[name].tiles)
         else:
             parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in table.parts]
         out = node.places[op.output].slot
@@ -539,7 +543,7 @@ class _Binder:
             node.places[experts].slot,  # type: ignore[index]
             node.places[step.outputs[0]].slot,
             self._backend._form(self._weight(step.main[0].inputs[1])),
-            _in_order([self._tiles[name] for name in names], paired),
+            _in_order([self._weights[name].tiles for name in names], paired),
             "store" if step.after is None else step.after.name,
             self._rounding(step.outputs[0]),
         )
@@ -560,7 +564,7 @@ class _Binder:
         name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
         weight = self._weights[name]
         entries, at = [], 0
-        for part, tiles in zip(weight.parts, self._tiles[name], strict=True):
+        for part, tiles in zip(weight.parts, weight.tiles, strict=True):
             stop = at + part.shape[0]
             entries.append((tiles, None if bias is None else bias[at:stop].copy(), out, at))
             at = stop
@@ -568,7 +572,7 @@ class _Binder:
 
     def _pack(self, names: Sequence[str], paired: bool) -> None:
         """Make the tiles of a linear layer's weights, of those that have none yet."""
-        new = [name for name in dict.fromkeys(names) if name not in self._tiles]
+        new = [name for name in dict.fromkeys(names) if not self._weights[name].tiles]
         paired = paired and len(new) == 2
         parts = _in_order([self._weights[name].parts for name in new], paired)
 
@@ -578,7 +582,7 @@ class _Binder:
         tiles = iter(pack(parts) if self._cache is None else self._cache.tiles(parts, pack))
         made = {id(part): next(tiles) for part in parts}
         for name in new:
-            self._tiles[name] = [made[id(part)] for part in self._weights[name].parts]
+            self._weights[name].tiles[:] = [made[id(part)] for part in self._weights[name].parts]
 
     def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
         pool = self._backend._pool
@@ -635,7 +639,7 @@ def _by_expert(weight: CpuWeight, num_experts: int) -> CpuWeight:
                 f"weight {weight.name!r}: expert {e} is {len(group.parts)} tensors or formats; "
                 "the CPU backend takes one an expert"
             )
-    return CpuWeight(tuple(group.parts[0] for group in groups), weight.shape)
+    return CpuWeight(tuple(group.parts[0] for group in groups), weight.shape, weight.tiles)
 
 
 def _release_pages(data: np.ndarray) -> None:

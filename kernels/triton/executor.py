@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from ..backend import StepInputs, check_program
 from ..program import Op, Program
-from ..weights import RawWeight
 from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
 from .cache import KVCache
 from .device import event, loads_ahead
@@ -383,11 +382,16 @@ class _Binder:
     def _matrix(self, value: int | None) -> Matrix:
         name = self._name(value)
         if name not in self._matrices:
-            self._matrices[name] = self._pack(list(self._weights[name].parts))
+            self._matrices[name] = self._pack([self._weights[name]])
         return self._matrices[name]
 
-    def _pack(self, parts: list[RawWeight]) -> Matrix:
-        matrix = pack(parts, self._owner._device, self._owner._activations)
+    def _pack(self, group: Sequence[TritonWeight]) -> Matrix:
+        parts = [part for weight in group for part in weight.parts]
+        names = tuple(part.name for part in parts)
+        matrix = group[0].matrices.get(names)
+        if matrix is None:
+            matrix = pack(parts, self._owner._device, self._owner._activations)
+            group[0].matrices[names] = matrix
         self.nbytes += matrix.nbytes
         self.sums_width = max(self.sums_width, linear.scratch_width(matrix))
         return matrix
@@ -501,7 +505,7 @@ class _Binder:
         )
         if len(ops) == 1 or not alike:
             return [self._layer(op, x, op.output) for op in ops]
-        matrix = self._pack(parts)
+        matrix = self._pack(weights)
         biases = [b for b in (self._vector(op.inputs[2]) for op in ops) if b is not None]
         bias = torch.cat(biases) if biases else None
         width = matrix.shape[0]

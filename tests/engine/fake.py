@@ -64,6 +64,8 @@ class _Live:
     prompt: str | Sequence[int]
     params: SamplingParams
     output: RequestOutput
+    final_only: bool = False
+    embed: bool = False
     aborted: bool = False
 
 
@@ -95,6 +97,8 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: bytes = b"",
+        final_only: bool = False,
+        embed: bool = False,
     ) -> None:
         match _word(prompt):
             case "refuse":
@@ -137,6 +141,8 @@ class FakeEngine:
                 timings=Timings(0.0, 0.0, 0.0, 0.0, None),
                 deltas=("",) * params.n,
             ),
+            final_only,
+            embed,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -149,7 +155,8 @@ class FakeEngine:
                 self._misfortune(rid, request)
             if rid in self._live:
                 request.output = self._advance(request)
-                outputs.append(request.output)
+                if request.output.finished or not request.final_only:
+                    outputs.append(request.output)
                 if request.output.finished:
                     del self._live[rid]
         return outputs
@@ -207,6 +214,10 @@ class FakeEngine:
         if request.aborted:
             ended = tuple(replace(c, finish_reason="abort") for c in old.outputs)
             return replace(old, outputs=ended, finished=True, deltas=("",) * len(ended))
+        if request.embed:
+            ended = tuple(replace(c, finish_reason="length") for c in old.outputs)
+            unit = _embedding(old.prompt_token_ids)
+            return replace(old, outputs=ended, finished=True, embedding=unit)
         outputs, deltas = [], []
         limit = params.max_tokens if params.max_tokens is not None else 1 << 30
         for c in old.outputs:
@@ -236,7 +247,7 @@ class FakeEngine:
             finished=all(c.finish_reason for c in outputs),
             usage=replace(old.usage, completion_tokens=done),
             timings=Timings(0.0, 0.25, 0.5 * done, 0.25 + 0.5 * done, 0.25),
-            deltas=tuple(deltas),
+            deltas=tuple(c.text for c in outputs) if request.final_only else tuple(deltas),
         )
 
 
@@ -255,6 +266,14 @@ def _word(prompt: str | Sequence[int]) -> str:
 def _token(prompt: Sequence[int], seed: int, index: int, position: int) -> int:
     digest = hashlib.sha256(repr((tuple(prompt), seed, index, position)).encode()).digest()
     return int.from_bytes(digest[:4], "little") % VOCAB
+
+
+def _embedding(prompt: Sequence[int]) -> tuple[float, ...]:
+    """Eight floats that fp32 holds, of unit length for an even number of tokens."""
+    if 500 in prompt:
+        return (float("nan"),) * 8
+    place = sum(prompt) % 8
+    return tuple(0.6 if i == place else 0.8 if i == (place + 1) % 8 else 0.0 for i in range(8))
 
 
 def _row(token: int, position: int, count: int) -> dict[int, Logprob]:

@@ -337,3 +337,15 @@ def test_the_real_engine_through_both_forms(form: str, golden_model: Any) -> Non
             assert (await llm.stats())["num_steps"] > 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_who_reads_only_the_end_is_sent_only_the_end(form: str) -> None:
+    async def body(llm: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=200, temperature=0, seed=1)
+        text, last = await read(llm.generate("the end", params))
+        outputs = [out async for out in llm.generate("the end", params, final_only=True)]
+        (only,) = outputs
+        assert only.outputs == last.outputs and only.deltas == (text,)
+
+    using(form, body)

@@ -79,7 +79,8 @@ def random_model(
     dtype = activation_dtype(config, model)
     backend = create(choose("cuda"), activation_dtype=dtype)
     spec = kv_spec(config, model, backend.kv_dtype(dtype, False))
-    program = models.record(module, model.replace(max_position=context, dtype=dtype))
+    recorded = model.replace(max_position=context, dtype=dtype)
+    program = models.record(module, recorded)
     shapes = {weight.name: weight.shape for weight in module.weights(model)}
     weights = random_weights(shapes, dtype)
     memory = plan_memory(
@@ -102,6 +103,7 @@ def random_model(
         kv=spec,
         num_blocks=memory.num_blocks,
         limits=(sizes.max_tokens, config.max_logit_rows, memory.max_model_len),
+        hidden=lambda: models.record_hidden(module, recorded),
     )
     limits = SchedulerConfig(
         max_seqs, sizes.max_tokens, memory.max_model_len, memory.num_blocks, sizes.block_size

@@ -375,6 +375,7 @@ class _Mailbox:
 
 __all__ = [
     "AsyncLLM",
+    "EngineClient",
     "EngineDeadError",
     "EngineError",
     "EngineInfo",

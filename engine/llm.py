@@ -354,9 +354,17 @@ class _Turns:
         self._inbox: _Inbox = []
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, final_only: bool = False
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        final_only: bool = False,
+        embed: bool = False,
     ) -> None:
-        self._llm._add(self._inbox, prompt, params, request_id=request_id, final_only=final_only)
+        self._llm._add(
+            self._inbox, prompt, params, request_id=request_id, final_only=final_only, embed=embed
+        )
 
     def step(self) -> list[RequestOutput]:
         return self._llm._turn(self._inbox)

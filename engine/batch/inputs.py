@@ -53,14 +53,17 @@ class Inputs:
         params: SamplingParams,
         models: frozenset[str],
         record: bool,
+        url: str | None = None,
     ) -> None:
-        """record: a bad row is no error here; read() raises its LineError."""
+        """record: a bad row is no error here; read() raises its LineError. url: the only one that
+        requests may have, where it is given."""
         if format not in FORMATS:
             raise BatchError(NOT_READ, f"format={format!r} is not one of {', '.join(FORMATS)}")
         self._format = format
         self._unit = "row" if format == "parquet" else "line"
         self._params = params
         self._models = models
+        self._url = url
         self._prompts = Prompts(format, prompting, params)
         # Rows are numbered where they have no ids of their own.
         self._numbered = format != "jsonl" and prompting.id_column is None
@@ -169,6 +172,8 @@ class Inputs:
                     BAD_REQUEST,
                     f"{self._place(path, index)}: {error}. Nothing ran; with --on-error record "
                     "bad lines become errors of the output",
+                    why=str(error),
+                    line=self._numbers[index],
                 ) from None
             custom_id = error.custom_id
         if custom_id is not None and not self._numbered:
@@ -179,7 +184,7 @@ class Inputs:
 
     def _parse(self, row: Row, index: int) -> BatchRequest:
         if self._format == "jsonl" and isinstance(row, bytes):
-            return from_json(row, self._params, self._models)
+            return from_json(row, self._params, self._models, self._url)
         custom_id = self._given_id(index) if self._numbered else None
         if isinstance(row, LineError):
             row.custom_id = custom_id
@@ -228,6 +233,8 @@ class _Ids:
                         DUPLICATE,
                         f"custom_id {one!r} stands in {here} and in {there}; nothing ran. "
                         "Answers are told apart by it: give each request its own",
+                        why=f"custom_id {one!r} comes a second time",
+                        line=int(there.rpartition(" ")[2]),
                     )
 
 

@@ -63,11 +63,13 @@ class Result:
         """Errors: ValueError."""
         if payload[:1] != b"R" or len(payload) < 1 + _RESULT.size:
             raise ValueError(f"{len(payload)} bytes of kind {payload[:1]!r} are no result")
-        *numbers, joules, money, grams, estimated = _RESULT.unpack_from(payload, 1)
+        values = _RESULT.unpack_from(payload, 1)
+        index, prompt, completion, cached, seconds, status, joules, money, grams, estimated = values
         cost = None
         if not math.isnan(joules):
             cost = Cost(joules, _known(money), _known(grams), bool(estimated))
-        return cls(*numbers, payload[1 + _RESULT.size :], cost)
+        line = payload[1 + _RESULT.size :]
+        return cls(index, prompt, completion, cached, seconds, status, line, cost)
 
 
 def _amounts(cost: Cost | None) -> tuple[float, float, float, bool]:

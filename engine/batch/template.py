@@ -87,7 +87,8 @@ class Prompts:
         if self._options.id_column is not None:
             custom_id = check_id(row[self._options.id_column])
         prompt = "" if self._prompt is None else self._prompt.fill(row)
-        return self._make(custom_id, prompt, self._system and self._system.fill(row))
+        system = None if self._system is None else self._system.fill(row)
+        return self._make(custom_id, prompt, system)
 
     def _make(self, custom_id: str, prompt: str, system: str | None) -> BatchRequest:
         if not self._options.chat:

@@ -15,6 +15,7 @@ from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
 from .settings import ServeConfig
+from .storage import Storage
 
 TIMEOUT = "timeout"  # the finish reason of a request that its deadline ended
 
@@ -25,11 +26,12 @@ class Caller:
 
     name: str
     salt: bytes  # makes the prefix cache private
+    owner: str = "nobody"  # of files: the name of a folder
 
     @classmethod
     def of(cls, key: str, *, shared_cache: bool) -> Caller:
         digest = hashlib.sha256(b"engineroom\0" + key.encode()).digest()
-        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16])
+        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16], digest[16:].hex())
 
 
 NOBODY = Caller("", b"")
@@ -69,6 +71,11 @@ class Service:
         self.model_name = settings.served_model_name or model_name
         self.metrics = Metrics(self.model_name)
         self.draining = False
+        self.storage: Storage | None = None
+        if settings.data_dir is not None:
+            self.storage = Storage(
+                settings.data_dir, settings, keeper, self.metrics, self.model_name
+            )
         self._live: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()

@@ -29,6 +29,10 @@ class ServeConfig:
     health_timeout: float = 30.0  # without progress on what runs, /health is 503
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
+    data_dir: str | None = None  # of files and batches; None: there are none
+    max_file_bytes: int = 200 << 20
+    max_storage_bytes: int = 10 << 30  # of one API key's files
+    batch_requests: int = 0  # in flight for all batches; 0: as many as the engine runs at once
 
     BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
         "port": (0, 65535),
@@ -37,6 +41,9 @@ class ServeConfig:
         "health_timeout": (1, 3_600),
         "max_body_bytes": (1 << 10, 1 << 30),
         "max_header_bytes": (1 << 10, 1 << 20),
+        "max_file_bytes": (1, 1 << 40),
+        "max_storage_bytes": (1, 1 << 50),
+        "batch_requests": (0, 1 << 20),
     }
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""/v1/files and /v1/batches with OpenAI's own client: the whole flow, misfortunes, and strangers."""
+"""/v1/files and /v1/batches with OpenAI's own client: the whole flow, misfortunes, strangers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-openai = pytest.importorskip("openai", reason="the openai package is not installed")
-pytest.importorskip("python_multipart", reason="python-multipart is not installed")
-
 from engineroom.engine.config import ConfigError
 from engineroom.engine.serve.settings import ServeConfig
+from engineroom.engine.serve.storage import Storage
+from tests.counts import count
 
 from .conftest import Running, start
 from .http import ask, chat, completion, get, post
+
+openai = pytest.importorskip("openai", reason="the openai package is not installed")
+pytest.importorskip("python_multipart", reason="python-multipart is not installed")
 
 CHAT, PLAIN, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 KEYS = ("key-of-one-user", "key-of-another")
@@ -81,7 +83,7 @@ def test_the_official_client_has_its_batch_answered(keeping: Any) -> None:
     api = client(running)
     file = upload(api, lines(max_tokens=5, seed=3), "../../etc/x\n\u202e.jsonl")
     assert file.purpose == "batch" and file.status == "processed"
-    assert file.filename == "../../etc/x??.jsonl"
+    assert file.filename == "../../etc/x%0A?.jsonl"  # the client writes a newline so
     batch = api.batches.create(
         input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"a": "b"}
     )
@@ -319,9 +321,10 @@ def test_a_batch_that_expires_keeps_what_was_answered(
     monkeypatch.setattr("engineroom.engine.serve.batches._DAY", 2)
     running = keeping("paced", batch_requests=1)
     api = client(running)
-    done = wait(api, begin(api, lines(PLAIN, 4, max_tokens=1500), PLAIN))
+    done = wait(api, begin(api, lines(PLAIN, 40, max_tokens=200), PLAIN))
     assert done.status == "expired" and done.expired_at
-    assert 0 < done.request_counts.completed < 4
+    assert 0 < done.request_counts.completed < 40
+    assert done.request_counts.total == 40
 
 
 def test_an_engine_that_dies_in_the_middle(keeping: Any) -> None:
@@ -343,7 +346,7 @@ def test_interactive_requests_go_first_and_batches_share_the_room(keeping: Any) 
     for _ in range(30):
         live.append(running.service.keeper.llm.client.stats()["live"])
         time.sleep(0.01)
-    assert 0 < max(live) <= 7  # one may have begun before the other came
+    assert 0 < max(live[-5:]) <= 6  # at first one may have begun before the other came
     own = {"Authorization": f"Bearer {KEYS[0]}"}
     started = time.monotonic()
     assert post(running, PLAIN, completion(max_tokens=2), own).status == 200
@@ -367,8 +370,9 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
     api = client(running)
     batch = begin(api, data, PLAIN)
     running.wait_until(lambda: api.batches.retrieve(batch.id).request_counts.completed > 20)
+    service = running.service
     with pytest.raises(ConfigError, match="another server"):
-        start("paced", **options)
+        Storage(options["data_dir"], service.settings, service.keeper, service.metrics, "fake")  # type: ignore[arg-type]
     running.stop()
     again = start("paced", **options)
     try:
@@ -394,19 +398,20 @@ import threading; threading.Event().wait()
 
 
 def test_kill_9_in_the_middle(tmp_path: Path) -> None:
-    """Killed twice while it answers, the server ends with the bytes of an uninterrupted one."""
+    """Killed while it answers, the server ends with the bytes of an uninterrupted one."""
     root = str(Path(__file__).resolve().parents[2])
     data = lines(PLAIN, 300, max_tokens=4)
     script = SERVER.format(root=root, data=str(tmp_path / "data"))
     batch_id = ""
-    for killed in range(3):
+    kills = count(reduced=1, full=5)
+    for killed in range(kills + 1):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())
             api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", timeout=10)
             batch_id = batch_id or begin(api, data, PLAIN).id
-            if killed == 2:
+            if killed == kills:
                 done = wait(api, api.batches.retrieve(batch_id))
                 assert done.request_counts.completed == 300
                 whole = api.files.content(done.output_file_id).content
@@ -414,7 +419,7 @@ def test_kill_9_in_the_middle(tmp_path: Path) -> None:
                 assert api.files.content(other.output_file_id).content == whole
             else:
                 end = time.monotonic() + 10
-                while api.batches.retrieve(batch_id).request_counts.completed < 30 + 60 * killed:
+                while api.batches.retrieve(batch_id).request_counts.completed < 30 + 40 * killed:
                     assert time.monotonic() < end
                     time.sleep(0.01)
         finally:

@@ -25,6 +25,7 @@ from .client_thread import ThreadClient
 from .config import ConfigError, EngineConfig
 from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
 from .engine import Engine
+from .receipts import Receipt, make
 
 Prompt = str | Sequence[int]
 _Result = TypeVar("_Result")
@@ -196,6 +197,11 @@ class AsyncLLM:
     async def stats(self) -> dict[str, Any]:
         """EngineStats as plain data. Errors: EngineDeadError."""
         return await asyncio.to_thread(self._client.stats)
+
+    async def receipt(self, output: RequestOutput, params: SamplingParams | None = None) -> Receipt:
+        """As LLM.receipt(). Errors: ReceiptError, RequestFailed, EngineDeadError."""
+        facts = await self._ask(self._client.facts)
+        return make(facts, output, params or SamplingParams())
 
     async def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
         """End the engine: abort what runs, or with `drain` let it finish first. Again: nothing."""

@@ -39,7 +39,7 @@ _CLOSE_SECONDS = 3600.0  # a parent that asked for an end watches the time itsel
 _CHUNK = 1 << 18
 _MAX_LOGS = 1000  # records waiting for a parent that does not read; later ones are counted
 
-_Question = wire.RenderChat | wire.Tokenize | wire.Detokenize | wire.Stats
+_Question = wire.RenderChat | wire.Tokenize | wire.Detokenize | wire.Stats | wire.Facts
 Progress = Callable[[str], None]
 ConfiguredFactory = Callable[[EngineConfig, Progress], EngineLike]
 
@@ -162,7 +162,13 @@ class _Server:
                 client.abort(request_id)
             case wire.Ping(ticket):
                 self._outbox.message(wire.Pong(ticket=ticket, stalled_s=client.stalled_s))
-            case wire.RenderChat() | wire.Tokenize() | wire.Detokenize() | wire.Stats():
+            case (
+                wire.RenderChat()
+                | wire.Tokenize()
+                | wire.Detokenize()
+                | wire.Stats()
+                | wire.Facts()
+            ):
                 self._spawn(self._answer, client, message)
             case wire.Shutdown(drain):
                 self._spawn(self._shut_down, client, drain)
@@ -295,7 +301,7 @@ class _Server:
         try:
             return wire.encode(message)
         except wire.WireError as exc:
-            if isinstance(message, (wire.Rendered, wire.Text, wire.StatsReply)):
+            if isinstance(message, (wire.Rendered, wire.Text, wire.StatsReply, wire.FactsReply)):
                 return wire.encode(_refused(exc, ticket=message.ticket))
             if isinstance(message, wire.Ready):
                 return wire.encode(wire.Fatal(kind="WireError", field="", text=str(exc)))
@@ -314,6 +320,8 @@ def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:
             return wire.Text(ticket=ticket, text=client.detokenize(token_ids))
         case wire.Stats():
             return wire.StatsReply(ticket=ticket, stats=client.stats(_CLOSE_SECONDS))
+        case wire.Facts():
+            return wire.FactsReply(ticket=ticket, facts=client.facts())
     return wire.Rendered(ticket=ticket, token_ids=tuple(ids))
 
 

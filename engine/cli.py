@@ -215,6 +215,9 @@ def _configure_complete(parser: argparse.ArgumentParser) -> None:
         "(one final newline is dropped)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object when it is done")
+    parser.add_argument(
+        "--receipt", metavar="FILE", help="append what `engineroom replay` repeats it from"
+    )
     add_sampling_flags(parser, COMPLETE_DEFAULTS)
     add_engine_flags(parser)
 
@@ -246,10 +249,61 @@ def _complete(args: argparse.Namespace) -> int:
                 outputs = [stream_text(session, prompt, params, sys.stdout)]
                 if sys.stdout.isatty() and sys.stderr.isatty():
                     print(statistics(outputs[-1]), file=sys.stderr)
-        stopped = any(c.finish_reason == "abort" for c in outputs[-1].outputs)
-        return 130 if stopped else 0
+        if any(c.finish_reason == "abort" for c in outputs[-1].outputs):
+            return 130
+        if args.receipt is not None:
+            with open(args.receipt, "a", encoding="utf-8") as file:
+                file.write(engine.receipt(outputs[-1], params).to_json() + "\n")
+        return 0
     finally:
         engine.close()
+
+
+# ----------------------------------------------------------------------------------------- replay
+
+
+def _configure_replay(parser: argparse.ArgumentParser) -> None:
+    from .tools.options import add_engine_flags, count
+
+    parser.add_argument(
+        "receipts", nargs="+", metavar="RECEIPT", help="a file of receipts, or a batch's output"
+    )
+    _model_flag(parser)
+    parser.add_argument(
+        "--beside",
+        type=count,
+        default=0,
+        metavar="N",
+        help="random requests that run at the same time (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    add_engine_flags(parser)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from .tools.options import engine_config
+    from .tools.plain import dump
+    from .tools.replay import options, read_receipts, replay
+    from .tools.session import open_engine
+
+    receipts = read_receipts(args.receipts)
+    engine = open_engine(engine_config(args, args.model, **options(receipts)))
+    verdicts = []
+    try:
+        for verdict in replay(engine, receipts, beside=args.beside):
+            verdicts.append(verdict)
+            if verdict.difference is not None and not args.json:
+                print(verdict)
+    finally:
+        engine.close()
+    same = [v for v in verdicts if v.difference is None]
+    if args.json:
+        dump({"receipts": len(verdicts), "same": len(same), "verdicts": verdicts}, sys.stdout)
+    else:
+        print(f"{len(same)} of {len(verdicts)} receipts repeated to the last bit")
+        for change in sorted({change for v in same for change in v.changes}):
+            print(f"  though {change}")
+    return 0 if len(same) == len(verdicts) else 11
 
 
 # ------------------------------------------------------------------------- inspect, doctor, models
@@ -383,6 +437,9 @@ def _configure_batch(parser: argparse.ArgumentParser) -> None:
         "--deadline", metavar="WHEN", help="stop then: after 90s or 1h30m, or at an ISO 8601 time"
     )
     run.add_argument("--restart", action="store_true", help="drop the journal and the output")
+    run.add_argument(
+        "--receipts", action="store_true", help="put into each answer what `replay` repeats it from"
+    )
     add_sampling_flags(run, BATCH_DEFAULTS)
     add_engine_flags(run)
     status = actions.add_parser("status", help="how far a batch is")
@@ -440,6 +497,7 @@ def _run_batch(args: argparse.Namespace) -> Any:
                 restart=args.restart,
                 limits=limits,
                 check=check,
+                receipts=engine.receipt if args.receipts else None,
             )
     finally:
         engine.close()
@@ -482,6 +540,9 @@ def _usage(message: str, code: str = "E-USAGE-01") -> int:
 _COMMANDS = {
     "chat": _Command("A conversation in the terminal", _configure_chat, _chat),
     "complete": _Command("Continue a text; pipes in and out", _configure_complete, _complete),
+    "replay": _Command(
+        "Compute receipts again and name the first difference", _configure_replay, _replay
+    ),
     "serve": _Command(
         "A server that speaks OpenAI's and Anthropic's interfaces, over HTTP",
         _configure_serve,

@@ -138,6 +138,7 @@ class EngineLike(Protocol):
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def detokenize(self, token_ids: Sequence[int]) -> str: ...
     def stats(self) -> Any: ...
+    def facts(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
@@ -202,6 +203,11 @@ class EngineClient(ABC):
 
         Errors: EngineDeadError; TimeoutError.
         """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the engine's answers depend on: receipts.facts.all_facts(). Blocks; the first time
+        it reads the whole model. Errors: RequestFailed, EngineDeadError."""
 
     @abstractmethod
     def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:

@@ -137,6 +137,10 @@ class ProcessClient(EngineClient):
         stats: dict[str, Any] = answer.result(timeout)
         return stats
 
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = self._link.call(lambda ticket: wire.Facts(ticket=ticket)).result()
+        return facts
+
     def close(self, *, drain: bool = False, timeout: float = CLOSE_SECONDS) -> None:
         self._link.close(drain, timeout)
         self._finalizer.detach()
@@ -396,6 +400,7 @@ class _Link:
                 wire.Rendered(ticket, result)
                 | wire.Text(ticket, result)
                 | wire.StatsReply(ticket, result)
+                | wire.FactsReply(ticket, result)
             ):
                 self._answer(ticket, result)
             case wire.Log(level, name, text):

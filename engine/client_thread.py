@@ -104,6 +104,9 @@ class ThreadClient(EngineClient):
         stats: dict[str, Any] = answer.result(timeout)
         return stats
 
+    def facts(self) -> dict[str, Any]:
+        return self._beside("hashing the weights", lambda e: e.facts())
+
     def wait(self) -> str | None:
         """Block until the engine is over: None when it was closed, else why it failed."""
         return self._turner.over.result()

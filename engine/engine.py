@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import receipts
 from .account.ledger import EnergyStats, Ledger, Prices
 from .account.meter import MeterUnavailable, open_meter
 from .config import ConfigError, EngineConfig
@@ -31,6 +32,8 @@ from .core.request import (
 )
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import StepLog, StepRecord
+from .receipts import Receipt
+from .receipts.facts import all_facts
 from .runtime.assemble import LoadedModel, Progress, load_model
 from .runtime.pooling import Pool
 from .runtime.runner import Execution, Flight, LogprobObserver
@@ -93,6 +96,7 @@ class Engine:
             clock=clock,
         )
         self._closed = False
+        self._facts: dict[str, Any] | None = None
         self._clock = clock
         self._runner = loaded.runner
         self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
@@ -262,6 +266,16 @@ class Engine:
             self._num_generated_tokens,
             self.ledger.stats(),
         )
+
+    def facts(self) -> dict[str, Any]:
+        """receipts.facts.all_facts(); the weights are read for it once, when first asked for."""
+        if self._facts is None:
+            self._facts = all_facts(self.loaded)
+        return self._facts
+
+    def receipt(self, output: RequestOutput, params: SamplingParams) -> Receipt:
+        """Of a finished output of this engine. Errors: ReceiptError."""
+        return receipts.make(self.facts(), output, params)
 
     def close(self) -> None:
         """Release the log, the template's helper process and the mapped file; a step in flight is

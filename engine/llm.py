@@ -18,6 +18,7 @@ from .config import EngineConfig
 from .core.request import ParameterError, RequestOutput, SamplingParams, as_prompt, check_params
 from .engine import Engine, EngineStats
 from .load.tokenizer import Tokenizer
+from .receipts import Receipt
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -208,6 +209,7 @@ class LLM:
         restart: bool = False,
         max_cost: float | None = None,
         deadline: str | None = None,
+        receipts: bool = False,
         use_tqdm: bool = True,
     ) -> batches.Summary:
         """Answer files of requests in OpenAI's batch format into a file, losing nothing.
@@ -215,9 +217,9 @@ class LLM:
         Whatever ends it, calling it again goes on from `output`.journal, and the finished file is
         the same byte for byte. `format` "text" takes each line as a prompt; "csv" and "parquet"
         fill `prompt_template` and, with `chat`, `system_template` from a row's columns and name
-        the row by `id_column`; None goes by the files' names. `params` is what a
-        line leaves out; `on_error` "record" makes bad lines errors of the output. See
-        docs/batch.md. Errors: BatchError.
+        the row by `id_column`; None goes by the files' names. `params` is what a line leaves out;
+        `on_error` "record" makes bad lines errors of the output; with `receipts` each answer
+        carries its receipt. See docs/batch.md. Errors: BatchError.
         """
         return batches.run(
             _Turns(self),
@@ -231,7 +233,16 @@ class LLM:
             restart=restart,
             limits=batches.Limits(max_cost=max_cost, deadline=deadline),
             progress=use_tqdm,
+            receipts=self.engine.receipt if receipts else None,
         )
+
+    def receipt(self, output: RequestOutput, params: SamplingParams | None = None) -> Receipt:
+        """What a finished output was computed from, and what came of it: docs/receipts.md.
+
+        `params` are those that it was asked for with. The first receipt reads the whole model once,
+        for its hash. Errors: ReceiptError for a request that did not end by itself.
+        """
+        return self._engine.receipt(output, params or SamplingParams())
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

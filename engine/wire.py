@@ -127,6 +127,12 @@ class Stats(_Message):
     ticket: int
 
 
+class Facts(_Message):
+    """What answers depend on, of receipts.facts; answered by FactsReply."""
+
+    ticket: int
+
+
 class Ping(_Message):
     """Answered by Pong from the child's IO threads, also while a step runs."""
 
@@ -229,6 +235,13 @@ class StatsReply(_Message):
     stats: dict[str, Any]
 
 
+class FactsReply(_Message):
+    """receipts.facts.all_facts()."""
+
+    ticket: int
+    facts: dict[str, Any]
+
+
 class Pong(_Message):
     """The child's IO threads live; the running step has taken `stalled_s` seconds so far."""
 
@@ -252,8 +265,31 @@ class Fatal(_Message):
     text: str
 
 
-ToChild = Configure | Submit | Abort | RenderChat | Tokenize | Detokenize | Stats | Ping | Shutdown
-ToParent = Progress | Ready | Output | Refused | Rendered | Text | StatsReply | Pong | Log | Fatal
+ToChild = (
+    Configure
+    | Submit
+    | Abort
+    | RenderChat
+    | Tokenize
+    | Detokenize
+    | Stats
+    | Facts
+    | Ping
+    | Shutdown
+)
+ToParent = (
+    Progress
+    | Ready
+    | Output
+    | Refused
+    | Rendered
+    | Text
+    | StatsReply
+    | FactsReply
+    | Pong
+    | Log
+    | Fatal
+)
 
 # ------------------------------------------------------------------------------------------ framing
 

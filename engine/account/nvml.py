@@ -28,14 +28,14 @@ class Nvml:
         try:
             pynvml.nvmlInit()
             self._card = _first_visible(pynvml)
-            self._start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
+            self._start = int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card))
             card = pynvml.nvmlDeviceGetName(self._card)
         except pynvml.NVMLError as error:
             raise MeterUnavailable(f"NVML: {error}; `nvidia-smi -q -d POWER` says more") from error
         self.name = f"NVML: {card.decode() if isinstance(card, bytes) else card}"
 
     def read(self) -> int:
-        now: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
+        now = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card))
         return (now - self._start) * 1_000_000
 
     def close(self) -> None:

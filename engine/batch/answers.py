@@ -25,9 +25,13 @@ class Lines:
         """The seed of a request that names none: the same whenever it runs."""
         return int.from_bytes(self._hash(b"seed", custom_id)[:8], "little")
 
-    def answer(self, request: BatchRequest, output: RequestOutput) -> bytes:
-        """The line of a request that was answered. Errors: LineError; ValueError for an embedding
-        that is none."""
+    def answer(
+        self, request: BatchRequest, output: RequestOutput, receipt: Any | None = None
+    ) -> bytes:
+        """The line of a request that was answered, with its receipt where there is one.
+
+        Errors: LineError; ValueError for an embedding that is none.
+        """
         if request.vector is not None:
             return self._line(request.custom_id, 200, self._embedding(request.vector, output))
         chat = request.url == CHAT
@@ -47,6 +51,8 @@ class Lines:
         }
         if chat and output.prompt_logprobs is not None:
             body["prompt_logprobs"] = [_row(row) for row in output.prompt_logprobs]
+        if receipt is not None:
+            body["receipt"] = receipt
         return self._line(request.custom_id, 200, body)
 
     def _embedding(self, form: Vector, output: RequestOutput) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from .outputs import verify_output
 
 @dataclass
 class Summary:
-    """One run of a batch. Tokens, latencies and seconds are of this run; latencies in seconds."""
+    """One run of a batch. Tokens, latencies, seconds and cost are of this run; latencies in
+    seconds."""
 
     output: Path
     requests: int = 0
@@ -91,18 +92,8 @@ class Summary:
                 "latency " + ", ".join(f"p{p} {self.percentile(p):.2f} s" for p in (50, 90, 99)),
             ]
         if self.cost is not None:
-            lines.append(_said(self.cost, self.tokens_per_joule or 0.0))
+            lines.append(f"energy {self.cost}, {self.tokens_per_joule or 0.0:.2f} tokens per joule")
         return "\n".join(lines)
-
-
-def _said(cost: Cost, tokens_per_joule: float) -> str:
-    parts = [f"energy {cost.joules:.1f} J{' (estimated)' if cost.estimated else ''}"]
-    parts.append(f"{tokens_per_joule:.2f} tokens per joule")
-    if cost.money is not None:
-        parts.append(f"money {cost.money:.6g}")
-    if cost.grams is not None:
-        parts.append(f"{cost.grams:.3g} g CO2e")
-    return ", ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ..config import EngineConfig
 from ..core.request import RequestOutput, SamplingParams
 from ..load.template_process import TemplateError
+from ..receipts import Receipt
 from . import manifest as manifests
 from .answers import Lines
 from .errors import BAD_REQUEST, NOT_READ, NOT_WRITTEN, BatchError, LineError
@@ -30,6 +31,8 @@ from .template import PLAIN, Prompting
 BATCH_DEFAULTS = SamplingParams(max_tokens=256)
 # Refusals that say something of this machine and not of the request: nothing to keep.
 _PASSING = ("never_fits", "queue_full")
+# Of Engine.receipt().
+MakeReceipt = Callable[[RequestOutput, SamplingParams], Receipt]
 _SHARED = 256  # characters that requests of a group have in common
 
 
@@ -82,6 +85,7 @@ def run(
     check: Callable[[], None] = lambda: None,
     watch: Callable[[Summary], None] = lambda summary: None,
     at_once: Callable[[], int] | None = None,
+    receipts: MakeReceipt | None = None,
 ) -> Summary:
     """Answer every line of `inputs` ("-": standard input) into `output`, or go on with doing so.
 
@@ -90,8 +94,8 @@ def run(
     check() is called at every step and ends the run by raising. on_error: "stop" at the first line
     that is no request or is refused, or "record" it. watch() is shown the summary as it grows.
     at_once() is how many samples the engine is to hold (by default twice what it runs at once,
-    which keeps its step full, and memory flat). Whatever is raised, what was answered stays.
-    Errors: BatchError.
+    which keeps its step full, and memory flat). receipts: makes what each answer's body carries as
+    its `receipt`. Whatever is raised, what was answered stays. Errors: BatchError.
     """
     if on_error not in ("stop", "record"):
         raise BatchError(NOT_READ, f"on_error={on_error!r} is not stop or record")
@@ -116,6 +120,8 @@ def run(
         )
         try:
             manifest = manifests.make(model, lines, params, format, prompting)
+            if receipts is not None:  # another output, byte for byte
+                manifest["receipts"] = True
             summary = Summary(target, requests=len(lines))
             seen = _resume(journal, manifest, summary)
             watch(summary)
@@ -124,7 +130,7 @@ def run(
             made = Lines(manifests.digest(manifest), model["name"])
             limits = limits or Limits()
             record = on_error == "record"
-            batch = _Run(engine, lines, journal, seen, made, summary, record, limits, bar)
+            batch = _Run(engine, lines, journal, seen, made, summary, record, limits, bar, receipts)
             batch.run(check, watch, at_once or (lambda: most))
             lines.check_unchanged()
         finally:
@@ -149,6 +155,7 @@ class _Run:
         record: bool,
         limits: Limits,
         bar: Any,
+        receipts: MakeReceipt | None,
     ) -> None:
         self._engine = engine
         self._inputs = inputs
@@ -159,6 +166,7 @@ class _Run:
         self._record = record
         self._limits = limits
         self._bar = bar
+        self._receipts = receipts
         self._running: dict[str, tuple[int, BatchRequest]] = {}
         self._samples = 0
         self._prefix = f"batch-{secrets.token_hex(4)}-"  # apart from other callers' requests
@@ -281,7 +289,7 @@ class _Run:
             status, line = 500, self._failure(index, request, why)
         else:
             try:
-                line = self._lines.answer(request, output)
+                line = self._lines.answer(request, output, self._receipt(request, output))
             except LineError as error:
                 self._turn_away(index, request, error)
                 return
@@ -300,6 +308,12 @@ class _Run:
             )
         )
         self._limits.check_cost(output.cost)
+
+    def _receipt(self, request: BatchRequest, output: RequestOutput) -> Any | None:
+        """Where receipts are asked for; an embedding samples nothing and has none."""
+        if self._receipts is None or request.vector is not None:
+            return None
+        return self._receipts(output, request.params).as_plain()
 
     def _failure(self, index: int, request: BatchRequest, why: str) -> bytes:
         if not self._record:

@@ -258,6 +258,13 @@ def _configure_throughput(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser, warmup=1, repetitions=3)
 
 
+def _configure_energy(parser: argparse.ArgumentParser) -> None:
+    _list_flag(parser, "--requests", "1,8,32", "requests that come at once")
+    _list_flag(parser, "--input-len", "128", "random tokens of each prompt")
+    _list_flag(parser, "--output-len", "128", "tokens of each answer")
+    _model_flags(parser, warmup=1, repetitions=3)
+
+
 def _configure_startup(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser, warmup=1, repetitions=5)
 
@@ -309,6 +316,7 @@ BENCHES = {
         _configure_throughput,
         _throughput,
     ),
+    "energy": Bench("Joules of a request, alone and beside others", _configure_energy, _throughput),
     "startup": Bench(
         "From the start of a process to its first token", _configure_startup, _startup
     ),

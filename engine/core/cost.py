@@ -22,6 +22,15 @@ class Cost:
     grams: float | None
     estimated: bool
 
+    def __str__(self) -> str:
+        """For a person: "0.42 J (estimated), cost 1.2e-08, 4.2e-05 g CO2e"."""
+        parts = [f"{self.joules:.3g} J" + " (estimated)" * self.estimated]
+        if self.money is not None:
+            parts.append(f"cost {self.money:.3g}")
+        if self.grams is not None:
+            parts.append(f"{self.grams:.3g} g CO2e")
+        return ", ".join(parts)
+
 
 def total(costs: Iterable[Cost | None]) -> Cost | None:
     """The sum of several; None where there is none."""

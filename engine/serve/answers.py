@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import UNSET, UnsetType
 
+from ..core.cost import total
 from ..core.request import CompletionOutput, Logprob, RequestOutput
 from . import schema
 
@@ -20,7 +21,16 @@ def total_usage(outputs: Sequence[RequestOutput]) -> schema.Usage:
     prompt = sum(o.usage.prompt_tokens for o in outputs)
     completion = sum(o.usage.completion_tokens for o in outputs)
     cached = sum(o.usage.cached_tokens for o in outputs)
-    return schema.Usage(prompt, completion, prompt + completion, schema.TokenDetails(cached))
+    details = schema.TokenDetails(cached)
+    return schema.Usage(prompt, completion, prompt + completion, details, cost(outputs))
+
+
+def cost(outputs: Sequence[RequestOutput]) -> schema.Cost | UnsetType:
+    """What they took together; left out where nobody counted."""
+    spent = total(output.cost for output in outputs)
+    if spent is None:
+        return UNSET
+    return schema.Cost(spent.joules, spent.money, spent.grams, spent.estimated)
 
 
 def timings(output: RequestOutput) -> schema.Timings:
@@ -130,6 +140,7 @@ def prompt_logprobs(output: RequestOutput) -> list[dict[str, dict[str, object]] 
 __all__ = [
     "chat_logprobs",
     "completion_logprobs",
+    "cost",
     "prompt_logprobs",
     "timings",
     "total_usage",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..core.request import CompletionOutput, ParameterError, RequestOutput, SamplingParams
+from . import answers, schema
 from .errors import ApiError
 from .schema import Strict
 from .service import Caller, Service, Work
@@ -93,6 +94,7 @@ class MessagesUsage(Struct, kw_only=True):
     output_tokens: int
     cache_read_input_tokens: int
     cache_creation_input_tokens: int = 0
+    cost: schema.Cost | UnsetType = UNSET
 
 
 class AnswerBlock(Struct, kw_only=True, tag_field="type", tag="text"):
@@ -273,6 +275,7 @@ def _usage(output: RequestOutput) -> MessagesUsage:
         input_tokens=usage.prompt_tokens - usage.cached_tokens,
         output_tokens=usage.completion_tokens,
         cache_read_input_tokens=usage.cached_tokens,
+        cost=answers.cost([output]),
     )
 
 

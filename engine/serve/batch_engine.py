@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..async_llm import EngineClient, EngineError, EngineInfo, RequestFailed, RequestRefused
+from ..async_llm import EngineClient, EngineError, RequestFailed, RequestRefused
 from ..batch import Refused
 from ..config import EngineConfig
 from ..core.request import ParameterError, RequestOutput, SamplingParams
@@ -23,10 +23,10 @@ class BatchEngine:
     """batch.EngineLike over a client; for one thread. Errors: EngineError besides Engine's."""
 
     def __init__(
-        self, client: EngineClient, info: EngineInfo, salt: bytes, metrics: Metrics
+        self, client: EngineClient, config: EngineConfig, salt: bytes, metrics: Metrics
     ) -> None:
         """salt: of the prefix cache that the batch's owner has."""
-        self.config: EngineConfig = info.config
+        self.config = config
         self._client = client
         self._salt = salt
         self._metrics = metrics

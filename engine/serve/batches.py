@@ -8,8 +8,6 @@ journal and output until they are files of the client's.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import logging
 import os
@@ -25,7 +23,7 @@ import msgspec
 from msgspec import Meta
 
 from .. import batch
-from ..async_llm import EngineError, EngineInfo
+from ..async_llm import EngineError
 from ..core.request import AdmissionError, SamplingParams
 from .batch_engine import BatchEngine
 from .errors import ApiError
@@ -41,7 +39,6 @@ _ID = re.compile(r"batch_[0-9a-f]{24}")
 _DAY = 86_400
 _RETRY_SECONDS = 0.5  # between two attempts while the engine is down
 _JOIN_SECONDS = 10.0
-_DECIDING = ("dtype", "quantization", "activations", "kv_cache_dtype")
 # What a line leaves out is what the server's own paths would take.
 _PARAMS = {"/v1/chat/completions": SamplingParams(max_tokens=None)}
 _Text = Annotated[str, Meta(max_length=512)]
@@ -361,12 +358,12 @@ class Batches:
             check()
             limits.check_time()
             try:
-                info = self._keeper.info
+                client, config = self._keeper.llm.client, self._keeper.info.config
                 batch.run(
-                    BatchEngine(self._keeper.llm.client, info, stored.salt, self._metrics),
+                    BatchEngine(client, config, stored.salt, self._metrics),
                     [folder / "input.jsonl"],
                     folder / "output.jsonl",
-                    model=_facts(self._name, info),
+                    model={**client.facts(), "name": self._name},
                     params=_PARAMS.get(stored.batch.endpoint, SamplingParams()),
                     on_error="record",
                     limits=limits,
@@ -415,20 +412,6 @@ def _copy(made: Batch) -> Batch:
     return msgspec.structs.replace(
         made, request_counts=msgspec.structs.replace(made.request_counts)
     )
-
-
-def _facts(name: str, info: EngineInfo) -> dict[str, object]:
-    """What answers depend on, so that another model after a restart is noticed."""
-    config = dataclasses.asdict(info.config)
-    files = sorted(Path(info.config.model).glob("**/*")) or [Path(info.config.model)]
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
-    said = repr((info.model, stats)).encode()
-    return {
-        "name": name,
-        "model": hashlib.sha256(said).hexdigest(),
-        "context": info.config.max_model_len or info.model.max_position,
-        **{option: config[option] for option in _DECIDING},
-    }
 
 
 def _iso(seconds: int) -> str:

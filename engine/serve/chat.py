@@ -72,6 +72,9 @@ class Chat:
             usage=answers.usage(last),
             timings=answers.timings(last),
             prompt_logprobs=answers.prompt_logprobs(last),
+            receipt=await self._service.receipt(last, self._params)
+            if self._request.receipt
+            else UNSET,
             system_fingerprint=self._fingerprint,
         )
 

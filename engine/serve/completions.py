@@ -66,6 +66,9 @@ class Completions:
             ],
             usage=answers.total_usage(outputs),
             timings=answers.timings(outputs[0]) if len(outputs) == 1 else UNSET,
+            receipt=await self._service.receipt(outputs[0], self._params)
+            if self._request.receipt
+            else UNSET,
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -139,6 +142,7 @@ class Completions:
         *,
         usage: schema.Usage | object | None = UNSET,
         timings: schema.Timings | object = UNSET,
+        receipt: object = UNSET,
     ) -> schema.Completion:
         return schema.Completion(
             id=self._id,
@@ -148,6 +152,7 @@ class Completions:
             system_fingerprint=self._fingerprint,
             usage=usage,  # type: ignore[arg-type]
             timings=timings,  # type: ignore[arg-type]
+            receipt=receipt,
         )
 
 

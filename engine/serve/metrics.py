@@ -23,6 +23,18 @@ _GAUGES = {
     "num_preemptions": "preemptions since the engine started",
     "num_cached_tokens": "prompt tokens found in the prefix cache since the engine started",
 }
+# Of Cost, of requests that ended. Money and grams are there where a price or an intensity is set.
+_SPENT = {
+    "joules": "electrical energy of requests",
+    "money": "what requests cost, in the currency of the configured prices",
+    "grams": "grams of CO2 equivalent of requests",
+}
+# Of EnergyStats.
+_ENERGY = {
+    "joules": "energy that the meter has counted since the engine started",
+    "idle_joules": "of it, nobody's",
+    "estimated": "1 where a model estimates the energy, 0 where a meter counts it",
+}
 
 
 class Metrics:
@@ -57,6 +69,10 @@ class Metrics:
         self._generated = Counter(
             "engineroom_generated_tokens", "tokens made", name, registry=registry
         )
+        self._spent = {
+            field: Counter(f"engineroom_request_{field}", text, name, registry=registry)
+            for field, text in _SPENT.items()
+        }
         self._ttft = self._histogram("time_to_first_token", "from admission", _SECONDS)
         self._total = self._histogram("request", "from admission to the end", _SECONDS)
         self._queued = self._histogram("queued", "waiting, preemptions included", _SECONDS)
@@ -78,6 +94,10 @@ class Metrics:
             ["model", "status"],
             registry=registry,
         )
+        self._energy = {
+            field: Gauge(f"engineroom_energy_{field}", text, name, registry=registry)
+            for field, text in _ENERGY.items()
+        }
         self._up = Gauge("engineroom_up", "1 while requests are accepted", name, registry=registry)
         self._restarts = Gauge(
             "engineroom_engine_restarts", "of the engine's process", name, registry=registry
@@ -109,6 +129,10 @@ class Metrics:
         self._prompt.labels(model).inc(output.usage.prompt_tokens)
         self._cached.labels(model).inc(output.usage.cached_tokens)
         self._generated.labels(model).inc(output.usage.completion_tokens)
+        for field, counter in self._spent.items():
+            amount = getattr(output.cost, field, None)
+            if amount is not None:
+                counter.labels(model).inc(amount)
         t = output.timings
         self._queued.labels(model).observe(t.queued_s)
         if t.time_to_first_token_s is not None:
@@ -123,6 +147,10 @@ class Metrics:
         self._restarts.labels(self._model).set(restarts)
         for field, gauge in self._engine.items():
             value = (stats or {}).get("scheduler", {}).get(field)
+            if value is not None:
+                gauge.labels(self._model).set(value)
+        for field, gauge in self._energy.items():
+            value = (stats or {}).get("energy", {}).get(field)
             if value is not None:
                 gauge.labels(self._model).set(value)
         return generate_latest(self._registry)

@@ -48,6 +48,8 @@ def completion_params(request: schema.CompletionRequest) -> SamplingParams:
             param="suffix",
         )
     _check_stream(request)
+    if request.receipt and len(prompts(request)) > 1:
+        raise ApiError("unsupported", "receipt: it is of one prompt; ask for one", param="receipt")
     values = _sampling(request)
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
@@ -110,6 +112,10 @@ def _sampling(request: schema.Sampling) -> dict[str, Any]:
 
 
 def _check_stream(request: schema.Common) -> None:
+    if request.receipt and request.stream:
+        raise ApiError(
+            "unsupported", "receipt: it is of a whole answer; use stream=false", param="receipt"
+        )
     if request.stream_options is not None and not request.stream:
         raise ApiError("invalid_value", "stream_options needs stream=true", param="stream_options")
     if request.stream_options is not None and request.stream_options.include_obfuscation:

@@ -137,6 +137,7 @@ class Common(Sampling, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
+    receipt: bool | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -219,6 +220,15 @@ class TokenDetails(Struct):
     cached_tokens: int
 
 
+class Cost(Struct):
+    """engineroom's own: energy, and what it comes to where prices are configured, else null."""
+
+    joules: float
+    money: float | None
+    grams: float | None
+    estimated: bool
+
+
 class Usage(Struct):
     """Tokens of a request. cached_tokens were found in the prefix cache."""
 
@@ -226,6 +236,7 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokenDetails
+    cost: Cost | UnsetType = UNSET
 
 
 class Timings(Struct):
@@ -284,6 +295,7 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     timings: Timings
     prompt_logprobs: Any = UNSET
+    receipt: Any = UNSET  # what `engineroom replay` repeats it from; null: it was cut short
     system_fingerprint: str
 
 
@@ -345,6 +357,7 @@ class Completion(Struct, kw_only=True):
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     timings: Timings | UnsetType = UNSET
+    receipt: Any = UNSET
 
 
 class Embedding(Struct, kw_only=True):

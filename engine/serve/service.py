@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..async_llm import AsyncLLM, EngineInfo
 from ..core.request import RequestOutput, SamplingParams
+from ..receipts import ReceiptError
 from .errors import ApiError
 from .keeper import Keeper
 from .metrics import Metrics
@@ -145,6 +146,13 @@ class Service:
             if not self._live:
                 self._idle.set()
             self.metrics.ended(last, time.monotonic() - started)
+
+    async def receipt(self, output: RequestOutput, params: SamplingParams) -> object:
+        """Of an answer that run() gave to `params`, as plain data; None where it was cut short."""
+        try:
+            return (await self.keeper.llm.receipt(output, params)).as_plain()
+        except ReceiptError:
+            return None
 
     async def idle(self, timeout: float) -> bool:
         """Wait until nothing runs; False where it took longer."""

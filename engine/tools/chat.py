@@ -176,13 +176,15 @@ class Conversation:
 
 
 def statistics(output: RequestOutput) -> str:
-    """ "12 tokens · 34.5 tok/s · first token 0.21 s", and why it ended early, if it did."""
+    """ "12 tokens · 34.5 tok/s · first token 0.21 s · 3.1 J", and why it ended early, if it did."""
     times, tokens = output.timings, output.usage.completion_tokens
     parts = [f"{tokens} token{'' if tokens == 1 else 's'}"]
     if tokens > 1 and times.decode_s > 0:
         parts.append(f"{(tokens - 1) / times.decode_s:.1f} tok/s")
     if times.time_to_first_token_s is not None:
         parts.append(f"first token {times.time_to_first_token_s:.2f} s")
+    if output.cost is not None:
+        parts.append(str(output.cost))
     reason = output.outputs[0].finish_reason
     if reason == "abort":
         parts.append("stopped; what it said is kept")

@@ -36,7 +36,8 @@ EXIT_STATUSES = {
     8: "a request ended with an error inside the engine",
     9: "a self-check of `engineroom doctor` failed",
     10: "a batch stopped before its end, or its files are damaged; the message says how to go on",
-    11: "a batch reached its deadline or its budget; the same command goes on",
+    11: "a replay came to another answer than its receipt",
+    12: "a batch reached its deadline or its budget; the same command goes on",
     130: "interrupted (Ctrl-C)",
     141: "whoever read the output went away",
     143: "told to end (SIGTERM)",
@@ -59,6 +60,13 @@ ERRORS = (
         "an engine option is unknown, out of range, or not supported yet",
         "the message names the nearest option or the range",
         _CONFIG,
+    ),
+    ErrorCode(
+        "E-RECEIPT-01",
+        2,
+        "what was given is no receipt, or a request can have none",
+        "the message names file and line; docs/receipts.md says where receipts come from",
+        "engine.receipts.receipt.ReceiptError",
     ),
     ErrorCode(
         "E-PARAM-01",
@@ -288,7 +296,7 @@ ERRORS = (
     ),
     ErrorCode(
         "E-BATCH-07",
-        11,
+        12,
         "a batch reached its --deadline or --max-cost",
         "the same command with another limit goes on: what was answered is kept",
         _BATCH,

@@ -13,6 +13,7 @@ import pytest
 
 from engineroom.engine.account.meter import MeterUnavailable, Model, open_meter
 from engineroom.engine.account.rates import Rates
+from engineroom.engine.core.cost import Cost, total
 
 RANGE = 262143328850
 
@@ -186,3 +187,11 @@ def test_a_fit_never_pays_for_work() -> None:
     for _ in range(64):
         alike.note(4, 400, 1e-3)
     assert min(alike.rates) >= 0 and sum(alike.rates) > 0
+
+
+def test_a_cost_is_told_in_a_line_and_costs_add_up() -> None:
+    one, other = Cost(0.1234, None, None, False), Cost(2.0, 1.5e-6, 0.25, True)
+    assert str(one) == "0.123 J"
+    assert str(other) == "2 J (estimated), cost 1.5e-06, 0.25 g CO2e"
+    assert total([one, None, other]) == Cost(2.1234, 1.5e-6, 0.25, True)
+    assert total([None]) is None

@@ -297,3 +297,5 @@ def test_a_model_gives_what_generate_gives(tmp_path: Path) -> None:
     assert summary.done == 7
     assert [c["text"] for c in made] == [out.outputs[0].text for out in alone]
     assert summary.errors == 0
+    assert summary.cost is not None and summary.cost.joules > 0
+    assert f"energy {summary.cost}" in str(summary)

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engineroom.engine.bench import latency, startup, throughput
+from engineroom.engine.bench import energy, latency, startup, throughput
 from engineroom.engine.bench.model import Subject, arrivals, rounds
 from engineroom.engine.bench.timing import Repeats
 from engineroom.engine.cli import main
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.engine import Engine
 from engineroom.engine.tools.options import add_engine_flags, engine_arguments, engine_config
 from tests.engine import golden
@@ -58,6 +59,25 @@ def test_figures_of_many_requests() -> None:
     assert (cells["input_tokens_s"], cells["output_tokens_s"]) == (10.0, 30.0)
     assert cells["total_tokens_s"] == 40.0
     assert cells["whole_median_ms"] == 1500.0
+
+
+def test_figures_of_energy() -> None:
+    found = [[Cost(j, None, None, True)] * 2 for j in (3.0, 1.0, 2.0)]
+    cells = energy.figures(found, 30, alone=8.0)
+    assert (cells["joules_request"], cells["tokens_joule"], cells["cost_alone"]) == (
+        2.0,
+        15.0,
+        0.25,
+    )
+    assert cells["estimated"] is True
+
+
+def test_energy_of_a_model(model: Path, tmp_path: Path) -> None:
+    sizes = ("--requests", "4,1", "--input-len", "5", "--output-len", "9")
+    facts, (one, four) = rows(tmp_path, "energy", str(model), *sizes, *FEW)
+    assert (one["batch"], four["batch"], one["cost_alone"]) == (1, 4, 1.0)
+    assert four["cost_alone"] == pytest.approx(four["joules_request"] / one["joules_request"])
+    assert facts["backend"]["meter"]
 
 
 def test_every_token_is_seen_when_it_comes(model: Path) -> None:

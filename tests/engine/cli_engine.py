@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.core.request import (
     AdmissionError,
     CompletionOutput,
@@ -77,6 +78,7 @@ class ScriptedEngine:
                     usage=Usage(2, tokens, 0),
                     timings=Timings(0.0, 0.25, 0.5, 0.75, 0.25),
                     deltas=(delta,),
+                    cost=Cost(1.25, None, None, True),
                 )
             )
             if reason is not None:

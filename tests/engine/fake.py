@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engineroom.engine.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.core.request import (
     AdmissionError,
     CompletionOutput,
@@ -43,6 +44,8 @@ MODEL = ModelConfig(
     max_position=4096,
     rope=RopeConfig(theta=1e4, rotary_dim=8),
 )
+
+COST = Cost(joules=0.5, money=0.25, grams=None, estimated=True)  # whatever a request does
 
 
 class Panic(BaseException):
@@ -140,6 +143,7 @@ class FakeEngine:
                 usage=Usage(len(ids), 0, 0),
                 timings=Timings(0.0, 0.0, 0.0, 0.0, None),
                 deltas=("",) * params.n,
+                cost=COST,
             ),
             final_only,
             embed,
@@ -182,6 +186,9 @@ class FakeEngine:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         check_token_ids(SamplingParams(), token_ids, VOCAB)
         return bytes(t for t in token_ids if t < 256).decode("utf-8", "replace")
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": "fake", "weights": "0" * 64}
 
     def stats(self) -> FakeStats:
         return FakeStats(self.num_live, self.steps)

@@ -78,6 +78,7 @@ def test_every_sampling_field_has_a_flag(
 
 
 ENGINE_VALUES = {
+    "energy_meter": ("model", "model"),
     "device": ("reference", "reference"),
     "dtype": ("float32", "float32"),
     "quantization": ("int8", "int8"),

@@ -121,7 +121,7 @@ def interactive(
 
 def test_each_answer_is_followed_by_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, said = interactive(monkeypatch, "One?")
-    assert "The answer.\n3 tokens · 4.0 tok/s · first token 0.25 s\n" in said
+    assert "The answer.\n3 tokens · 4.0 tok/s · first token 0.25 s · 1.25 J (estimated)\n" in said
 
 
 def test_a_full_context_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,27 @@ def test_shares_and_idle_are_all_the_meter_counts(
     llm.close()
 
 
+def test_what_an_ended_request_still_had_in_flight_is_nobodys(
+    golden_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even of a request that took its id."""
+    with late_backends(monkeypatch, **FORMS["on demand"]):
+        llm = LLM(str(golden_model), device="cpu")
+    engine = llm.engine
+    engine.ledger = ledger = Ledger(Steady(0))
+    engine.add_request("a", [1, 2, 3], GREEDY.replace(stop_token_ids=tuple(range(250))))
+    while not (outputs := engine.step()):
+        pass
+    assert outputs[0].finished and engine._in_flight
+    before, spent = ledger.idle, outputs[0].cost.joules
+    engine.add_request("a", [1, 2, 3], GREEDY)
+    engine.abort("a")
+    (other,) = engine.step()
+    assert other.cost.joules == 0 and ledger.idle > before
+    assert nanojoules(spent) + ledger.idle == ledger.total
+    llm.close()
+
+
 @pytest.fixture
 def llm(make_llm: Any) -> LLM:
     return make_llm(device="cpu", max_num_seqs=32, price_per_kwh=0.36, grams_per_kwh=360)

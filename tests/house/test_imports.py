@@ -32,18 +32,33 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "kernels",
         "quant",
     ),
+    # What an engine's answers depend on; the build's version is among it.
+    "engine.receipts": ("engine.core", "engine.load", "engine.runtime", ""),
     "engine.wire": _BELOW_FACES,
-    "engine.engine": (*_BELOW_FACES, "engine.runtime"),
+    "engine.engine": (*_BELOW_FACES, "engine.runtime", "engine.receipts"),
     **dict.fromkeys(
         _CLIENT, (*_BELOW_FACES, *_CLIENT, "engine.runtime", "engine.engine", "engine.wire")
     ),
     **dict.fromkeys(
-        _FACES, (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.wire")
+        _FACES,
+        (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.receipts", "engine.wire"),
     ),
     # The manifest names the version; LLM.batch() is a face on a face.
-    "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", ""),
-    "engine.llm": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.batch"),
-    "engine.serve": ("engine.async_llm", "engine.batch", "engine.serve.settings", *_BELOW_FACES),
+    "engine.batch": (*_BELOW_FACES, "engine.engine", "engine.load", "engine.receipts", ""),
+    "engine.llm": (
+        *_BELOW_FACES,
+        "engine.engine",
+        "engine.load",
+        "engine.receipts",
+        "engine.batch",
+    ),
+    "engine.serve": (
+        "engine.receipts",
+        "engine.async_llm",
+        "engine.batch",
+        "engine.serve.settings",
+        *_BELOW_FACES,
+    ),
     "engine.serve.settings": ("engine.config",),
     "engine.tools": ("engine", "kernels", "quant"),
     "engine.bench": ("engine", "kernels", "quant"),
@@ -82,6 +97,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "tqdm": ("engine.llm", "engine.batch"),
     "pyarrow": ("engine.batch",),
     "prometheus_client": ("engine.serve",),
+    "pynvml": ("engine.account.nvml",),
     "starlette": ("engine.serve",),
     "uvicorn": ("engine.serve",),
 }
@@ -111,6 +127,7 @@ LOCAL_THIRD_PARTY = (
     "sentencepiece",
     "tqdm",
     "pyarrow",
+    "pynvml",
 )
 
 

@@ -44,6 +44,7 @@ def test_an_answer(server: Running) -> None:
     ).json
     whole = usage["input_tokens"] + usage["cache_read_input_tokens"]
     assert counted == {"input_tokens": whole}
+    assert usage["cost"]["joules"] == 0.5
 
 
 def test_the_events_are_the_whole_answer(server: Running) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from typing import Any
 
 import pytest
 
+from engineroom.engine import receipts
 from engineroom.engine.core.request import SamplingParams
 from engineroom.engine.serve import schema
 
@@ -31,6 +34,8 @@ def test_a_chat_answer(server: Running) -> None:
     assert usage["completion_tokens"] == 7
     assert usage["total_tokens"] == usage["prompt_tokens"] + 7
     assert answer["timings"]["decode_ms"] > 0
+    cost = {"joules": 0.5, "money": 0.25, "grams": None, "estimated": True}
+    assert usage["cost"] == cost
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -93,6 +98,8 @@ def test_the_model_and_the_health(server: Running) -> None:
     for path in ("/health", "/health/live", "/health/ready"):
         assert get(server, path).status == 200
     page = get(server, "/metrics").body.decode()
+    spent = re.findall(r"^engineroom_request_joules_total{.*} (.*)$", page, re.MULTILINE)
+    assert float(*spent) > 0 and float(*spent) % 0.5 == 0
     assert "engineroom_up" in page and 'engineroom_requests_total{finish_reason="length"' in page
 
 
@@ -131,3 +138,24 @@ def test_the_official_client(server: Running) -> None:
     assert refused.value.param == "temperature" and refused.value.code == "invalid_value"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", chat), ("/v1/completions", completion)],
+    ids=["chat", "completion"],
+)
+def test_a_receipt_comes_with_the_answer(server: Running, path: str, body: Any) -> None:
+    answer = post(server, path, body(max_tokens=5, seed=4, receipt=True)).json
+    receipt = receipts.read(json.dumps(answer))
+    assert receipt.model["name"] == "fake"
+    assert receipt.params == {"max_tokens": 5, "seed": 4, **receipt.params}
+    assert [len(a.token_ids) for a in receipt.answers] == [5]
+    assert "receipt" not in post(server, path, body(max_tokens=5)).json
+    refused = post(server, path, body(receipt=True, stream=True))
+    assert refused.status == 400 and refused.json["error"]["param"] == "receipt"
+
+
+def test_a_receipt_is_of_one_prompt(server: Running) -> None:
+    refused = post(server, "/v1/completions", completion(prompt=["a", "b"], receipt=True))
+    assert refused.status == 400 and "one prompt" in refused.json["error"]["message"]

@@ -396,6 +396,7 @@ class _Mailbox:
 
 __all__ = [
     "AsyncLLM",
+    "EngineClient",
     "EngineDeadError",
     "EngineError",
     "EngineInfo",

@@ -529,14 +529,33 @@ def _configure_batch(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--format",
         choices=FORMATS,
-        default="jsonl",
-        help="OpenAI's batch format, or a prompt a line (default: %(default)s)",
+        help="OpenAI's batch format, a prompt a line, or a table (default: by the file's name, "
+        "else jsonl)",
+    )
+    run.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help='of a table, the prompt of a row: "Summarise: {text}" has the column text',
+    )
+    run.add_argument("--system-template", metavar="TEXT", help="with --chat, the system's message")
+    run.add_argument("--id-column", metavar="NAME", help="of a table, what names a row's answer")
+    run.add_argument(
+        "--chat", action="store_true", help="prompts are a user's messages, by the chat template"
     )
     run.add_argument(
         "--on-error",
         choices=("stop", "record"),
         default="stop",
         help="what becomes of a bad line or a refused request (default: %(default)s)",
+    )
+    run.add_argument(
+        "--max-cost",
+        type=float,
+        metavar="AMOUNT",
+        help="begin nothing that would bring the batch above it, and stop",
+    )
+    run.add_argument(
+        "--deadline", metavar="WHEN", help="stop then: after 90s or 1h30m, or at an ISO 8601 time"
     )
     run.add_argument("--restart", action="store_true", help="drop the journal and the output")
     run.add_argument(
@@ -574,12 +593,13 @@ def _batch(args: argparse.Namespace) -> int:
 
 
 def _run_batch(args: argparse.Namespace) -> Any:
-    from .batch import BATCH_DEFAULTS, run, signals
+    from .batch import BATCH_DEFAULTS, Limits, Prompting, run, signals
     from .batch.manifest import engine_facts
     from .tools.options import engine_config, sampling_params
     from .tools.session import open_engine
 
     params = sampling_params(args, BATCH_DEFAULTS)
+    limits = Limits(max_cost=args.max_cost, deadline=args.deadline)
     engine = open_engine(engine_config(args, args.model))
     try:
         with signals() as check:
@@ -590,9 +610,13 @@ def _run_batch(args: argparse.Namespace) -> Any:
                 model=engine_facts(engine),
                 also_called=[args.model],
                 format=args.format,
+                prompting=Prompting(
+                    args.prompt_template, args.system_template, args.id_column, args.chat
+                ),
                 params=params,
                 on_error=args.on_error,
                 restart=args.restart,
+                limits=limits,
                 check=check,
                 receipts=engine.receipt if args.receipts else None,
             )

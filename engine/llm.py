@@ -199,19 +199,27 @@ class LLM:
         inputs: str | Path | Sequence[str | Path],
         output: str | Path,
         *,
-        format: str = "jsonl",
+        format: str | None = None,
+        prompt_template: str | None = None,
+        system_template: str | None = None,
+        id_column: str | None = None,
+        chat: bool = False,
         params: SamplingParams = batches.BATCH_DEFAULTS,
         on_error: str = "stop",
         restart: bool = False,
+        max_cost: float | None = None,
+        deadline: str | None = None,
         receipts: bool = False,
         use_tqdm: bool = True,
     ) -> batches.Summary:
         """Answer files of requests in OpenAI's batch format into a file, losing nothing.
 
         Whatever ends it, calling it again goes on from `output`.journal, and the finished file is
-        the same byte for byte. `format` "text" takes each line as a prompt; `params` is what a
-        line leaves out; `on_error` "record" makes bad lines errors of the output; with
-        `receipts` each answer carries its receipt. See docs/batch.md. Errors: BatchError.
+        the same byte for byte. `format` "text" takes each line as a prompt; "csv" and "parquet"
+        fill `prompt_template` and, with `chat`, `system_template` from a row's columns and name
+        the row by `id_column`; None goes by the files' names. `params` is what a line leaves out;
+        `on_error` "record" makes bad lines errors of the output; with `receipts` each answer
+        carries its receipt. See docs/batch.md. Errors: BatchError.
         """
         return batches.run(
             _Turns(self),
@@ -219,9 +227,11 @@ class LLM:
             output,
             model=engine_facts(self._engine),
             format=format,
+            prompting=batches.Prompting(prompt_template, system_template, id_column, chat),
             params=params,
             on_error=on_error,
             restart=restart,
+            limits=batches.Limits(max_cost=max_cost, deadline=deadline),
             progress=use_tqdm,
             receipts=self.engine.receipt if receipts else None,
         )
@@ -357,9 +367,17 @@ class _Turns:
         self._inbox: _Inbox = []
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, final_only: bool = False
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        final_only: bool = False,
+        embed: bool = False,
     ) -> None:
-        self._llm._add(self._inbox, prompt, params, request_id=request_id, final_only=final_only)
+        self._llm._add(
+            self._inbox, prompt, params, request_id=request_id, final_only=final_only, embed=embed
+        )
 
     def step(self) -> list[RequestOutput]:
         return self._llm._turn(self._inbox)

@@ -9,7 +9,9 @@ import math
 from typing import Any
 
 from ..core.request import CompletionOutput, Logprob, RequestOutput
-from .requests import CHAT, BatchRequest
+from ..core.vectors import handed_out
+from .errors import LineError
+from .requests import CHAT, BatchRequest, Vector
 
 
 class Lines:
@@ -26,7 +28,12 @@ class Lines:
     def answer(
         self, request: BatchRequest, output: RequestOutput, receipt: Any | None = None
     ) -> bytes:
-        """The line of a request that was answered, with its receipt where there is one."""
+        """The line of a request that was answered, with its receipt where there is one.
+
+        Errors: LineError; ValueError for an embedding that is none.
+        """
+        if request.vector is not None:
+            return self._line(request.custom_id, 200, self._embedding(request.vector, output))
         chat = request.url == CHAT
         make = _chat_choice if chat else _completion_choice
         usage = output.usage
@@ -47,6 +54,23 @@ class Lines:
         if receipt is not None:
             body["receipt"] = receipt
         return self._line(request.custom_id, 200, body)
+
+    def _embedding(self, form: Vector, output: RequestOutput) -> dict[str, Any]:
+        unit, tokens = output.embedding or (), output.usage.prompt_tokens
+        if not unit or not all(map(math.isfinite, unit)):
+            raise ValueError("the model's hidden states of the input are not finite numbers")
+        wanted = len(unit) if form.dimensions is None else form.dimensions
+        if wanted > len(unit):
+            raise LineError(
+                f"dimensions={wanted}, and the model has {len(unit)}", field="dimensions"
+            )
+        vector = handed_out(unit, wanted, as_base64=form.as_base64)
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": 0, "embedding": vector}],
+            "model": self._model,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
 
     def refusal(self, custom_id: str | None, place: int, message: str, field: str) -> bytes:
         """The line of a bad line (the `place`th) or of a request that the engine refused."""

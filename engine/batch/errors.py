@@ -14,14 +14,20 @@ CHANGED = "E-BATCH-03"
 DAMAGED = "E-BATCH-04"
 NOT_WRITTEN = "E-BATCH-05"
 NOT_READ = "E-BATCH-06"
+LIMIT = "E-BATCH-07"
 
 
 class BatchError(RuntimeError):
-    """A batch that cannot go on: what, why, and how to mend it. `code` is one of docs/errors.md."""
+    """A batch that cannot go on: what, why, and how to mend it. `code` is one of docs/errors.md.
 
-    def __init__(self, code: str, message: str) -> None:
+    why, line: of a line at fault, the reason alone and its number.
+    """
+
+    def __init__(self, code: str, message: str, *, why: str = "", line: int | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.why = why
+        self.line = line
 
 
 class Interrupted(Exception):

@@ -1,7 +1,7 @@
-"""The input files: indexed once by one pass, then read line by line as the engine has room.
+"""The input files: indexed once by one pass, then read row by row as the engine has room.
 
-A line costs 20 bytes of memory while the batch runs (offset, line number; and the journal's place
-of its answer), and 12 more while custom_ids are compared: a million lines, 32 MB.
+A row costs 20 bytes of memory while the batch runs (where it lies, its number; and the journal's
+place of its answer), and 12 more while custom_ids are compared: a million rows, 32 MB.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import BinaryIO
 from ..core.request import SamplingParams
 from .errors import BAD_REQUEST, CHANGED, DUPLICATE, NOT_READ, BatchError, LineError
 from .journal import not_read, not_written
-from .requests import BatchRequest, from_json, from_text
+from .requests import BatchRequest, from_json
+from .sources import FORMATS, Row, Source, open_source
+from .template import PLAIN, Prompting, Prompts
 
-FORMATS = ("jsonl", "text")
-_MAX_LINE = 1 << 26
 _BUCKETS = 256  # custom_ids are compared bucket by bucket, so that no table of all is needed
-_WINDOW_LINES, _WINDOW_BYTES = 512, 1 << 23  # parsed at a time and put in order
+_WINDOW_ROWS, _WINDOW_CHARACTERS = 512, 1 << 23  # parsed at a time and put in order
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,13 @@ class InputFile:
     sha256: str
     bytes: int
     lines: int  # that hold a request
-    first: int  # index of its first line over all files
     changed_ns: int
 
 
 class Inputs:
-    """Lines of several files, numbered 0..len - 1 over all of them; blank lines are skipped.
+    """Rows of several files, numbered 0..len - 1 over all of them; blank lines are skipped.
 
-    parse: a line and its text custom_id -> a request. Errors: BatchError, of every method.
+    Errors: BatchError, of every method.
     """
 
     def __init__(
@@ -50,47 +49,71 @@ class Inputs:
         paths: Sequence[Path],
         *,
         format: str,
+        prompting: Prompting = PLAIN,
         params: SamplingParams,
         models: frozenset[str],
         record: bool,
+        url: str | None = None,
     ) -> None:
-        """record: a bad line is no error here; read() raises its LineError."""
+        """record: a bad row is no error here; read() raises its LineError. url: the only one that
+        requests may have, where it is given."""
+        if format not in FORMATS:
+            raise BatchError(NOT_READ, f"format={format!r} is not one of {', '.join(FORMATS)}")
+        self._format = format
+        self._unit = "row" if format == "parquet" else "line"
         self._params = params
         self._models = models
-        self._text = format == "text"
+        self._url = url
+        self._prompts = Prompts(format, prompting, params)
+        # Rows are numbered where they have no ids of their own.
+        self._numbered = format != "jsonl" and prompting.id_column is None
         self._record = record
         self._several = len(paths) > 1
         self._offsets = array("Q")
         self._numbers = array("I")
-        self._open: tuple[int, BinaryIO] | None = None
+        self._open: tuple[int, Source] | None = None
         self.files: list[InputFile] = []
+        self._starts: list[int] = []  # the first row of each file
         ids = _Ids()
         for path in paths:
             self.files.append(self._scan(path, ids))
-        self._starts = [f.first for f in self.files]
         ids.check(self._id_and_place)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def place(self, index: int) -> str:
-        """ "prompts.jsonl line 7"."""
-        return f"{self._file(index).path} line {self._numbers[index]}"
+        """ "prompts.jsonl line 7", or "table.parquet row 7"."""
+        return self._place(self.files[self._file_number(index)].path, index)
 
     def read(self, index: int) -> BatchRequest:
         """Errors: LineError besides."""
-        return self._parse(self._line(index), index)
+        number = self._file_number(index)
+        try:
+            if self._open is None or self._open[0] != number:
+                self.close()
+                self._open = (number, self._source(self.files[number].path))
+            row = self._open[1].read(self._offsets[index])
+        except OSError as error:
+            raise not_read(self.files[number].path, error) from error
+        return self._parse(row, index)
 
-    def windows(self, wanted: Callable[[int], bool]) -> Iterator[list[int]]:
-        """The indices of lines that are `wanted`, some hundred at a time."""
-        window: list[int] = []
+    def windows(
+        self, wanted: Callable[[int], bool]
+    ) -> Iterator[list[tuple[int, BatchRequest | LineError]]]:
+        """(index, request or why it is none) of rows that are `wanted`, some hundred at a time."""
+        window: list[tuple[int, BatchRequest | LineError]] = []
         size = 0
         for index in range(len(self)):
             if not wanted(index):
                 continue
-            size += self._length(index)
-            window.append(index)
-            if len(window) == _WINDOW_LINES or size >= _WINDOW_BYTES:
+            try:
+                request = self.read(index)
+                size += len(request.text)
+                window.append((index, request))
+            except LineError as error:
+                window.append((index, error))
+            if len(window) == _WINDOW_ROWS or size >= _WINDOW_CHARACTERS:
                 yield window
                 window, size = [], 0
         if window:
@@ -113,53 +136,64 @@ class Inputs:
 
     # --------------------------------------------------------------------------------- private
 
+    def _source(self, path: Path) -> Source:
+        return open_source(path, self._format, self._prompts.columns)
+
     def _scan(self, path: Path, ids: _Ids) -> InputFile:
-        digest = hashlib.sha256()
-        first, offset, number = len(self._offsets), 0, 0
+        first = len(self._offsets)
+        self._starts.append(first)
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                while line := file.readline(_MAX_LINE + 1):
-                    number += 1
-                    if len(line) > _MAX_LINE:
-                        raise BatchError(
-                            BAD_REQUEST,
-                            f"{path} line {number} has over {_MAX_LINE} bytes, which no request is",
-                        )
-                    digest.update(line)
-                    if line.strip():
-                        self._offsets.append(offset)
-                        self._numbers.append(number)
-                        self._note(line, path, ids)
-                    offset += len(line)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            source = self._source(path)
+            try:
+                for at, number, row in source.scan():
+                    self._offsets.append(at)
+                    self._numbers.append(number)
+                    self._note(row, path, ids)
+            finally:
+                source.close()
         except OSError as error:
             raise not_read(path, error) from error
         lines = len(self._offsets) - first
-        return InputFile(path, digest.hexdigest(), offset, lines, first, status.st_mtime_ns)
+        return InputFile(path, digest, status.st_size, lines, status.st_mtime_ns)
 
-    def _note(self, line: bytes, path: Path, ids: _Ids) -> None:
+    def _note(self, row: Row, path: Path, ids: _Ids) -> None:
         index = len(self._offsets) - 1
-        if self._text:
+        if self._format == "text":
             return  # ids are line numbers; the text is checked as it is read
+        custom_id = None
         try:
-            ids.add(self._parse(line, index).custom_id, index)
+            custom_id = self._parse(row, index).custom_id
         except LineError as error:
             if not self._record:
                 raise BatchError(
                     BAD_REQUEST,
-                    f"{path} line {self._numbers[index]}: {error}. Nothing ran; with --on-error "
-                    "record bad lines become errors of the output",
+                    f"{self._place(path, index)}: {error}. Nothing ran; with --on-error record "
+                    "bad lines become errors of the output",
+                    why=str(error),
+                    line=self._numbers[index],
                 ) from None
-            if error.custom_id is not None:
-                ids.add(error.custom_id, index)
+            custom_id = error.custom_id
+        if custom_id is not None and not self._numbered:
+            ids.add(custom_id, index)
 
-    def _parse(self, line: bytes, index: int) -> BatchRequest:
-        if not self._text:
-            return from_json(line, self._params, self._models)
-        where = f"line-{self._numbers[index]}"
-        if self._several:
-            where = f"file-{bisect.bisect_right(self._starts, index)}-{where}"
-        return from_text(line.rstrip(b"\r\n"), where, self._params)
+    def _place(self, path: Path, index: int) -> str:
+        return f"{path} {self._unit} {self._numbers[index]}"
+
+    def _parse(self, row: Row, index: int) -> BatchRequest:
+        if self._format == "jsonl" and isinstance(row, bytes):
+            return from_json(row, self._params, self._models, self._url)
+        custom_id = self._given_id(index) if self._numbered else None
+        if isinstance(row, LineError):
+            row.custom_id = custom_id
+            raise row
+        return self._prompts.request(row, custom_id or "")
+
+    def _given_id(self, index: int) -> str:
+        name = f"{self._unit}-{self._numbers[index]}"
+        return f"file-{self._file_number(index) + 1}-{name}" if self._several else name
 
     def _id_and_place(self, index: int) -> tuple[str | None, str]:
         try:
@@ -168,29 +202,8 @@ class Inputs:
             return error.custom_id, self.place(index)
 
     def _file_number(self, index: int) -> int:
-        number = bisect.bisect_right(self._starts, index) - 1
-        while not self.files[number].lines:  # an empty file begins where the next one does
-            number -= 1
-        return number
-
-    def _file(self, index: int) -> InputFile:
-        return self.files[self._file_number(index)]
-
-    def _length(self, index: int) -> int:
-        file = self._file(index)
-        last = index + 1 == file.first + file.lines
-        return (file.bytes if last else self._offsets[index + 1]) - self._offsets[index]
-
-    def _line(self, index: int) -> bytes:
-        number = self._file_number(index)
-        try:
-            if self._open is None or self._open[0] != number:
-                self.close()
-                self._open = (number, self.files[number].path.open("rb"))
-            self._open[1].seek(self._offsets[index])
-            return self._open[1].readline(_MAX_LINE)
-        except OSError as error:
-            raise not_read(self.files[number].path, error) from error
+        # An empty file begins where the next one does, which bisect_right passes over.
+        return bisect.bisect_right(self._starts, index) - 1
 
 
 class _Ids:
@@ -220,6 +233,8 @@ class _Ids:
                         DUPLICATE,
                         f"custom_id {one!r} stands in {here} and in {there}; nothing ran. "
                         "Answers are told apart by it: give each request its own",
+                        why=f"custom_id {one!r} comes a second time",
+                        line=int(there.rpartition(" ")[2]),
                     )
 
 
@@ -255,10 +270,4 @@ def spool(source: BinaryIO, output: Path, begun: bool) -> Path:
     return path
 
 
-def check_format(name: str) -> None:
-    """Errors: BatchError."""
-    if name not in FORMATS:
-        raise BatchError(NOT_READ, f"format={name!r} is not one of {', '.join(FORMATS)}")
-
-
-__all__ = ["FORMATS", "InputFile", "Inputs", "check_format", "spool"]
+__all__ = ["InputFile", "Inputs", "spool"]

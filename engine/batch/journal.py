@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import struct
 import time
@@ -22,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.cost import Cost
 from .errors import DAMAGED, NOT_READ, NOT_WRITTEN, BatchError
 
+FORMAT = 2  # of the records' payloads; the manifest has it
 _MAGIC = b"\xebRJ\n"
 _HEADER = struct.Struct("<4sIQII")
-_RESULT = struct.Struct("<QIIIfH")
+_RESULT = struct.Struct("<QIIIfHdddB")
+_NONE = float("nan")  # an amount that is not known
 _MAX_PAYLOAD = 1 << 30
 _SYNC_RECORDS = 64  # an fsync at the latest after so many records,
 _SYNC_SECONDS = 0.5  # or so long after the first of them
@@ -36,7 +40,8 @@ _SYNC_SECONDS = 0.5  # or so long after the first of them
 class Result:
     """One answered line: its place in the input, what it took, and its line of the output.
 
-    seconds: from admission to the end. status: as in the line, 200 where it succeeded.
+    seconds: from admission to the end. status: as in the line, 200 where it succeeded. cost: None
+    where nobody counted it.
     """
 
     index: int
@@ -46,19 +51,36 @@ class Result:
     seconds: float
     status: int
     line: bytes
+    cost: Cost | None = None
 
     def pack(self) -> bytes:
         numbers = (self.index, self.prompt_tokens, self.completion_tokens, self.cached_tokens)
-        return b"R" + _RESULT.pack(*numbers, self.seconds, self.status) + self.line
+        packed = _RESULT.pack(*numbers, self.seconds, self.status, *_amounts(self.cost))
+        return b"R" + packed + self.line
 
     @classmethod
     def unpack(cls, payload: bytes) -> Result:
         """Errors: ValueError."""
         if payload[:1] != b"R" or len(payload) < 1 + _RESULT.size:
             raise ValueError(f"{len(payload)} bytes of kind {payload[:1]!r} are no result")
-        index, prompt, completion, cached, seconds, status = _RESULT.unpack_from(payload, 1)
+        values = _RESULT.unpack_from(payload, 1)
+        index, prompt, completion, cached, seconds, status, joules, money, grams, estimated = values
+        cost = None
+        if not math.isnan(joules):
+            cost = Cost(joules, _known(money), _known(grams), bool(estimated))
         line = payload[1 + _RESULT.size :]
-        return cls(index, prompt, completion, cached, seconds, status, line)
+        return cls(index, prompt, completion, cached, seconds, status, line, cost)
+
+
+def _amounts(cost: Cost | None) -> tuple[float, float, float, bool]:
+    if cost is None:
+        return _NONE, _NONE, _NONE, False
+    money, grams = (_NONE if value is None else value for value in (cost.money, cost.grams))
+    return cost.joules, money, grams, cost.estimated
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def journal_path(output: Path) -> Path:
@@ -119,6 +141,10 @@ class Reader:
             except ValueError as error:
                 raise self._damage(offset, str(error)) from None
 
+    def line(self, offset: int) -> bytes:
+        """The output's line of the result at `offset`, its sum checked again."""
+        return _line(self._fd, offset, self.size, self._path)
+
     def _check_tail(self) -> None:
         """Errors: BatchError where a good record follows a bad one."""
         at = self.end  # one that is good but for its number counts too
@@ -158,6 +184,13 @@ def _read(fd: int, at: int, size: int, sequence: int | None) -> bytes | None:
         return None
     payload = os.pread(fd, length, at + _HEADER.size)
     return payload if len(payload) == length and zlib.crc32(payload) == payload_sum else None
+
+
+def _line(fd: int, offset: int, size: int, path: Path) -> bytes:
+    payload = _read(fd, offset, size, None)
+    if payload is None:
+        raise BatchError(DAMAGED, f"{path}: the record at byte {offset} went bad")
+    return Result.unpack(payload).line
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -232,10 +265,7 @@ class Journal:
 
     def line(self, offset: int) -> bytes:
         """The output's line of the result at `offset`, its sum checked again."""
-        payload = _read(self._fd, offset, self._size, None)
-        if payload is None:
-            raise BatchError(DAMAGED, f"{self.path}: the record at byte {offset} went bad")
-        return Result.unpack(payload).line
+        return _line(self._fd, offset, self._size, self.path)
 
     def close(self) -> None:
         """Release the lock. What is pending is dropped: call sync() before."""
@@ -302,6 +332,7 @@ def not_read(path: Path, error: OSError) -> BatchError:
 
 
 __all__ = [
+    "FORMAT",
     "Journal",
     "Reader",
     "Result",

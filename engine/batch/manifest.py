@@ -15,8 +15,8 @@ from ..engine import Engine
 from ..receipts.facts import differences, how_computed
 from .errors import CHANGED, NOT_READ, BatchError
 from .inputs import Inputs
-
-_FORMAT = 1
+from .journal import FORMAT
+from .template import PLAIN, Prompting
 
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
@@ -27,7 +27,11 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 
 def make(
-    model: Mapping[str, Any], inputs: Inputs, params: SamplingParams, format: str
+    model: Mapping[str, Any],
+    inputs: Inputs,
+    params: SamplingParams,
+    format: str,
+    prompting: Prompting = PLAIN,
 ) -> dict[str, Any]:
     """The manifest of a batch; equal for equal bytes, wherever the files lie.
 
@@ -39,11 +43,12 @@ def make(
         )
     files = [{"sha256": f.sha256, "bytes": f.bytes, "lines": f.lines} for f in inputs.files]
     made = {
-        "journal": _FORMAT,
+        "journal": FORMAT,
         "engineroom": __version__,
         "model": dict(model),
         "inputs": files,
         "format": format,
+        "prompting": prompting.as_plain(),
         "params": params.to_dict(),
     }
     return dict(json.loads(json.dumps(made)))  # as the journal gives it back

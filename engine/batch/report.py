@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.cost import Cost, total
-from .errors import DAMAGED, NOT_READ, BatchError
-from .journal import Reader, Result, journal_path, not_read
+from .errors import CHANGED, DAMAGED, NOT_READ, BatchError
+from .journal import FORMAT, Reader, Result, journal_path, not_read
+from .outputs import verify_output
 
 
 @dataclass
@@ -31,18 +31,30 @@ class Summary:
     cached_tokens: int = 0
     seconds: float = 0.0
     cost: Cost | None = None
+    money_before: float = 0.0  # of earlier runs
     latencies: array[float] = field(default_factory=lambda: array("f"), repr=False)
 
-    def count(self, result: Result, cost: Cost | None = None) -> None:
-        """Take in one more answer, and what it cost."""
+    def count(self, result: Result) -> None:
+        """Take in one more answer."""
         self.done += 1
         self.errors += result.status != 200
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
         self.cached_tokens += result.cached_tokens
-        self.cost = total((self.cost, cost))
+        self.cost = total((self.cost, result.cost))
         if result.status == 200:
             self.latencies.append(result.seconds)
+
+    @property
+    def money(self) -> float:
+        """What the batch has cost so far, earlier runs included."""
+        return self.money_before + ((self.cost.money if self.cost else None) or 0.0)
+
+    @property
+    def tokens_per_joule(self) -> float | None:
+        """Tokens read and written for each joule; None where none was counted."""
+        joules = self.cost.joules if self.cost else 0.0
+        return (self.prompt_tokens + self.completion_tokens) / joules if joules else None
 
     def percentile(self, percent: float) -> float:
         """Latency that so many percent of the answers do not exceed, seconds; 0 of none."""
@@ -56,7 +68,13 @@ class Summary:
         rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del rows["latencies"]
         ranks = {f"p{p}": round(self.percentile(p), 4) for p in (50, 90, 99)}
-        return {**rows, "output": str(self.output), "latency_seconds": ranks}
+        return {
+            **rows,
+            "output": str(self.output),
+            "cost": None if self.cost is None else dataclasses.asdict(self.cost),
+            "tokens_per_joule": self.tokens_per_joule,
+            "latency_seconds": ranks,
+        }
 
     def __str__(self) -> str:
         pace = 1 / self.seconds if self.seconds else 0.0
@@ -71,9 +89,10 @@ class Summary:
                 f"tokens in {self.prompt_tokens} ({self.prompt_tokens * pace:.0f}/s, {share:.0%} "
                 f"of them found in the prefix cache), out {self.completion_tokens} "
                 f"({self.completion_tokens * pace:.0f}/s)",
-                *([] if self.cost is None else [f"energy {self.cost}"]),
                 "latency " + ", ".join(f"p{p} {self.percentile(p):.2f} s" for p in (50, 90, 99)),
             ]
+        if self.cost is not None:
+            lines.append(f"energy {self.cost}, {self.tokens_per_joule or 0.0:.2f} tokens per joule")
         return "\n".join(lines)
 
 
@@ -115,19 +134,7 @@ def status(output: str | Path) -> Status:
     """Read the whole journal of `output`. Errors: BatchError where it is missing or damaged."""
     path = Path(output)
     with _reader(path) as reader:
-        manifest = _manifest(reader, path)
-        requests = sum(f["lines"] for f in manifest["inputs"])
-        seen = Seen(requests, journal_path(path))
-        done = errors = prompt = completion = 0
-        for offset, result in reader.results():
-            seen.note(result.index, offset)
-            done += 1
-            errors += result.status != 200
-            prompt += result.prompt_tokens
-            completion += result.completion_tokens
-        return Status(
-            path, manifest, requests, done, errors, prompt, completion, reader.torn, path.exists()
-        )
+        return _status(path, reader)[0]
 
 
 def verify(output: str | Path) -> Status:
@@ -135,36 +142,34 @@ def verify(output: str | Path) -> Status:
 
     An output that is not there yet is no error. Errors: BatchError.
     """
-    found = status(output)
-    if not found.written:
-        return found
-    path = found.output
-    if found.done < found.requests:
-        raise BatchError(
-            DAMAGED,
-            f"{path} is there, but its journal has {found.done} of {found.requests} answers",
-        )
+    path = Path(output)
     with _reader(path) as reader:
-        _manifest(reader, path)
-        sums: list[bytes] = [b""] * found.requests
-        for _, result in reader.results():
-            sums[result.index] = _sum(result.line)
-    try:
-        with path.open("rb") as file:
-            number = -1
-            for number, line in enumerate(file):
-                good = number < len(sums) and sums[number] == _sum(line)
-                if not good:
-                    raise BatchError(
-                        DAMAGED,
-                        f"{path} line {number + 1} is not what the journal holds; remove the file "
-                        "and run the batch again: it is written anew from the journal",
-                    )
-    except OSError as error:
-        raise not_read(path, error) from error
-    if number + 1 != found.requests:
-        raise BatchError(DAMAGED, f"{path} has {number + 1} lines of {found.requests}")
-    return found
+        found, seen = _status(path, reader)
+        if not found.written:
+            return found
+        if found.done < found.requests:
+            raise BatchError(
+                DAMAGED,
+                f"{path} is there, but its journal has {found.done} of {found.requests} answers",
+            )
+        verify_output(path, map(reader.line, seen.offsets), found.requests)
+        return found
+
+
+def _status(path: Path, reader: Reader) -> tuple[Status, Seen]:
+    manifest = _manifest(reader, path)
+    requests = sum(f["lines"] for f in manifest["inputs"])
+    seen = Seen(requests, journal_path(path))
+    done = errors = prompt = completion = 0
+    for offset, result in reader.results():
+        seen.note(result.index, offset)
+        done += 1
+        errors += result.status != 200
+        prompt += result.prompt_tokens
+        completion += result.completion_tokens
+    written = path.exists()
+    found = Status(path, manifest, requests, done, errors, prompt, completion, reader.torn, written)
+    return found, seen
 
 
 class Seen:
@@ -190,10 +195,6 @@ class Seen:
         self.offsets[index] = offset
 
 
-def _sum(line: bytes) -> bytes:
-    return hashlib.blake2b(line, digest_size=16).digest()
-
-
 @contextmanager
 def _reader(output: Path) -> Iterator[Reader]:
     path = journal_path(output)
@@ -208,6 +209,12 @@ def _manifest(reader: Reader, output: Path) -> dict[str, Any]:
     manifest = reader.manifest()
     if manifest is None:
         raise BatchError(NOT_READ, f"{journal_path(output)} holds no record: nothing ran yet")
+    if manifest.get("journal") != FORMAT:
+        raise BatchError(
+            CHANGED,
+            f"{journal_path(output)} is a journal of form {manifest.get('journal')}, and this "
+            f"version reads form {FORMAT}; read it with engineroom {manifest.get('engineroom')}",
+        )
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""A line of the input as a request: OpenAI's batch format, or a line of plain text."""
+"""A request, and a line of OpenAI's batch format as one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..load.strict_json import parse_object
 from .errors import LineError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
 _MAX_ID = 512  # characters of a custom_id
 _SAMPLING = {f.name for f in dataclasses.fields(SamplingParams)} - {"logits_processor"}
 _ONCE = {"model", "user", "metadata", "stream", "store"}  # known, and without influence
@@ -21,12 +22,24 @@ _FIELDS = {
     CHAT: (_SAMPLING - {"echo"})
     | _ONCE
     | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"},
+    EMBEDDINGS: _ONCE | {"input", "encoding_format", "dimensions", "truncate_prompt_tokens"},
 }
 
 
 @dataclass(frozen=True, slots=True)
+class Vector:
+    """The form of an embedding. dimensions: None is all."""
+
+    dimensions: int | None = None
+    as_base64: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """One request. Either `prompt` (text or token ids) or `messages` and `template` are given."""
+    """One request. Either `prompt` (text or token ids) or `messages` and `template` are given.
+
+    vector: what is wanted is the prompt's embedding, in this form.
+    """
 
     custom_id: str
     url: str
@@ -34,6 +47,7 @@ class BatchRequest:
     prompt: str | list[int] = ""
     messages: tuple[dict[str, Any], ...] = ()
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vector: Vector | None = None
 
     @property
     def text(self) -> str:
@@ -45,31 +59,33 @@ class BatchRequest:
         return "".join(map(chr, (min(t, 0x10FFFF) for t in self.prompt)))
 
 
-def from_text(line: bytes, custom_id: str, params: SamplingParams) -> BatchRequest:
-    """A line of plain text, a prompt. Errors: LineError."""
-    try:
-        return BatchRequest(custom_id, COMPLETIONS, params, line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LineError(f"the line is not UTF-8: {error}", custom_id=custom_id) from None
-
-
-def from_json(line: bytes, params: SamplingParams, models: frozenset[str]) -> BatchRequest:
-    """A line of OpenAI's batch format; what its body leaves out comes from `params`.
-
-    models: the names that a body may call the model by. Errors: LineError.
-    """
-    try:
-        value = parse_object(line, "the line")
-    except CheckpointError as error:
-        raise LineError(str(error)) from None
-    custom_id = value.get("custom_id")
+def check_id(custom_id: Any) -> str:
+    """Errors: LineError."""
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
         raise LineError(f"custom_id must be a text of 1 to {_MAX_ID} characters", field="custom_id")
     try:
         custom_id.encode()
     except UnicodeEncodeError:
         raise LineError("custom_id has a lone surrogate", field="custom_id") from None
+    return custom_id
+
+
+def from_json(
+    line: bytes, params: SamplingParams, models: frozenset[str], only: str | None = None
+) -> BatchRequest:
+    """A line of OpenAI's batch format; what its body leaves out comes from `params`.
+
+    models: the names that a body may call the model by. only: the url that it must have, where one
+    is given. Errors: LineError.
+    """
     try:
+        value = parse_object(line, "the line")
+    except CheckpointError as error:
+        raise LineError(str(error)) from None
+    custom_id = check_id(value.get("custom_id"))
+    try:
+        if only is not None and value.get("url") != only:
+            raise LineError(f"url must be the batch's endpoint, {only}", field="url")
         return _request(value, custom_id, params, models)
     except LineError as error:
         error.custom_id = custom_id
@@ -88,7 +104,7 @@ def _request(
         raise LineError("method must be POST", field="method")
     url, body = value.get("url"), value.get("body")
     if not isinstance(url, str) or url not in _FIELDS:
-        raise LineError(f"url must be {CHAT} or {COMPLETIONS}", field="url")
+        raise LineError(f"url must be one of {', '.join(_FIELDS)}", field="url")
     if not isinstance(body, dict):
         raise LineError("body must be an object", field="body")
     body = {name: field for name, field in body.items() if field is not None}
@@ -104,7 +120,10 @@ def _request(
         changes = {name: body[name] for name in _SAMPLING & body.keys()}
         if body.get("echo") and "logprobs" in body:
             changes.setdefault("prompt_logprobs", body["logprobs"])
-        return BatchRequest(custom_id, url, params.replace(**changes), _prompt(body))
+        prompt = _prompt(body, "prompt")
+        return BatchRequest(custom_id, url, params.replace(**changes), prompt)
+    if url == EMBEDDINGS:
+        return _embedding(body, custom_id)
     return BatchRequest(
         custom_id,
         url,
@@ -133,12 +152,29 @@ def _chat_changes(body: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _prompt(body: Mapping[str, Any]) -> str | list[int]:
-    prompt = body.get("prompt")
+def _embedding(body: Mapping[str, Any], custom_id: str) -> BatchRequest:
+    form, dimensions = body.get("encoding_format", "float"), body.get("dimensions")
+    if form not in ("float", "base64"):
+        raise LineError("encoding_format must be float or base64", field="encoding_format")
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise LineError("dimensions must be a number from 1 up", field="dimensions")
+    return BatchRequest(
+        custom_id,
+        EMBEDDINGS,
+        SamplingParams(truncate_prompt_tokens=body.get("truncate_prompt_tokens")),
+        _prompt(body, "input"),
+        vector=Vector(dimensions, form == "base64"),
+    )
+
+
+def _prompt(body: Mapping[str, Any], name: str) -> str | list[int]:
+    prompt = body.get(name)
+    if not isinstance(prompt, str) and name == "input" and not isinstance(prompt, list):
+        raise LineError("input must be one text or one list of token ids", field=name)
     if isinstance(prompt, list) and not all(type(t) is int for t in prompt):
         raise LineError(
-            "prompt must be one text or one list of token ids; give each its own line",
-            field="prompt",
+            f"{name} must be one text or one list of token ids; give each its own line",
+            field=name,
         )
     checked = as_prompt(prompt)
     return checked if isinstance(checked, str) else list(checked)
@@ -172,4 +208,4 @@ def _template(value: Any) -> dict[str, Any]:
     return value
 
 
-__all__ = ["CHAT", "COMPLETIONS", "BatchRequest", "from_json", "from_text"]
+__all__ = ["CHAT", "COMPLETIONS", "BatchRequest", "Vector", "check_id", "from_json"]

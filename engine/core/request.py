@@ -495,9 +495,8 @@ class RequestOutput:
     """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
 
     prompt_logprobs: per prompt token, None for the first. cost: of all samples, so far; None where
-    no engine of ours computed it.
-    prompt_logprobs: per prompt token, None for the first. embedding: of a request that asked for
-    one, once finished; of unit length.
+    no engine of ours computed it. embedding: of a request that asked for one, once finished; of
+    unit length.
     """
 
     request_id: str

@@ -12,9 +12,8 @@ import logging
 import re
 import secrets
 import time
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import anthropic, responses_input, responses_schema, schema
 from .accesslog import access
+from .body import read
 from .chat import Chat
 from .completions import Completions
 from .dashboard import snapshot
@@ -35,12 +35,11 @@ from .requests import CHAT_NAMES, template_messages
 from .responses import PATH as RESPONSES
 from .responses import Responses
 from .service import NOBODY, Caller, Service
-from .settings import ServeConfig
 from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
+from .storage_routes import StorageRoutes
 from .tracing import TRACEPARENT
 
 log = logging.getLogger(__name__)
-_Body = TypeVar("_Body")
 # What a parameter of ours is called in the requests of a path, where that differs.
 _NAMES = {
     "/v1/chat/completions": CHAT_NAMES,
@@ -60,7 +59,7 @@ def make_app(service: Service) -> ASGIApp:
     return Door(router, service)
 
 
-class Routes:
+class Routes(StorageRoutes):
     """One method per operation of openapi.OPERATIONS."""
 
     def __init__(self, service: Service) -> None:
@@ -321,7 +320,7 @@ class Door:
                 b"access-control-allow-headers",
                 b"authorization, content-type, x-api-key, anthropic-version",
             ),
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"vary", b"Origin"),
         ]
 
@@ -345,28 +344,6 @@ def _given_key(headers: dict[bytes, bytes]) -> bytes:
 
 
 # --------------------------------------------------------------------------------- the details
-
-
-async def read(request: Request, kind: type[_Body], settings: ServeConfig) -> _Body:
-    """The body as a `kind`. Errors: ApiError, msgspec.ValidationError."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/json" and not media.endswith("+json"):
-        raise ApiError(
-            "unsupported_media_type",
-            f"the body's content type is {media[:100]!r}; send application/json",
-        )
-    limit = settings.max_body_bytes
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise ApiError("body_too_large", f"the body exceeds {limit} bytes")
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        raise
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise ApiError("invalid_json", f"the body is no JSON: {error}") from None
 
 
 def _caller(request: Request) -> Caller:
@@ -404,4 +381,4 @@ def _as_answer(scope: Scope, error: Exception) -> ApiError | None:
     return ApiError("not_found", f"{path!r}: no such path; /openapi.json lists them")
 
 
-__all__ = ["Door", "Routes", "make_app", "read"]
+__all__ = ["Door", "Routes", "make_app"]

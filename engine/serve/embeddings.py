@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import math
 import secrets
-import struct
-from collections.abc import Sequence
 
 from ..core.request import RequestOutput, SamplingParams
+from ..core.vectors import handed_out
 from . import schema
 from .errors import ApiError
 from .requests import prompts
@@ -69,7 +67,14 @@ class Embeddings:
         tokens = sum(output.usage.prompt_tokens for output in outputs)
         return schema.EmbeddingList(
             data=[
-                schema.Embedding(index=i, embedding=self._form(output.embedding or ()))
+                schema.Embedding(
+                    index=i,
+                    embedding=handed_out(
+                        output.embedding or (),
+                        self._width,
+                        as_base64=self._request.encoding_format == "base64",
+                    ),
+                )
                 for i, output in enumerate(outputs)
             ],
             model=self._service.model_name,
@@ -89,18 +94,6 @@ class Embeddings:
                 "engine_error", "the model's hidden states of an input are not finite numbers"
             )
         return last
-
-    def _form(self, unit: Sequence[float]) -> list[float] | str:
-        """Cut to the dimensions asked for, at unit length again (OpenAI's own rule)."""
-        values = list(unit)
-        if self._width < len(values):
-            values = values[: self._width]
-            norm = math.sqrt(math.fsum(v * v for v in values)) or 1.0
-            values = [v / norm for v in values]
-        packed = struct.pack(f"<{len(values)}f", *values)
-        if self._request.encoding_format == "base64":
-            return base64.b64encode(packed).decode()
-        return list(struct.unpack(f"<{len(values)}f", packed))
 
 
 __all__ = ["Embeddings"]

@@ -82,6 +82,13 @@ ERRORS = (
         "a longer timeout_ms, or fewer requests at once",
     ),
     ErrorRow(
+        "storage_off",
+        400,
+        _REQUEST,
+        "files and batches need a folder to be kept in, and this server has none",
+        "serve with --data-dir FOLDER",
+    ),
+    ErrorRow(
         "invalid_api_key",
         401,
         _AUTH,
@@ -102,7 +109,13 @@ ERRORS = (
         "no model by that name is served",
         "/v1/models lists the name",
     ),
-    ErrorRow("not_found", 404, _REQUEST, "no such path", "/openapi.json lists the paths"),
+    ErrorRow(
+        "not_found",
+        404,
+        _REQUEST,
+        "no such path, or no file or batch of this key's by that id",
+        "/openapi.json lists the paths; GET /v1/files and /v1/batches the ids",
+    ),
     ErrorRow(
         "method_not_allowed", 405, _REQUEST, "the path has no such method", "see /openapi.json"
     ),
@@ -110,11 +123,25 @@ ERRORS = (
         "duplicate_id", 409, _REQUEST, "a request with this id runs already", "choose another id"
     ),
     ErrorRow(
+        "conflict",
+        409,
+        _REQUEST,
+        "the batch is over already",
+        "GET /v1/batches/ID has its status",
+    ),
+    ErrorRow(
+        "storage_full",
+        413,
+        _REQUEST,
+        "the files of this key would exceed what they may take",
+        "delete files, or serve with a larger --max-storage-bytes",
+    ),
+    ErrorRow(
         "body_too_large",
         413,
         _REQUEST,
         "the body exceeds the limit",
-        "a shorter request, or serve with a larger --max-body-bytes",
+        "a shorter request, or serve with a larger --max-body-bytes (of files: --max-file-bytes)",
     ),
     ErrorRow(
         "unsupported_media_type",

@@ -90,6 +90,12 @@ class Metrics:
             field: Gauge(f"engineroom_{field}", text, name, registry=registry)
             for field, text in _GAUGES.items()
         }
+        self._batches = Counter(
+            "engineroom_batches",
+            "batches that ended, by how",
+            ["model", "status"],
+            registry=registry,
+        )
         self._energy = {
             field: Gauge(f"engineroom_energy_{field}", text, name, registry=registry)
             for field, text in _ENERGY.items()
@@ -110,6 +116,10 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         """One HTTP answer."""
         self._http.labels(route, str(status)).inc()
+
+    def batch_ended(self, status: str) -> None:
+        """One of /v1/batches; its requests are counted with all others."""
+        self._batches.labels(self._model, status).inc()
 
     def ended(self, output: RequestOutput | None, seconds: float) -> None:
         """One request's end; no output where it was refused or its engine died."""

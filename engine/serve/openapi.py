@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from . import anthropic, responses, responses_schema, schema
+from . import anthropic, batches, files, responses, responses_schema, schema
 from .dashboard import Snapshot
 from .errors import ERRORS
 
@@ -25,6 +26,7 @@ class Operation:
     answer: type[msgspec.Struct] | None = None
     part: type[msgspec.Struct] | None = None  # of a stream, where it also answers as events
     media: str = "application/json"
+    takes: str = "application/json"
     open: bool = False
 
 
@@ -93,6 +95,44 @@ OPERATIONS = (
         "Token ids to text",
         schema.DetokenizeRequest,
         schema.Detokenized,
+    ),
+    Operation(
+        "POST",
+        "/v1/files",
+        "create_file",
+        "Keep a file",
+        files.FileUpload,
+        files.StoredFile,
+        takes="multipart/form-data",
+    ),
+    Operation("GET", "/v1/files", "files", "The kept files", answer=files.FileList),
+    Operation("GET", "/v1/files/{file_id}", "file", "One file", answer=files.StoredFile),
+    Operation(
+        "GET",
+        "/v1/files/{file_id}/content",
+        "file_content",
+        "A file's bytes",
+        media="application/octet-stream",
+    ),
+    Operation(
+        "DELETE", "/v1/files/{file_id}", "delete_file", "Drop a file", answer=files.FileDeleted
+    ),
+    Operation(
+        "POST",
+        "/v1/batches",
+        "create_batch",
+        "Answer a file of requests",
+        batches.BatchRequest,
+        batches.Batch,
+    ),
+    Operation("GET", "/v1/batches", "batches", "The batches", answer=batches.BatchList),
+    Operation("GET", "/v1/batches/{batch_id}", "batch", "One batch", answer=batches.Batch),
+    Operation(
+        "POST",
+        "/v1/batches/{batch_id}/cancel",
+        "cancel_batch",
+        "End a batch with what it has",
+        answer=batches.Batch,
     ),
     Operation("GET", "/", "page", "A page to talk to the model", media="text/html"),
     Operation("GET", "/dashboard", "dashboard", "A page that shows the load", media="text/html"),
@@ -172,11 +212,12 @@ def _operation(op: Operation) -> dict[str, Any]:
     if op.body is not None:
         said["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": _ref(op.body)}},
+            "content": {op.takes: {"schema": _ref(op.body)}},
         }
     if "{" in op.path:
         said["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)", op.path)
         ]
     return said
 

@@ -49,7 +49,7 @@ def completion_params(request: schema.CompletionRequest) -> SamplingParams:
             param="suffix",
         )
     _check_stream(request)
-    if request.receipt and len(prompts(request)) > 1:
+    if request.receipt and len(prompts(request.prompt)) > 1:
         raise ApiError("unsupported", "receipt: it is of one prompt; ask for one", param="receipt")
     values = _sampling(request)
     if request.logprobs is not None:

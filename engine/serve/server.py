@@ -145,12 +145,16 @@ class Runner:
             if loading.done():
                 loading.result()
                 log.info("serving %s on %s", service.model_name, url(listener))
+                if service.storage is not None:
+                    service.storage.batches.start()
                 await asyncio.wait((serving, asked), return_when=first)
                 await self._drain()
         finally:
             service.draining = True
             loading.cancel()
             asked.cancel()
+            if service.storage is not None:
+                await asyncio.to_thread(service.storage.close)
             await service.keeper.close()
             server.should_exit = True
             await asyncio.gather(serving, loading, asked, return_exceptions=True)

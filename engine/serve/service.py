@@ -18,6 +18,7 @@ from .keeper import Keeper
 from .metrics import Metrics
 from .responses_input import ResponseStore
 from .settings import ServeConfig
+from .storage import Storage
 from .structured import naming
 from .tracing import Traced, untraced
 
@@ -31,11 +32,13 @@ class Caller:
     name: str
     salt: bytes  # makes the prefix cache private
     weight: float = 1.0  # its share beside other keys; see core/fairness.py
+    owner: str = "nobody"  # of files: the name of a folder
 
     @classmethod
     def of(cls, key: str, *, shared_cache: bool, weight: float = 1.0) -> Caller:
         digest = hashlib.sha256(b"engineroom\0" + key.encode()).digest()
-        return cls(digest[:4].hex(), b"" if shared_cache else digest[:16], weight)
+        salt = b"" if shared_cache else digest[:16]
+        return cls(digest[:4].hex(), salt, weight, digest[16:].hex())
 
 
 NOBODY = Caller("", b"")
@@ -79,6 +82,11 @@ class Service:
         self.responses = ResponseStore()
         self._dialect: Dialect | None = None
         self.traced: Traced = untraced
+        self.storage: Storage | None = None
+        if settings.data_dir is not None:
+            self.storage = Storage(
+                settings.data_dir, settings, keeper, self.metrics, self.model_name
+            )
         self._live: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()

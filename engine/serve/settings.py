@@ -37,6 +37,10 @@ class ServeConfig:
     otlp_endpoint: str | None = None  # where traces go; None: there are none
     max_body_bytes: int = 16 << 20
     max_header_bytes: int = 64 << 10
+    data_dir: str | None = None  # of files and batches; None: there are none
+    max_file_bytes: int = 200 << 20
+    max_storage_bytes: int = 10 << 30  # of one API key's files
+    batch_requests: int = 0  # in flight for all batches; 0: as many as the engine runs at once
 
     BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
         "port": (0, 65535),
@@ -45,6 +49,9 @@ class ServeConfig:
         "health_timeout": (1, 3_600),
         "max_body_bytes": (1 << 10, 1 << 30),
         "max_header_bytes": (1 << 10, 1 << 20),
+        "max_file_bytes": (1, 1 << 40),
+        "max_storage_bytes": (1, 1 << 50),
+        "batch_requests": (0, 1 << 20),
     }
 
     def __post_init__(self) -> None:

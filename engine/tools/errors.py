@@ -37,6 +37,7 @@ EXIT_STATUSES = {
     9: "a self-check of `engineroom doctor` failed",
     10: "a batch stopped before its end, or its files are damaged; the message says how to go on",
     11: "a replay came to another answer than its receipt",
+    12: "a batch reached its deadline or its budget; the same command goes on",
     130: "interrupted (Ctrl-C)",
     141: "whoever read the output went away",
     143: "told to end (SIGTERM)",
@@ -292,6 +293,14 @@ ERRORS = (
         "the message names the file or the option",
         _BATCH,
         "E-BATCH-06",
+    ),
+    ErrorCode(
+        "E-BATCH-07",
+        12,
+        "a batch reached its --deadline or --max-cost",
+        "the same command with another limit goes on: what was answered is kept",
+        _BATCH,
+        "E-BATCH-07",
     ),
     ErrorCode(
         "E-DOCTOR-01",

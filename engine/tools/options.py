@@ -250,6 +250,10 @@ SERVE_HELP = {
     "`otel`",
     "max_body_bytes": "longest body of a request",
     "max_header_bytes": "longest headers of a request",
+    "data_dir": "folder that keeps files and batches; without one there are no /v1/files",
+    "max_file_bytes": "longest file that may be uploaded",
+    "max_storage_bytes": "what the files of one API key may take",
+    "batch_requests": "requests in flight for all batches; 0 is as many as run at once",
 }
 _KEYS_VARIABLE = "ENGINEROOM_API_KEYS"
 

@@ -13,7 +13,8 @@ class TritonWeight:
     """Parts of one weight, stacked by rows, still in the checkpoint's bytes.
 
     `matrices`: what `lower` brought to the device, alone or with the weights of its group, by
-    whether rows are in pairs and the names of the parts; another Program over these weights shares them.
+    whether rows are in pairs and the names of the parts; another Program over these weights shares
+    them.
     """
 
     parts: tuple[RawWeight, ...]

@@ -14,7 +14,8 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engineroom.engine import batch
 from engineroom.engine.batch import journal
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.cost import Cost
 from engineroom.engine.core.request import RequestOutput, SamplingParams
 from tests.engine.fake import FakeEngine
 
@@ -35,6 +37,7 @@ class BatchFake(FakeEngine):
     def __init__(self, **options: Any) -> None:
         super().__init__(EngineConfig(model="fake", **{"max_num_seqs": 4, **options}))
         self.on_step = lambda number: None
+        self.costs: Callable[[], Cost | None] = lambda: None  # of each answer
         self.asked: list[str | Sequence[int]] = []
         self.most_live = 0
 
@@ -55,7 +58,10 @@ class BatchFake(FakeEngine):
     def step(self) -> list[RequestOutput]:
         outputs = super().step()
         self.on_step(self.steps)
-        return [o for o in outputs if o.finished]
+        return [replace(o, cost=self.costs()) for o in outputs if o.finished]
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("a step that fails")
 
 
 def write_lines(path: Path, count: int, tokens: int = 3) -> Path:

@@ -6,12 +6,13 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engineroom.engine.batch import BatchError, verify
+from engineroom.engine.batch import BatchError, Limits, verify
 from engineroom.engine.batch.journal import journal_path
 from tests.batch.child import BatchFake, run, write_lines
 from tests.counts import count
@@ -54,12 +55,20 @@ def _point(rng: random.Random) -> dict[str, Any]:
             return {"line": rng.randrange(REQUESTS)}
 
 
-@pytest.mark.parametrize("chain", range(count(reduced=2, full=25)))
+@pytest.fixture(scope="module")
+def expected_table(source: Path) -> bytes:
+    output = source.with_name("out.parquet")
+    run(source, output)
+    return output.read_bytes()
+
+
+@pytest.mark.parametrize("chain", range(count(reduced=5, full=25)))
 def test_killed_and_started_again(
-    chain: int, source: Path, expected: bytes, tmp_path: Path
+    chain: int, source: Path, expected: bytes, expected_table: bytes, tmp_path: Path
 ) -> None:
-    """Killed at random points, several times over the same batch."""
-    output = tmp_path / "out.jsonl"
+    """Killed at random points, several times over the same batch; every other output a table."""
+    output = tmp_path / ("out.parquet" if chain % 2 else "out.jsonl")
+    expected = expected_table if chain % 2 else expected
     rng = random.Random(chain)
     kills = 0
     for _ in range(4):
@@ -91,6 +100,23 @@ def test_a_full_disk(source: Path, expected: bytes, tmp_path: Path) -> None:
     assert done.stdout.startswith("E-BATCH-05")
     assert not output.exists()
     assert run(source, output).done_before > 5
+    assert output.read_bytes() == expected
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    source: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's clock, back by years and forth; a deadline that is a duration reads another."""
+    rng = random.Random(5)
+    monkeypatch.setattr(time, "time", lambda: rng.uniform(-1e9, 4e9))
+    monkeypatch.setattr(time, "time_ns", lambda: rng.randrange(1 << 61))
+    output = tmp_path / "out.jsonl"
+    engine = BatchFake()
+    engine.on_step = lambda number: engine.fail() if number == 6 else None
+    limits = Limits(deadline="1h")
+    with pytest.raises(ZeroDivisionError):
+        run(source, output, engine, limits=limits)
+    assert run(source, output, limits=limits).done_before > 5
     assert output.read_bytes() == expected
 
 

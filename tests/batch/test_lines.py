@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
 import signal
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from engineroom.engine.tools import session
 from tests.batch.child import MODEL, BatchFake, run, write_lines
 from tests.engine import golden
 
-CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+CHAT, PLAIN, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 SAY = [{"role": "user", "content": "hi"}]
 
 
@@ -57,7 +59,12 @@ BAD = [
     (line(7), "custom_id must be"),
     (line(""), "custom_id must be"),
     (line("\ud800"), "lone surrogate"),
-    (line(url="/v1/embeddings"), "url must be"),
+    (line(url="/v1/responses"), "url must be"),
+    (line(url=VECTORS, messages=None), "one text or one list"),
+    (line(url=VECTORS, messages=None, input=["a", "b"]), "its own line"),
+    (line(url=VECTORS, messages=None, input="a", dimensions=0), "dimensions must be"),
+    (line(url=VECTORS, messages=None, input="a", encoding_format="hex"), "float or base64"),
+    (line(url=VECTORS, messages=None, input="a", temperature=1), "body.temperature"),
     (line(url=[]), "url must be"),
     (line(temprature=1), "body.temprature"),
     (line(temperature=-1), "temperature=-1"),
@@ -166,6 +173,28 @@ def test_answers_are_in_openais_form_and_seeds_repeat(tmp_path: Path) -> None:
     assert three["usage"]["completion_tokens"] == 4
     assert three["choices"][0]["message"]["role"] == "assistant"
     assert three["choices"][0]["seed"] != two["choices"][0]["seed"]
+
+
+def test_embeddings_are_lines_like_others(tmp_path: Path) -> None:
+    plain = {"messages": None, "input": "abcd"}
+    lines = [
+        line("whole", VECTORS, **plain),
+        line("cut", VECTORS, **plain, dimensions=3, encoding_format="base64"),
+        line("wide", VECTORS, **plain, dimensions=9),
+        line("none", VECTORS, messages=None, input=[500]),
+        line("text", prompt="a", max_tokens=1),
+    ]
+    output = tmp_path / "out.jsonl"
+    assert run(write(tmp_path, *lines), output, on_error="record").errors == 2
+    whole, cut, wide, none, text = (a["response"] for a in answers(output))
+    (entry,) = whole["body"]["data"]
+    assert whole["body"]["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
+    assert len(entry["embedding"]) == 8 and abs(sum(v * v for v in entry["embedding"]) - 1) < 1e-6
+    short = struct.unpack("<3f", base64.b64decode(cut["body"]["data"][0]["embedding"]))
+    norm = sum(v * v for v in entry["embedding"][:3]) ** 0.5 or 1.0
+    assert short == pytest.approx([v / norm for v in entry["embedding"][:3]])
+    assert "the model has 8" in wide["body"]["error"]["message"]
+    assert (none["status_code"], text["status_code"]) == (500, 200)
 
 
 def test_shared_beginnings_run_together_and_long_ones_first(tmp_path: Path) -> None:

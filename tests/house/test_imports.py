@@ -99,6 +99,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "llguidance": ("engine.features.grammar",),
     "msgspec": ("engine.wire", "engine.serve", *_CLIENT),
     "opentelemetry": ("engine.serve.tracing",),
+    "pyarrow": ("engine.batch",),
     "tqdm": ("engine.llm", "engine.batch", "engine.tools"),
     "prometheus_client": ("engine.serve",),
     "pynvml": ("engine.account.nvml",),
@@ -119,7 +120,7 @@ LOCAL_OURS = {
     "engine.tools.doctor": ("engineroom.kernels.cpu", "engineroom.engine.tools.selfcheck"),
 }
 # tokenizers and sentencepiece: a checkpoint needs one of the two, and each costs a cold start.
-# llguidance: for structured output alone. opentelemetry: an extra, imported where traces are asked for.
+# llguidance: for structured output alone. opentelemetry: where traces are asked for.
 # tqdm: shown only at a terminal.
 # readline and resource: not on every platform.
 LOCAL_THIRD_PARTY = (
@@ -133,6 +134,7 @@ LOCAL_THIRD_PARTY = (
     "tokenizers",
     "sentencepiece",
     "tqdm",
+    "pyarrow",
     "pynvml",
 )
 

@@ -30,7 +30,7 @@ from .errors import ApiError
 from .files import FileStore, new_file_id, page_of, replacing
 from .keeper import Keeper
 from .metrics import Metrics
-from .schema import Strict
+from .strict import Strict
 
 log = logging.getLogger(__name__)
 

@@ -93,7 +93,7 @@ class Binder:
 
     def _pack(self, group: Sequence[TritonWeight], *, in_pairs: bool = False) -> Matrix:
         parts = [part for weight in group for part in weight.parts]
-        key = (in_pairs, *(part.name for part in parts))
+        key: tuple[bool | str, ...] = (in_pairs, *(part.name for part in parts))
         matrix = group[0].matrices.get(key)
         if matrix is None:
             matrix = pack(parts, self._around.device, self._around.activations)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.request import ParameterError, SamplingParams, as_prompt
+from ..core.request import ParameterError, SamplingParams, StructuredOutput, as_prompt
 from ..load.mapped import CheckpointError
 from ..load.strict_json import parse_object
 from .errors import LineError
@@ -18,10 +19,16 @@ _MAX_ID = 512  # characters of a custom_id
 _SAMPLING = {f.name for f in dataclasses.fields(SamplingParams)} - {"logits_processor"}
 _ONCE = {"model", "user", "metadata", "stream", "store"}  # known, and without influence
 _FIELDS = {
-    COMPLETIONS: _SAMPLING | _ONCE | {"prompt"},
+    COMPLETIONS: _SAMPLING | _ONCE | {"prompt", "response_format"},
     CHAT: (_SAMPLING - {"echo"})
     | _ONCE
-    | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"},
+    | {
+        "messages",
+        "max_completion_tokens",
+        "top_logprobs",
+        "chat_template_kwargs",
+        "response_format",
+    },
     EMBEDDINGS: _ONCE | {"input", "encoding_format", "dimensions", "truncate_prompt_tokens"},
 }
 
@@ -117,7 +124,7 @@ def _request(
         known = ", ".join(sorted(models))
         raise LineError(f"body.model is not the model that was loaded ({known})", field="model")
     if url == COMPLETIONS:
-        changes = {name: body[name] for name in _SAMPLING & body.keys()}
+        changes = {name: body[name] for name in _SAMPLING & body.keys()} | _form(body)
         if body.get("echo") and "logprobs" in body:
             changes.setdefault("prompt_logprobs", body["logprobs"])
         prompt = _prompt(body, "prompt")
@@ -133,8 +140,34 @@ def _request(
     )
 
 
+def _form(body: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's `response_format` as our parameter. Errors: LineError."""
+    asked = body.get("response_format")
+    if asked is None:
+        return {}
+    if "structured" in body:
+        raise LineError("give response_format or structured, not both", field="response_format")
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if kind == "text" and len(asked) == 1:
+        return {}
+    if kind == "json_object" and len(asked) == 1:
+        return {"structured": StructuredOutput(json_object=True)}
+    named = asked.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(named, dict) or len(asked) != 2:
+        raise LineError(
+            'response_format must be {"type": "text"}, {"type": "json_object"} or '
+            '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}',
+            field="response_format",
+        )
+    if unknown := named.keys() - {"name", "schema", "description", "strict"}:
+        raise LineError(
+            f"response_format.json_schema has no {min(unknown)[:64]!r}", field="response_format"
+        )
+    return {"structured": StructuredOutput(json_schema=json.dumps(named.get("schema", {})))}
+
+
 def _chat_changes(body: Mapping[str, Any]) -> dict[str, Any]:
-    changes = {name: body[name] for name in _SAMPLING & body.keys()}
+    changes = {name: body[name] for name in _SAMPLING & body.keys()} | _form(body)
     if "max_completion_tokens" in body:
         most = body["max_completion_tokens"]
         if changes.setdefault("max_tokens", most) != most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import UNSET, UnsetType
 
@@ -26,6 +26,18 @@ def total_usage(outputs: Sequence[RequestOutput]) -> schema.Usage:
     cached = sum(o.usage.cached_tokens for o in outputs)
     details = schema.TokenDetails(cached)
     return schema.Usage(prompt, completion, prompt + completion, details, cost(outputs))
+
+
+def part_usage(
+    options: schema.StreamOptions | None, outputs: Iterable[RequestOutput]
+) -> schema.Usage | UnsetType | None:
+    """What a part of a stream says of usage: nothing, null where the last part tells it, or so far.
+
+    Thoughts are told apart in the last part alone: they are counted when they are whole.
+    """
+    if options is None or not options.include_usage:
+        return UNSET
+    return total_usage(list(outputs)) if options.continuous_usage_stats else None
 
 
 def cost(outputs: Sequence[RequestOutput]) -> schema.Cost | UnsetType:
@@ -144,6 +156,7 @@ __all__ = [
     "chat_logprobs",
     "completion_logprobs",
     "cost",
+    "part_usage",
     "prompt_logprobs",
     "timings",
     "total_usage",

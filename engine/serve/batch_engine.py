@@ -23,11 +23,17 @@ class BatchEngine:
     """batch.EngineLike over a client; for one thread. Errors: EngineError besides Engine's."""
 
     def __init__(
-        self, client: EngineClient, config: EngineConfig, salt: bytes, metrics: Metrics
+        self,
+        client: EngineClient,
+        config: EngineConfig,
+        owner: str,
+        salt: bytes,
+        metrics: Metrics,
     ) -> None:
-        """salt: of the prefix cache that the batch's owner has."""
+        """owner: who shares the engine with other owners' batches; salt: of its prefix cache."""
         self.config = config
         self._client = client
+        self._owner = owner
         self._salt = salt
         self._metrics = metrics
         self._mail: queue.SimpleQueue[tuple[str, RequestOutput | EngineError]]
@@ -50,6 +56,7 @@ class BatchEngine:
             cache_salt=self._salt,
             final_only=final_only,
             embed=embed,
+            tenant=self._owner,
             sink=lambda item: self._mail.put((request_id, item)),
         )
 

@@ -306,7 +306,7 @@ class Batches:
                 self._validate(owner, stored)
                 self._enter(owner, stored, "in_progress")
             if stored.batch.status != "finalizing":
-                self._answer(stored, folder)
+                self._answer(owner, stored, folder)
         except _Cancelling:
             ending = "cancelled"
         except batch.BatchError as error:
@@ -338,7 +338,7 @@ class Batches:
         if not inputs.files[0].lines:
             raise batch.BatchError("", "", why="the file holds no request")
 
-    def _answer(self, stored: _Stored, folder: Path) -> None:
+    def _answer(self, owner: str, stored: _Stored, folder: Path) -> None:
         """Until all is answered, through any number of engines. Errors: of batch.run(); _Ending;
         _Cancelling."""
         limits = batch.Limits(deadline=_iso(stored.batch.expires_at))
@@ -360,7 +360,7 @@ class Batches:
             try:
                 client, config = self._keeper.llm.client, self._keeper.info.config
                 batch.run(
-                    BatchEngine(client, config, stored.salt, self._metrics),
+                    BatchEngine(client, config, owner, stored.salt, self._metrics),
                     [folder / "input.jsonl"],
                     folder / "output.jsonl",
                     model={**client.facts(), "name": self._name},

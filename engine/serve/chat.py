@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from ..core.request import CompletionOutput, RequestOutput
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
@@ -100,10 +100,11 @@ class Chat:
         ended = [False] * self._params.n
         begun = False
         async for output in self._outputs():
+            usage = answers.part_usage(options, [output])
             if not begun:  # what the door refuses is refused before the first part
                 begun = True
                 for index in range(self._params.n):
-                    yield self._part(index, schema.Delta(role="assistant", content=""), with_usage)
+                    yield self._part(index, schema.Delta(role="assistant", content=""), usage)
             for index, completion in enumerate(output.outputs):
                 if ended[index]:
                     continue
@@ -120,7 +121,7 @@ class Chat:
                     yield self._part(
                         index,
                         delta,
-                        with_usage,
+                        usage,
                         **(self._news(completion, shown[index]) if first else {}),
                         **(_ending(reader, completion) if last and finished else {}),
                     )
@@ -154,7 +155,13 @@ class Chat:
             )
         return answers.usage(output, thoughts)
 
-    def _part(self, index: int, delta: schema.Delta, with_usage: bool, **fields: object) -> bytes:
+    def _part(
+        self,
+        index: int,
+        delta: schema.Delta,
+        usage: schema.Usage | UnsetType | None,
+        **fields: object,
+    ) -> bytes:
         choice = schema.ChunkChoice(
             index=index,
             delta=delta,
@@ -167,7 +174,7 @@ class Chat:
                 model=self._service.model_name,
                 choices=[choice],
                 system_fingerprint=self._fingerprint,
-                usage=None if with_usage else UNSET,
+                usage=usage,
             )
         )
 

@@ -96,7 +96,7 @@ class Completions:
                 yield event(
                     self._answer(
                         [self._choice(prompt, completion, delta, start, finished, output, first)],
-                        usage=None if with_usage else UNSET,
+                        usage=answers.part_usage(options, last.values()),
                     )
                 )
         if with_usage:

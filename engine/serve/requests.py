@@ -145,6 +145,13 @@ def _check_stream(request: schema.Common) -> None:
         )
     if request.stream_options is not None and not request.stream:
         raise ApiError("invalid_value", "stream_options needs stream=true", param="stream_options")
+    options = request.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise ApiError(
+            "invalid_value",
+            "stream_options.continuous_usage_stats needs stream_options.include_usage=true",
+            param="stream_options.continuous_usage_stats",
+        )
     if request.stream_options is not None and request.stream_options.include_obfuscation:
         raise ApiError(
             "unsupported",

@@ -117,7 +117,10 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class StreamOptions(Strict, kw_only=True):
+    """continuous_usage_stats is vLLM's: each part tells the usage so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 

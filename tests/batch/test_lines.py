@@ -17,8 +17,8 @@ import pytest
 
 from engineroom import LLM
 from engineroom.engine import batch, cli
-from engineroom.engine.batch import BatchError, manifest
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.batch import BatchError, manifest, requests
+from engineroom.engine.core.request import SamplingParams, StructuredOutput
 from engineroom.engine.tools import session
 from tests.batch.child import MODEL, BatchFake, run, write_lines
 from tests.engine import golden
@@ -76,6 +76,17 @@ BAD = [
     (line(url=CHAT, messages=[{"role": "user", "content": [{"type": "image"}]}]), "text alone"),
     (line(url=CHAT, echo=True), "body.echo"),
     (line(url=CHAT, tools=[]), "body.tools"),
+    (line(url=CHAT, response_format="json"), "response_format must be"),
+    (line(response_format={"type": "json_schema"}), "response_format must be"),
+    (line(response_format={"type": "json_object", "x": 1}), "response_format must be"),
+    (
+        line(response_format={"type": "json_schema", "json_schema": {"name": "n", "scema": {}}}),
+        "has no 'scema'",
+    ),
+    (
+        line(response_format={"type": "json_object"}, structured={"regex": "a"}),
+        "not both",
+    ),
     (line(url=CHAT, top_logprobs=2), "needs logprobs"),
     (line(url=CHAT, logprobs=3), "true or false"),
     (line(url=CHAT, max_tokens=2, max_completion_tokens=3), "the same thing"),
@@ -173,6 +184,23 @@ def test_answers_are_in_openais_form_and_seeds_repeat(tmp_path: Path) -> None:
     assert three["usage"]["completion_tokens"] == 4
     assert three["choices"][0]["message"]["role"] == "assistant"
     assert three["choices"][0]["seed"] != two["choices"][0]["seed"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("url", [CHAT, PLAIN])
+def test_a_response_format_gives_the_output_its_form(url: str) -> None:
+    def form(**asked: Any) -> StructuredOutput | None:
+        text = line("a", url, **asked).encode()
+        return requests.from_json(text, SamplingParams(), frozenset()).params.structured
+
+    named = {"name": "n", "schema": SCHEMA, "strict": True}
+    assert form(response_format={"type": "text"}) is form() is None
+    assert form(response_format={"type": "json_object"}) == StructuredOutput(json_object=True)
+    made = form(response_format={"type": "json_schema", "json_schema": named})
+    assert made is not None and json.loads(made.json_schema or "") == SCHEMA
+    assert form(structured={"regex": "a+"}) == StructuredOutput(regex="a+")
 
 
 def test_embeddings_are_lines_like_others(tmp_path: Path) -> None:

@@ -59,6 +59,22 @@ def test_a_streamed_chat_is_the_whole_one(server: Running, n: int) -> None:
         assert [p["finish_reason"] for p in parts if p["finish_reason"]] == ["length"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_so_far_in_each_part(serving: Any, path: str) -> None:
+    server = serving("paced")  # a millisecond a token: its parts do not come together
+    body: Any = (chat if "chat" in path else completion)(max_tokens=20, seed=7)
+    asked = {"include_usage": True, "continuous_usage_stats": True}
+    events = post(server, path, {**body, "stream": True, "stream_options": asked}).events
+    told = [e["usage"] for e in events]
+    made = [usage["completion_tokens"] for usage in told]
+    assert made == sorted(made) and len(set(made)) > 2 and made[-1] == 20
+    assert {usage["prompt_tokens"] for usage in told} == {told[-1]["prompt_tokens"]}
+    del asked["include_usage"]
+    refused = post(server, path, {**body, "stream": True, "stream_options": asked})
+    assert refused.status == 400
+    assert refused.json["error"]["param"] == "stream_options.continuous_usage_stats"
+
+
 @pytest.mark.parametrize("prompt", ["one", ["one", "two"], [1, 2, 3], [[1], [2, 3]]])
 def test_prompts_of_every_form(server: Running, prompt: Any) -> None:
     body = completion(prompt, max_tokens=4, n=2, seed=1)

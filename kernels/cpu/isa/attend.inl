@@ -135,6 +135,7 @@ ER_INLINE void store_start(std::int32_t *to, F high, F low) {
 
 // So few rows wait for memory: while they read a tile they ask for the one that comes kAhead later.
 constexpr int kPrefetchRows = 4;
+constexpr int kUnpackAhead = 2;  // tiles of 4 bits, asked for while one is unpacked
 
 // Scores of kRows rows and kTiles tiles of keys: out[i][16 j] = sum over dims of q[i] * keys[j].
 // Asks for the tiles `ahead`.
@@ -571,6 +572,7 @@ struct Attend {
                 float *value_scale = key_scale + kSplit * per_key;
                 if constexpr (Cache::kInt4) {
                     if (cache.is_tiled()) {
+                        ask_for(position + kUnpackAhead * kTileKeys);
                         unpack(position, k, v, key_scale, value_scale);
                     } else {
                         gather_codes(position, k, v, key_scale, value_scale);
@@ -640,6 +642,20 @@ struct Attend {
         }
     }
 
+    // Asks for a tile of codes of 4 bits, and its scales.
+    void ask_for(int position) const {
+        if (position >= rows.seq_len) return;
+        const std::int32_t block = rows.blocks[position / cache.block_size];
+        const int at = position % cache.block_size, bytes = kTileKeys * cache.row();
+        std::uint8_t *const both[] = {cache.keys(block, rows.kv_head),
+                                      cache.values(block, rows.kv_head)};
+        for (std::uint8_t *codes : both) {
+            for (int i = 0; i < bytes; i += 64) prefetch(codes + at * cache.row() + i);
+            for (int i = 0; i < 2 * groups; ++i)
+                prefetch(cache.scales(codes) + 2 * (i * cache.block_size + at));
+        }
+    }
+
     // A tile of codes of 4 bits as bytes, in the order of tiles, and their scales as fp32.
     void unpack(int position, std::uint8_t *k, std::uint8_t *v, float *key_scale,
                 float *value_scale) const {
@@ -694,7 +710,7 @@ struct Attend {
             }
             for (int d = dim; d < key_dim; ++d) k[key_at(i, d)] = 0;
             for (int j = 0; j < 2 * groups; ++j) {
-                const std::ptrdiff_t from = 2 * (static_cast<std::ptrdiff_t>(j) * cache.block_size + at);
+                const int from = 2 * (j * cache.block_size + at);
                 key_scale[j * kTileKeys + i] =
                     is_there ? scale_at(cache.scales(key_block) + from) : 0.0f;
                 value_scale[j * kTileKeys + i] =
@@ -998,7 +1014,7 @@ void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdi
     __builtin_memcpy(scale_at, &scale, 4);
 }
 
-// The 16 high bits of a finite number, which are a bf16: rounded down (`up` false) or up.
+// A finite number as the nearest bf16 that is not above it (not below it: up), and its bits.
 ER_INLINE std::uint16_t bf16_towards(float x, bool up, float *rounded) {
     std::uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
@@ -1051,9 +1067,10 @@ void write_head<CacheInt4>(const float *x, int dim, std::uint8_t *to, std::ptrdi
         __builtin_memcpy(scale_at + 2 * slots * g, &scale, 2);
         __builtin_memcpy(scale_at + 2 * slots * (groups + g), &offset, 2);
         for (int i = 0; i < n; ++i) {  // all of the low halves come first
-            const int d = (begin + i) % half;
+            const bool is_high = begin + i >= half;
+            const int d = begin + i - (is_high ? half : 0);
             std::uint8_t *at = to + d / CacheInt4::kStep * stride + d % CacheInt4::kStep * next;
-            *at = begin + i < half ? codes[i] : static_cast<std::uint8_t>(*at | codes[i] << 4);
+            *at = is_high ? static_cast<std::uint8_t>(*at | codes[i] << 4) : codes[i];
         }
     }
 }

@@ -416,7 +416,7 @@ def _configure_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="a UTF-8 text; default: see docs")
     parser.add_argument("--context", type=count, default=512, help="tokens of a chunk (512)")
     parser.add_argument("--chunks", type=count, metavar="N", help="score only the first N chunks")
-    parser.add_argument("--save", action="store_true", help="keep the result for `inspect`")
+    parser.add_argument("--keep", action="store_true", help="keep the result for `inspect`")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     for name in AGAINST_OPTIONS:
         flag = "--against-" + name.replace("_", "-")
@@ -441,7 +441,7 @@ def _eval(args: argparse.Namespace) -> int:
     against = against_config(config, vars(args))
     text = evaluation_text(args.text)
     report = evaluate(config, against, text, context=args.context, most_chunks=args.chunks)
-    if args.save:
+    if args.keep:
         save(report)
     if args.json:
         dump(report, sys.stdout)

@@ -26,8 +26,10 @@ from .weights import RawWeight, WeightGroup
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of the KV cache, which has bytes with scales as well: ops.kv_write says what those hold.
 KV_CODES = ("int8", "fp8")
-KV_DTYPES = (*DTYPE_BYTES, *KV_CODES)
+KV_DTYPES = (*DTYPE_BYTES, *KV_CODES, "int4")
 KV_SCALE_BYTES = 4  # of a row of bytes: fp32
+KV_GROUP = 32  # numbers of a row of int4 that share a scale and an offset, bfloat16 both
+KV_GROUP_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class KVSpec:
     """The paged KV cache: its logical shape [num_blocks, layer, 2, kv head, slot in block, dim].
 
     The backend owns the physical order inside one block of one head. `dtype` is one of KV_DTYPES;
-    int8 and fp8 have one scale beside the `head_dim` bytes of each token and kv head, of K and V.
+    int8 and fp8 have one scale beside the `head_dim` bytes of each token and kv head, of K and V;
+    int4 has two numbers to a byte, and a scale and an offset for each KV_GROUP of them.
     """
 
     num_layers: int
@@ -48,6 +51,8 @@ class KVSpec:
     def bytes_per_token(self) -> int:
         if self.dtype in KV_CODES:
             row = self.head_dim + KV_SCALE_BYTES
+        elif self.dtype == "int4":
+            row = -(-self.head_dim // 2) + KV_GROUP_BYTES * -(-self.head_dim // KV_GROUP)
         else:
             row = self.head_dim * DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * self.num_kv_heads * row

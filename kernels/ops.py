@@ -209,6 +209,13 @@ def kv_write(k: Handle, v: Handle, *, layer: int, num_kv_heads: int, head_dim: i
     exponent, 3 of fraction, no infinity, 448 the largest; Micikevicius et al. 2022,
     arXiv:2209.05433). A scale to a row and not one for all: nothing saturates or is lost below
     2^-9, no prompt decides what another's keys become, and there is nothing to calibrate.
+
+    An int4 cache keeps, of each 32 values of a token's kv head (of what is left at the end), for K
+    and for V apart: offset = the least value, rounded down to bfloat16; scale = (the greatest value
+    - offset) / 15, rounded up to bfloat16; and code = round-to-even((x - offset) * (1 / scale)), at
+    most 15, all in fp32. What is read back is scale * code + offset, so a value is off by half a
+    scale at most. Where 1 / scale overflows the code is 0; where a value of the 32 is NaN or
+    infinite, or their distance from the offset overflows, scale and offset are NaN.
     """
     _same("kv_write", k, v)
     if k.shape[1] != num_kv_heads * head_dim:

@@ -1,20 +1,21 @@
 """The formats that a model could run in here: size, bytes read a token, measured loss, a choice.
 
-Losses are what `eval --save` (or `inspect --measure`) measured of these very weights against the
+Losses are what `eval --keep` (or `inspect --measure`) measured of these very weights against the
 checkpoint's own bits; what nobody measured is said to be not measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ...kernels.backend import choose
-from ...kernels.weights import WeightGroup
+from ...kernels.weights import RawWeight, WeightGroup
 from ..config import QUANTIZATIONS, ConfigError, EngineConfig, show_bytes
 from ..load.checkpoint import open_checkpoint
 from ..load.source import resolve
-from ..runtime.assemble import plan_load
+from ..runtime.assemble import LoadPlan, plan_load
 from ..runtime.load import open_model
 from . import measured
 from .evaluate import evaluate
@@ -46,20 +47,19 @@ def list_choices(config: EngineConfig) -> list[dict[str, Any]]:
                 continue
             rows = {op.inputs[0] for op in plan.program if op.name == "embedding"}
             read = {i for op in plan.program if op.name != "embedding" for i in op.inputs}
-            size = elements = token = 0
+            elements = token = 0
             for name, weight in plan.weights.items():
                 parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
-                nbytes = sum(part.packed_nbytes for part in parts)
-                size += nbytes
                 elements += sum(part.num_rows * part.shape[-1] for part in parts)
                 handle = plan.program.weights[name].id
-                token += nbytes if handle in read or handle not in rows else 0
+                if handle in read or handle not in rows:
+                    token += _read_bytes(plan, name, parts)
             loss = _loss(results, quantization, choice.name)
             found.append(
                 {
                     "quantization": quantization,
-                    "bytes": size,
-                    "bits_per_weight": 8 * size / elements,
+                    "bytes": plan.memory.weights,
+                    "bits_per_weight": 8 * plan.memory.weights / elements,
                     "token_bytes": token,
                     "fits": plan.memory.fits,
                     "kl": loss.get("mean_kl"),
@@ -69,6 +69,17 @@ def list_choices(config: EngineConfig) -> list[dict[str, Any]]:
         return found
     finally:
         checkpoint.close()
+
+
+def _read_bytes(plan: LoadPlan, name: str, parts: Sequence[RawWeight]) -> int:
+    """What a step reads of a weight, as the backend holds it: all of it, but not a table of the
+    embedding that is held beside the head's own."""
+    held = plan.backend.weights_bytes(plan.program, {name: plan.weights[name]})
+    handle = plan.program.weights[name].id
+    if not any(op.name == "embedding" and op.inputs[0] == handle for op in plan.program):
+        return held
+    table = sum(part.nbytes for part in parts if part.is_as_stored)
+    return max(held - table, sum(part.packed_nbytes for part in parts))
 
 
 def _loss(results: list[dict[str, Any]], quantization: str | None, backend: str) -> dict[str, Any]:

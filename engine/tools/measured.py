@@ -1,4 +1,4 @@
-"""The losses that `eval --save` measured, kept beside the model for `inspect` to tell.
+"""The losses that `eval --keep` measured, kept beside the model for `inspect` to tell.
 
 One JSON file: NAME.gguf.eval.json beside a file, engineroom-eval.json inside a folder. A result is
 of one quantization and one way of multiplying, and of the very weights that were measured: their

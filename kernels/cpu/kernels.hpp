@@ -154,7 +154,7 @@ struct Int8Row {
 
 // ------------------------------------------------------------------------------- activations' dtype
 
-enum class Dtype : std::uint8_t { kF32, kBF16, kF16, kInt8 };  // kInt8: of a cache alone
+enum class Dtype : std::uint8_t { kF32, kBF16, kF16, kInt8, kInt4 };  // integers: of a cache alone
 
 // ------------------------------------------------------------------------- ends of products
 
@@ -190,19 +190,29 @@ struct FinishedTile {
 
 // -------------------------------------------------------------------------------- attention
 
+constexpr int kKVGroup = 32;  // dims that share a scale and an offset in a kInt4 cache
+constexpr int kv_groups(int head_dim) { return (head_dim + kKVGroup - 1) / kKVGroup; }
+
 // Bytes of one kv head of one block: keys and values, each block_size * head_dim elements; behind
-// each of the two, in a kInt8 cache, one fp32 scale a slot.
+// each of the two, in a kInt8 cache, one fp32 scale a slot; in a kInt4 cache the bf16 scales
+// [groups][slots] and then the offsets, as many.
 constexpr std::size_t kv_head_bytes(Dtype dtype, int block_size, int head_dim) {
     const std::size_t row = static_cast<std::size_t>(head_dim);
+    const std::size_t groups = static_cast<std::size_t>(kv_groups(head_dim));
     return 2 * static_cast<std::size_t>(block_size) *
-           (dtype == Dtype::kInt8 ? row + 4 : dtype == Dtype::kF32 ? 4 * row : 2 * row);
+           (dtype == Dtype::kInt4   ? row / 2 + 4 * groups
+            : dtype == Dtype::kInt8 ? row + 4
+            : dtype == Dtype::kF32  ? 4 * row
+                                    : 2 * row);
 }
 
 // One layer's cache. A block of one kv head is contiguous. Where it is tiled, with s = 2 elements of
 // kBF16, 4 of kInt8, else 1:
 //   keys    [slots/16][dim/s][16][s]
 //   values  [slots/s][dim][s]
-// else both are [slots][dim]. An element of kInt8 is a byte q + 128, its value scale * q.
+// else both are [slots][dim]. An element of kInt8 is a byte q + 128, its value scale * q. A kInt4
+// cache is laid out as a kInt8 cache of half the head_dim: byte d has the codes of dims d (its low
+// half) and d + head_dim / 2, whose values are scale * code + offset, so that no two tokens share one.
 struct KVCacheView {
     Dtype dtype = Dtype::kF32;
     int num_kv_heads = 0;
@@ -212,8 +222,10 @@ struct KVCacheView {
     std::size_t block_stride = 0;       // bytes from a block to the next
     std::size_t head_bytes = 0;         // kv_head_bytes
     bool is_tiled() const {
-        return block_size % 16 == 0 && (dtype != Dtype::kInt8 || head_dim % 4 == 0);
+        return block_size % 16 == 0 &&
+               (dtype == Dtype::kInt8 || dtype == Dtype::kInt4 ? row() % 4 == 0 : true);
     }
+    int row() const { return dtype == Dtype::kInt4 ? head_dim / 2 : head_dim; }  // elements of a slot
     std::uint8_t *keys(std::int32_t block, int head) const {
         return layer + static_cast<std::size_t>(block) * block_stride +
                static_cast<std::size_t>(head) * head_bytes;
@@ -221,9 +233,9 @@ struct KVCacheView {
     std::uint8_t *values(std::int32_t block, int head) const {
         return keys(block, head) + head_bytes / 2;
     }
-    // Where a kInt8 cache has the scales of these keys or values; aligned where it is tiled.
+    // Where a cache of integers has the scales of these keys or values; aligned where it is tiled.
     std::uint8_t *scales(std::uint8_t *elements) const {
-        return elements + static_cast<std::size_t>(block_size) * static_cast<std::size_t>(head_dim);
+        return elements + static_cast<std::size_t>(block_size) * static_cast<std::size_t>(row());
     }
 };
 
@@ -295,7 +307,7 @@ constexpr std::size_t tile_scratch_bytes(int columns) {
 
 // Scratch of `attend` for that many rows (num_tokens * group) and head_dim.
 constexpr std::size_t attend_scratch_bytes(int rows, int head_dim) {
-    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 4 + 96) +
+    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 5 + 96) +
            static_cast<std::size_t>(2 * kSplit) * head_dim * sizeof(float) + 4096;
 }
 

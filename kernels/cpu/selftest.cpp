@@ -180,7 +180,7 @@ float f16_value(std::uint16_t x) {
 }
 
 const char *name_of(Dtype dtype) {
-    const char *const names[] = {"f32", "bf16", "f16", "int8"};
+    const char *const names[] = {"f32", "bf16", "f16", "int8", "int4"};
     return names[static_cast<int>(dtype)];
 }
 
@@ -838,9 +838,14 @@ class Cache {
   private:
     // By the layout that kernels.hpp states.
     double element(bool is_value, int slot, int head, int d) const {
-        const int size = view.block_size, dim = view.head_dim, s = slot % size;
+        const bool int4 = view.dtype == Dtype::kInt4;
+        const int size = view.block_size, dim = int4 ? view.head_dim / 2 : view.head_dim;
+        const int s = slot % size, group = d / 32, high = d / dim;
+        d %= dim;
         std::size_t at = static_cast<std::size_t>(s) * dim + d;
-        const int step = view.dtype == Dtype::kBF16 ? 2 : view.dtype == Dtype::kInt8 ? 4 : 1;
+        const int step = view.dtype == Dtype::kBF16                  ? 2
+                         : view.dtype == Dtype::kInt8 || int4 ? 4
+                                                                     : 1;
         if (view.is_tiled() && is_value)
             at = (static_cast<std::size_t>(s / step) * dim + d) * step + s % step;
         if (view.is_tiled() && !is_value)
@@ -848,6 +853,15 @@ class Cache {
                  s % 16 * step + d % step;
         std::uint8_t *from =
             is_value ? view.values(slot / size, head) : view.keys(slot / size, head);
+        if (int4) {
+            const int groups = (view.head_dim + 31) / 32;
+            std::uint16_t scale, offset;
+            const std::uint8_t *scales = from + static_cast<std::size_t>(size) * dim;
+            std::memcpy(&scale, scales + 2 * (group * size + s), 2);
+            std::memcpy(&offset, scales + 2 * ((groups + group) * size + s), 2);
+            const int code = high ? from[at] >> 4 : from[at] & 15;
+            return bf16_value(scale) * static_cast<float>(code) + bf16_value(offset);
+        }
         if (view.dtype == Dtype::kInt8) {
             float scale;
             std::memcpy(&scale, view.scales(from) + 4 * s, 4);
@@ -866,6 +880,24 @@ class Cache {
 
 // Makes of one head's numbers what a cache of that dtype holds.
 void round_head(float *x, int dim, Dtype dtype) {
+    if (dtype == Dtype::kInt4) {
+        // The 8 bits of a number from its first on, rounded down or up.
+        const auto eight = [](float value, bool up) {
+            int exponent;
+            const double fraction = std::ldexp(std::frexp(value, &exponent), 8);
+            const double whole = up ? std::ceil(fraction) : std::floor(fraction);
+            return static_cast<float>(std::ldexp(whole, exponent - 8));
+        };
+        for (int g = 0; g < dim; g += 32) {
+            float *end = x + std::min(dim, g + 32);
+            const float offset = eight(*std::min_element(x + g, end), false);
+            const float scale = eight((*std::max_element(x + g, end) - offset) / 15.0f, true);
+            const float by = 1.0f / scale;
+            for (float *at = x + g; at < end; ++at)
+                *at = scale * std::min(15.0f, std::nearbyint((*at - offset) * by)) + offset;
+        }
+        return;
+    }
     float most = 0;
     for (int d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[d]));
     for (int d = 0; d < dim; ++d)
@@ -886,7 +918,9 @@ void check_attention(const Kernels &k) {
         {Dtype::kBF16, 16, 128, 1, 4, 0, 0},   {Dtype::kBF16, 48, 18, 2, 2, 300, 0},
         {Dtype::kBF16, 7, 64, 1, 1, 0, 20.0f}, {Dtype::kF32, 64, 6, 3, 13, 17, 0},
         {Dtype::kInt8, 16, 64, 2, 3, 0, 0},    {Dtype::kInt8, 32, 20, 1, 5, 100, 0},
-        {Dtype::kInt8, 5, 34, 2, 1, 0, 30.0f},
+        {Dtype::kInt8, 5, 34, 2, 1, 0, 30.0f}, {Dtype::kInt4, 16, 64, 2, 3, 0, 0},
+        {Dtype::kInt4, 32, 40, 1, 5, 100, 0},  {Dtype::kInt4, 16, 20, 1, 2, 0, 0},
+        {Dtype::kInt4, 5, 34, 2, 1, 0, 30.0f},
     };
     // Sequences: their length, and how many of its last tokens are queries.
     const int lengths[] = {1, 40, 530, 257}, queries[] = {1, 23, 3, 1};
@@ -899,6 +933,7 @@ void check_attention(const Kernels &k) {
         // Those of an int8 cache have 15 bits; tests/kernels/test_cpu_attention.py has the bound.
         const double tolerance = c.dtype == Dtype::kBF16  ? 4e-3
                                  : c.dtype == Dtype::kInt8 ? 6e-4
+                                 : c.dtype == Dtype::kInt4 ? 1.2e-3
                                                            : 2e-6;
         Check written(k.name, std::string("kv_write") + (title + 9));
         Check check(k.name, title, tolerance);

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..backend import KVSpec, StepInputs
+from ..backend import KV_GROUP, KVSpec, StepInputs
 from .elementwise import in_whole_vectors, row_sum, softcap
 
 QUERY_TILE = 16  # (token, query head) rows in one product
@@ -27,15 +27,90 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CODES = {"int8": (torch.int8, 127), "fp8": (torch.float8_e4m3fn, 448)}  # dtype and largest value
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A row of bytes [dim] with one scale, fp32 [1]: int8 and fp8 of ops.kv_write."""
+
+    dtype: torch.dtype
+    largest: int
+
+    def empty(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(dim, dtype=torch.int8), torch.zeros(1)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        most = x.abs().amax(-1, keepdim=True)
+        factor = torch.tensor(float(self.largest)) / most  # not number * (1 / most)
+        usable = torch.isfinite(most) & torch.isfinite(factor)
+        q = (x * factor).where(usable, torch.zeros(()))
+        q = (q.round() if self.dtype == torch.int8 else q).to(self.dtype).view(torch.int8)
+        return q, (most / self.largest).where(torch.isfinite(most), torch.tensor(torch.nan))
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
+        return codes.view(self.dtype).float() * scales
+
+
+class Grouped:
+    """A row of codes of 4 bits, two to a byte, with bfloat16 [2, groups]: int4 of ops.kv_write.
+
+    Byte d has the codes of dims d (its low half) and d + ceil(dim / 2).
+    """
+
+    def empty(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = -(-dim // KV_GROUP)
+        codes = torch.zeros(-(-dim // 2), dtype=torch.int8)
+        return codes, torch.zeros(2 * groups, dtype=torch.bfloat16)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dim = x.shape[-1]
+        missing = -dim % KV_GROUP
+        last = x[..., -1:].expand(*x.shape[:-1], missing)  # changes no group's extremes
+        groups = torch.cat([x, last], -1).unflatten(-1, (-1, KV_GROUP))
+        low, high = groups.amin(-1), groups.amax(-1)
+        offset = _bfloat16(low, up=False)
+        finite = torch.isfinite(low) & torch.isfinite(high - offset)
+        nothing, nan = torch.zeros(()), torch.tensor(torch.nan)
+        scale = _bfloat16((high - offset).where(finite, nothing) / 15, up=True)
+        factor = 1 / scale
+        usable = (finite & torch.isfinite(factor))[..., None]
+        codes = ((groups - offset[..., None]) * factor[..., None]).where(usable, nothing)
+        codes = codes.round().clamp(max=15).to(torch.uint8).flatten(-2)[..., :dim]
+        half = -(-dim // 2)
+        packed = codes[..., :half].clone()
+        packed[..., : dim - half] |= codes[..., half:] << 4
+        scales = torch.cat([scale.where(finite, nan), offset.where(finite, nan)], -1)
+        return packed.view(torch.int8), scales
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
+        packed = codes.view(torch.uint8)
+        each = torch.cat([packed & 15, packed >> 4], -1)[..., :dim].float()
+        scale, offset = (
+            half.float().repeat_interleave(KV_GROUP, -1)[..., :dim] for half in scales.chunk(2, -1)
+        )
+        return each * scale + offset
+
+
+def _bfloat16(x: torch.Tensor, up: bool) -> torch.Tensor:
+    """x as the nearest number of bfloat16 that is not below (not above) it, in fp32."""
+    bits = x.contiguous().view(torch.int32)
+    further = ((bits & 0xFFFF) != 0) & ((bits < 0) != up)  # away from zero
+    return ((bits & -0x10000) + further.int() * 0x10000).view(torch.float32)
+
+
+CODES: dict[str, Scaled | Grouped] = {
+    "int8": Scaled(torch.int8, 127),
+    "fp8": Scaled(torch.float8_e4m3fn, 448),
+    "int4": Grouped(),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim].
 
-    A cache of CODES has bytes there (torch indexes no fp8), and scales, fp32 [num_blocks, layer, 2,
-    kv head, slot, 1].
+    A cache of CODES has bytes there (torch indexes no fp8), and scales [num_blocks, layer, 2,
+    kv head, slot, n], as many of both to a row as its codec says.
     """
 
     spec: KVSpec
@@ -45,10 +120,11 @@ class KVCache:
     @classmethod
     def zeros(cls, spec: KVSpec, num_blocks: int) -> KVCache:
         rows = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size)
-        coded = spec.dtype in CODES
-        dtype = torch.int8 if coded else TORCH_DTYPES[spec.dtype]
-        data = torch.zeros(*rows, spec.head_dim, dtype=dtype)
-        return cls(spec, data, torch.zeros(*rows, 1) if coded else None)
+        if spec.dtype in CODES:
+            codes, scales = CODES[spec.dtype].empty(spec.head_dim)
+            data = torch.zeros(*rows, len(codes), dtype=codes.dtype)
+            return cls(spec, data, torch.zeros(*rows, len(scales), dtype=scales.dtype))
+        return cls(spec, torch.zeros(*rows, spec.head_dim, dtype=TORCH_DTYPES[spec.dtype]))
 
     @property
     def nbytes(self) -> int:
@@ -57,10 +133,8 @@ class KVCache:
     def write(self, layer: int, block: torch.Tensor, slot: torch.Tensor, x: torch.Tensor) -> None:
         """Store x, fp32 [n, 2, kv head, dim], at n places (block, slot)."""
         if self.scales is not None:
-            dtype, largest = CODES[self.spec.dtype]
-            x, scale = _quantised(x, largest)
-            _by_token(self.scales, layer)[block, slot] = scale
-            x = (x.round() if dtype == torch.int8 else x).to(dtype).view(torch.int8)
+            x, scales = CODES[self.spec.dtype].encode(x)
+            _by_token(self.scales, layer)[block, slot] = scales.to(self.scales.dtype)
         _by_token(self.data, layer)[block, slot] = x.to(self.data.dtype)
 
     def read(self, layer: int, block: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
@@ -68,22 +142,13 @@ class KVCache:
         x = _by_token(self.data, layer)[block, slot]
         if self.scales is None:
             return x.float()
-        scale = _by_token(self.scales, layer)[block, slot]
-        return x.view(CODES[self.spec.dtype][0]).float() * scale
+        scales = _by_token(self.scales, layer)[block, slot]
+        return CODES[self.spec.dtype].decode(x, scales, self.spec.head_dim)
 
 
 def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
     """A layer's view [num_blocks, slot, 2, kv head, ...]: index it by (block, slot)."""
     return x[:, layer].permute(0, 3, 1, 2, 4)
-
-
-def _quantised(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ops.kv_write.  Numbers to be rounded [..., dim], scales [..., 1]: x = number * scale."""
-    most = x.abs().amax(-1, keepdim=True)
-    factor = torch.tensor(float(largest)) / most  # a number / most would be number * (1 / most)
-    usable = torch.isfinite(most) & torch.isfinite(factor)
-    q = (x * factor).where(usable, torch.zeros(()))
-    return q, (most / largest).where(torch.isfinite(most), torch.tensor(torch.nan))
 
 
 class Sequences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..backend import DTYPE_BYTES, KV_DTYPES, BackendUnavailable, KVSpec
+from ..backend import DTYPE_BYTES, KV_CODES, BackendUnavailable, KVSpec
 from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
@@ -140,9 +140,10 @@ class TritonBackend:
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A zeroed cache of num_blocks. Errors: BackendUnavailable: no such cache."""
-        if spec.dtype not in KV_DTYPES:
+        if spec.dtype not in (*DTYPE_BYTES, *KV_CODES):
             raise BackendUnavailable(
-                f"the Triton backend has no KV cache in {spec.dtype}; it has {', '.join(KV_DTYPES)}"
+                f"kv_cache_dtype={spec.dtype!r}: the Triton backend has no such KV cache; it has "
+                f"{', '.join((*DTYPE_BYTES, *KV_CODES))}"
             )
         return KVCache.zeros(spec, num_blocks, self._device)
 

@@ -24,6 +24,7 @@ from engineroom.engine.tools.evaluate import (
     percentile,
     perplexity,
 )
+from engineroom.engine.tools.inspect import inspect_model
 from engineroom.engine.tools.texts import Text, calibration_text, evaluation_text
 from tests.data import data_path
 from tests.load.published import write_model
@@ -138,7 +139,7 @@ def test_the_texts_are_long_and_share_nothing() -> None:
 def test_a_loss_is_told_only_where_it_was_measured(
     wide: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By eval --save, for the same weights: a changed file has no measurements."""
+    """By eval --keep, for the same weights: a changed file has no measurements."""
     text = wide / "text.txt"
     text.write_text(STORY.text)
     config = EngineConfig(model=str(wide), device="cpu")
@@ -146,7 +147,7 @@ def test_a_loss_is_told_only_where_it_was_measured(
     assert [c["quantization"] for c in choices[:3]] == [None, "int8", "int4"]
     assert all(c["kl"] is None for c in choices)
     assert recommend(choices)[0] is None
-    arguments = ["eval", str(wide), "--text", str(text), "--context", "32", "--save", "--json"]
+    arguments = ["eval", str(wide), "--text", str(text), "--context", "32", "--keep", "--json"]
     assert main([*arguments, "--quantization", "int8", "--against-quantization", "none"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model"]["bits_per_weight"] < 17 / 2 < report["against"]["bits_per_weight"]
@@ -163,6 +164,18 @@ def test_a_loss_is_told_only_where_it_was_measured(
     measured.file_of(wide).write_text("{}")
     with pytest.raises(ConfigError, match="holds no measurements that can be read"):
         list_choices(config)
+
+
+def test_choices_tell_what_the_backend_holds_and_reads(wide: Path) -> None:
+    """The CPU multiplies FP8 and NF4 as bf16, whose bytes count."""
+    rows = {c["quantization"]: c for c in list_choices(EngineConfig(model=str(wide), device="cpu"))}
+    assert rows["int8"]["token_bytes"] < 0.6 * rows[None]["token_bytes"]
+    for method in ("fp8", "bitsandbytes"):
+        assert rows[method]["token_bytes"] > 1.6 * rows["int8"]["token_bytes"]
+        assert rows[method]["bits_per_weight"] > 15
+    for method, choice in rows.items():
+        plan = inspect_model(EngineConfig(model=str(wide), device="cpu", quantization=method))
+        assert choice["bytes"] == plan["memory"]["weights"] >= choice["token_bytes"]
 
 
 def row(quantization: str | None, size: int, kl: float | None, fits: bool = True) -> dict[str, Any]:

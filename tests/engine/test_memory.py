@@ -47,6 +47,12 @@ def test_an_int8_cache_has_a_scale_for_every_row():
     assert spec.bytes_per_token == 4 * 2 * 2 * (16 + 4)
 
 
+@pytest.mark.parametrize("head_dim, row", [(16, 8 + 4), (80, 40 + 12), (34, 17 + 8)])
+def test_an_int4_cache_has_a_scale_and_an_offset_for_every_32_dims(head_dim, row):
+    spec = KVSpec(num_layers=4, num_kv_heads=2, head_dim=head_dim, block_size=16, dtype="int4")
+    assert spec.bytes_per_token == 4 * 2 * 2 * row
+
+
 def test_the_cache_takes_what_the_requests_can_use_and_no_more():
     p = plan(max_num_seqs=2, max_model_len=100)
     assert p.fits and p.num_blocks == 2 * 7 and p.max_model_len == 100

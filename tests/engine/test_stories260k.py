@@ -54,11 +54,39 @@ def test_the_exact_story(form, device, forms, expected):
 
 
 @pytest.mark.torch
-def test_an_int8_cache_tells_the_same_story_on_either_backend(forms, expected):
-    ours, tokens = greedy(forms["F32"], "cpu", cache="int8")
-    theirs, same = greedy(forms["F32"], "reference", cache="int8")
+@pytest.mark.parametrize("cache, max_tokens", [("int8", 256), ("int4", 128)])
+def test_a_cache_of_integers_tells_the_same_story_on_either_backend(
+    cache, max_tokens, forms, expected
+):
+    """A last bit of a key may round to the next code: in time, to another word where it has 15."""
+    ours, tokens = greedy(forms["F32"], "cpu", max_tokens, cache)
+    theirs, same = greedy(forms["F32"], "reference", max_tokens, cache)
     assert tokens == same and ours == theirs
     assert ours.strip()[:40] == expected.strip()[:40]
+
+
+def test_an_int4_cache_shares_beginnings_and_changes_no_bit(forms):
+    """Alone and whole, or in chunks beside others over blocks of an earlier request: one answer."""
+    beginning = "Once upon a time, there was a little girl named Lily. " * 2
+    prompts = [beginning + more for more in ("She", "One day, the cat", "")]
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=24, logprobs=2)
+    alone, together = (
+        {"max_num_seqs": 1, "enable_prefix_caching": False, "threads": 1},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 16, "threads": 2},
+    )
+
+    def answers(options):
+        with LLM(str(forms["F32"]), device="cpu", kv_cache_dtype="int4", **options) as llm:
+            for _ in range(2):
+                outs = llm.generate(prompts, params, use_tqdm=False)
+            return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outs], [
+                o.usage.cached_tokens for o in outs
+            ]
+
+    want, cached = answers(alone)
+    assert cached == [0, 0, 0]
+    got, cached = answers(together)
+    assert got == want and min(cached) >= 16
 
 
 @pytest.mark.torch

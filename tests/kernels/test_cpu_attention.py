@@ -10,6 +10,7 @@ a bfloat16 cache). What is left, with values v of a row's keys:
   split, which is at most max|v| / 127. 256 errors of up to half a step, independent and evenly
   spread, have the deviation 16 * 0.29 / 32258 = 1.4e-4 max|v|; four of them. q in steps of 1/32258
   of its largest element moves a score, and so a weight, by less.
+* int4: the same with values of up to 15 scales above their offset, which is twice max|v| at most.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from engineroom.kernels.backend import KVSpec
 from engineroom.kernels.cpu import _native
 
 UNITS = _native.kernel_tables()
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 TOLERANCE = {
     "float32": 1e-5,
     "float16": 1e-5,
     "bfloat16": 2.0**-9 + 1e-5,
     "int8": 6e-4,
+    "int4": 1.2e-3,
 }
 
 
@@ -52,8 +54,30 @@ def quantised(x: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(heads * (np.float32(127) / most)), most / np.float32(127)
 
 
+def bfloat16_towards(x: np.ndarray, up: bool) -> np.ndarray:
+    """The nearest number of bfloat16 that is not below (up) or not above x."""
+    bits = x.astype(np.float32).view(np.uint32)
+    further = ((bits & 0xFFFF) != 0) & ((bits >> 31 == 1) != up)
+    return ((bits & 0xFFFF0000) + further * np.uint32(0x10000)).astype(np.uint32).view(np.float32)
+
+
+def quantised_to_4_bits(x: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ops.kv_write of an int4 cache: codes [n, heads, dim], scales, offsets [n, heads, groups]."""
+    heads = x.reshape(len(x), -1, head_dim)
+    groups = [heads[..., d : d + 32] for d in range(0, head_dim, 32)]
+    low, high = (np.stack([f(g, -1) for g in groups], -1) for f in (np.min, np.max))
+    offset = bfloat16_towards(low, up=False)
+    scale = bfloat16_towards((high - offset) / np.float32(15), up=True)
+    each = [np.repeat(a, 32, -1)[..., :head_dim] for a in (offset, np.float32(1) / scale)]
+    return np.minimum(np.rint((heads - each[0]) * each[1]), 15), scale, offset
+
+
 def cached(x: np.ndarray, shape: Shape) -> np.ndarray:
     """x [n, heads * dim] as the cache holds it, in float64."""
+    if shape.dtype == "int4":
+        codes, *of = quantised_to_4_bits(x, shape.head_dim)
+        scale, offset = (np.repeat(a, 32, -1)[..., : shape.head_dim] for a in of)
+        return (codes.astype(np.float64) * scale + offset).reshape(x.shape)
     if shape.dtype == "int8":
         q, scale = quantised(x, shape.head_dim)
         return (q.astype(np.float64) * scale).reshape(x.shape)
@@ -273,21 +297,16 @@ def test_the_result_is_rounded_once(rounding: str) -> None:
     np.testing.assert_array_equal(got, stored(exact, rounding))
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("block_size, dim", [(16, 20), (32, 24), (5, 20), (16, 18)])
-def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim: int) -> None:
-    n = 33
-    rng = np.random.default_rng(5)
-    k, v = (rng.standard_normal((n, 2 * dim)).astype(np.float32) for _ in "kv")
-    k[3], k[4], k[5, 0], k[6, 1] = 0.0, 3e-39, np.nan, -np.inf
-    k[7, :dim] = np.arange(dim) - 0.5  # the largest is dim - 1.5
-    v[8, :dim], v[8, 0] = np.arange(dim) / 2, 127.0  # scale 1: halves go to even
+def written(
+    unit: str, dtype: str, k: np.ndarray, v: np.ndarray, block_size: int, dim: int
+) -> np.ndarray:
+    """The cache of two kv heads after k and v: bytes [block, head, k and v, ...], 255 before."""
+    n = len(k)
     blocks = -(-n // block_size)
-    spec = KVSpec(1, 2, dim, block_size, "int8")
-    cache = np.full(blocks * spec.bytes_per_block, 255, np.uint8)
+    cache = np.full(blocks * KVSpec(1, 2, dim, block_size, dtype).bytes_per_block, 255, np.uint8)
     _native.attention_test(
         unit,
-        "int8",
+        dtype,
         cache,
         block_size,
         2,
@@ -303,16 +322,34 @@ def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
         np.empty((n, 2 * dim), np.float32),
         1.0,
     )
-    halves = cache.reshape(blocks, 2, 2, -1)  # block, head, k and v, elements and scales
+    return cache.reshape(blocks, 2, 2, -1)
+
+
+def rows_of(halves: np.ndarray, part: int, block_size: int, row: int) -> np.ndarray:
+    """The bytes [slot, head, row] of k (part 0) or v, of `row` a slot, by kernels.hpp."""
+    blocks = len(halves)
+    elements = halves[:, :, part, : block_size * row]
+    if block_size % 16 == 0 and row % 4 == 0:
+        tiles = elements.reshape(blocks, 2, -1, row // 4, 16, 4)
+        if part == 0:
+            elements = tiles.transpose(0, 1, 2, 4, 3, 5)
+        else:
+            elements = elements.reshape(blocks, 2, -1, row, 4).swapaxes(-1, -2)
+    return elements.reshape(blocks, 2, block_size, row).swapaxes(1, 2).reshape(-1, 2, row)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("block_size, dim", [(16, 20), (32, 24), (5, 20), (16, 18)])
+def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim: int) -> None:
+    n = 33
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((n, 2 * dim)).astype(np.float32) for _ in "kv")
+    k[3], k[4], k[5, 0], k[6, 1] = 0.0, 3e-39, np.nan, -np.inf
+    k[7, :dim] = np.arange(dim) - 0.5  # the largest is dim - 1.5
+    v[8, :dim], v[8, 0] = np.arange(dim) / 2, 127.0  # scale 1: halves go to even
+    halves = written(unit, "int8", k, v, block_size, dim)
     for part, x in enumerate((k, v)):
-        elements = halves[:, :, part, : block_size * dim]
-        if block_size % 16 == 0 and dim % 4 == 0:
-            tiles = elements.reshape(blocks, 2, -1, dim // 4, 16, 4)
-            if part == 0:
-                elements = tiles.transpose(0, 1, 2, 4, 3, 5)
-            else:
-                elements = elements.reshape(blocks, 2, -1, dim, 4).swapaxes(-1, -2)
-        elements = elements.reshape(blocks, 2, block_size, dim).swapaxes(1, 2).reshape(-1, 2, dim)
+        elements = rows_of(halves, part, block_size, dim)
         scales = np.ascontiguousarray(halves[:, :, part, block_size * dim :]).view(np.float32)
         scales = scales.swapaxes(1, 2).reshape(-1, 2)
         with np.errstate(all="ignore"):
@@ -322,6 +359,46 @@ def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
         scale[~np.isfinite(scale)] = np.nan
         np.testing.assert_array_equal(scales[:n], scale[..., 0])
         assert (elements[n:] == 255).all() and np.isnan(scales[n:]).all()  # nothing else is written
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    "block_size, dim", [(16, 40), (32, 64), (5, 20), (16, 18), (7, 66), (16, 6)]
+)
+def test_an_int4_cache_holds_what_kv_write_says(unit: str, block_size: int, dim: int) -> None:
+    n = 33
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((n, 2 * dim)).astype(np.float32) for _ in "kv")
+    k[3], k[4], k[5, 0], k[6, 1], k[9] = 0.0, 3e-39, np.nan, -np.inf, 7.3
+    k[10, 0], k[10, 1] = 3e38, -3e38  # further apart than a number can say
+    k[11] = 1000 + rng.random(2 * dim)  # the offset is much more than the scale
+    v[8, :dim], v[8, 0] = (np.arange(dim) % 29) / 2, 15.0  # scale 1: halves go to even
+    half, groups = dim // 2, -(-dim // 32)
+    halves = written(unit, "int4", k, v, block_size, dim)
+    for part, x in enumerate((k, v)):
+        packed = rows_of(halves, part, block_size, half)
+        codes = np.concatenate([packed & 15, packed >> 4], -1)
+        more = np.ascontiguousarray(halves[:, :, part, block_size * half :]).view(np.uint16)
+        bits = more.reshape(-1, 2, 2, groups, block_size).transpose(0, 4, 1, 2, 3)
+        bits = bits.reshape(-1, 2, 2, groups).astype(np.uint32) << 16
+        got = bits.view(np.float32)
+        with np.errstate(all="ignore"):
+            want, scale, offset = quantised_to_4_bits(x, dim)
+            spoilt = ~np.isfinite(scale) | ~np.isfinite(offset)
+            none = np.repeat(spoilt | ~np.isfinite(1 / scale), 32, -1)[..., :dim]
+        want[none] = 0
+        scale[spoilt] = offset[spoilt] = np.nan
+        np.testing.assert_array_equal(codes[:n], want)
+        np.testing.assert_array_equal(got[:n, :, 0], scale)
+        np.testing.assert_array_equal(got[:n, :, 1], offset)
+        back = codes[:n] * np.repeat(scale, 32, -1)[..., :dim]
+        back = back + np.repeat(offset, 32, -1)[..., :dim]
+        error = np.abs(back - x.reshape(n, 2, dim)).astype(np.float64)
+        # Half a scale, and roundings of fp32 to numbers of the value's size.
+        bound = np.repeat(scale, 32, -1)[..., :dim] / 2 + 2.0**-21 * np.abs(x.reshape(n, 2, dim))
+        bound = np.maximum(bound, 3e-39)
+        assert (error <= bound)[np.isfinite(bound)].all()
+        assert (packed[n:] == 255).all() and (bits[n:] == 0xFFFF0000).all()  # nothing else
 
 
 # -------------------------------------------------------------------------- padding and NaN
@@ -397,7 +474,7 @@ def test_a_bad_token_spoils_no_row_that_does_not_see_it(
     seen[50] = True
     assert_same_bits([got[~seen]], [want[~seen]])
     assert np.isnan(got[50]).all() and np.isnan(got[100]).all() and np.isnan(got[275]).all()
-    if window and dtype == "int8":  # an infinity spoils its whole row of the cache
+    if window and dtype.startswith("int"):  # an infinity spoils its whole row of the cache
         assert np.isnan(got[292, :72]).all() and np.isfinite(got[292, 72:]).all()
     elif window:  # 290 and up see the infinity alone
         assert np.isposinf(got[292, 3]) and np.isfinite(got[292, :3]).all()
@@ -462,7 +539,7 @@ def test_units_agree_within_the_tolerance() -> None:
 def test_bad_arguments_are_refused() -> None:
     shape = Shape(head_dim=8)
     with pytest.raises(ValueError, match="unknown dtype"):
-        one_token_and_two_rows_behind(dtype="int4")
+        one_token_and_two_rows_behind(dtype="int3")
     with pytest.raises(ValueError, match="unknown dtype"):
         whole(Shape(rounding="int8", head_dim=8), [shape.sequence(2)])
     with pytest.raises(ValueError, match="this machine cannot run"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,6 +120,8 @@ class Layer:
 
 def cached(x: np.ndarray, kv_dtype: str) -> np.ndarray:
     """x [n, heads, dim] as the cache holds it, in float64."""
+    if kv_dtype == "int4":
+        return in_4_bits(x.astype(np.float32))
     if kv_dtype not in KV_CODES:
         return rounded(x, kv_dtype)
     largest = np.float32({"int8": 127, "fp8": 448}[kv_dtype])
@@ -127,6 +129,24 @@ def cached(x: np.ndarray, kv_dtype: str) -> np.ndarray:
     q = x.astype(np.float32) * (largest / most)
     q = np.rint(q) if kv_dtype == "int8" else e4m3(q)
     return q.astype(np.float64) * (most / largest)
+
+
+def in_4_bits(x: np.ndarray) -> np.ndarray:
+    """ops.kv_write of an int4 cache, in groups of 32."""
+    out = np.empty(x.shape)
+    for d in range(0, x.shape[-1], 32):
+        group = x[..., d : d + 32]
+        offset = to_bfloat16(group.min(-1, keepdims=True), np.floor)
+        scale = to_bfloat16((group.max(-1, keepdims=True) - offset) / np.float32(15), np.ceil)
+        codes = np.minimum(np.rint((group - offset) * (1 / scale)), 15).astype(np.float64)
+        out[..., d : d + 32] = codes * scale + offset
+    return out
+
+
+def to_bfloat16(x: np.ndarray, rounding: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """x with 8 significant bits."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(rounding(np.ldexp(fraction, 8)), exponent - 8).astype(np.float32)
 
 
 E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)])

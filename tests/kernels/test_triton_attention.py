@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engineroom.kernels import ops
-from engineroom.kernels.backend import KV_CODES, KVSpec
+from engineroom.kernels.backend import KV_CODES, BackendUnavailable, KVSpec
 from engineroom.kernels.program import Program
 from engineroom.kernels.reference import ReferenceBackend
 from tests.counts import FULL, count
@@ -194,6 +194,13 @@ class OneBad(Shape):
         tables = super().tables(seed, spread)
         tables["v"][0] = np.nan
         return tables
+
+
+def test_a_cache_that_it_has_not_is_refused() -> None:
+    with pytest.raises(
+        BackendUnavailable, match="'int4': the Triton backend has no such KV cache.*int8, fp8"
+    ):
+        TritonBackend().allocate_kv(KVSpec(1, 1, 8, 16, "int4"), 1)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_CODES)

@@ -24,7 +24,7 @@ struct CacheBF16 {
     using Operand = std::uint16_t;
     using Vector = P;
     static constexpr int kStep = 2;
-    static constexpr bool kInt8 = false;
+    static constexpr bool kDigits = false, kInt4 = false;
     ER_INLINE P load(const std::uint16_t *p) { return p_load(p); }
     ER_INLINE P load_n(const std::uint16_t *p, int n) { return p_load_n(p, n); }
     ER_INLINE P spread(const std::uint16_t *p) { return p_bcast(p); }
@@ -42,7 +42,7 @@ struct CacheF32 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
-    static constexpr bool kInt8 = false;
+    static constexpr bool kDigits = false, kInt4 = false;
     ER_INLINE void store(float *to, F x) { f_store(to, x); }
     ER_INLINE F load(const float *p) { return f_load(p); }
     ER_INLINE F load_n(const float *p, int n) { return f_load_n(p, n); }
@@ -58,7 +58,7 @@ struct CacheF16 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
-    static constexpr bool kInt8 = false;
+    static constexpr bool kDigits = false, kInt4 = false;
     ER_INLINE void store(std::uint16_t *to, F x) { f_store_f16(to, x); }
     ER_INLINE F load(const std::uint16_t *p) { return f_load_f16(p); }
     ER_INLINE F load_n(const std::uint16_t *p, int n) { return f_load_f16_n(p, n); }
@@ -75,18 +75,30 @@ struct CacheInt8 {
     using Element = std::uint8_t;
     using Operand = std::int8_t;
     static constexpr int kStep = 4;
-    static constexpr bool kInt8 = true;
+    static constexpr bool kDigits = true, kInt4 = false;
+    ER_INLINE I dot(I acc, I bytes, I digits) { return i_dot8(acc, bytes, digits); }
+};
+
+// The same for codes of 4 bits, which are unpacked to bytes 0 .. 15 before they are multiplied, with
+// a scale and an offset a token and group of dims.
+struct CacheInt4 : CacheInt8 {
+    static constexpr bool kInt4 = true;
+    ER_INLINE I dot(I acc, I bytes, I digits) { return i_dot_small(acc, bytes, digits); }
 };
 
 // Rows in two digits: of row r, digit i (0: high) at digits + (2 r + i) * stride. A number is
-// scale * (254 high + low). What i_dot8 does not subtract of a byte's bias, `start` does.
+// scale * (254 high + low). What i_dot8 does not subtract of a byte's bias, `start` does; it is 0
+// where bytes have none. What offsets are multiplied by in the end: `sums`.
 struct Digits {
     std::int8_t *digits;
     int stride;
     std::int32_t *start;  // [rows][2]
     float *scale;         // [rows]
+    float *sums;          // [rows][groups]: of q's digits; or of weights times offsets, of one group
+    int groups;
     Digits from(int row) const {
-        return {digits + 2 * row * stride, stride, start + 2 * row, scale + row};
+        return {digits + 2 * row * stride, stride, start + 2 * row, scale + row,
+                sums + groups * row, groups};
     }
 };
 
@@ -112,15 +124,18 @@ ER_INLINE float digits_factor(float most, float *scale) {
     return most < __builtin_inff() && by < __builtin_inff() ? by : 0.0f;
 }
 
+template <class Cache>
 ER_INLINE void store_start(std::int32_t *to, F high, F low) {
-    to[0] = -(128 - kBias8) * static_cast<std::int32_t>(f_sum(high));
-    to[1] = -(128 - kBias8) * static_cast<std::int32_t>(f_sum(low));
+    constexpr int kBias = Cache::kInt4 ? 0 : 128 - kBias8;
+    to[0] = -kBias * static_cast<std::int32_t>(f_sum(high));
+    to[1] = -kBias * static_cast<std::int32_t>(f_sum(low));
 }
 
 // ------------------------------------------------------------------------------ the products
 
 // So few rows wait for memory: while they read a tile they ask for the one that comes kAhead later.
 constexpr int kPrefetchRows = 4;
+constexpr int kUnpackAhead = 2;  // tiles of 4 bits, asked for while one is unpacked
 
 // Scores of kRows rows and kTiles tiles of keys: out[i][16 j] = sum over dims of q[i] * keys[j].
 // Asks for the tiles `ahead`.
@@ -204,10 +219,12 @@ static void weigh(const typename Cache::Element *const *values,
         }
 }
 
-// The same in digits; `scales` are the keys' own, 16 of each tile.
-template <int kRows, int kTiles>
-static void score_int8(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
-                       const float *const *scales, const Digits &q, int key_dim, float *out) {
+// The same in digits, of dims begin .. end-1, which share the scales, 16 of each tile: of the whole
+// head, or of one group of a kInt4 cache, the sum of which goes on in `out`.
+template <class Cache, int kRows, int kTiles>
+static void score_digits(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
+                         const float *const *scales, const Digits &q, int begin, int end,
+                         float *out) {
     I acc[kRows][2][kTiles];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
@@ -215,7 +232,7 @@ static void score_int8(const std::uint8_t *const *keys, const std::uint8_t *cons
         for (int digit = 0; digit < 2; ++digit)
 #pragma GCC unroll 6
             for (int j = 0; j < kTiles; ++j) acc[i][digit][j] = i_bcast(q.start + 2 * i + digit);
-    for (int d = 0; d < key_dim; d += 4) {
+    for (int d = begin; d < end; d += 4) {
         I k[kTiles];
 #pragma GCC unroll 6
         for (int j = 0; j < kTiles; ++j) {
@@ -229,23 +246,33 @@ static void score_int8(const std::uint8_t *const *keys, const std::uint8_t *cons
                 const I x = i_bcast4(q.digits + (2 * i + digit) * q.stride + d);
 #pragma GCC unroll 6
                 for (int j = 0; j < kTiles; ++j)
-                    acc[i][digit][j] = i_dot8(acc[i][digit][j], k[j], x);
+                    acc[i][digit][j] = Cache::dot(acc[i][digit][j], k[j], x);
             }
     }
+    const int group = begin / kKVGroup;
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 6
         for (int j = 0; j < kTiles; ++j) {
+            float *to = out + i * kSplit + j * kTileKeys;
             const F sum = f_fma(f_of_i(acc[i][0][j]), f_set(kDigitBase), f_of_i(acc[i][1][j]));
-            const F scaled = f_mul(f_mul(sum, f_set(q.scale[i])), f_load(scales[j]));
-            f_store(out + i * kSplit + j * kTileKeys, scaled);
+            if constexpr (Cache::kInt4) {
+                const float *scale = scales[j] + group * kTileKeys;
+                const F offset = f_load(scale + q.groups * kTileKeys);
+                const F all = f_fma(offset, f_set(q.sums[i * q.groups + group]),
+                                    f_mul(sum, f_load(scale)));
+                const F part = f_mul(all, f_set(q.scale[i]));
+                f_store(to, group == 0 ? part : f_add(f_load(to), part));
+            } else {
+                f_store(to, f_mul(f_mul(sum, f_set(q.scale[i])), f_load(scales[j])));
+            }
         }
 }
 
-template <int kRows, int kVectors, bool kPartial>
-static void weigh_int8(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
-                       int tiles, int head_dim, int dim, int lanes, const Digits &weight,
-                       float *out) {
+template <class Cache, int kRows, int kVectors, bool kPartial>
+static void weigh_digits(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
+                         int tiles, int head_dim, int dim, int lanes, const Digits &weight,
+                         float *out) {
     I acc[kRows][2][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
@@ -272,7 +299,7 @@ static void weigh_int8(const std::uint8_t *const *values, const std::uint8_t *co
                     const I x = i_bcast4(digits + (2 * i + digit) * kSplit);
 #pragma GCC unroll 6
                     for (int j = 0; j < kVectors; ++j)
-                        acc[i][digit][j] = i_dot8(acc[i][digit][j], v[j], x);
+                        acc[i][digit][j] = Cache::dot(acc[i][digit][j], v[j], x);
                 }
         }
     }
@@ -282,7 +309,13 @@ static void weigh_int8(const std::uint8_t *const *values, const std::uint8_t *co
         for (int j = 0; j < kVectors; ++j) {
             float *to = out + static_cast<std::ptrdiff_t>(i) * head_dim + dim + 16 * j;
             const F sum = f_fma(f_of_i(acc[i][0][j]), f_set(kDigitBase), f_of_i(acc[i][1][j]));
-            const F scaled = f_mul(sum, f_set(weight.scale[i]));
+            const F by = f_set(weight.scale[i]);
+            F scaled;
+            if constexpr (Cache::kInt4) {
+                scaled = f_fma(sum, by, f_set(weight.sums[i]));
+            } else {
+                scaled = f_mul(sum, by);
+            }
             if (kPartial) {
                 f_store_n(to, scaled, lanes);
             } else {
@@ -319,14 +352,18 @@ static void score_tiles(const typename Cache::Element *const *keys,
     });
 }
 
-template <int kRows>
-static void score_tiles_int8(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
-                             const float *const *scales, int tiles, int key_dim, const Digits &q,
-                             float *out) {
-    in_pieces<kDigitVectors<kRows>>(tiles, 1, [&](int t, auto n) {
-        score_int8<kRows, n.value>(keys + t, ahead + t, scales + t, q, key_dim,
-                                   out + t * kTileKeys);
-    });
+template <class Cache, int kRows>
+static void score_tiles_digits(const std::uint8_t *const *keys, const std::uint8_t *const *ahead,
+                               const float *const *scales, int tiles, int key_dim, const Digits &q,
+                               float *out) {
+    const int group = Cache::kInt4 ? kKVGroup : key_dim;
+    for (int begin = 0; begin < key_dim; begin += group) {
+        const int end = begin + group < key_dim ? begin + group : key_dim;
+        in_pieces<kDigitVectors<kRows>>(tiles, 1, [&](int t, auto n) {
+            score_digits<Cache, kRows, n.value>(keys + t, ahead + t, scales + t, q, begin, end,
+                                                out + t * kTileKeys);
+        });
+    }
 }
 
 // All dims of the weighted values, for kRows rows.
@@ -340,13 +377,17 @@ static void weigh_tiles(const typename Cache::Element *const *values,
     if (d < dim) weigh<Cache, kRows, 1, true>(values, ahead, tiles, dim, d, dim - d, weight, out);
 }
 
-template <int kRows>
-static void weigh_tiles_int8(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
-                             int tiles, int dim, const Digits &weight, float *out) {
-    const int d = in_pieces<kDigitVectors<kRows>>(dim, 16, [&](int at, auto n) {
-        weigh_int8<kRows, n.value, false>(values, ahead, tiles, dim, at, 16, weight, out);
+// Dims begin .. end-1 of the weighted values, for kRows rows.
+template <class Cache, int kRows>
+static void weigh_tiles_digits(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
+                               int tiles, int dim, int begin, int end, const Digits &weight,
+                               float *out) {
+    const int d = begin + in_pieces<kDigitVectors<kRows>>(end - begin, 16, [&](int at, auto n) {
+        weigh_digits<Cache, kRows, n.value, false>(values, ahead, tiles, dim, begin + at, 16,
+                                                   weight, out);
     });
-    if (d < dim) weigh_int8<kRows, 1, true>(values, ahead, tiles, dim, d, dim - d, weight, out);
+    if (d < end)
+        weigh_digits<Cache, kRows, 1, true>(values, ahead, tiles, dim, d, end - d, weight, out);
 }
 
 // call(N) with N the constant `rows`, 1 <= rows <= kAttendRows.
@@ -403,24 +444,26 @@ struct RowBlocks {
 
 // A call's scratch, by row: scores [rows][256], weights [rows][256] (where Operand is float these
 // take the scores' place; [rows][2][256] digits), q [rows][head_dim] ([rows][2][16 n] digits); the
-// starts and scales of digits; then the gathered keys and values of a split, and their scales.
+// starts, scales and sums of digits; then the gathered keys and values of a split, and their scales.
 template <class Cache>
 struct Attend {
     using Element = typename Cache::Element;
     using Operand = typename Cache::Operand;
     static constexpr bool kInPlace = sizeof(Operand) == sizeof(float);
-    static constexpr int kAhead = Cache::kInt8 ? 2 * kAttendVectors : kAttendVectors;  // tiles
+    static constexpr int kAhead = Cache::kDigits ? 2 * kAttendVectors : kAttendVectors;  // tiles
 
     const KVCacheView &cache;
     const AttentionRows &rows;
     const int count, dim;
     const int key_dim;  // dim, a multiple of kStep
+    int groups = 1;     // of dims that share a scale
     Operand *q;
     float *scores;
     Operand *weights;
-    Digits q_digits, weight_digits;  // of an int8 cache
+    Digits q_digits, weight_digits;  // of a cache of integers
     Element *gathered;               // keys, then values
-    float *gathered_scales;          // of keys, then of values
+    float *gathered_scales;          // of keys, then of values: [tiles][16], or of kInt4, [tiles]
+                                     // [2 * groups][16] with the offsets behind the scales
     const Element *keys[kSplitTiles], *values[kSplitTiles];
     const float *key_scales[kSplitTiles], *value_scales[kSplitTiles];
     // To ask for while the keys and then the values of the split's tiles in use are read.
@@ -442,13 +485,17 @@ struct Attend {
                            : reinterpret_cast<Operand *>(take(kSplit * 2));
         const int vectors = (dim + 15) / 16;
         q = reinterpret_cast<Operand *>(take(static_cast<std::size_t>(vectors) * 64));
-        if constexpr (Cache::kInt8) {
-            const auto digits = [&](Operand *at, int stride) {
+        if constexpr (Cache::kDigits) {
+            if (Cache::kInt4) groups = kv_groups(dim);
+            const auto digits = [&](Operand *at, int stride, int sums) {
                 std::int32_t *start = reinterpret_cast<std::int32_t *>(take(8));
-                return Digits{at, stride, start, reinterpret_cast<float *>(take(4))};
+                float *scale = reinterpret_cast<float *>(take(4));
+                return Digits{at, stride, start, scale,
+                              reinterpret_cast<float *>(take(static_cast<std::size_t>(sums) * 4)),
+                              sums};
             };
-            q_digits = digits(q, 16 * vectors);
-            weight_digits = digits(weights, kSplit);
+            q_digits = digits(q, 16 * vectors, groups);
+            weight_digits = digits(weights, kSplit, 1);
         }
         gathered = reinterpret_cast<Element *>(scratch);
         gathered_scales = reinterpret_cast<float *>(gathered + kSplit * (key_dim + dim));
@@ -456,22 +503,29 @@ struct Attend {
     }
 
     // Whether the rows are so few that they wait for memory. Keys of many tokens are in a cache.
-    bool waits() const { return rows.num_tokens == 1 || count <= kPrefetchRows; }
+    bool waits() const {
+        if constexpr (Cache::kInt4) return false;  // unpacked: in a cache as well
+        return rows.num_tokens == 1 || count <= kPrefetchRows;
+    }
 
     void prepare_q() {
         for (int row = 0; row < count; ++row) {
             const float *from = rows.q + rows.q_stride * (row / rows.group) +
                                 static_cast<std::ptrdiff_t>(row % rows.group) * dim;
-            if constexpr (Cache::kInt8) {
+            if constexpr (Cache::kDigits) {
                 const Digits to = q_digits.from(row);
                 const F infinity = f_set(__builtin_inff());
                 F most = f_zero(), high = f_zero(), low = f_zero();
                 for (int d = 0; d < dim; d += 16)
                     most = f_max(f_min(f_abs(load_dims(from, d)), infinity), most);
                 const float by = digits_factor(f_max_all(most), to.scale);
-                for (int d = 0; d < dim; d += 16)
+                for (int d = 0; d < dim; d += 16) {
+                    if (Cache::kInt4 && d % kKVGroup == 0) high = low = f_zero();
                     store_digits(load_dims(from, d), by, to.digits + d, to.stride, &high, &low);
-                store_start(to.start, high, low);
+                    if (Cache::kInt4)
+                        to.sums[d / kKVGroup] = kDigitBase * f_sum(high) + f_sum(low);
+                }
+                store_start<Cache>(to.start, high, low);
             } else {
                 Operand *to = q + static_cast<std::ptrdiff_t>(row) * dim;
                 int d = 0;
@@ -495,12 +549,12 @@ struct Attend {
     void find_tiles(int split, int first, int end) {
         for (int t = first; t < end; ++t) {
             const int position = split * kSplit + t * kTileKeys, head = rows.kv_head;
-            if (cache.is_tiled()) {
+            if (cache.is_tiled() && !Cache::kInt4) {
                 const std::int32_t block = rows.blocks[position / cache.block_size];
                 const std::ptrdiff_t at = position % cache.block_size;
                 keys[t] = reinterpret_cast<const Element *>(cache.keys(block, head)) + at * dim;
                 values[t] = reinterpret_cast<const Element *>(cache.values(block, head)) + at * dim;
-                if constexpr (Cache::kInt8) {
+                if constexpr (Cache::kDigits) {
                     key_scales[t] = reinterpret_cast<const float *>(
                                         cache.scales(cache.keys(block, head))) + at;
                     value_scales[t] = reinterpret_cast<const float *>(
@@ -511,13 +565,25 @@ struct Attend {
                     }
                 }
             } else {
+                const int per_key = Cache::kInt4 ? 2 * groups : 1;
                 Element *k = gathered + t * kTileKeys * key_dim;
                 Element *v = gathered + kSplit * key_dim + t * kTileKeys * dim;
-                gather(position, k, v, gathered_scales + t * kTileKeys);
+                float *key_scale = gathered_scales + t * kTileKeys * per_key;
+                float *value_scale = key_scale + kSplit * per_key;
+                if constexpr (Cache::kInt4) {
+                    if (cache.is_tiled()) {
+                        ask_for(position + kUnpackAhead * kTileKeys);
+                        unpack(position, k, v, key_scale, value_scale);
+                    } else {
+                        gather_codes(position, k, v, key_scale, value_scale);
+                    }
+                } else {
+                    gather(position, k, v, key_scale);
+                }
                 keys[t] = k;
                 values[t] = v;
-                key_scales[t] = gathered_scales + t * kTileKeys;
-                value_scales[t] = key_scales[t] + kSplit;
+                key_scales[t] = key_scale;
+                value_scales[t] = value_scale;
             }
         }
     }
@@ -556,7 +622,7 @@ struct Attend {
         for (int i = 0; i < kTileKeys; ++i, ++position) {
             if (position >= rows.seq_len) {
                 for (int d = 0; d < dim; ++d) k[key_at(i, d)] = v[value_at(i, d)] = 0;
-                if constexpr (Cache::kInt8) scales[i] = scales[kSplit + i] = 0;
+                if constexpr (Cache::kDigits) scales[i] = scales[kSplit + i] = 0;
                 continue;
             }
             const std::int32_t block = rows.blocks[position / cache.block_size];
@@ -569,11 +635,94 @@ struct Attend {
                 k[key_at(i, d)] = from_k[d];
                 v[value_at(i, d)] = from_v[d];
             }
-            if constexpr (Cache::kInt8) {
+            if constexpr (Cache::kDigits) {
                 __builtin_memcpy(scales + i, cache.scales(key_block) + 4 * at, 4);
                 __builtin_memcpy(scales + kSplit + i, cache.scales(value_block) + 4 * at, 4);
             }
         }
+    }
+
+    // Asks for a tile of codes of 4 bits, and its scales.
+    void ask_for(int position) const {
+        if (position >= rows.seq_len) return;
+        const std::int32_t block = rows.blocks[position / cache.block_size];
+        const int at = position % cache.block_size, bytes = kTileKeys * cache.row();
+        std::uint8_t *const both[] = {cache.keys(block, rows.kv_head),
+                                      cache.values(block, rows.kv_head)};
+        for (std::uint8_t *codes : both) {
+            for (int i = 0; i < bytes; i += 64) prefetch(codes + at * cache.row() + i);
+            for (int i = 0; i < 2 * groups; ++i)
+                prefetch(cache.scales(codes) + 2 * (i * cache.block_size + at));
+        }
+    }
+
+    // A tile of codes of 4 bits as bytes, in the order of tiles, and their scales as fp32.
+    void unpack(int position, std::uint8_t *k, std::uint8_t *v, float *key_scale,
+                float *value_scale) const {
+        const std::int32_t block = rows.blocks[position / cache.block_size];
+        const int at = position % cache.block_size, half = kTileKeys * cache.row();
+        std::uint8_t *key_block = cache.keys(block, rows.kv_head);
+        std::uint8_t *value_block = cache.values(block, rows.kv_head);
+        unpack_codes(key_block + at * cache.row(), half, k);
+        for (int i = 0; i < kTileKeys; i += 4)
+            unpack_codes(value_block + (at + i) * cache.row(), half / 4, v + i * dim);
+        for (int i = 0; i < 2 * groups; ++i) {
+            const std::size_t from = 2 * (static_cast<std::size_t>(i) * cache.block_size + at);
+            f_store(key_scale + i * kTileKeys, load_scales(cache.scales(key_block) + from));
+            f_store(value_scale + i * kTileKeys, load_scales(cache.scales(value_block) + from));
+        }
+    }
+    static F load_scales(const std::uint8_t *from) {
+        return f_load_bf16(reinterpret_cast<const std::uint16_t *>(from));
+    }
+
+    // n bytes: their low halves to `to`, their high halves behind them.
+    static void unpack_codes(const std::uint8_t *from, int n, std::uint8_t *to) {
+        const I low = i_set_bytes(15);
+        int i = 0;
+        for (; i + 64 <= n; i += 64) {
+            const I x = i_load(from + i);
+            i_store(to + i, i_and(x, low));
+            i_store(to + n + i, i_high_nibbles(x));
+        }
+        for (; i < n; ++i) {
+            to[i] = from[i] & 15;
+            to[n + i] = from[i] >> 4;
+        }
+    }
+
+    // The same from a cache without tiles.
+    void gather_codes(int position, std::uint8_t *k, std::uint8_t *v, float *key_scale,
+                      float *value_scale) const {
+        for (int i = 0; i < kTileKeys; ++i, ++position) {
+            const bool is_there = position < rows.seq_len;
+            const std::int32_t block = is_there ? rows.blocks[position / cache.block_size] : 0;
+            const int at = position % cache.block_size, half = cache.row();
+            std::uint8_t *key_block = cache.keys(block, rows.kv_head);
+            std::uint8_t *value_block = cache.values(block, rows.kv_head);
+            for (int d = 0; d < half; ++d) {
+                const std::uint8_t a = is_there ? key_block[at * half + d] : std::uint8_t(0);
+                const std::uint8_t b = is_there ? value_block[at * half + d] : std::uint8_t(0);
+                k[key_at(i, d)] = a & 15;
+                k[key_at(i, d + half)] = a >> 4;
+                v[value_at(i, d)] = b & 15;
+                v[value_at(i, d + half)] = b >> 4;
+            }
+            for (int d = dim; d < key_dim; ++d) k[key_at(i, d)] = 0;
+            for (int j = 0; j < 2 * groups; ++j) {
+                const int from = 2 * (j * cache.block_size + at);
+                key_scale[j * kTileKeys + i] =
+                    is_there ? scale_at(cache.scales(key_block) + from) : 0.0f;
+                value_scale[j * kTileKeys + i] =
+                    is_there ? scale_at(cache.scales(value_block) + from) : 0.0f;
+            }
+        }
+    }
+    static float scale_at(const std::uint8_t *from) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(from[0] | from[1] << 8) << 16;
+        float scale;
+        __builtin_memcpy(&scale, &bits, 4);
+        return scale;
     }
 
     // Turns the scores of rows row .. row+n-1, tiles first .. end-1, into weights, with zeros where
@@ -609,17 +758,12 @@ struct Attend {
             const int to = spans[i].empty() ? end : spans[i].end_tile();
             const F base = f_set(maximum[row + i]);
             F sum = f_zero();
-            if constexpr (Cache::kInt8) {
-                const F infinity = f_set(__builtin_inff());
-                F most = f_zero();
+            if constexpr (Cache::kDigits) {  // digits come of each group's scales
                 for (int t = from; t < to; ++t) {
                     const F p = exp2_to_0(f_sub(f_mul(f_load(score + t * kTileKeys), by), base));
                     sum = f_add(sum, p);
-                    f_store(score + t * kTileKeys, f_mul(p, f_load(value_scales[t])));
-                    if (t == from || t == to - 1) keep(score, spans[i], t, f_zero());
-                    most = f_max(f_min(f_load(score + t * kTileKeys), infinity), most);
+                    f_store(score + t * kTileKeys, p);
                 }
-                weigh_digits(row + i, first, from, to, end, f_max_all(most));
             } else {
                 Operand *weight = weights + (row + i) * kSplit;
                 for (int t = first; t < from; ++t) Cache::weight(weight + t * kTileKeys, f_zero());
@@ -635,11 +779,14 @@ struct Attend {
         }
     }
 
-    // Puts `fill` in the place of a tile's keys outside of the span.
-    static void keep(float *score, Span span, int t, F fill) {
+    // A tile's numbers x with `fill` in the place of those outside of the span.
+    static F inside(F x, Span span, int t, F fill) {
         const int low = span.from - t * kTileKeys, high = span.to - t * kTileKeys;
+        return low > 0 || high < kTileKeys ? f_keep(x, low, high, fill) : x;
+    }
+    static void keep(float *score, Span span, int t, F fill) {
         float *at = score + t * kTileKeys;
-        if (low > 0 || high < kTileKeys) f_store(at, f_keep(f_load(at), low, high, fill));
+        f_store(at, inside(f_load(at), span, t, fill));
     }
 
     void cap(float *score, Span span) const {
@@ -650,17 +797,34 @@ struct Attend {
         }
     }
 
-    // The digits of a row's weights, which lie in the place of its scores, in tiles from .. to-1.
-    void weigh_digits(int row, int first, int from, int to, int end, float most) const {
+    // The digits, in tiles first .. end-1, of a row's weights, which lie in the place of its scores,
+    // times the scales of a group's values; and what the group's offsets come to.
+    void take_digits(int row, Span span, int group, int first, int end) const {
         const Digits weight = weight_digits.from(row);
-        const float by = digits_factor(most, weight.scale);
-        const float *weighed = scores + row * kSplit;
-        F high = f_zero(), low = f_zero();
+        const float *p = scores + row * kSplit;
+        const int from = span.empty() ? end : span.first_tile();
+        const int to = span.empty() ? end : span.end_tile();
+        const F infinity = f_set(__builtin_inff());
+        float weighed[kSplit];
+        F most = f_zero(), high = f_zero(), low = f_zero(), sum = f_zero();
+        for (int t = from; t < to; ++t) {
+            const float *scale = value_scales[t] + group * kTileKeys;
+            const F w = f_load(p + t * kTileKeys);
+            const F x = inside(f_mul(w, f_load(scale)), span, t, f_zero());
+            f_store(weighed + t * kTileKeys, x);
+            most = f_max(f_min(x, infinity), most);
+            if constexpr (Cache::kInt4) {
+                const F offset = f_load(scale + groups * kTileKeys);
+                sum = f_add(sum, inside(f_mul(w, offset), span, t, f_zero()));
+            }
+        }
+        const float by = digits_factor(f_max_all(most), weight.scale);
         for (int t = first; t < end; ++t) {
             const F w = t >= from && t < to ? f_load(weighed + t * kTileKeys) : f_zero();
             store_digits(w, by, weight.digits + t * kTileKeys, weight.stride, &high, &low);
         }
-        store_start(weight.start, high, low);
+        store_start<Cache>(weight.start, high, low);
+        if constexpr (Cache::kInt4) *weight.sums = f_sum(sum);
     }
 
     // Makes a row's result from a copy of its first and last tile of values without those that it
@@ -713,9 +877,9 @@ struct Attend {
                 float *to = scores + row * kSplit + first * kTileKeys;
                 const Element *const *next = ahead + first - begin;
 #define ER_SCORE(N)                                                                              \
-    if constexpr (Cache::kInt8) {                                                                \
-        score_tiles_int8<N>(keys + first, next, key_scales + first, end - first, key_dim,        \
-                            q_digits.from(row), to);                                             \
+    if constexpr (Cache::kDigits) {                                                              \
+        score_tiles_digits<Cache, N>(keys + first, next, key_scales + first, end - first,        \
+                                     key_dim, q_digits.from(row), to);                           \
     } else {                                                                                     \
         score_tiles<Cache, N>(keys + first, next, end - first, dim,                              \
                               q + static_cast<std::ptrdiff_t>(row) * dim, to);                   \
@@ -732,10 +896,16 @@ struct Attend {
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
             const Element *const *next = ahead + (stop - begin) + (first - begin);
 #define ER_WEIGH(N)                                                                              \
-    if constexpr (Cache::kInt8) {                                                                \
+    if constexpr (Cache::kDigits) {                                                              \
         Digits weight = weight_digits.from(row);                                                 \
         weight.digits += first * kTileKeys;                                                      \
-        weigh_tiles_int8<N>(values + first, next, end - first, dim, weight, to);                 \
+        for (int g = 0; g < groups; ++g) {                                                       \
+            for (int i = row; i < row + n; ++i)                                                  \
+                take_digits(i, visible(rows, i / rows.group, index), g, first, end);             \
+            const int from = g * kKVGroup;                                                       \
+            weigh_tiles_digits<Cache, N>(values + first, next, end - first, dim, from,           \
+                                         g + 1 < groups ? from + kKVGroup : dim, weight, to);    \
+        }                                                                                        \
     } else {                                                                                     \
         weigh_tiles<Cache, N>(values + first, next, end - first, dim,                            \
                               weights + row * kSplit + first * kTileKeys, to);                   \
@@ -743,7 +913,7 @@ struct Attend {
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
         }
-        if constexpr (!Cache::kInt8) {  // whose weight of 0 times any byte is 0
+        if constexpr (!Cache::kDigits) {  // whose weight of 0 times any byte is 0
             if (all_finite(acc, count * dim)) return;
             for (int row = 0; row < count; ++row) {
                 float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
@@ -786,6 +956,8 @@ static void attend(const KVCacheView &cache, const AttentionRows &rows, int spli
             return attend_in<CacheF16>(cache, rows, split0, split1, max_, sum, acc, scratch);
         case Dtype::kInt8:
             return attend_in<CacheInt8>(cache, rows, split0, split1, max_, sum, acc, scratch);
+        case Dtype::kInt4:
+            return attend_in<CacheInt4>(cache, rows, split0, split1, max_, sum, acc, scratch);
     }
 }
 
@@ -800,10 +972,11 @@ ER_INLINE void scatter(const Element *from, int n, Element *to, std::ptrdiff_t s
         for (int i = 0; i < kStep && d + i < n; ++i) to[i * next] = from[d + i];
 }
 
-// One head's `dim` numbers x, rounded, scattered.
+// One head's `dim` numbers x, rounded, scattered; what else a cache of integers keeps of the slot:
+// its first scale is at `scale_at`, with `slots` of them to a group.
 template <class Cache>
 static void write_head(const float *x, int dim, typename Cache::Element *to, std::ptrdiff_t stride,
-                       std::ptrdiff_t next, std::uint8_t *) {
+                       std::ptrdiff_t next, std::uint8_t *, std::ptrdiff_t) {
     typename Cache::Element rounded[16];
     for (int d = 0; d < dim; d += 16, to += 16 / Cache::kStep * stride) {
         const int n = dim - d < 16 ? dim - d : 16;
@@ -820,7 +993,7 @@ ER_INLINE bool has_digit(float most) {
 // ops.kv_write says what an int8 cache holds: q + 128 in a byte, and the scale.
 template <>
 void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,
-                           std::ptrdiff_t next, std::uint8_t *scale_at) {
+                           std::ptrdiff_t next, std::uint8_t *scale_at, std::ptrdiff_t) {
     const F infinity = f_set(__builtin_inff());
     F largest = f_zero();
     for (int d = 0; d < dim; d += 16) {
@@ -841,26 +1014,89 @@ void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdi
     __builtin_memcpy(scale_at, &scale, 4);
 }
 
+// A finite number as the nearest bf16 that is not above it (not below it: up), and its bits.
+ER_INLINE std::uint16_t bf16_towards(float x, bool up, float *rounded) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const bool negative = bits >> 31;
+    if ((bits & 0xffff) != 0 && negative != up) bits += 0x10000;
+    bits &= 0xffff0000;
+    __builtin_memcpy(rounded, &bits, 4);
+    return static_cast<std::uint16_t>(bits >> 16);
+}
+
+// The codes of up to 32 numbers x; their scale and offset. See ops.kv_write.
+static void write_group(const float *x, int n, std::uint8_t *codes, std::uint16_t *scale_to,
+                        std::uint16_t *offset_to) {
+    const int first = n < 16 ? n : 16;
+    const F a = f_load_n(x, first), b = f_load_n(x + first, n - first);
+    const F infinity = f_set(__builtin_inff()), none = f_set(-__builtin_inff());
+    const auto largest = [&](F u, F v) {  // f_min turns NaN into infinity
+        return f_max_all(f_max(f_keep(f_min(u, infinity), 0, first, none),
+                               f_keep(f_min(v, infinity), 0, n - first, none)));
+    };
+    const float high = largest(a, b);
+    const float low = -largest(f_sub(f_zero(), a), f_sub(f_zero(), b));
+    float offset = 0, scale = 0;
+    const bool finite = high < __builtin_inff() && low > -__builtin_inff();
+    if (finite) *offset_to = bf16_towards(low, false, &offset);
+    const float span = high - offset;
+    if (!finite || !(span < __builtin_inff())) {
+        *scale_to = *offset_to = 0x7fc0;  // NaN
+        for (int i = 0; i < n; ++i) codes[i] = 0;
+        return;
+    }
+    *scale_to = bf16_towards(span / 15.0f, true, &scale);
+    const float by = 1.0f / scale < __builtin_inff() ? 1.0f / scale : 0.0f;
+    const F most = f_set(15.0f);
+    std::int8_t whole[32];
+    i_store_int8(whole, f_min(f_mul(f_sub(a, f_set(offset)), f_set(by)), most));
+    i_store_int8(whole + first, f_min(f_mul(f_sub(b, f_set(offset)), f_set(by)), most));
+    for (int i = 0; i < n; ++i) codes[i] = static_cast<std::uint8_t>(whole[i]);
+}
+
+template <>
+void write_head<CacheInt4>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,
+                           std::ptrdiff_t next, std::uint8_t *scale_at, std::ptrdiff_t slots) {
+    const int groups = kv_groups(dim), half = dim / 2;
+    for (int g = 0; g < groups; ++g) {
+        const int begin = g * kKVGroup, n = dim - begin < kKVGroup ? dim - begin : kKVGroup;
+        std::uint8_t codes[kKVGroup];
+        std::uint16_t scale, offset;
+        write_group(x + begin, n, codes, &scale, &offset);
+        __builtin_memcpy(scale_at + 2 * slots * g, &scale, 2);
+        __builtin_memcpy(scale_at + 2 * slots * (groups + g), &offset, 2);
+        for (int i = 0; i < n; ++i) {  // all of the low halves come first
+            const bool is_high = begin + i >= half;
+            const int d = begin + i - (is_high ? half : 0);
+            std::uint8_t *at = to + d / CacheInt4::kStep * stride + d % CacheInt4::kStep * next;
+            *at = is_high ? static_cast<std::uint8_t>(*at | codes[i] << 4) : codes[i];
+        }
+    }
+}
+
 template <class Cache>
 static void kv_write_in(const KVCacheView &cache, std::int32_t slot, const float *k,
                         const float *v) {
     using Element = typename Cache::Element;
     constexpr int kStep = Cache::kStep;
     const std::int32_t block = slot / cache.block_size;
-    const std::ptrdiff_t at = slot % cache.block_size, dim = cache.head_dim;
-    for (int head = 0; head < cache.num_kv_heads; ++head, k += dim, v += dim) {
+    const std::ptrdiff_t at = slot % cache.block_size, dim = cache.row(), slots = cache.block_size;
+    constexpr int kScaleBytes = Cache::kInt4 ? 2 : 4;
+    for (int head = 0; head < cache.num_kv_heads;
+         ++head, k += cache.head_dim, v += cache.head_dim) {
         Element *keys = reinterpret_cast<Element *>(cache.keys(block, head));
         Element *values = reinterpret_cast<Element *>(cache.values(block, head));
-        std::uint8_t *key_scale = cache.scales(cache.keys(block, head)) + 4 * at;
-        std::uint8_t *value_scale = cache.scales(cache.values(block, head)) + 4 * at;
+        std::uint8_t *key_scale = cache.scales(cache.keys(block, head)) + kScaleBytes * at;
+        std::uint8_t *value_scale = cache.scales(cache.values(block, head)) + kScaleBytes * at;
         if (cache.is_tiled()) {
             keys += at / kTileKeys * kTileKeys * dim + at % kTileKeys * kStep;
             values += at / kStep * kStep * dim + at % kStep;
-            write_head<Cache>(k, cache.head_dim, keys, kTileKeys * kStep, 1, key_scale);
-            write_head<Cache>(v, cache.head_dim, values, kStep * kStep, kStep, value_scale);
+            write_head<Cache>(k, cache.head_dim, keys, kTileKeys * kStep, 1, key_scale, slots);
+            write_head<Cache>(v, cache.head_dim, values, kStep * kStep, kStep, value_scale, slots);
         } else {
-            write_head<Cache>(k, cache.head_dim, keys + at * dim, kStep, 1, key_scale);
-            write_head<Cache>(v, cache.head_dim, values + at * dim, kStep, 1, value_scale);
+            write_head<Cache>(k, cache.head_dim, keys + at * dim, kStep, 1, key_scale, slots);
+            write_head<Cache>(v, cache.head_dim, values + at * dim, kStep, 1, value_scale, slots);
         }
     }
 }
@@ -871,6 +1107,7 @@ static void kv_write(const KVCacheView &cache, std::int32_t slot, const float *k
         case Dtype::kBF16: return kv_write_in<CacheBF16>(cache, slot, k, v);
         case Dtype::kF16: return kv_write_in<CacheF16>(cache, slot, k, v);
         case Dtype::kInt8: return kv_write_in<CacheInt8>(cache, slot, k, v);
+        case Dtype::kInt4: return kv_write_in<CacheInt4>(cache, slot, k, v);
     }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Binder:
         self._program = lowered.program
         self._weights = weights
         self._matrices: dict[str, Matrix] = {}
+        self._orders: dict[bytes, torch.Tensor] = {}  # of columns, each held once
         self.sums_width = 0
         self.nbytes = 0
         self._routed: int | None = None  # the choice of experts that was sorted last
@@ -97,6 +98,10 @@ class Binder:
         if in_pairs:
             matrix = paired(matrix)
         self.nbytes += matrix.nbytes
+        if isinstance(matrix, QuantisedMatrix) and matrix.columns is not None:
+            order = self._orders.setdefault(matrix.columns.cpu().numpy().tobytes(), matrix.columns)
+            self.nbytes -= 0 if order is matrix.columns else order.nbytes
+            matrix = replace(matrix, columns=order)
         self.sums_width = max(self.sums_width, scratch_width(matrix))
         return matrix
 
@@ -197,6 +202,7 @@ class Binder:
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
         slopes: Any = op.attrs["alibi_slopes"]
         attrs["slopes"] = torch.tensor(slopes, device=around.device) if slopes else None
+        self.nbytes += 4 * len(slopes or ())
         attrs["sinks"] = self._vector(op.inputs[2])
 
         def launch(step: Step) -> None:

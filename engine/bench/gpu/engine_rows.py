@@ -87,7 +87,7 @@ def random_model(
         model,
         weight_bytes=backend.weights_bytes(program, weights),
         workspace_bytes=backend.workspace_bytes(
-            program, sizes.max_tokens, config.max_logit_rows, context
+            program, sizes.max_tokens, config.max_logit_rows, context, weights=weights, kv=spec
         ),
         kv=spec,
         available=backend.available_memory(),

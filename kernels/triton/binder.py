@@ -349,8 +349,9 @@ class Binder:
         before, of = norm
         plain = bias is None and after in ("", "add") and out not in self._program.fp32_values()
         run: Callable[..., None] = linear.launch
-        if plain and around.products and around.products.has_our_bits(matrix, around.dtype):
-            run = around.products.launch
+        products = None if around.tuned.is_ours(matrix) else around.products
+        if plain and products is not None and products.has_our_bits(matrix, around.dtype):
+            run = products.launch
 
         def launch(step: Step) -> None:
             first = around.view(out)

@@ -35,6 +35,8 @@ def test_a_rehearsal_passes_and_writes_its_report(
         assert fmt.name == "F32" or fmt.name == "BF16" or f"linear {fmt.name}" in names
     for what in ("int8 cache", "fp8 cache", "by int8", "by fp8", "sampling", "engine,"):
         assert what in names
+    for what in ("I4G32, act-order", "act-order by int8", "norms of heads", "norm then add"):
+        assert what in names
     # It measures nothing, and says so.
     assert report.REHEARSAL in made["notes"]
     assert all(row["value"] is None for row in limits["rows"])

@@ -8,7 +8,7 @@ follows from the one rounding to its dtype and the order of fp32 sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from ....kernels.triton import TritonBackend, quantised
 from ....kernels.triton import device as dev
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.executor import TritonLogits
-from ....kernels.weights import BF16, F16, F32, Q4_0, Format
+from ....kernels.triton.rms_norm import Norm
+from ....kernels.weights import BF16, F16, F32, I4G32, Q4_0, Format
 from ....quant.values import dequantise
 from . import launches
 from .card import Card
@@ -111,6 +112,8 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
             )
         for fmt, activations in eight_bits():
             yield from _linears(card, sizes, fmt, dtype, rng, activations)
+        for activations in ("", "int8"):
+            yield from _linears(card, sizes, I4G32, dtype, rng, activations, ordered=True)
         for heads, kind in caches(sizes, dtype):
             for case, new in (("decode", 1), ("chunks", 40)):
                 yield Probe(
@@ -123,12 +126,15 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
                 )
         yield from _by_rows(card, sizes, dtype)
         for kind in launches.cache_kinds(dtype):
-            yield Probe(
-                f"rope and {kind} cache",
-                name,
-                f"{sizes.rows} rows, {sizes.attention.label()}",
-                lambda kind=kind, dtype=dtype: _rope(card, sizes, kind, dtype, rng),  # type: ignore[misc]
-            )
+            for before in ("", "norms of heads, "):
+                yield Probe(
+                    f"{before}rope and {kind} cache",
+                    name,
+                    f"{sizes.rows} rows, {sizes.attention.label()}",
+                    lambda kind=kind, dtype=dtype, normed=bool(before): _rope(  # type: ignore[misc]
+                        card, sizes, kind, dtype, rng, normed=normed
+                    ),
+                )
     for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9)):
         yield Probe(
             "sampling, beside the CPU's tokens",
@@ -166,6 +172,8 @@ def _linears(
     dtype: torch.dtype,
     rng: np.random.Generator,
     activations: str = "",
+    *,
+    ordered: bool = False,
 ) -> Iterator[Probe]:
     rows, columns = sizes.layer
     columns -= columns % fmt.block_elements
@@ -174,12 +182,13 @@ def _linears(
         for tokens in (sizes.batches[-1],) if after else (1, sizes.batches[-1]):
             yield Probe(
                 f"linear {fmt.name}"
+                + (", act-order" if ordered else "")
                 + (f" by {activations}" if activations else "")
                 + (f" then {after}" if after else ""),
                 str(dtype).removeprefix("torch."),
                 f"{tokens} x {columns} x {rows}",
                 lambda after=after, tokens=tokens: _linear(  # type: ignore[misc]
-                    card, fmt, (rows, columns), tokens, dtype, after, rng, activations
+                    card, fmt, (rows, columns), tokens, dtype, after, rng, activations, ordered
                 ),
             )
 
@@ -193,10 +202,13 @@ def _linear(
     after: str,
     rng: np.random.Generator,
     activations: str,
+    ordered: bool,
 ) -> float:
     rows, columns = layer
     raw = launches.random_weight(fmt, rows, columns, rng)
-    weight = launches.pack(raw, card.device, activations=activations)[0]
+    order = rng.permutation(columns).astype(np.int32) if ordered else None
+    held = replace(raw, columns=order)
+    weight = launches.pack(held, card.device, activations=activations)[0]
     x = torch.randn(tokens, columns, device=card.device).to(dtype)
     other = torch.randn(tokens, rows, device=card.device).to(dtype)
     bias = torch.randn(rows, device=card.device)
@@ -205,6 +217,8 @@ def _linear(
     launches.multiply(x, weight, guarded.out, bias=bias, **more)()
     wide = torch.from_numpy(dequantise(raw)).to(card.device).double()
     given = codes_of(x, activations, 1) if activations else x.double()
+    if order is not None:
+        given = given[:, torch.from_numpy(order).to(card.device).long()]
     sums = given @ wide.T + bias.double()
     size = given.abs() @ wide.abs().T + bias.double().abs()
     order = 2.0**-22 * columns**0.5
@@ -364,6 +378,17 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
         mean = x.double().square().mean(-1, keepdim=True)
         return compare(out, x.double() / (mean + 1e-5).sqrt() * weight.double())
 
+    def norm_and_add() -> float:
+        x, other = rows(sizes.hidden), rows(sizes.hidden)
+        weight = torch.randn(sizes.hidden, device=card.device)
+        out = Guarded(sizes.rows, sizes.hidden, dtype, card.device)
+        launches.normalise(x, weight, out.out, 1e-5, other)()
+        mean = x.double().square().mean(-1, keepdim=True)
+        normed = x.double() / (mean + 1e-5).sqrt() * weight.double()
+        want = other.double() + normed
+        rounding = normed.abs() * (half_step(dtype) * 1.01 + 2.0**-19)
+        return worst(out.result(), want, rounding + want.abs() * (half_step(dtype) + 2.0**-19))
+
     def mapped(name: str) -> float:
         a, b = rows(sizes.ffn), rows(sizes.ffn)
         out = Guarded(sizes.rows, sizes.ffn, dtype, card.device)
@@ -386,6 +411,7 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
 
     found: list[tuple[str, int, Callable[[], float]]] = [
         ("rms_norm", sizes.hidden, norm),
+        ("rms_norm then add", sizes.hidden, norm_and_add),
         ("select_rows", sizes.hidden, selected),
     ]
     found += [
@@ -398,7 +424,13 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
 
 
 def _rope(
-    card: Card, sizes: Sizes, kind: str, dtype: torch.dtype, rng: np.random.Generator
+    card: Card,
+    sizes: Sizes,
+    kind: str,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+    *,
+    normed: bool,
 ) -> float:
     heads, count = sizes.attention, sizes.rows
     step = launches.paged_step([count], [count], sizes.block_size, rng)
@@ -417,9 +449,15 @@ def _rope(
     )
     out = Guarded(count, heads.q_width, dtype, card.device)
     there = torch.from_numpy(slot).to(card.device)
-    launches.rotate_and_write(heads, q, out.out, (k, v), cache, there, step.positions)()
-    want_q, size_q = rotated(q, step.positions, heads)
-    want_k, size_k = rotated(k, step.positions, heads)
+    norms = [
+        Norm(1 + torch.rand(heads.head_dim, device=card.device), 1e-5, 0.0) if normed else None
+        for _ in range(2)
+    ]
+    launches.rotate_and_write(heads, q, out.out, (k, v), cache, there, step.positions, norms)()
+    (want_q, size_q), (want_k, size_k) = (
+        rotated(_heads_normed(x, norm), step.positions, heads)
+        for x, norm in zip((q, k), norms, strict=True)
+    )
     slots = launches.slots(cache)
     kept = slot >= 0
     written = slots[torch.from_numpy(slot[kept]).to(card.device).long()]
@@ -430,7 +468,8 @@ def _rope(
     want_k, size_k, want_v = want_k[here], size_k[here], v[here].double()
 
     def bound(want: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        return want.abs() * half_step(dtype) + size * 2.0**-20
+        # What is normed is rounded before it is rotated.
+        return want.abs() * half_step(dtype) + size * (2.0**-20 + normed * 1.01 * half_step(dtype))
 
     def stored(want: torch.Tensor) -> torch.Tensor:
         """What the cache's own rounding adds: nothing where it holds the activations' dtype."""
@@ -446,6 +485,15 @@ def _rope(
         worst(written[:, 0], want_k, bound(want_k, size_k) + stored(want_k)),
         worst(written[:, 1], want_v, stored(want_v)),
     )
+
+
+def _heads_normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """rms_norm of each head of x [rows, heads * dim], fp64."""
+    if norm is None:
+        return x.double()
+    heads = x.double().view(len(x), -1, len(norm.weight))
+    mean = heads.square().mean(-1, keepdim=True)
+    return (heads / (mean + norm.eps).sqrt() * norm.weight.double()).view(x.shape)
 
 
 def rotated(

@@ -1,8 +1,9 @@
 """What a quantised layer takes in place of its input, or beside it: sums over groups, or 8 bits.
 
 A weight with minimums takes sums of x over its groups (`sums_kernel`). Activations in 8 bits,
-integers or floats with one scale for each token (`activations_kernel`), come with sums of their
-codes where the weight has minimums: integers, so exact. Either may take rms_norm(x) in the same
+integers or floats with one scale for each token (`activations_kernel`; of few tokens, the layer's
+own programs make them), come with sums of their codes where the weight has minimums: integers, so
+exact. Either may take rms_norm(x) in the same
 launch, and x in the order of an act-order weight's columns.
 
 They lie in a scratch of fp32 columns: sums from the first column on, or a token's scale, the sums
@@ -23,9 +24,10 @@ import triton.language as tl
 
 from . import rms_norm
 from .numerics import OPTIONS
-from .products import rows_of
+from .products import largest, rows_of
 from .quantised import LAYOUTS, FloatMatrix, Layout, Matrix, QuantisedMatrix
 from .rms_norm import Norm
+from .rounding import coded, factor_and_scale
 
 SUMS_BLOCK = 16  # groups of one program of sums_kernel
 ACTIVATIONS_BLOCK = 1024  # elements of a token at a time in activations_kernel
@@ -72,24 +74,6 @@ def sums_kernel(
 
 
 @triton.jit
-def nearest_int8(x):
-    """Nearest integer, ties to even, of |x| <= 127: the rounding of a sum with 1.5 * 2^23."""
-    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-
-
-@triton.jit
-def nearest_e4m3(x):
-    """Nearest 8-bit float, ties to even, of |x| <= 448, as its code (uint8)."""
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 a code counts steps of 2^-9, which is the last place of 2^14.
-    tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    return (sign | tl.where(size < 0x3C800000, tiny, normal)).to(tl.uint8)
-
-
-@triton.jit
 def activations_kernel(
     x_ptr,
     codes_ptr,
@@ -112,10 +96,8 @@ def activations_kernel(
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """One token of x in 8 bits: code = nearest(x * (most / largest)), 0 from K to width; its scale
-    largest / most. A row of zeros, or below 2^-100, becomes zeros; the scale of one that holds a
-    NaN or an infinity is NaN. HAS_SUMS: of codes over groups of GROUP, behind the scale."""
-    MOST: tl.constexpr = 127.0 if TO == "int8" else 448.0
+    """One token of x in 8 bits (rounding.py), 0 from K to width, and its scale. HAS_SUMS: of codes
+    over groups of GROUP, behind the scale."""
     token = tl.program_id(0).to(tl.int64)
     x_at = x_ptr + token * x_stride + tl.zeros((1, 1), tl.int64)
     scratch_ptr += token * scratch_stride
@@ -123,24 +105,14 @@ def activations_kernel(
     if NORM:
         first = tl.zeros((1,), tl.int64)
         root = rms_norm.roots(x_ptr + token * x_stride, first, 0, K, eps, 1, CHUNK, LEVELS, 0)
+    most = largest(x_at, K, norm_ptr, root, offset, 1, BLOCK, NORM)
+    factor, scale = factor_and_scale(most, TO)
+    tl.store(scratch_ptr + tl.zeros((1,), tl.int32), scale)
     at = tl.arange(0, BLOCK)
-    largest = tl.zeros((1, BLOCK), tl.float32)
-    wrong = tl.zeros((1, BLOCK), tl.float32)
-    for start in range(0, K, BLOCK):
-        x = rows_of(x_at, start + at, K, columns_ptr, norm_ptr, root, offset, False, NORM, False)
-        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-        wrong += x.to(tl.float32) * 0.0
-    most = tl.max(tl.max(largest, 1), 0)
-    seen = most >= 2.0**-100
-    up = tl.where(seen, tl.div_rn(MOST, tl.where(seen, most, 1.0)), 0.0)
-    scale = tl.where(seen, tl.div_rn(most, MOST), 0.0) + tl.sum(tl.sum(wrong, 1), 0)
-    tl.store(scratch_ptr, scale)
     for start in range(0, width, BLOCK):
         k = start + at
         x = rows_of(x_at, k, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, False)
-        # Rounding may have made the product a little more than the most.
-        x = tl.minimum(tl.maximum(tl.reshape(x, (BLOCK,)).to(tl.float32) * up, -MOST), MOST)
-        code = nearest_int8(x) if TO == "int8" else nearest_e4m3(x)
+        code = tl.reshape(coded(x, factor[:, None], TO), (BLOCK,))
         tl.store(codes_ptr + token * codes_stride + k, code, mask=k < width)
         if HAS_SUMS:
             sums = tl.sum(tl.reshape(code, (BLOCK // GROUP, GROUP)).to(tl.int32), 1)

@@ -1,10 +1,11 @@
 """linear: y = x W^T + bias, its result rounded once, with what stands before and behind it.
 
-Before: rms_norm of x, computed by every program for its own tokens where these are few; for more
-tokens, or where x is prepared (inputs.py), by a launch before. Behind: an addition, or a gate's
-activation and product with the layer beside it, whose rows lie in turns with its own (`paired`). No
-bit of a result depends on which launch did what. The loops are those of products.py: tokens come in
-tiles of TOKENS[i], and a tile's width changes no bit of a token's result.
+Before: rms_norm of x, and x in 8 bits, computed by every program for its own tokens where these are
+few; for more tokens, or where a weight takes sums of x (inputs.py), by a launch before. Behind: an
+addition, or a gate's activation and product with the layer beside it, whose rows lie in turns with
+its own (`paired`). No bit of a result depends on which launch did what. The loops are those of
+products.py: tokens come in tiles of TOKENS[i], and a tile's width changes no bit of a token's
+result.
 
 Weights and activations of one 16-bit dtype meet in the tensor core; where the two differ, or are
 fp32, products are fp32. Where asked for, a quantised weight is multiplied by x in 8 bits instead:
@@ -27,13 +28,16 @@ import triton.language as tl
 from . import rms_norm
 from .inputs import prepare
 from .numerics import OPTIONS, TL, gated
-from .products import float_product, quantised_product
+from .products import float_product, largest, quantised_product
 from .quantised import PAIR, FloatMatrix, Matrix, QuantisedMatrix, codebook
 from .rms_norm import Norm
+from .rounding import factor_and_scale
 from .tuned import UNTUNED, Tuned
 
 ROWS = 64  # of the weight, in one program: the height of a warpgroup's instruction
 TOKENS = (16, 32, 64, 128)  # widths of a tile of tokens
+CODED_ELEMENTS = 1 << 16  # of x, that a program reads to quantise it: 128 KB in 16 bits
+CODED_BLOCK = 512  # of a token, at a time
 _PAIR = tl.constexpr(PAIR)
 
 
@@ -199,6 +203,8 @@ def quantised_kernel(
     NORM: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
+    CODED: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """W in codes of num_rows rows; see quantised_product."""
@@ -208,6 +214,11 @@ def quantised_kernel(
     root = tl.zeros((TOKENS,), tl.float32)
     if NORM:
         root = rms_norm.roots(x_ptr, known.to(tl.int64), x_stride, K, eps, TOKENS, CHUNK, LEVELS, 0)
+    factor, token_scale = root, root
+    if CODED != "":
+        x_at = x_ptr + known.to(tl.int64)[:, None] * x_stride
+        most = largest(x_at, K, norm_ptr, root, offset, TOKENS, BLOCK, NORM)
+        factor, token_scale = factor_and_scale(most, CODED)
     acc = quantised_product(
         x_ptr,
         codes_ptr,
@@ -220,6 +231,8 @@ def quantised_kernel(
         tl.minimum(row, num_rows - 1),
         known,
         root,
+        factor,
+        token_scale,
         num_rows,
         K,
         words,
@@ -238,6 +251,7 @@ def quantised_kernel(
         HAS_MINIMUM,
         ORDERED,
         NORM,
+        CODED,
         WHOLE,
     )
     store(
@@ -291,8 +305,19 @@ def float_options(product: torch.dtype) -> dict[str, Any]:
     return OPTIONS | {"num_stages": 2 if product == torch.float32 else 4}
 
 
-def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
-    """Constants of quantised_kernel that follow from the weight."""
+def coded_here(w: QuantisedMatrix, num_tokens: int) -> str:
+    """What the layer's programs make of x as they load it, "" where a launch before does, or where
+    nothing is to be done.
+
+    Each program then reads all of its tokens once more, to find the largest of each: worth it while
+    that is little.
+    """
+    few = num_tokens <= TOKENS[0] and num_tokens * w.shape[1] <= CODED_ELEMENTS
+    return w.activations if few else ""
+
+
+def quantised_tile(w: QuantisedMatrix, tokens: int, coded: str = "") -> dict[str, Any]:
+    """Constants of quantised_kernel that follow from the weight; coded: of coded_here."""
     layout, K = w.layout, w.shape[1]
     return {
         "ROWS": ROWS,
@@ -304,7 +329,7 @@ def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
         "GROUPS": layout.step_groups,
         "PER_ROW": layout.per_row,
         "HAS_MINIMUM": layout.minimum,
-        "WHOLE": bool(w.activations) or layout.width(K) == K,
+        "WHOLE": bool(w.activations and not coded) or layout.width(K) == K,
     }
 
 
@@ -356,10 +381,10 @@ def launch(
     tokens = tokens_of(num_tokens, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(num_tokens, tokens))
-    ordered = False
+    ordered, coded = False, ""
     if isinstance(weight, QuantisedMatrix):
-        ordered = weight.columns is not None
-        if has_inputs(weight):
+        ordered, coded = weight.columns is not None, coded_here(weight, num_tokens)
+        if has_inputs(weight) and not coded:
             assert scratch is not None
             x, done = prepare(x, weight, scratch, norm, normed)
             ordered, norm = ordered and not done, None
@@ -408,8 +433,10 @@ def launch(
         *strides,
         PRODUCT=product_of(weight, dtype),
         ORDERED=ordered,
+        CODED=coded,
+        BLOCK=CODED_BLOCK if coded else 1,
         **shared,
-        **quantised_tile(weight, tokens),
+        **quantised_tile(weight, tokens, coded),
         **(quantised_options(weight, tokens) | tuned.options(weight, dtype, tokens)),
     )
 

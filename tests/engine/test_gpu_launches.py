@@ -108,12 +108,14 @@ def test_launches_of_a_layer_that_decodes(
 
 
 def test_launches_of_a_layer_by_its_tokens_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms are launches of their own for many tokens; 8-bit activations take one a layer."""
+    """For few tokens norms and 8-bit activations are part of a layer's launch, for more they are
+    launches of their own, a norm in that of the activations behind it; so are sums of groups."""
     launches, llama = Launches(monkeypatch), "LlamaForCausalLM"
     assert per_layer(launches, llama, 1, fmt="Q8_0").total() == 6
     prompt = per_layer(launches, llama, 17)
     assert prompt.total() == 8 and prompt["rms_norm_kernel"] == 2
-    codes = per_layer(launches, llama, 1, "int8", "Q8_0")
+    assert per_layer(launches, llama, 1, "int8", "Q4_1").total() == 6
+    codes = per_layer(launches, llama, 17, "int8", "Q8_0")
     assert codes.total() == 10 and codes["activations_kernel"] == 4
     assert not codes["rms_norm_kernel"]
     sums = per_layer(launches, llama, 17, fmt="Q4_1")

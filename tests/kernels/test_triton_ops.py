@@ -6,6 +6,7 @@ fp32 and fp16: the interpreter's bf16 is wrong. Law 2 as bits, as far as numpy's
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,8 @@ from tests.kernels.packed_steps import (
 )
 from tests.kernels.packed_steps import run as run_reference
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
+
+from engineroom.kernels.triton import linear  # isort: skip
 
 RNG = np.random.default_rng(41)
 INV_FREQ = tuple(10000.0 ** (-i / 5) for i in range(5))
@@ -268,6 +271,33 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other() -> None:
     assert np.isnan(bad[[3, 6]]).all()
     others = [0, 1, 2, 4, 5, 7, 8]
     assert bad[others].tobytes() == good[others].tobytes()
+
+
+@pytest.mark.parametrize("name,activations", [("Q4_1", "int8"), ("FP8_128", "fp8")])
+def test_codes_made_by_a_layer_are_those_of_a_launch_before(
+    name: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of columns in another order; and the layer does make them."""
+    columns = {"Q4_1": 160, "FP8_128": 256}[name]
+    order = RNG.permutation(columns).astype(np.int32)
+    weights = {
+        "x": hostile_rows(columns),
+        "w": replace(quantised(name, 20, columns), columns=order),
+    }
+    launched = []
+    prepared = linear.prepare
+
+    def prepare(*args: Any) -> Any:
+        launched.append(args)
+        return prepared(*args)
+
+    monkeypatch.setattr(linear, "prepare", prepare)
+    program = linear_program(20, columns)
+    here = run(program, weights, plain_step(9), activations=activations)
+    assert not launched
+    monkeypatch.setattr(linear, "CODED_ELEMENTS", 8 * columns)
+    before = run(program, weights, plain_step(9), activations=activations)
+    assert here.tobytes() == before.tobytes() and len(launched) == 1
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,9 @@ def _linear(
     )
 
 
-def _label(after: str, paired: bool, norm: bool, ordered: bool = False) -> str:
+def _label(after: str, paired: bool, norm: bool, ordered: bool = False, here: bool = False) -> str:
     words = [after, "in pairs" * paired, "of a norm" * norm, "act-order" * ordered]
+    words.append("quantised in it" * here)
     return "".join(f" {word}" for word in words if word)
 
 
@@ -191,13 +192,15 @@ def _quantised(
     after: str = "",
     norm: bool = False,
     ordered: bool = False,
+    here: bool = False,
 ) -> Configuration:
-    """after: a gate whose rows lie in turns with the layer's."""
+    """after: a gate whose rows lie in turns with the layer's; here: its programs quantise x."""
     pointer = _POINTERS[dtype]
     layout = LAYOUTS[fmt]
     empty = torch.empty(0)
     minimum = empty if layout.minimum else None
     columns = empty if ordered else None
+    coded = activations if here else ""
     weight = QuantisedMatrix(
         (4096, K), layout, empty, empty, minimum, activations, columns, paired=bool(after)
     )
@@ -210,10 +213,10 @@ def _quantised(
     whole_row = layout.per_row and activations == "int8"
     return Configuration(
         f"linear {fmt} {activations or dtype} tokens {tokens} K {K}"
-        + _label(after, bool(after), norm, ordered),
+        + _label(after, bool(after), norm, ordered, here),
         linear.quantised_kernel,
         {
-            "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}[activations],
+            "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}["" if here else activations],
             **_codes(layout, pointer),
             "scratch_ptr": "*fp32",
             "columns_ptr": "*i32",
@@ -227,9 +230,11 @@ def _quantised(
             "ROUND": _TL[dtype],
             "PRODUCT": linear.product_of(weight, getattr(torch, dtype)),
             "ORDERED": ordered,
+            "CODED": coded,
+            "BLOCK": linear.CODED_BLOCK if coded else 1,
         }
         | _around(after, bool(after), norm, K)
-        | linear.quantised_tile(weight, tokens),
+        | linear.quantised_tile(weight, tokens, coded),
         linear.quantised_options(weight, tokens),
         ("num_tokens",),
         ("eps", "offset"),
@@ -420,7 +425,7 @@ def _expert_linear(of: Configuration, E: int) -> Configuration:
     """The layer `of` with its rows gathered by expert."""
     routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
     quantised = of.kernel is linear.quantised_kernel
-    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS")
+    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS", "CODED", "BLOCK")
     return replace(
         of,
         name=f"experts {of.name} of {E}",
@@ -536,6 +541,11 @@ def configurations() -> Iterator[Configuration]:
     for tokens in (16, 128):
         yield _quantised("INT8", "bfloat16", tokens, activations="int8", after="silu_mul")
         yield _quantised("FP8", "bfloat16", tokens, activations="fp8", after="silu_mul")
+    for fmt, activations in (("INT8", "int8"), ("Q4_0", "int8"), ("Q4_K", "int8"), ("FP8", "fp8")):
+        for after, norm in (("", False), ("silu_mul", True)):
+            yield _quantised(
+                fmt, "bfloat16", 16, activations=activations, after=after, norm=norm, here=True
+            )
     yield _quantised("I4G128", "bfloat16", 16, ordered=True)
     for fmt in ("I4G32", "I8G32"):
         yield _quantised(fmt, "bfloat16", 32, ordered=True)

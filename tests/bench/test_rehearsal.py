@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs torch")
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux)")
 
 from engineroom.engine.bench.gpu import checks, engine_rows, launches, law2, report  # noqa: E402
-from engineroom.engine.bench.gpu.checks import Probe  # noqa: E402
+from engineroom.engine.bench.gpu.probe import Probe  # noqa: E402
 from engineroom.engine.bench.tables import SCHEMA  # noqa: E402
 from engineroom.engine.cli import main  # noqa: E402
 

@@ -56,15 +56,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 class Launches:
-    """Counts launches of kernels by name."""
+    """Counts launches of kernels by name, and runs none: the host reads no result."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: Counter[str] = Counter()
-        run = interpreter.InterpretedFunction.run
 
-        def counting(kernel: Any, *args: Any, **options: Any) -> Any:
+        def counting(kernel: Any, *args: Any, **options: Any) -> None:
             self.names[kernel.fn.__name__] += 1
-            return run(kernel, *args, **options)
 
         monkeypatch.setattr(interpreter.InterpretedFunction, "run", counting)
 
@@ -90,7 +88,7 @@ def per_layer(
     """Launches that one more layer adds to a step of one sequence."""
     values = {**SIZES, **FAMILIES[architecture][0], "architectures": [architecture]}
     counted = []
-    for layers in (2, 3):
+    for layers in (1, 2):
         made = executable(values, layers, activations, fmt)
         pages = Paged(16, 8, np.random.default_rng(1))
         launches.names.clear()

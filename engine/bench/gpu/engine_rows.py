@@ -25,8 +25,8 @@ from ...runtime.assemble import load_model
 from ...runtime.memory import DoesNotFit, activation_dtype, kv_spec, plan_memory
 from ...runtime.runner import Flight, Runner
 from .card import Card
-from .checks import Probe
 from .law2 import verdict
+from .probe import Probe
 from .rows import Target
 from .sizes import LLAMA, QWEN3, Sizes
 

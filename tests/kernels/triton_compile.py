@@ -661,14 +661,21 @@ _BLOCK = re.compile(r"(<!-- compiled -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/kernels.md with its table written anew from all rows."""
+    """docs/kernels.md with its table written anew; a kernel that no row is of keeps its line."""
+    before = _PAGE.read_text("utf-8")
     header = ["kernel", *(f"{t}: registers, shared" for t in TARGETS), "sm_90 instructions"]
     lines = ["| " + " | ".join(header) + " |\n", "| " + " | ".join("---" for _ in header) + " |\n"]
+    found = _BLOCK.search(before)
+    assert found is not None
+    old = {line.split(" | ")[0].removeprefix("| "): line for line in found[0].splitlines(True)}
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["target"]] = row
-    for name, made in by_name.items():
-        cells = [name]
+    for name in dict.fromkeys(configuration.name for configuration in configurations()):
+        if name not in by_name:
+            lines += [old[name]] if name in old else []
+            continue
+        made, cells = by_name[name], [name]
         for target in TARGETS:
             row = made.get(target)
             stack = f", stack {row['stack']}" if row and row["stack"] else ""
@@ -678,7 +685,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         counts = [f"{row[n]} {n}" for n in shown if row[n]] if row else []
         cells.append("; ".join([f"{row['instructions']:,}", *counts]) if row else "")
         lines.append("| " + " | ".join(cells) + " |\n")
-    return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], _PAGE.read_text("utf-8"))
+    return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], before)
 
 
 def main() -> int:
@@ -686,7 +693,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="names that contain one of these")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="write what was compiled to the page")
     options = parser.parse_args()
     jobs = [
         (configuration, target)

@@ -331,6 +331,7 @@ def quantised_kernel(
             ORDERED,
             False,
             "",
+            False,
             WHOLE,
         )
         store(

@@ -1,11 +1,10 @@
 """linear: y = x W^T + bias, its result rounded once, with what stands before and behind it.
 
-Before: rms_norm of x, and x in 8 bits, computed by every program for its own tokens where these are
-few; for more tokens, or where a weight takes sums of x (inputs.py), by a launch before. Behind: an
-addition, or a gate's activation and product with the layer beside it, whose rows lie in turns with
-its own (`paired`). No bit of a result depends on which launch did what. The loops are those of
-products.py: tokens come in tiles of TOKENS[i], and a tile's width changes no bit of a token's
-result.
+Before: rms_norm of x, and what a quantised layer takes of x (inputs.py), computed by every program
+for its own tokens where these are few, for more tokens by a launch before. Behind: an addition, or
+a gate's activation and product with the layer beside it, whose rows lie in turns with its own
+(`paired`). No bit of a result depends on which launch did what. The loops are those of products.py:
+tokens come in tiles of TOKENS[i], and a tile's width changes no bit of a token's result.
 
 Weights and activations of one 16-bit dtype meet in the tensor core; where the two differ, or are
 fp32, products are fp32. Where asked for, a quantised weight is multiplied by x in 8 bits instead:
@@ -204,6 +203,7 @@ def quantised_kernel(
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
     CODED: tl.constexpr,
+    SUMMED: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -252,6 +252,7 @@ def quantised_kernel(
         ORDERED,
         NORM,
         CODED,
+        SUMMED,
         WHOLE,
     )
     store(
@@ -305,19 +306,30 @@ def float_options(product: torch.dtype) -> dict[str, Any]:
     return OPTIONS | {"num_stages": 2 if product == torch.float32 else 4}
 
 
-def coded_here(w: QuantisedMatrix, num_tokens: int) -> str:
-    """What the layer's programs make of x as they load it, "" where a launch before does, or where
-    nothing is to be done.
+def is_prepared(weight: Matrix, num_tokens: int) -> bool:
+    """Whether a launch before prepares x of so many tokens: see inputs.py.
 
-    Each program then reads all of its tokens once more, to find the largest of each: worth it while
-    that is little.
+    For few tokens the layer's programs do. To quantise x each one reads all of its tokens once
+    more, to find the largest of each: worth it while that is little.
     """
-    few = num_tokens <= TOKENS[0] and num_tokens * w.shape[1] <= CODED_ELEMENTS
-    return w.activations if few else ""
+    if not has_inputs(weight):
+        return False
+    few = num_tokens <= TOKENS[0]
+    coded = isinstance(weight, QuantisedMatrix) and weight.activations
+    return not few or bool(coded and num_tokens * weight.shape[1] > CODED_ELEMENTS)
 
 
-def quantised_tile(w: QuantisedMatrix, tokens: int, coded: str = "") -> dict[str, Any]:
-    """Constants of quantised_kernel that follow from the weight; coded: of coded_here."""
+def inputs_here(w: QuantisedMatrix) -> dict[str, Any]:
+    """Constants of quantised_kernel where it prepares x itself."""
+    block = CODED_BLOCK if w.activations else 1
+    return {"CODED": w.activations, "SUMMED": w.layout.minimum, "BLOCK": block}
+
+
+INPUTS_BEFORE = {"CODED": "", "SUMMED": False, "BLOCK": 1}
+
+
+def quantised_tile(w: QuantisedMatrix, tokens: int, *, prepared: bool = True) -> dict[str, Any]:
+    """Constants of quantised_kernel that follow from the weight; see is_prepared."""
     layout, K = w.layout, w.shape[1]
     return {
         "ROWS": ROWS,
@@ -329,7 +341,7 @@ def quantised_tile(w: QuantisedMatrix, tokens: int, coded: str = "") -> dict[str
         "GROUPS": layout.step_groups,
         "PER_ROW": layout.per_row,
         "HAS_MINIMUM": layout.minimum,
-        "WHOLE": bool(w.activations and not coded) or layout.width(K) == K,
+        "WHOLE": bool(w.activations and prepared) or layout.width(K) == K,
     }
 
 
@@ -381,10 +393,10 @@ def launch(
     tokens = tokens_of(num_tokens, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(num_tokens, tokens))
-    ordered, coded = False, ""
+    ordered, prepared = False, is_prepared(weight, num_tokens)
     if isinstance(weight, QuantisedMatrix):
-        ordered, coded = weight.columns is not None, coded_here(weight, num_tokens)
-        if has_inputs(weight) and not coded:
+        ordered = weight.columns is not None
+        if prepared:
             assert scratch is not None
             x, done = prepare(x, weight, scratch, norm, normed)
             ordered, norm = ordered and not done, None
@@ -433,16 +445,15 @@ def launch(
         *strides,
         PRODUCT=product_of(weight, dtype),
         ORDERED=ordered,
-        CODED=coded,
-        BLOCK=CODED_BLOCK if coded else 1,
+        **(INPUTS_BEFORE if prepared else inputs_here(weight)),
         **shared,
-        **quantised_tile(weight, tokens, coded),
+        **quantised_tile(weight, tokens, prepared=prepared),
         **(quantised_options(weight, tokens) | tuned.options(weight, dtype, tokens)),
     )
 
 
 def has_inputs(weight: Matrix) -> bool:
-    """Whether a launch before the layer prepares its input: see inputs.py."""
+    """Whether something stands for the layer's input, or beside it: see inputs.py."""
     return isinstance(weight, QuantisedMatrix) and bool(weight.activations or weight.layout.minimum)
 
 

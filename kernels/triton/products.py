@@ -119,6 +119,13 @@ def small_to_float(x):
 
 
 @triton.jit
+def group_sums(x, PRODUCT: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Sums of x [GROUP, tokens] as [ROWS, tokens], every row alike: by products with 1, so in the
+    order of the instruction that multiplies, whatever the layout of x among threads."""
+    return tl.dot(tl.full((ROWS, GROUP), 1.0, PRODUCT), x, input_precision="ieee")
+
+
+@triton.jit
 def codes_to_float(word, PLANE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, DTYPE):
     """Codes minus ZERO as floats, exactly, without a conversion of integers.
 
@@ -219,14 +226,15 @@ def quantised_product(
     ORDERED: tl.constexpr,
     NORM: tl.constexpr,
     CODED: tl.constexpr,
+    SUMMED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """W x^T [ROWS, TOKENS] of rows of W and of x: W in codes [all_rows, words], scales (and
     minimums) [groups, all_rows], or scales [all_rows].
 
     scratch: sums of x over groups; where PRODUCT is int8 or float8e4nv, and x whole steps of it,
-    the scale of each token, and sums of its codes SUMS columns behind. CODED ("int8" or "fp8"):
-    nothing is there; x becomes 8 bits as it is loaded, by each token's factor and token_scale.
+    the scale of each token, and sums of its codes SUMS columns behind. SUMMED: sums are made here.
+    CODED ("int8" or "fp8"): so are the codes, by each token's factor and token_scale.
     """
     token = token.to(tl.int64)
     k = tl.arange(0, GROUP)
@@ -248,8 +256,8 @@ def quantised_product(
             x = rows_of(x_at, at, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, WHOLE)
             if CODED != "":
                 x = coded(x, factor[:, None], CODED)
-                if HAS_MINIMUM:
-                    sums = small_to_float(tl.sum(x.to(tl.int32), 1))
+                if SUMMED:
+                    sums = small_to_float(tl.sum(x.to(tl.int32), 1))[None, :]
             x = tl.trans(x.to(PRODUCT, bitcast=FLOAT8))
             if PER_ROW and not FLOAT8:
                 acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=KEPT)
@@ -266,11 +274,14 @@ def quantised_product(
                     acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
                     if HAS_MINIMUM:
                         least = tl.load(minimum_ptr + group * all_rows + row).to(tl.float32)
-                        if CODED == "":
-                            sums = tl.load(scratch_ptr + token * scratch_stride + SUMS + group)
+                        if not SUMMED:
+                            at = scratch_ptr + token * scratch_stride + SUMS + group
+                            sums = tl.load(at)[None, :]
+                        elif not INTEGERS:
+                            sums = group_sums(x, PRODUCT, ROWS, GROUP)
                         acc = tl.fma(
                             tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
-                            tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
+                            tl.broadcast_to(sums, (ROWS, TOKENS)),
                             acc,
                         )
     if PER_ROW:

@@ -106,10 +106,11 @@ def test_launches_of_a_layer_that_decodes(
 
 
 def test_launches_of_a_layer_by_its_tokens_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For few tokens norms and 8-bit activations are part of a layer's launch, for more they are
-    launches of their own, a norm in that of the activations behind it; so are sums of groups."""
+    """For few tokens norms, 8-bit activations and sums of groups are part of a layer's launch, for
+    more they are launches of their own, a norm in that of what is behind it."""
     launches, llama = Launches(monkeypatch), "LlamaForCausalLM"
-    assert per_layer(launches, llama, 1, fmt="Q8_0").total() == 6
+    for fmt in ("Q8_0", "Q4_1"):
+        assert per_layer(launches, llama, 1, fmt=fmt).total() == 6
     prompt = per_layer(launches, llama, 17)
     assert prompt.total() == 8 and prompt["rms_norm_kernel"] == 2
     assert per_layer(launches, llama, 1, "int8", "Q4_1").total() == 6

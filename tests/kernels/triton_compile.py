@@ -200,7 +200,7 @@ def _quantised(
     empty = torch.empty(0)
     minimum = empty if layout.minimum else None
     columns = empty if ordered else None
-    coded = activations if here else ""
+    here = here or (tokens == 16 and not activations and not ordered)
     weight = QuantisedMatrix(
         (4096, K), layout, empty, empty, minimum, activations, columns, paired=bool(after)
     )
@@ -213,7 +213,7 @@ def _quantised(
     whole_row = layout.per_row and activations == "int8"
     return Configuration(
         f"linear {fmt} {activations or dtype} tokens {tokens} K {K}"
-        + _label(after, bool(after), norm, ordered, here),
+        + _label(after, bool(after), norm, ordered, here and bool(activations)),
         linear.quantised_kernel,
         {
             "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}["" if here else activations],
@@ -230,11 +230,10 @@ def _quantised(
             "ROUND": _TL[dtype],
             "PRODUCT": linear.product_of(weight, getattr(torch, dtype)),
             "ORDERED": ordered,
-            "CODED": coded,
-            "BLOCK": linear.CODED_BLOCK if coded else 1,
+            **(linear.inputs_here(weight) if here else linear.INPUTS_BEFORE),
         }
         | _around(after, bool(after), norm, K)
-        | linear.quantised_tile(weight, tokens, coded),
+        | linear.quantised_tile(weight, tokens, prepared=not here),
         linear.quantised_options(weight, tokens),
         ("num_tokens",),
         ("eps", "offset"),
@@ -342,9 +341,9 @@ def _small(dtype: str) -> Iterator[Configuration]:
             f"group sums {dtype}{_label('', False, norm)}",
             inputs.sums_kernel,
             {"x_ptr": pointer, "sums_ptr": "*fp32", "normed_ptr": pointer, **scratch},
-            {"GROUP": 32, "BLOCK": inputs.SUMS_BLOCK, **shared},
+            {"PRODUCT": _TL[dtype], "GROUP": 32, **inputs.SUMS_TILE, **shared},
             OPTIONS,
-            ("num_groups",),
+            ("num_groups", "num_tokens"),
             ("eps", "offset"),
         )
         for to, sums in (("int8", False), ("int8", True), ("fp8", False)):
@@ -425,7 +424,7 @@ def _expert_linear(of: Configuration, E: int) -> Configuration:
     """The layer `of` with its rows gathered by expert."""
     routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
     quantised = of.kernel is linear.quantised_kernel
-    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS", "CODED", "BLOCK")
+    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS", "CODED", "SUMMED", "BLOCK")
     return replace(
         of,
         name=f"experts {of.name} of {E}",
@@ -536,8 +535,7 @@ def configurations() -> Iterator[Configuration]:
         yield _quantised(fmt, "float16", 16)
     for fmt, layout in LAYOUTS.items():
         for tokens in (16, 32) if layout.has_long_planes else (16, 128):
-            norm = tokens == 16 and not layout.minimum
-            yield _quantised(fmt, "bfloat16", tokens, after="silu_mul", norm=norm)
+            yield _quantised(fmt, "bfloat16", tokens, after="silu_mul", norm=tokens == 16)
     for tokens in (16, 128):
         yield _quantised("INT8", "bfloat16", tokens, activations="int8", after="silu_mul")
         yield _quantised("FP8", "bfloat16", tokens, activations="fp8", after="silu_mul")

@@ -306,17 +306,20 @@ def float_options(product: torch.dtype) -> dict[str, Any]:
     return OPTIONS | {"num_stages": 2 if product == torch.float32 else 4}
 
 
-def is_prepared(weight: Matrix, num_tokens: int) -> bool:
+def is_prepared(weight: Matrix, num_tokens: int, dtype: torch.dtype) -> bool:
     """Whether a launch before prepares x of so many tokens: see inputs.py.
 
     For few tokens the layer's programs do. To quantise x each one reads all of its tokens once
-    more, to find the largest of each: worth it while that is little.
+    more, to find the largest of each: worth it while that is little. Sums are products with ones,
+    which cost as much as the weight's where no tensor core makes them.
     """
-    if not has_inputs(weight):
+    if not isinstance(weight, QuantisedMatrix) or not has_inputs(weight):
         return False
-    few = num_tokens <= TOKENS[0]
-    coded = isinstance(weight, QuantisedMatrix) and weight.activations
-    return not few or bool(coded and num_tokens * weight.shape[1] > CODED_ELEMENTS)
+    if num_tokens > TOKENS[0]:
+        return True
+    if weight.activations:
+        return num_tokens * weight.shape[1] > CODED_ELEMENTS
+    return dtype == torch.float32
 
 
 def inputs_here(w: QuantisedMatrix) -> dict[str, Any]:
@@ -393,7 +396,7 @@ def launch(
     tokens = tokens_of(num_tokens, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(num_tokens, tokens))
-    ordered, prepared = False, is_prepared(weight, num_tokens)
+    ordered, prepared = False, is_prepared(weight, num_tokens, dtype)
     if isinstance(weight, QuantisedMatrix):
         ordered = weight.columns is not None
         if prepared:

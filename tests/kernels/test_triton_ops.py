@@ -308,16 +308,20 @@ def test_codes_made_by_a_layer_are_those_of_a_launch_before(
         ("Q4_1", "int8"),
         ("INT8", "int8"),
         ("FP8", "fp8"),
+        ("Q4_1", "auto in 16 bits"),
+        ("I4G128", "auto in 16 bits"),
     ],
 )
 def test_linear_rows_do_not_depend_on_how_many_there_are(name: str, activations: str) -> None:
-    columns, rows = {"FP8_128": 128, "NF4": 64}.get(name, 96), 70
+    activations, _, in_16_bits = activations.partition(" ")
+    more = {"activations": activations, "dtype": "float16" if in_16_bits else "float32"}
+    columns, rows = {"FP8_128": 128, "I4G128": 128, "NF4": 64}.get(name, 96), 70
     w = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
     weights = {"x": table(columns, 1.0), "w": w}
     program = linear_program(rows, columns)
-    whole = run(program, weights, plain_step(ROWS), activations=activations)
+    whole = run(program, weights, plain_step(ROWS), **more)
     for num_tokens in (1, 2, 15, 17, 33, 70):
-        some = run(program, weights, plain_step(num_tokens), activations=activations)
+        some = run(program, weights, plain_step(num_tokens), **more)
         assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
 
 
@@ -361,13 +365,16 @@ def normed_program(rows: int, columns: int, *, gated: bool) -> Program:
 NORMED = [
     ("F32", "auto", False),
     ("Q4_K", "auto", True),
+    ("Q4_1", "auto in 16 bits", False),
     ("Q4_K", "int8", True),
     ("FP8", "fp8", False),
 ]
 if FULL:
     NORMED += [(name, "auto", gated) for name in ("Q4_0", "INT8", "NF4") for gated in (False, True)]
     NORMED += [("INT8", "int8", False), ("INT8", "int8", True)]
-    NORMED += [(name, by, not gated) for name, by, gated in NORMED[:4]]
+    NORMED += [
+        (name, by, not gated) for name, by, gated in NORMED[:5] if by in ("auto", "int8", "fp8")
+    ]
 
 
 @pytest.mark.parametrize(("name", "activations", "gated"), NORMED)
@@ -376,27 +383,29 @@ def test_a_norm_before_layers_has_the_bits_of_its_own_launch(
 ) -> None:
     """Few tokens are normed by the layer's programs, many by a launch before; a gate and the layer
     beside it are one matrix."""
+    activations, _, in_16_bits = activations.partition(" ")
+    more = {"activations": activations, "dtype": "float16" if in_16_bits else "float32"}
     columns, rows = 256, 24
     program = normed_program(rows, columns, gated=gated)
     weights = {"x": table(columns), "norm": WEIGHT_256}
     for each in ("w", "up")[: 1 + gated]:
         some = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
         weights[each] = some
-    whole = run(program, weights, plain_step(ROWS), activations=activations)
+    whole = run(program, weights, plain_step(ROWS), **more)
     for num_tokens in (1, 16, 17, 40) if FULL else (3, 17):
-        some = run(program, weights, plain_step(num_tokens), activations=activations)
+        some = run(program, weights, plain_step(num_tokens), **more)
         assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
-    if activations == "auto":
+    if activations == "auto" and not in_16_bits:
         want = run_reference(program, weights, plain_step(ROWS)).astype(np.float64)
         assert_close(whole, want, "float32", 1e-5)
     h = one_op(normed_rows, x=columns)
-    normed = run(h, {"x": weights["x"], "norm": WEIGHT_256}, plain_step(ROWS))
+    normed = run(h, {"x": weights["x"], "norm": WEIGHT_256}, plain_step(ROWS), **more)
     alone = [
         run(
             linear_program(rows, columns),
             {"x": normed, "w": weights[n]},
             plain_step(ROWS),
-            activations=activations,
+            **more,
         )
         for n in ("w", "up")[: 1 + gated]
     ]

@@ -200,10 +200,11 @@ def _quantised(
     empty = torch.empty(0)
     minimum = empty if layout.minimum else None
     columns = empty if ordered else None
-    here = here or (tokens == 16 and not activations and not ordered)
     weight = QuantisedMatrix(
         (4096, K), layout, empty, empty, minimum, activations, columns, paired=bool(after)
     )
+    if not activations:
+        here = not linear.is_prepared(weight, tokens, getattr(torch, dtype))
     tensor = {
         "int8": {"sm_90": ("IGMMA",), "sm_80": ("IMMA",)},
         "fp8": {"sm_90": ("QGMMA",)},

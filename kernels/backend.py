@@ -225,10 +225,20 @@ class Backend(Protocol):
         ...
 
     def workspace_bytes(
-        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+        self,
+        program: Program,
+        max_tokens: int,
+        max_rows: int,
+        max_context: int,
+        *,
+        weights: Mapping[str, RawWeight | WeightGroup] | None = None,
+        kv: KVSpec | None = None,
     ) -> int:
         """Upper bound of scratch that a step of max_tokens tokens and max_rows logit rows takes,
-        of sequences of at most max_context tokens."""
+        of at most max_rows sequences of at most max_context tokens.
+
+        weights, kv: what the program will be lowered to, for a tighter bound where it is known.
+        """
         ...
 
     def lower(self, program: Program, weights: Mapping[str, Any], kv: Any) -> Executable: ...

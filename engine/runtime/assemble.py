@@ -117,7 +117,12 @@ def plan_load(
         model,
         weight_bytes=backend.weights_bytes(program, weights),
         workspace_bytes=backend.workspace_bytes(
-            program, config.max_num_batched_tokens, config.max_logit_rows, context
+            program,
+            config.max_num_batched_tokens,
+            config.max_logit_rows,
+            context,
+            weights=weights,
+            kv=kv,
         ),
         kv=kv,
         available=backend.available_memory(),

@@ -196,9 +196,17 @@ class CpuBackend:
     # --------------------------------------------------------------------------------- programs
 
     def workspace_bytes(
-        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+        self,
+        program: Program,
+        max_tokens: int,
+        max_rows: int,
+        max_context: int,
+        *,
+        weights: Mapping[str, RawWeight | WeightGroup] | None = None,
+        kv: KVSpec | None = None,
     ) -> int:
-        """Upper bound of the arenas, prepared activations and scratch of such a step."""
+        """Upper bound of the arenas, prepared activations and scratch of such a step, whatever
+        weights and cache."""
         lowered = lower(program, lambda name: 0)
         widest = max((h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0)
         attention = [op.attrs for op in program if op.name == "attention"]

@@ -65,9 +65,17 @@ class ReferenceBackend:
         return KVCache.zeros(spec, num_blocks)
 
     def workspace_bytes(
-        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+        self,
+        program: Program,
+        max_tokens: int,
+        max_rows: int,
+        max_context: int,
+        *,
+        weights: Mapping[str, RawWeight | WeightGroup] | None = None,
+        kv: KVSpec | None = None,
     ) -> int:
-        """Upper bound of the tensors that a step allocates; no tensor grows with the context."""
+        """Upper bound of the tensors that a step allocates; none grows with the context, nor
+        does the bound depend on weights or cache."""
         itemsize = DTYPE_BYTES[self._dtype_name]
         return workspace_bytes(program, max_tokens, max_rows, itemsize, self._workers.count)
 

@@ -133,6 +133,11 @@ class Plan:
         return Plan(self.wide, narrow, split, pairs)
 
 
+def scratch_pairs(max_context: int) -> int:
+    """Pairs of a step at most: those that are allowed, or the longest sequence's own."""
+    return max(MIN_PAIRS, -(-max_context // SPLIT))
+
+
 def most_pairs(shape: Shape, fewest: int, most: int, max_context: int) -> int:
     """Pairs that `plan` makes at most of `fewest` to `most` decoding sequences of max_context."""
     splits = -(-max_context // SPLIT)

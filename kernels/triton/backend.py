@@ -9,12 +9,10 @@ from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
 from ..weights import RawWeight, WeightGroup
-from . import attention, cublas, graphs, inputs, sampling
+from . import cublas, sampling, workspace
 from . import device as dev
 from .cache import KVCache
 from .executor import TritonExecutable
-from .facts import mixtures, shape_of, table_of
-from .lower import ALIGN, lower
 from .numerics import TORCH_DTYPES
 from .quantised import FLOATS, LAYOUTS, form, packed_bytes
 from .tuned import load
@@ -94,20 +92,27 @@ class TritonBackend:
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """Device memory of the weights: matrices in codes or floats, vectors in fp32.
+        """Device memory of the weights: matrices in codes or floats, vectors in fp32; each order of
+        columns, which several may share, once.
 
         Errors: BackendUnavailable for weights that `activations` cannot multiply.
         """
         self._check_products(program, weights)
-        total = 0
+        orders: dict[bytes, int] = {}
+        total = sum(
+            4 * len(op.attrs["alibi_slopes"] or ())  # type: ignore[arg-type]
+            for op in program
+            if op.name == "attention"
+        )
         for weight in weights.values():
             parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
             if len(weight.shape) == 1:
                 total += 4 * weight.shape[0]
             else:
-                order = parts[0].columns
-                total += sum(map(packed_bytes, parts)) + (0 if order is None else 4 * len(order))
-        return total
+                total += sum(map(packed_bytes, parts))
+                if parts[0].columns is not None:
+                    orders[parts[0].columns.tobytes()] = 4 * len(parts[0].columns)
+        return total + sum(orders.values())
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
         """None: every format keeps its values."""
@@ -148,34 +153,26 @@ class TritonBackend:
         return KVCache.zeros(spec, num_blocks, self._device)
 
     def workspace_bytes(
-        self, program: Program, max_tokens: int, max_rows: int, max_context: int
+        self,
+        program: Program,
+        max_tokens: int,
+        max_rows: int,
+        max_context: int,
+        *,
+        weights: Mapping[str, RawWeight | WeightGroup] | None = None,
+        kv: KVSpec | None = None,
     ) -> int:
-        """Upper bound of values, splits of attention, sums of groups, pairs of experts, a step's
-        metadata, sampling, the vendor's library, and the steps that are recorded, with theirs."""
-        lowered = lower(program, DTYPE_BYTES[self._dtype])
-        tokens, rows = (-(-n // ALIGN) * ALIGN for n in (max_tokens, max_rows))
-        values = tokens * lowered.token_bytes + rows * lowered.row_bytes
-        pairs = max(attention.MIN_PAIRS, -(-max_context // attention.SPLIT))
-        layers = [op for op in program if op.name == "attention"]
-        shapes = {shape_of(op, self._dtype) for op in layers}
-        splits = max((shape.scratch_bytes(pairs) for shape in shapes), default=0)
-        widths = [int(h.shape[1]) for h in program.weights.values() if len(h.shape) == 2]
-        columns = max((inputs.most_scratch(w, self._activations) for w in widths), default=0)
-        mixed = mixtures(program)
-        sums = 4 * max(tokens, rows) * columns * max(1, mixed.top_k)
-        route = 4 * mixed.route_size(max(tokens, rows))
-        tables = {table_of(op) for op in program if op.name == "rope"}
-        a_token = 4 * (3 + max_context + sum(2 * len(inv_freq) for inv_freq, _ in tables))
-        a_token += 4 * 3 * attention.ITEM * len(shapes)
-        metadata = tokens * a_token + 4 * rows + len(shapes) * 8 * pairs + 128 * 32
-        recorded = list(graphs.buckets(shapes, max_tokens, max_rows, max_context))
-        most = max(bucket.rows for bucket in recorded)
-        metadata += most * a_token + len(shapes) * 4 * (2 * pairs + attention.ITEM) + 128 * 32
-        nodes = len(recorded) * graphs.launches(lowered) * graphs.NODE_BYTES
-        assert program.result is not None
-        drawing = sampling.workspace_bytes(rows, int(program.result.shape[1]))
-        library = cublas.workspace_bytes(program) if self._device.type == "cuda" else 0
-        return values + splits + sums + route + metadata + nodes + drawing + library
+        """What a prepared executable takes, and the sampler, recordings and the vendor's library at
+        most: see workspace.py. A step has no more sequences than max_rows."""
+        return workspace.plan(
+            program,
+            dtype=self._dtype,
+            activations=self._activations,
+            limits=(max_tokens, max_rows, max_context),
+            weights=weights,
+            kv=kv,
+            on_card=self._device.type == "cuda",
+        ).total
 
     def lower(
         self, program: Program, weights: Mapping[str, TritonWeight], kv: KVCache | None

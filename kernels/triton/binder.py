@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class Binder:
         self._program = lowered.program
         self._weights = weights
         self._matrices: dict[str, Matrix] = {}
+        self._orders: dict[bytes, torch.Tensor] = {}  # of columns, each held once
         self.sums_width = 0
         self.nbytes = 0
         self._routed: int | None = None  # the choice of experts that was sorted last
@@ -97,8 +98,13 @@ class Binder:
         matrix = group[0].matrices.get(key)
         if matrix is None:
             matrix = pack(parts, self._around.device, self._around.activations)
-            matrix = group[0].matrices[key] = paired(matrix) if in_pairs else matrix
+            matrix = paired(matrix) if in_pairs else matrix
         self.nbytes += matrix.nbytes
+        if isinstance(matrix, QuantisedMatrix) and matrix.columns is not None:
+            order = self._orders.setdefault(matrix.columns.cpu().numpy().tobytes(), matrix.columns)
+            self.nbytes -= 0 if order is matrix.columns else order.nbytes
+            matrix = replace(matrix, columns=order)
+        group[0].matrices[key] = matrix
         self.sums_width = max(self.sums_width, scratch_width(matrix))
         return matrix
 
@@ -199,6 +205,7 @@ class Binder:
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
         slopes: Any = op.attrs["alibi_slopes"]
         attrs["slopes"] = torch.tensor(slopes, device=around.device) if slopes else None
+        self.nbytes += 4 * len(slopes or ())
         attrs["sinks"] = self._vector(op.inputs[2])
 
         def launch(step: Step) -> None:
@@ -344,8 +351,9 @@ class Binder:
         before, of = norm
         plain = bias is None and after in ("", "add") and out not in self._program.fp32_values()
         run: Callable[..., None] = linear.launch
-        if plain and around.products and around.products.has_our_bits(matrix, around.dtype):
-            run = around.products.launch
+        products = None if around.tuned.is_ours(matrix) else around.products
+        if plain and products is not None and products.has_our_bits(matrix, around.dtype):
+            run = products.launch
 
         def launch(step: Step) -> None:
             first = around.view(out)

@@ -15,9 +15,9 @@ from .binder import Binder, Step, Surroundings
 from .cache import KVCache
 from .cublas import Products
 from .device import event
-from .facts import mixtures, shape_of, table_of
+from .facts import metadata_size, mixtures, shape_of, table_of, tables_width
 from .graphs import Graphs, Record, Work, buckets, cuda_record, padded
-from .lower import ALIGN, OPERATIONS, Place, lower
+from .lower import OPERATIONS, Place, aligned, lower
 from .tuned import UNTUNED, Tuned
 from .upload import Upload
 from .weights import TritonWeight
@@ -112,18 +112,22 @@ class TritonExecutable:
         """Take the memory of steps within these limits, and record the decoding ones where there is
         a card, or with `record`. What was recorded knows where things lie: no larger step is run.
         """
-        record = record or (cuda_record if self._device.type == "cuda" else None)
-        if record is None:
-            return
         self._limits = {
             "tokens": max_tokens,
             "logit rows": max_rows,
             "tokens of a sequence": max_context,
+            "sequences": max_rows,
         }
         self._make_room({False: max_tokens, True: max_rows})
         for shape in self._shapes:
-            self._scratch.parts(shape, max(attention.MIN_PAIRS, -(-max_context // attention.SPLIT)))
-        width = -(-max_context // self._kv.spec.block_size) if self._kv is not None else 1
+            self._scratch.parts(shape, attention.scratch_pairs(max_context))
+        tables, block_size = tables_width(self._lowered.program), self._block_size
+        limits = (max_tokens, max_rows, max_context, block_size)
+        self._upload.reserve(metadata_size(tables, len(self._shapes), *limits))
+        record = record or (cuda_record if self._device.type == "cuda" else None)
+        if record is None:
+            return
+        width = -(-max_context // block_size)
         steps = {
             bucket: padded(*self._nothing(bucket.rows, width), bucket)
             for bucket in buckets(self._shapes, max_tokens, max_rows, max_context)
@@ -173,6 +177,10 @@ class TritonExecutable:
     def _fill_in(self, bound: Step, step: StepInputs) -> None:
         if step.sampled is not None:
             embedding.fill_in(bound.token_ids, step.sampled)
+
+    @property
+    def _block_size(self) -> int:
+        return 1 if self._kv is None else self._kv.spec.block_size
 
     @property
     def weights_bytes(self) -> int:
@@ -225,14 +233,14 @@ class TritonExecutable:
         grown = False
         for per_row, count in counts.items():
             if count > self._room(per_row) and self._row_bytes(per_row):
-                size = -(-count // ALIGN) * ALIGN * self._row_bytes(per_row)
+                size = aligned(count) * self._row_bytes(per_row)
                 self._memory[per_row] = torch.empty(0, dtype=torch.uint8, device=self._device)
                 self._memory[per_row] = torch.empty(size, dtype=torch.uint8, device=self._device)
                 grown = True
         if grown or counts != self._rows:
             self._views.clear()
             self._rows = dict(counts)
-        most = max(counts.values())
+        most = aligned(max(counts.values()))
         rows = most * max(1, self._mixtures.top_k)
         if self._sums_width and rows > self._sums.shape[0]:
             self._sums = torch.empty((rows, self._sums_width), device=self._device)
@@ -263,7 +271,8 @@ class TritonExecutable:
         return bound
 
     def _check(self, step: StepInputs) -> None:
-        sizes = (len(step.token_ids), len(step.logit_rows), int(step.seq_len.max(initial=0)))
+        longest, sequences = int(step.seq_len.max(initial=0)), len(step.seq_len)
+        sizes = (len(step.token_ids), len(step.logit_rows), longest, sequences)
         for (what, most), size in zip(self._limits.items(), sizes, strict=False):
             if size > most:
                 raise ValueError(f"a step of {size} {what}; it was prepared for {most}")

@@ -310,6 +310,8 @@ def quantised_kernel(
             expert * num_rows + tl.minimum(row, num_rows - 1),
             pair // share,
             tl.zeros((TOKENS,), tl.float32),
+            tl.zeros((TOKENS,), tl.float32),
+            tl.zeros((TOKENS,), tl.float32),
             all_rows,
             K,
             words,
@@ -327,6 +329,8 @@ def quantised_kernel(
             PER_ROW,
             HAS_MINIMUM,
             ORDERED,
+            False,
+            "",
             False,
             WHOLE,
         )

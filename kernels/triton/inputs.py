@@ -3,7 +3,8 @@
 A weight with minimums takes sums of x over its groups (`sums_kernel`). Activations in 8 bits,
 integers or floats with one scale for each token (`activations_kernel`), come with sums of their
 codes where the weight has minimums: integers, so exact. Either may take rms_norm(x) in the same
-launch, and x in the order of an act-order weight's columns.
+launch, and x in the order of an act-order weight's columns. Of few tokens, a layer's own programs
+make all of this, to the same bits.
 
 They lie in a scratch of fp32 columns: sums from the first column on, or a token's scale, the sums
 behind it, and its codes from a column of their own.
@@ -22,23 +23,27 @@ import triton
 import triton.language as tl
 
 from . import rms_norm
-from .numerics import OPTIONS
-from .products import rows_of
+from .numerics import OPTIONS, TL
+from .products import group_sums, largest, rows_of
 from .quantised import LAYOUTS, FloatMatrix, Layout, Matrix, QuantisedMatrix
 from .rms_norm import Norm
+from .rounding import coded, factor_and_scale
 
 SUMS_BLOCK = 16  # groups of one program of sums_kernel
+SUMS_TOKENS = 16  # as of a layer's tile of few tokens, which makes its own sums
+SUMS_TILE = {"BLOCK": SUMS_BLOCK, "TOKENS": SUMS_TOKENS, "ROWS": 64}  # rows: of an instruction
 ACTIVATIONS_BLOCK = 1024  # elements of a token at a time in activations_kernel
 _ALIGNED = 32  # fp32 columns of scratch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def sums_kernel(
     x_ptr,
     sums_ptr,
     normed_ptr,
     columns_ptr,
     norm_ptr,
+    num_tokens,
     K,
     num_groups,
     x_stride,
@@ -46,47 +51,36 @@ def sums_kernel(
     normed_stride,
     eps,
     offset,
+    PRODUCT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     ORDERED: tl.constexpr,
     NORM: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Sums of x over groups of GROUP, fp32, 0 past K; BLOCK groups of one token. NORM: of
+    """Sums of x over groups of GROUP, fp32, 0 past K; BLOCK groups of TOKENS tokens. NORM: of
     rms_norm(x), whose elements are stored as well, in the order of the groups."""
-    token = tl.program_id(0).to(tl.int64)
-    x_at = x_ptr + token * x_stride + tl.zeros((1, 1), tl.int64)
-    root = tl.zeros((1,), tl.float32)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token < num_tokens
+    token = tl.minimum(token, num_tokens - 1).to(tl.int64)
+    x_at = x_ptr + token[:, None] * x_stride
+    root = tl.zeros((TOKENS,), tl.float32)
     if NORM:
-        first = tl.zeros((1,), tl.int64)
-        root = rms_norm.roots(x_ptr + token * x_stride, first, 0, K, eps, 1, CHUNK, LEVELS, 0)
-    k = tl.program_id(1) * (BLOCK * GROUP) + tl.arange(0, BLOCK * GROUP)
-    x = rows_of(x_at, k, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, False)
-    if NORM:
-        at = (normed_ptr + token * normed_stride + k)[None, :]
-        tl.store(at, x, mask=(k < K)[None, :])
-    sums = tl.sum(tl.reshape(x, (BLOCK, GROUP)).to(tl.float32), 1)
-    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sums_ptr + token * sums_stride + group, sums, mask=group < num_groups)
-
-
-@triton.jit
-def nearest_int8(x):
-    """Nearest integer, ties to even, of |x| <= 127: the rounding of a sum with 1.5 * 2^23."""
-    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-
-
-@triton.jit
-def nearest_e4m3(x):
-    """Nearest 8-bit float, ties to even, of |x| <= 448, as its code (uint8)."""
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 a code counts steps of 2^-9, which is the last place of 2^14.
-    tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    return (sign | tl.where(size < 0x3C800000, tiny, normal)).to(tl.uint8)
+        root = rms_norm.roots(x_ptr, token, x_stride, K, eps, TOKENS, CHUNK, LEVELS, 0)
+    first = tl.arange(0, ROWS) == 0  # of rows that are all alike
+    for j in range(BLOCK):
+        group = tl.program_id(1) * BLOCK + j
+        k = group * GROUP + tl.arange(0, GROUP)
+        x = rows_of(x_at, k, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, False)
+        if NORM:
+            at = normed_ptr + token[:, None] * normed_stride + k[None, :]
+            tl.store(at, x, mask=(k < K)[None, :] & there[:, None])
+        sums = group_sums(tl.trans(x.to(PRODUCT)), PRODUCT, ROWS, GROUP)
+        at = sums_ptr + token[None, :] * sums_stride + group + tl.zeros((ROWS, 1), tl.int32)
+        tl.store(at, sums, mask=first[:, None] & there[None, :] & (group < num_groups))
 
 
 @triton.jit
@@ -112,10 +106,8 @@ def activations_kernel(
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """One token of x in 8 bits: code = nearest(x * (most / largest)), 0 from K to width; its scale
-    largest / most. A row of zeros, or below 2^-100, becomes zeros; the scale of one that holds a
-    NaN or an infinity is NaN. HAS_SUMS: of codes over groups of GROUP, behind the scale."""
-    MOST: tl.constexpr = 127.0 if TO == "int8" else 448.0
+    """One token of x in 8 bits (rounding.py), 0 from K to width, and its scale. HAS_SUMS: of codes
+    over groups of GROUP, behind the scale."""
     token = tl.program_id(0).to(tl.int64)
     x_at = x_ptr + token * x_stride + tl.zeros((1, 1), tl.int64)
     scratch_ptr += token * scratch_stride
@@ -123,24 +115,14 @@ def activations_kernel(
     if NORM:
         first = tl.zeros((1,), tl.int64)
         root = rms_norm.roots(x_ptr + token * x_stride, first, 0, K, eps, 1, CHUNK, LEVELS, 0)
+    most = largest(x_at, K, norm_ptr, root, offset, 1, BLOCK, NORM)
+    factor, scale = factor_and_scale(most, TO)
+    tl.store(scratch_ptr + tl.zeros((1,), tl.int32), scale)
     at = tl.arange(0, BLOCK)
-    largest = tl.zeros((1, BLOCK), tl.float32)
-    wrong = tl.zeros((1, BLOCK), tl.float32)
-    for start in range(0, K, BLOCK):
-        x = rows_of(x_at, start + at, K, columns_ptr, norm_ptr, root, offset, False, NORM, False)
-        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
-        wrong += x.to(tl.float32) * 0.0
-    most = tl.max(tl.max(largest, 1), 0)
-    seen = most >= 2.0**-100
-    up = tl.where(seen, tl.div_rn(MOST, tl.where(seen, most, 1.0)), 0.0)
-    scale = tl.where(seen, tl.div_rn(most, MOST), 0.0) + tl.sum(tl.sum(wrong, 1), 0)
-    tl.store(scratch_ptr, scale)
     for start in range(0, width, BLOCK):
         k = start + at
         x = rows_of(x_at, k, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, False)
-        # Rounding may have made the product a little more than the most.
-        x = tl.minimum(tl.maximum(tl.reshape(x, (BLOCK,)).to(tl.float32) * up, -MOST), MOST)
-        code = nearest_int8(x) if TO == "int8" else nearest_e4m3(x)
+        code = tl.reshape(coded(x, factor[:, None], TO), (BLOCK,))
         tl.store(codes_ptr + token * codes_stride + k, code, mask=k < width)
         if HAS_SUMS:
             sums = tl.sum(tl.reshape(code, (BLOCK // GROUP, GROUP)).to(tl.int32), 1)
@@ -209,12 +191,13 @@ def prepare(
     shared = {"ORDERED": ordered, "NORM": norm is not None, **rms_norm.lanes(K), **OPTIONS}
     if not weight.activations:
         out = x if normed is None else normed
-        sums_kernel[(num_tokens, triton.cdiv(plan.sums, SUMS_BLOCK))](
+        sums_kernel[(triton.cdiv(num_tokens, SUMS_TOKENS), triton.cdiv(plan.sums, SUMS_BLOCK))](
             x,
             scratch,
             out,
             columns,
             first,
+            num_tokens,
             K,
             plan.sums,
             x.stride(0),
@@ -222,8 +205,9 @@ def prepare(
             out.stride(0),
             eps,
             offset,
+            PRODUCT=TL[x.dtype],
             GROUP=layout.group,
-            BLOCK=SUMS_BLOCK,
+            **SUMS_TILE,
             **shared,
         )
         return (x, False) if norm is None else (out, True)

@@ -1,10 +1,10 @@
 """linear: y = x W^T + bias, its result rounded once, with what stands before and behind it.
 
-Before: rms_norm of x, computed by every program for its own tokens where these are few; for more
-tokens, or where x is prepared (inputs.py), by a launch before. Behind: an addition, or a gate's
-activation and product with the layer beside it, whose rows lie in turns with its own (`paired`). No
-bit of a result depends on which launch did what. The loops are those of products.py: tokens come in
-tiles of TOKENS[i], and a tile's width changes no bit of a token's result.
+Before: rms_norm of x, and what a quantised layer takes of x (inputs.py), computed by every program
+for its own tokens where these are few, for more tokens by a launch before. Behind: an addition, or
+a gate's activation and product with the layer beside it, whose rows lie in turns with its own
+(`paired`). No bit of a result depends on which launch did what. The loops are those of products.py:
+tokens come in tiles of TOKENS[i], and a tile's width changes no bit of a token's result.
 
 Weights and activations of one 16-bit dtype meet in the tensor core; where the two differ, or are
 fp32, products are fp32. Where asked for, a quantised weight is multiplied by x in 8 bits instead:
@@ -27,13 +27,16 @@ import triton.language as tl
 from . import rms_norm
 from .inputs import prepare
 from .numerics import OPTIONS, TL, gated
-from .products import float_product, quantised_product
+from .products import float_product, largest, quantised_product
 from .quantised import PAIR, FloatMatrix, Matrix, QuantisedMatrix, codebook
 from .rms_norm import Norm
+from .rounding import factor_and_scale
 from .tuned import UNTUNED, Tuned
 
 ROWS = 64  # of the weight, in one program: the height of a warpgroup's instruction
 TOKENS = (16, 32, 64, 128)  # widths of a tile of tokens
+CODED_ELEMENTS = 1 << 16  # of x, that a program reads to quantise it: 128 KB in 16 bits
+CODED_BLOCK = 512  # of a token, at a time
 _PAIR = tl.constexpr(PAIR)
 
 
@@ -199,6 +202,9 @@ def quantised_kernel(
     NORM: tl.constexpr,
     CHUNK: tl.constexpr,
     LEVELS: tl.constexpr,
+    CODED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """W in codes of num_rows rows; see quantised_product."""
@@ -208,6 +214,11 @@ def quantised_kernel(
     root = tl.zeros((TOKENS,), tl.float32)
     if NORM:
         root = rms_norm.roots(x_ptr, known.to(tl.int64), x_stride, K, eps, TOKENS, CHUNK, LEVELS, 0)
+    factor, token_scale = root, root
+    if CODED != "":
+        x_at = x_ptr + known.to(tl.int64)[:, None] * x_stride
+        most = largest(x_at, K, norm_ptr, root, offset, TOKENS, BLOCK, NORM)
+        factor, token_scale = factor_and_scale(most, CODED)
     acc = quantised_product(
         x_ptr,
         codes_ptr,
@@ -220,6 +231,8 @@ def quantised_kernel(
         tl.minimum(row, num_rows - 1),
         known,
         root,
+        factor,
+        token_scale,
         num_rows,
         K,
         words,
@@ -238,6 +251,8 @@ def quantised_kernel(
         HAS_MINIMUM,
         ORDERED,
         NORM,
+        CODED,
+        SUMMED,
         WHOLE,
     )
     store(
@@ -291,8 +306,33 @@ def float_options(product: torch.dtype) -> dict[str, Any]:
     return OPTIONS | {"num_stages": 2 if product == torch.float32 else 4}
 
 
-def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
-    """Constants of quantised_kernel that follow from the weight."""
+def is_prepared(weight: Matrix, num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a launch before prepares x of so many tokens: see inputs.py.
+
+    For few tokens the layer's programs do. To quantise x each one reads all of its tokens once
+    more, to find the largest of each: worth it while that is little. Sums are products with ones,
+    which cost as much as the weight's where no tensor core makes them.
+    """
+    if not isinstance(weight, QuantisedMatrix) or not has_inputs(weight):
+        return False
+    if num_tokens > TOKENS[0]:
+        return True
+    if weight.activations:
+        return num_tokens * weight.shape[1] > CODED_ELEMENTS
+    return dtype == torch.float32
+
+
+def inputs_here(w: QuantisedMatrix) -> dict[str, Any]:
+    """Constants of quantised_kernel where it prepares x itself."""
+    block = CODED_BLOCK if w.activations else 1
+    return {"CODED": w.activations, "SUMMED": w.layout.minimum, "BLOCK": block}
+
+
+INPUTS_BEFORE = {"CODED": "", "SUMMED": False, "BLOCK": 1}
+
+
+def quantised_tile(w: QuantisedMatrix, tokens: int, *, prepared: bool = True) -> dict[str, Any]:
+    """Constants of quantised_kernel that follow from the weight; see is_prepared."""
     layout, K = w.layout, w.shape[1]
     return {
         "ROWS": ROWS,
@@ -304,7 +344,7 @@ def quantised_tile(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
         "GROUPS": layout.step_groups,
         "PER_ROW": layout.per_row,
         "HAS_MINIMUM": layout.minimum,
-        "WHOLE": bool(w.activations) or layout.width(K) == K,
+        "WHOLE": bool(w.activations and prepared) or layout.width(K) == K,
     }
 
 
@@ -356,10 +396,10 @@ def launch(
     tokens = tokens_of(num_tokens, weight)
     other = out if other is None else other
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(num_tokens, tokens))
-    ordered = False
+    ordered, prepared = False, is_prepared(weight, num_tokens, dtype)
     if isinstance(weight, QuantisedMatrix):
         ordered = weight.columns is not None
-        if has_inputs(weight):
+        if prepared:
             assert scratch is not None
             x, done = prepare(x, weight, scratch, norm, normed)
             ordered, norm = ordered and not done, None
@@ -408,14 +448,15 @@ def launch(
         *strides,
         PRODUCT=product_of(weight, dtype),
         ORDERED=ordered,
+        **(INPUTS_BEFORE if prepared else inputs_here(weight)),
         **shared,
-        **quantised_tile(weight, tokens),
+        **quantised_tile(weight, tokens, prepared=prepared),
         **(quantised_options(weight, tokens) | tuned.options(weight, dtype, tokens)),
     )
 
 
 def has_inputs(weight: Matrix) -> bool:
-    """Whether a launch before the layer prepares its input: see inputs.py."""
+    """Whether something stands for the layer's input, or beside it: see inputs.py."""
     return isinstance(weight, QuantisedMatrix) and bool(weight.activations or weight.layout.minimum)
 
 

@@ -17,7 +17,7 @@ from ..arena import Arena
 from ..fuse import Step, early_rows, fuse
 from ..program import Op, Program, R
 
-__all__ = ["ALIGN", "OPERATIONS", "Lowered", "Node", "Place", "lower"]
+__all__ = ["OPERATIONS", "Lowered", "Node", "Place", "aligned", "lower"]
 
 ALIGN = 16  # bytes of a column, and rows of capacity: every value begins at a multiple of 256 bytes
 OPERATIONS = (
@@ -39,6 +39,11 @@ OPERATIONS = (
     "softcap",
     "top_experts",
 )
+
+
+def aligned(rows: int) -> int:
+    """Rows that room is made for where so many are needed."""
+    return -(-rows // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .rms_norm import normed
+from .rounding import coded, magnitudes
 
 
 @triton.jit
@@ -56,6 +57,27 @@ def rows_of(
 
 
 @triton.jit
+def largest(
+    x_at,
+    K,
+    norm_ptr,
+    root,
+    offset,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Largest magnitudes [TOKENS] of rows of x, or of rms_norm(x), infinite where one is not
+    finite; in any order, since a maximum has none."""
+    at = tl.arange(0, BLOCK)
+    most = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK):
+        x = rows_of(x_at, start + at, K, x_at, norm_ptr, root, offset, False, NORM, False)
+        most = tl.maximum(most, magnitudes(x))
+    return tl.max(most, 1)
+
+
+@triton.jit
 def float_product(
     x_ptr,
     w_ptr,
@@ -88,6 +110,19 @@ def float_product(
         x = rows_of(x_at, start + k, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, WHOLE)
         acc = tl.dot(w.to(PRODUCT), tl.trans(x.to(PRODUCT)), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def small_to_float(x):
+    """int32 below 2^22 in size as floats, exactly, by the significand of 1.5 * 2^23."""
+    return (x + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def group_sums(x, PRODUCT: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Sums of x [GROUP, tokens] as [ROWS, tokens], every row alike: by products with 1, so in the
+    order of the instruction that multiplies, whatever the layout of x among threads."""
+    return tl.dot(tl.full((ROWS, GROUP), 1.0, PRODUCT), x, input_precision="ieee")
 
 
 @triton.jit
@@ -170,6 +205,8 @@ def quantised_product(
     row,
     token,
     root,
+    factor,
+    token_scale,
     all_rows,
     K,
     words,
@@ -188,13 +225,16 @@ def quantised_product(
     HAS_MINIMUM: tl.constexpr,
     ORDERED: tl.constexpr,
     NORM: tl.constexpr,
+    CODED: tl.constexpr,
+    SUMMED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """W x^T [ROWS, TOKENS] of rows of W and of x: W in codes [all_rows, words], scales (and
     minimums) [groups, all_rows], or scales [all_rows].
 
     scratch: sums of x over groups; where PRODUCT is int8 or float8e4nv, and x whole steps of it,
-    the scale of each token, and sums of its codes SUMS columns behind.
+    the scale of each token, and sums of its codes SUMS columns behind. SUMMED: sums are made here.
+    CODED ("int8" or "fp8"): so are the codes, by each token's factor and token_scale.
     """
     token = token.to(tl.int64)
     k = tl.arange(0, GROUP)
@@ -214,14 +254,16 @@ def quantised_product(
             w = factors(word, table_ptr, j, KIND, BITS, ZERO, PRODUCT)
             at = start + j * GROUP + k
             x = rows_of(x_at, at, K, columns_ptr, norm_ptr, root, offset, ORDERED, NORM, WHOLE)
+            if CODED != "":
+                x = coded(x, factor[:, None], CODED)
+                if SUMMED:
+                    sums = small_to_float(tl.sum(x.to(tl.int32), 1))[None, :]
             x = tl.trans(x.to(PRODUCT, bitcast=FLOAT8))
             if PER_ROW and not FLOAT8:
                 acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=KEPT)
             else:
                 if INTEGERS:
-                    # Below 2^22 in size: put into the significand of 1.5 * 2^23 it is exact.
-                    part = tl.dot(w, x, out_dtype=tl.int32) + 0x4B400000
-                    part = part.to(tl.float32, bitcast=True) - 12582912.0
+                    part = small_to_float(tl.dot(w, x, out_dtype=tl.int32))
                 else:
                     part = tl.dot(w, x, input_precision="ieee")
                 if PER_ROW:
@@ -232,14 +274,20 @@ def quantised_product(
                     acc = tl.fma(part, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), acc)
                     if HAS_MINIMUM:
                         least = tl.load(minimum_ptr + group * all_rows + row).to(tl.float32)
-                        sums = tl.load(scratch_ptr + token * scratch_stride + SUMS + group)
+                        if not SUMMED:
+                            at = scratch_ptr + token * scratch_stride + SUMS + group
+                            sums = tl.load(at)[None, :]
+                        elif not INTEGERS:
+                            sums = group_sums(x, PRODUCT, ROWS, GROUP)
                         acc = tl.fma(
                             tl.broadcast_to(least[:, None], (ROWS, TOKENS)),
-                            tl.broadcast_to(sums[None, :], (ROWS, TOKENS)),
+                            tl.broadcast_to(sums, (ROWS, TOKENS)),
                             acc,
                         )
     if PER_ROW:
         acc = acc.to(tl.float32) * tl.load(scale_ptr + row)[:, None]
-    if INTEGERS or FLOAT8:
+    if CODED != "":
+        acc *= token_scale[None, :]
+    elif INTEGERS or FLOAT8:
         acc *= tl.load(scratch_ptr + token * scratch_stride)[None, :]
     return acc

@@ -22,12 +22,14 @@ from ..cpu.sampler import CpuLogits, CpuSampler
 from . import sampling_draw, sampling_edits, sampling_filters, sampling_logprobs
 from .executor import TritonLogits
 from .numerics import OPTIONS, next_power_of_two
-from .sampling_rows import CHUNK, SLOTS, Packed, scoring
+from .sampling_rows import CHUNK, FIELDS, SLOTS, Packed, scoring
 from .upload import Upload
 
 BLOCK = 2048  # tokens that a program of one row takes at a time
 ROW_OPTIONS = OPTIONS | {"num_warps": 8}  # as exact as with 4: sums are of integers
 _ALIGNED = 32  # int32 of an answer: each of its arrays begins at a multiple of 128 bytes
+_ANSWER = 3 * 4  # bytes of a row: token, logprob, rank
+_SMALL = 16 * 4 * _ALIGNED  # what alignment adds
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,8 @@ class _Launches:
 
 def workspace_bytes(rows: int, vocab_size: int) -> int:
     """Upper bound of the memory of a step of so many rows: what is found of each chunk, changed
-    logits, ids and z of the tokens listed."""
+    logits, ids and z of the tokens listed, parameters and masks. The lists that requests bring
+    (history, biases, bans) and the logprobs that they ask for come on top."""
     found = 8 * int(SLOTS.value) * -(-vocab_size // CHUNK)
-    return rows * (found + 12 * vocab_size)
+    of_row = found + 12 * vocab_size + 4 * int(FIELDS.value) + 4 * -(-vocab_size // 32)
+    return rows * (of_row + _ANSWER) + _SMALL

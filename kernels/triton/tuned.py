@@ -1,4 +1,4 @@
-"""Launch options of linear layers, as measured on one card: tuned/<card>.json beside this file.
+"""Linear layers as measured on one card: tuned/<card>.json beside this file.
 
 A table is read when a backend is made; nothing is tuned while serving. `engineroom bench kernels
 --tune` writes one. Rows are for a weight's format, what multiplies it, its shape rounded up to
@@ -9,6 +9,9 @@ steps are loaded ahead. Never the step along K, its order, or the rows of a tile
 the order that these give, and a row that is for some numbers of tokens would make it differ with
 their number (law 2). They have no keys here, and an unknown key is an error. Nor may fewer than
 four warps share a tile: that is another instruction, with sums of its own.
+
+Beside the rows, 16-bit weights that the vendor's library was seen to multiply to other bits, or no
+faster: the table can keep it from being called, and never has it called (cublas.py tries it first).
 """
 
 from __future__ import annotations
@@ -74,20 +77,37 @@ _MAY_BE: dict[str, tuple[object, ...]] = {
     "num_warps": WARPS,
     "num_stages": STAGES,
 }
-_CUBLAS = {"dtype", "rows", "columns", "batch_invariant", "same_bits", "faster_from"}
+_CUBLAS: dict[str, tuple[type, ...]] = {
+    "dtype": (str,),
+    "rows": (int,),
+    "columns": (int,),
+    "batch_invariant": (bool,),
+    "same_bits": (bool,),
+    "faster_from": (int, type(None)),
+}
+_LIBRARY_TOKENS = 1024  # of the library's smallest call: COUNTS of cublas.py
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A card's rows; `source` says where they are from, or why there are none."""
+    """A card's rows; `source` says where they are from, or why there are none.
+
+    ours: dtype, rows and columns of weights that the vendor's library is not called for.
+    """
 
     rows: Mapping[Key, Options]
     source: str
+    ours: frozenset[tuple[str, int, int]] = frozenset()
 
     def options(self, weight: Matrix, x: torch.dtype, tokens: int) -> dict[str, int]:
         """What takes the place of the launcher's own options; nothing where there is no row."""
         found = self.rows.get(Key.of(weight, x, tokens)) if self.rows else None
         return {} if found is None else found._asdict()
+
+    def is_ours(self, weight: Matrix) -> bool:
+        """Whether the vendor's library is known to be no help with this weight."""
+        dtype = _name(weight.data.dtype) if isinstance(weight, FloatMatrix) else ""
+        return (dtype, *weight.shape) in self.ours
 
 
 UNTUNED = Tuned({}, "defaults")
@@ -105,16 +125,16 @@ def load(card: str) -> Tuned:
     path = FOLDER / file_name(card)
     if not path.exists():
         return Tuned({}, f"defaults: no table for {card}")
-    rows, version = parse(path.read_text("utf-8"), path.name)
+    found, version = parse(path.read_text("utf-8"), path.name)
     if version != triton.__version__:
         return Tuned(
             {}, f"defaults: {path.name} is for triton {version}, and {triton.__version__} runs here"
         )
-    return Tuned(rows, f"{path.name}, {len(rows)} rows")
+    return found
 
 
-def parse(text: str, name: str) -> tuple[dict[Key, Options], str]:
-    """A table's rows, and the version of Triton that they were measured with.
+def parse(text: str, name: str) -> tuple[Tuned, str]:
+    """A table, and the version of Triton that it was measured with.
 
     Errors: ValueError, with `name` and the row, for what a table may not hold.
     """
@@ -142,16 +162,25 @@ def parse(text: str, name: str) -> tuple[dict[Key, Options], str]:
         if key in rows:
             raise ValueError(f"{where} is for the same launches as a row before it: {key}")
         rows[key] = Options(row["num_warps"], row["num_stages"])
+    ours = set()
     for number, row in enumerate(table["cublas"]):
-        _only(row, _CUBLAS, f"{name}, cublas {number}")
-    return rows, table["triton"]
+        where = f"{name}, cublas {number}"
+        _only(row, set(_CUBLAS), where)
+        for field, types in _CUBLAS.items():
+            if type(row[field]) not in types:
+                raise ValueError(f"{where}: {field} is {row[field]!r}")
+        fast = row["faster_from"] is not None and row["faster_from"] <= _LIBRARY_TOKENS
+        if not (row["same_bits"] and fast):
+            ours.add((row["dtype"], row["rows"], row["columns"]))
+    return Tuned(rows, f"{name}, {len(rows)} rows", frozenset(ours)), table["triton"]
 
 
 def render(card: str, rows: Mapping[Key, Options], cublas: list[dict[str, Any]]) -> str:
     """A table as `parse` reads it, in one order whatever order rows were found in.
 
     cublas: of 16-bit weights of exactly that shape, whether cuBLAS gives a row the same bits in
-    every batch, and the bits of our kernel, and from how many tokens it is faster (None: never).
+    every batch, and, called as cublas.py does, the bits of our kernel; and from how many tokens on
+    it is faster (None: never).
     """
     table = {
         "schema": SCHEMA,

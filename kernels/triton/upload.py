@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch
 from .device import event
 
 _ALIGNED = 32  # int32: each array begins at a multiple of 128 bytes
+
+
+def room(sizes: Iterable[int]) -> int:
+    """Elements that arrays of these sizes take; an empty one has a place of its own too."""
+    return sum(-(-max(size, 1) // _ALIGNED) * _ALIGNED for size in sizes)
 
 
 class Upload:
@@ -27,7 +33,7 @@ class Upload:
 
     def size(self, arrays: list[np.ndarray]) -> int:
         """What `arrays` take, in elements."""
-        return sum(-(-max(array.size, 1) // _ALIGNED) * _ALIGNED for array in arrays)
+        return room(array.size for array in arrays)
 
     def reserve(self, size: int) -> None:
         """Have room for so many elements: copies that fit lie where they lay before."""

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the Triton backend needs torch")
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux)")
 
 from engineroom.engine.bench.gpu import checks, engine_rows, launches, law2, report  # noqa: E402
-from engineroom.engine.bench.gpu.checks import Probe  # noqa: E402
+from engineroom.engine.bench.gpu.probe import Probe  # noqa: E402
 from engineroom.engine.bench.tables import SCHEMA  # noqa: E402
 from engineroom.engine.cli import main  # noqa: E402
 
@@ -34,6 +34,8 @@ def test_a_rehearsal_passes_and_writes_its_report(
     for fmt in launches.WEIGHTS:
         assert fmt.name == "F32" or fmt.name == "BF16" or f"linear {fmt.name}" in names
     for what in ("int8 cache", "fp8 cache", "by int8", "by fp8", "sampling", "engine,"):
+        assert what in names
+    for what in ("I4G32, act-order", "act-order by int8", "norms of heads", "norm then add"):
         assert what in names
     # It measures nothing, and says so.
     assert report.REHEARSAL in made["notes"]

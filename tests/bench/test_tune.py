@@ -26,7 +26,7 @@ def test_a_rehearsal_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rehearse(path) == 0
     said = capsys.readouterr()
     assert "no time is measured" in said.err and "6 rows" in said.out
-    rows, _ = parse(path.read_text(), path.name)
+    rows = parse(path.read_text(), path.name)[0].rows
     assert {key.weight for key in rows} == {"float16", "NF4"}
     assert {key.tokens for key in rows} == {16, 32, 64, 128}
     (cublas,) = json.loads(path.read_text())["cublas"]
@@ -60,7 +60,7 @@ def test_the_fastest_that_keeps_the_bits(
 ) -> None:
     path = tmp_path / "t.json"
     assert rehearse(path, "--format", "NF4", "--shape", "128x64") == 0
-    rows, _ = parse(path.read_text(), path.name)
+    rows = parse(path.read_text(), path.name)[0].rows
     assert set(rows.values()) == {Options(8, 2)}
     assert capsys.readouterr().err.count("other bits than the default") == 2
 

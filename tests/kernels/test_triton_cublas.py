@@ -10,7 +10,7 @@ from engineroom.kernels.weights import F16
 from tests.kernels.packed_steps import plain_step, raw
 from tests.kernels.triton_device import TritonBackend, torch
 
-from engineroom.kernels.triton import cublas, linear  # isort: skip
+from engineroom.kernels.triton import cublas, linear, tuned  # isort: skip
 from engineroom.kernels.triton.executor import TritonExecutable  # isort: skip
 from engineroom.kernels.triton.quantised import FloatMatrix  # isort: skip
 
@@ -42,7 +42,9 @@ def program() -> Program:
     return p.finish(ops.select_rows(ops.add(y, y), step.logit_rows))
 
 
-def run(products: cublas.Products | None, num_tokens: int) -> bytes:
+def run(
+    products: cublas.Products | None, num_tokens: int, known: tuned.Tuned = tuned.UNTUNED
+) -> bytes:
     rng = np.random.default_rng(3)
     shapes = {"x": (64, 64), "norm": (64,), "a": (48, 64), "b": (64, 48)}
     backend = TritonBackend(activation_dtype="float16", threads=1)
@@ -51,7 +53,9 @@ def run(products: cublas.Products | None, num_tokens: int) -> bytes:
         for name, shape in shapes.items()
     }
     device = torch.device("cpu")
-    made = TritonExecutable(program(), packed, None, torch.float16, device, products=products)
+    made = TritonExecutable(
+        program(), packed, None, torch.float16, device, tuned=known, products=products
+    )
     return made.run(plain_step(num_tokens)).numpy().tobytes()
 
 
@@ -71,6 +75,12 @@ def test_a_library_that_sums_otherwise_for_one_number_of_tokens_is_not_called() 
     want = run(None, 57)
     assert run(cublas.Products(library, COUNTS), 57) == want
     assert library.calls == TRIED
+
+
+def test_a_library_is_neither_tried_nor_called_for_what_a_table_says_is_ours() -> None:
+    library, known = Library(), tuned.Tuned({}, "t", frozenset({("float16", 48, 64)}))
+    assert run(cublas.Products(library, COUNTS), 57, known) == run(None, 57)
+    assert library.calls == [32, 16, 32, 16]  # of the other layer: tried, then called
 
 
 def test_shapes_that_are_not_for_a_library() -> None:

@@ -170,7 +170,7 @@ def test_nothing_that_changes_is_in_a_recording(recorder: Recorder) -> None:
     }
     assert len(found) > 8
     names = {name for noted in found.values() for name, *_ in noted}
-    assert {"walk_kernel", "split_kernel", "merge_kernel", "sums_kernel"} < names
+    assert {"walk_kernel", "split_kernel", "merge_kernel", "quantised_kernel"} < names
     rng, met = np.random.default_rng(3), set()
     for step, decodes in steps(rng, 4, 40):
         if not decodes or len(step.token_ids) > 8:

@@ -6,6 +6,7 @@ fp32 and fp16: the interpreter's bf16 is wrong. Law 2 as bits, as far as numpy's
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from engineroom.kernels.weights import (
     WeightTooLarge,
 )
 from engineroom.quant.values import dequantise
-from tests.counts import count
+from tests.counts import FULL, count
 from tests.kernels import programs
 from tests.kernels.packed_steps import (
     ROWS,
@@ -39,6 +40,8 @@ from tests.kernels.packed_steps import (
 )
 from tests.kernels.packed_steps import run as run_reference
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
+
+from engineroom.kernels.triton import linear  # isort: skip
 
 RNG = np.random.default_rng(41)
 INV_FREQ = tuple(10000.0 ** (-i / 5) for i in range(5))
@@ -270,6 +273,33 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other() -> None:
     assert bad[others].tobytes() == good[others].tobytes()
 
 
+@pytest.mark.parametrize("name,activations", [("Q4_1", "int8"), ("FP8_128", "fp8")])
+def test_codes_made_by_a_layer_are_those_of_a_launch_before(
+    name: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of columns in another order; and the layer does make them."""
+    columns = {"Q4_1": 160, "FP8_128": 256}[name]
+    order = RNG.permutation(columns).astype(np.int32)
+    weights = {
+        "x": hostile_rows(columns),
+        "w": replace(quantised(name, 20, columns), columns=order),
+    }
+    launched = []
+    prepared = linear.prepare
+
+    def prepare(*args: Any) -> Any:
+        launched.append(args)
+        return prepared(*args)
+
+    monkeypatch.setattr(linear, "prepare", prepare)
+    program = linear_program(20, columns)
+    here = run(program, weights, plain_step(9), activations=activations)
+    assert not launched
+    monkeypatch.setattr(linear, "CODED_ELEMENTS", 8 * columns)
+    before = run(program, weights, plain_step(9), activations=activations)
+    assert here.tobytes() == before.tobytes() and len(launched) == 1
+
+
 @pytest.mark.parametrize(
     "name,activations",
     [
@@ -278,22 +308,27 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other() -> None:
         ("Q4_1", "int8"),
         ("INT8", "int8"),
         ("FP8", "fp8"),
+        ("Q4_1", "auto in 16 bits"),
+        ("I4G128", "auto in 16 bits"),
     ],
 )
 def test_linear_rows_do_not_depend_on_how_many_there_are(name: str, activations: str) -> None:
-    columns, rows = {"FP8_128": 128, "NF4": 64}.get(name, 96), 70
+    activations, _, in_16_bits = activations.partition(" ")
+    more = {"activations": activations, "dtype": "float16" if in_16_bits else "float32"}
+    columns, rows = {"FP8_128": 128, "I4G128": 128, "NF4": 64}.get(name, 96), 70
     w = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
     weights = {"x": table(columns, 1.0), "w": w}
     program = linear_program(rows, columns)
-    whole = run(program, weights, plain_step(ROWS), activations=activations)
+    whole = run(program, weights, plain_step(ROWS), **more)
     for num_tokens in (1, 2, 15, 17, 33, 70):
-        some = run(program, weights, plain_step(num_tokens), activations=activations)
+        some = run(program, weights, plain_step(num_tokens), **more)
         assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
 
 
 @pytest.mark.parametrize(
     ("name", "activations"),
-    [("I4G32", "auto"), ("I4G128", "auto"), ("Q4_0", "auto"), ("I4G32", "int8"), ("Q8_0", "int8")],
+    [("I4G128", "auto"), ("I4G32", "int8")]
+    + FULL * [("I4G32", "auto"), ("Q4_0", "auto"), ("Q8_0", "int8")],
 )
 def test_act_order_multiplies_the_columns_that_a_weight_names(name: str, activations: str) -> None:
     """The bits of the same weight by an input whose columns were put in that order before."""
@@ -328,41 +363,49 @@ def normed_program(rows: int, columns: int, *, gated: bool) -> Program:
 
 
 NORMED = [
-    *((name, "auto") for name in ("F32", "Q4_0", "Q4_K", "INT8", "NF4")),
-    ("INT8", "int8"),
-    ("Q4_K", "int8"),
-    ("FP8", "fp8"),
+    ("F32", "auto", False),
+    ("Q4_K", "auto", True),
+    ("Q4_1", "auto in 16 bits", False),
+    ("Q4_K", "int8", True),
+    ("FP8", "fp8", False),
 ]
+if FULL:
+    NORMED += [(name, "auto", gated) for name in ("Q4_0", "INT8", "NF4") for gated in (False, True)]
+    NORMED += [("INT8", "int8", False), ("INT8", "int8", True)]
+    NORMED += [
+        (name, by, not gated) for name, by, gated in NORMED[:5] if by in ("auto", "int8", "fp8")
+    ]
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("name", "activations"), NORMED)
+@pytest.mark.parametrize(("name", "activations", "gated"), NORMED)
 def test_a_norm_before_layers_has_the_bits_of_its_own_launch(
     name: str, activations: str, gated: bool
 ) -> None:
     """Few tokens are normed by the layer's programs, many by a launch before; a gate and the layer
     beside it are one matrix."""
+    activations, _, in_16_bits = activations.partition(" ")
+    more = {"activations": activations, "dtype": "float16" if in_16_bits else "float32"}
     columns, rows = 256, 24
     program = normed_program(rows, columns, gated=gated)
     weights = {"x": table(columns), "norm": WEIGHT_256}
     for each in ("w", "up")[: 1 + gated]:
         some = raw(table(columns, 1.0, rows)) if name == "F32" else quantised(name, rows, columns)
         weights[each] = some
-    whole = run(program, weights, plain_step(ROWS), activations=activations)
-    for num_tokens in (1, 16, 17, 40):
-        some = run(program, weights, plain_step(num_tokens), activations=activations)
+    whole = run(program, weights, plain_step(ROWS), **more)
+    for num_tokens in (1, 16, 17, 40) if FULL else (3, 17):
+        some = run(program, weights, plain_step(num_tokens), **more)
         assert some.tobytes() == whole[:num_tokens].tobytes(), num_tokens
-    if activations == "auto":
+    if activations == "auto" and not in_16_bits:
         want = run_reference(program, weights, plain_step(ROWS)).astype(np.float64)
         assert_close(whole, want, "float32", 1e-5)
     h = one_op(normed_rows, x=columns)
-    normed = run(h, {"x": weights["x"], "norm": WEIGHT_256}, plain_step(ROWS))
+    normed = run(h, {"x": weights["x"], "norm": WEIGHT_256}, plain_step(ROWS), **more)
     alone = [
         run(
             linear_program(rows, columns),
             {"x": normed, "w": weights[n]},
             plain_step(ROWS),
-            activations=activations,
+            **more,
         )
         for n in ("w", "up")[: 1 + gated]
     ]
@@ -479,8 +522,10 @@ def normed_heads(kv_heads: int, dim: int, pairs: int) -> Program:
     return one_op(build, x=24)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-@pytest.mark.parametrize(("dim", "pairs"), [(16, 8), (12, 3)])
+@pytest.mark.parametrize(
+    ("dim", "pairs", "kv_dtype"),
+    [(16, 8, "float32"), (12, 3, "int8")] + FULL * [(16, 8, "int8"), (12, 3, "float32")],
+)
 def test_norms_of_heads_in_one_launch_with_rope_and_the_cache(
     dim: int, pairs: int, kv_dtype: str
 ) -> None:

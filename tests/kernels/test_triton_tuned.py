@@ -14,7 +14,7 @@ from engineroom.kernels.weights import Q4_0, RawWeight
 from tests.kernels.packed_steps import ROWS, one_op, plain_step, random_blocks
 from tests.kernels.triton_device import TritonBackend, run, torch, triton
 
-from engineroom.kernels.triton import device, linear, quantised, tuned  # isort: skip
+from engineroom.kernels.triton import cublas, device, linear, quantised, tuned  # isort: skip
 from engineroom.kernels.triton.tuned import Key, Options  # isort: skip
 
 K, N = 288, 40
@@ -46,10 +46,32 @@ def test_a_table_is_read_as_it_was_written() -> None:
     other = KEY._replace(weight="bfloat16", x="bfloat16", tokens=128)
     rows = {KEY: Options(8, 5), other: Options(4, 2)}
     text = tuned.render("a card", rows, [CUBLAS])
-    assert tuned.parse(text, "t") == (rows, triton.__version__)
+    found, version = tuned.parse(text, "t")
+    assert (found.rows, version) == (rows, triton.__version__)
     assert tuned.render("a card", dict(reversed(rows.items())), [CUBLAS]) == text
     assert tuned.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
     assert tuned._MAY_BE["tokens"] == linear.TOKENS
+    assert cublas.COUNTS[-1] == tuned._LIBRARY_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("changes", "ours"),
+    [
+        ({"same_bits": True, "faster_from": 1024}, False),
+        ({"same_bits": False, "faster_from": 1024}, True),
+        ({"same_bits": True, "faster_from": 2048}, True),
+        ({"same_bits": True, "faster_from": None}, True),
+    ],
+)
+def test_a_table_keeps_the_library_from_weights_that_it_does_not_help(
+    changes: dict[str, Any], ours: bool
+) -> None:
+    text = json.dumps(a_table(cublas=[CUBLAS | changes]))
+    found, _ = tuned.parse(text, "t")
+    weight = torch.zeros(N, K, dtype=torch.bfloat16)
+    assert found.is_ours(quantised.FloatMatrix(weight)) == ours
+    for other in (weight.half(), weight[1:], weight[:, 1:]):
+        assert not found.is_ours(quantised.FloatMatrix(other))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +89,7 @@ def test_a_table_is_read_as_it_was_written() -> None:
         (a_table(rows=[a_row(weight="Q9")]), "weight is 'Q9'"),
         (a_table(rows=[a_row(), a_row(num_warps=4)]), "row 1 is for the same launches"),
         (a_table(cublas=[{**CUBLAS, "use": True}]), r"cublas 0 has unknown keys \['use'\]"),
+        (a_table(cublas=[{**CUBLAS, "same_bits": 1}]), "cublas 0: same_bits is 1"),
         ([], "lacks"),
     ],
 )

@@ -176,8 +176,9 @@ def _linear(
     )
 
 
-def _label(after: str, paired: bool, norm: bool, ordered: bool = False) -> str:
+def _label(after: str, paired: bool, norm: bool, ordered: bool = False, here: bool = False) -> str:
     words = [after, "in pairs" * paired, "of a norm" * norm, "act-order" * ordered]
+    words.append("quantised in it" * here)
     return "".join(f" {word}" for word in words if word)
 
 
@@ -191,8 +192,9 @@ def _quantised(
     after: str = "",
     norm: bool = False,
     ordered: bool = False,
+    here: bool = False,
 ) -> Configuration:
-    """after: a gate whose rows lie in turns with the layer's."""
+    """after: a gate whose rows lie in turns with the layer's; here: its programs quantise x."""
     pointer = _POINTERS[dtype]
     layout = LAYOUTS[fmt]
     empty = torch.empty(0)
@@ -201,6 +203,8 @@ def _quantised(
     weight = QuantisedMatrix(
         (4096, K), layout, empty, empty, minimum, activations, columns, paired=bool(after)
     )
+    if not activations:
+        here = not linear.is_prepared(weight, tokens, getattr(torch, dtype))
     tensor = {
         "int8": {"sm_90": ("IGMMA",), "sm_80": ("IMMA",)},
         "fp8": {"sm_90": ("QGMMA",)},
@@ -210,10 +214,10 @@ def _quantised(
     whole_row = layout.per_row and activations == "int8"
     return Configuration(
         f"linear {fmt} {activations or dtype} tokens {tokens} K {K}"
-        + _label(after, bool(after), norm, ordered),
+        + _label(after, bool(after), norm, ordered, here and bool(activations)),
         linear.quantised_kernel,
         {
-            "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}[activations],
+            "x_ptr": {"int8": "*i8", "fp8": "*u8", "": pointer}["" if here else activations],
             **_codes(layout, pointer),
             "scratch_ptr": "*fp32",
             "columns_ptr": "*i32",
@@ -227,9 +231,10 @@ def _quantised(
             "ROUND": _TL[dtype],
             "PRODUCT": linear.product_of(weight, getattr(torch, dtype)),
             "ORDERED": ordered,
+            **(linear.inputs_here(weight) if here else linear.INPUTS_BEFORE),
         }
         | _around(after, bool(after), norm, K)
-        | linear.quantised_tile(weight, tokens),
+        | linear.quantised_tile(weight, tokens, prepared=not here),
         linear.quantised_options(weight, tokens),
         ("num_tokens",),
         ("eps", "offset"),
@@ -337,9 +342,9 @@ def _small(dtype: str) -> Iterator[Configuration]:
             f"group sums {dtype}{_label('', False, norm)}",
             inputs.sums_kernel,
             {"x_ptr": pointer, "sums_ptr": "*fp32", "normed_ptr": pointer, **scratch},
-            {"GROUP": 32, "BLOCK": inputs.SUMS_BLOCK, **shared},
+            {"PRODUCT": _TL[dtype], "GROUP": 32, **inputs.SUMS_TILE, **shared},
             OPTIONS,
-            ("num_groups",),
+            ("num_groups", "num_tokens"),
             ("eps", "offset"),
         )
         for to, sums in (("int8", False), ("int8", True), ("fp8", False)):
@@ -420,7 +425,7 @@ def _expert_linear(of: Configuration, E: int) -> Configuration:
     """The layer `of` with its rows gathered by expert."""
     routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
     quantised = of.kernel is linear.quantised_kernel
-    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS")
+    before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS", "CODED", "SUMMED", "BLOCK")
     return replace(
         of,
         name=f"experts {of.name} of {E}",
@@ -531,11 +536,15 @@ def configurations() -> Iterator[Configuration]:
         yield _quantised(fmt, "float16", 16)
     for fmt, layout in LAYOUTS.items():
         for tokens in (16, 32) if layout.has_long_planes else (16, 128):
-            norm = tokens == 16 and not layout.minimum
-            yield _quantised(fmt, "bfloat16", tokens, after="silu_mul", norm=norm)
+            yield _quantised(fmt, "bfloat16", tokens, after="silu_mul", norm=tokens == 16)
     for tokens in (16, 128):
         yield _quantised("INT8", "bfloat16", tokens, activations="int8", after="silu_mul")
         yield _quantised("FP8", "bfloat16", tokens, activations="fp8", after="silu_mul")
+    for fmt, activations in (("INT8", "int8"), ("Q4_0", "int8"), ("Q4_K", "int8"), ("FP8", "fp8")):
+        for after, norm in (("", False), ("silu_mul", True)):
+            yield _quantised(
+                fmt, "bfloat16", 16, activations=activations, after=after, norm=norm, here=True
+            )
     yield _quantised("I4G128", "bfloat16", 16, ordered=True)
     for fmt in ("I4G32", "I8G32"):
         yield _quantised(fmt, "bfloat16", 32, ordered=True)
@@ -651,14 +660,21 @@ _BLOCK = re.compile(r"(<!-- compiled -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/kernels.md with its table written anew from all rows."""
+    """docs/kernels.md with its table written anew; a kernel that no row is of keeps its line."""
+    before = _PAGE.read_text("utf-8")
     header = ["kernel", *(f"{t}: registers, shared" for t in TARGETS), "sm_90 instructions"]
     lines = ["| " + " | ".join(header) + " |\n", "| " + " | ".join("---" for _ in header) + " |\n"]
+    found = _BLOCK.search(before)
+    assert found is not None
+    old = {line.split(" | ")[0].removeprefix("| "): line for line in found[0].splitlines(True)}
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["target"]] = row
-    for name, made in by_name.items():
-        cells = [name]
+    for name in dict.fromkeys(configuration.name for configuration in configurations()):
+        if name not in by_name:
+            lines += [old[name]] if name in old else []
+            continue
+        made, cells = by_name[name], [name]
         for target in TARGETS:
             row = made.get(target)
             stack = f", stack {row['stack']}" if row and row["stack"] else ""
@@ -668,7 +684,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         counts = [f"{row[n]} {n}" for n in shown if row[n]] if row else []
         cells.append("; ".join([f"{row['instructions']:,}", *counts]) if row else "")
         lines.append("| " + " | ".join(cells) + " |\n")
-    return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], _PAGE.read_text("utf-8"))
+    return _BLOCK.sub(lambda m: m[1] + "".join(lines) + m[2], before)
 
 
 def main() -> int:
@@ -676,7 +692,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="names that contain one of these")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="write what was compiled to the page")
     options = parser.parse_args()
     jobs = [
         (configuration, target)

@@ -7,8 +7,8 @@ follows from the one rounding to its dtype and the order of fp32 sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,81 +18,16 @@ from ....kernels.triton import TritonBackend, quantised
 from ....kernels.triton import device as dev
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.executor import TritonLogits
-from ....kernels.weights import BF16, F16, F32, Q4_0, Format
+from ....kernels.weights import BF16, F16, F32, I4G32, Q4_0, Format
 from ....quant.values import dequantise
-from . import launches
+from . import launches, row_checks
 from .card import Card
 from .launches import Heads
+from .probe import Guarded, Probe, half_step, worst
+from .row_checks import gate
 from .sizes import Sizes
 
-_PAD_ROWS, _PAD_COLUMNS = 3, 16
-_TINY = 2.0**-24  # fp16's smallest step
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the report. `error` is the worst one as a share of its bound; at most 1 passes."""
-
-    kind: str
-    name: str
-    dtype: str
-    shape: str
-    error: float | None
-    passed: bool
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A check before it has run; `run` returns the worst error as a share of its bound."""
-
-    name: str
-    dtype: str
-    shape: str
-    run: Callable[[], float]
-    kind: str = "correct"
-
-
-def run_probe(probe: Probe) -> Check:
-    """The check's row, whatever happens: what raises has failed, and says how."""
-    error, detail = None, ""
-    try:
-        error = probe.run()
-    except Exception as raised:
-        detail = f"{type(raised).__name__}: {raised}".splitlines()[0][:200]
-    passed = error is not None and error <= 1
-    finite = error if error is not None and np.isfinite(error) else None
-    if error is not None and finite is None:
-        detail = "a result is not finite, or memory beside the output was written"
-    return Check(probe.kind, probe.name, probe.dtype, probe.shape, finite, passed, detail)
-
-
-class Guarded:
-    """An output [rows, width] full of NaN, inside of memory that is not to be touched."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (rows + 2 * _PAD_ROWS, width + _PAD_COLUMNS)
-        self._memory = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        self.out = self._memory[_PAD_ROWS : _PAD_ROWS + rows, :width]
-
-    def result(self) -> torch.Tensor:
-        """The output in fp64; infinite throughout where something beside it was written."""
-        around = self._memory.clone()
-        around[_PAD_ROWS : _PAD_ROWS + self.out.shape[0], : self.out.shape[1]] = float("nan")
-        out = self.out.double()
-        return out if bool(around.isnan().all()) else torch.full_like(out, float("inf"))
-
-
-def worst(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> float:
-    """The largest error as a share of its bound; infinite where a result is not a number."""
-    share = (got - want).abs() / (bound + _TINY)
-    return float("inf") if bool(share.isnan().any()) else float(share.max())
-
-
-def half_step(dtype: torch.dtype) -> float:
-    """What rounding to dtype changes at most, relatively."""
-    return torch.finfo(dtype).eps / 2
 
 
 def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe]:
@@ -111,6 +46,8 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
             )
         for fmt, activations in eight_bits():
             yield from _linears(card, sizes, fmt, dtype, rng, activations)
+        for activations in ("", "int8"):
+            yield from _linears(card, sizes, I4G32, dtype, rng, activations, ordered=True)
         for heads, kind in caches(sizes, dtype):
             for case, new in (("decode", 1), ("chunks", 40)):
                 yield Probe(
@@ -121,14 +58,7 @@ def probes(card: Card, sizes: Sizes, rng: np.random.Generator) -> Iterator[Probe
                         card, heads, sizes, kind, new, dtype, rng
                     ),
                 )
-        yield from _by_rows(card, sizes, dtype)
-        for kind in launches.cache_kinds(dtype):
-            yield Probe(
-                f"rope and {kind} cache",
-                name,
-                f"{sizes.rows} rows, {sizes.attention.label()}",
-                lambda kind=kind, dtype=dtype: _rope(card, sizes, kind, dtype, rng),  # type: ignore[misc]
-            )
+        yield from row_checks.probes(card, sizes, dtype, rng)
     for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.9)):
         yield Probe(
             "sampling, beside the CPU's tokens",
@@ -166,6 +96,8 @@ def _linears(
     dtype: torch.dtype,
     rng: np.random.Generator,
     activations: str = "",
+    *,
+    ordered: bool = False,
 ) -> Iterator[Probe]:
     rows, columns = sizes.layer
     columns -= columns % fmt.block_elements
@@ -174,12 +106,13 @@ def _linears(
         for tokens in (sizes.batches[-1],) if after else (1, sizes.batches[-1]):
             yield Probe(
                 f"linear {fmt.name}"
+                + (", act-order" if ordered else "")
                 + (f" by {activations}" if activations else "")
                 + (f" then {after}" if after else ""),
                 str(dtype).removeprefix("torch."),
                 f"{tokens} x {columns} x {rows}",
                 lambda after=after, tokens=tokens: _linear(  # type: ignore[misc]
-                    card, fmt, (rows, columns), tokens, dtype, after, rng, activations
+                    card, fmt, (rows, columns), tokens, dtype, after, rng, activations, ordered
                 ),
             )
 
@@ -193,10 +126,13 @@ def _linear(
     after: str,
     rng: np.random.Generator,
     activations: str,
+    ordered: bool,
 ) -> float:
     rows, columns = layer
     raw = launches.random_weight(fmt, rows, columns, rng)
-    weight = launches.pack(raw, card.device, activations=activations)[0]
+    order = rng.permutation(columns).astype(np.int32) if ordered else None
+    held = replace(raw, columns=order)
+    weight = launches.pack(held, card.device, activations=activations)[0]
     x = torch.randn(tokens, columns, device=card.device).to(dtype)
     other = torch.randn(tokens, rows, device=card.device).to(dtype)
     bias = torch.randn(rows, device=card.device)
@@ -205,6 +141,8 @@ def _linear(
     launches.multiply(x, weight, guarded.out, bias=bias, **more)()
     wide = torch.from_numpy(dequantise(raw)).to(card.device).double()
     given = codes_of(x, activations, 1) if activations else x.double()
+    if order is not None:
+        given = given[:, torch.from_numpy(order).to(card.device).long()]
     sums = given @ wide.T + bias.double()
     size = given.abs() @ wide.abs().T + bias.double().abs()
     order = 2.0**-22 * columns**0.5
@@ -257,13 +195,6 @@ def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:
     codes = (parts * (top / largest)).clamp(-most, most)
     codes = codes.round() if kind == "int8" else codes.to(torch.float8_e4m3fn)
     return (codes.double() * (largest / top).double()).view(len(x), -1)
-
-
-def gate(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The activation of silu_mul or gelu_tanh_mul."""
-    if name == "silu_mul":
-        return x * torch.sigmoid(x)
-    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -343,123 +274,6 @@ def attention_formula(
     p = torch.softmax(scores, dim=-1)[..., :length]
     out = torch.einsum("tgsk,kgd->tgsd", p, value).reshape(count, -1)
     return out, torch.einsum("tgsk,kgd->tgsd", p, value.abs()).reshape(count, -1)
-
-
-# ---------------------------------------------------------------------------------- row by row
-
-
-def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
-    def rows(width: int) -> torch.Tensor:
-        return torch.randn(sizes.rows, width, device=card.device).to(dtype)
-
-    def compare(out: Guarded, want: torch.Tensor, size: torch.Tensor | None = None) -> float:
-        size = want if size is None else size
-        bound = want.abs() * half_step(dtype) + size.abs() * 2.0**-19
-        return worst(out.result(), want, bound)
-
-    def norm() -> float:
-        x, weight = rows(sizes.hidden), torch.randn(sizes.hidden, device=card.device)
-        out = Guarded(sizes.rows, sizes.hidden, dtype, card.device)
-        launches.normalise(x, weight, out.out, 1e-5)()
-        mean = x.double().square().mean(-1, keepdim=True)
-        return compare(out, x.double() / (mean + 1e-5).sqrt() * weight.double())
-
-    def mapped(name: str) -> float:
-        a, b = rows(sizes.ffn), rows(sizes.ffn)
-        out = Guarded(sizes.rows, sizes.ffn, dtype, card.device)
-        launches.elementwise_op(name, a, b, out.out, 3.0)()
-        x, y = a.double(), b.double()
-        if name == "add":
-            return compare(out, x + y, x.abs() + y.abs())
-        if name == "scale":
-            return compare(out, x * 3.0)
-        if name == "softcap":
-            return compare(out, torch.tanh(x / 3.0) * 3.0)
-        return compare(out, gate(x, name) * y, x * y)
-
-    def selected() -> float:
-        x = rows(sizes.hidden)
-        index = torch.randint(0, sizes.rows, (7,), device=card.device, dtype=torch.int32)
-        out = Guarded(7, sizes.hidden, dtype, card.device)
-        launches.rows_of(x, index, out.out)()
-        return compare(out, x[index.long()].double())
-
-    found: list[tuple[str, int, Callable[[], float]]] = [
-        ("rms_norm", sizes.hidden, norm),
-        ("select_rows", sizes.hidden, selected),
-    ]
-    found += [
-        (op, sizes.ffn, lambda op=op: mapped(op))  # type: ignore[misc]
-        for op in ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul")
-    ]
-    for name, width, run in found:
-        dtype_name = str(dtype).removeprefix("torch.")
-        yield Probe(name, dtype_name, f"{sizes.rows} x {width}", run)
-
-
-def _rope(
-    card: Card, sizes: Sizes, kind: str, dtype: torch.dtype, rng: np.random.Generator
-) -> float:
-    heads, count = sizes.attention, sizes.rows
-    step = launches.paged_step([count], [count], sizes.block_size, rng)
-    slot = step.slot.copy()
-    slot[::5] = -1  # padding: writes nothing
-    cache = launches.new_cache(
-        heads,
-        launches.cache_blocks([count], sizes.block_size),
-        sizes.block_size,
-        kind,
-        card.device,
-    )
-    q, k, v = (
-        torch.randn(count, n * heads.head_dim, device=card.device).to(dtype)
-        for n in (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-    )
-    out = Guarded(count, heads.q_width, dtype, card.device)
-    there = torch.from_numpy(slot).to(card.device)
-    launches.rotate_and_write(heads, q, out.out, (k, v), cache, there, step.positions)()
-    want_q, size_q = rotated(q, step.positions, heads)
-    want_k, size_k = rotated(k, step.positions, heads)
-    slots = launches.slots(cache)
-    kept = slot >= 0
-    written = slots[torch.from_numpy(slot[kept]).to(card.device).long()]
-    rest = np.setdiff1d(np.arange(len(slots)), slot[kept])
-    if not bool(slots[torch.from_numpy(rest).to(card.device)].isnan().all()):
-        return float("inf")
-    here = torch.from_numpy(kept).to(card.device)
-    want_k, size_k, want_v = want_k[here], size_k[here], v[here].double()
-
-    def bound(want: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        return want.abs() * half_step(dtype) + size * 2.0**-20
-
-    def stored(want: torch.Tensor) -> torch.Tensor:
-        """What the cache's own rounding adds: nothing where it holds the activations' dtype."""
-        if cache.scales is None:
-            return torch.zeros_like(want)
-        parts = want.view(len(want), heads.num_kv_heads, -1).abs()
-        unit = parts.amax(-1, keepdim=True) / (127 if kind == "int8" else 448)
-        half = unit * 0.5 if kind == "int8" else torch.maximum(parts * 2.0**-4, unit * 2.0**-10)
-        return (half.expand_as(parts) * 1.01).reshape(want.shape)
-
-    return max(
-        worst(out.result(), want_q, bound(want_q, size_q)),
-        worst(written[:, 0], want_k, bound(want_k, size_k) + stored(want_k)),
-        worst(written[:, 1], want_v, stored(want_v)),
-    )
-
-
-def rotated(
-    x: torch.Tensor, positions: np.ndarray, heads: Heads
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rope in fp64, and the sum of its terms' sizes."""
-    half = heads.head_dim // 2
-    inv_freq = np.array([10000.0 ** (-i / half) for i in range(half)], np.float32)
-    angle = torch.from_numpy((positions[:, None].astype(np.float32) * inv_freq).astype(np.float64))
-    cos, sin = (f(angle).to(x.device)[:, None, :] for f in (torch.cos, torch.sin))
-    a, b = x.double().view(len(x), -1, 2, half).unbind(2)
-    out = torch.stack([a * cos - b * sin, b * cos + a * sin], 2)
-    size = torch.stack([(a * cos).abs() + (b * sin).abs(), (b * cos).abs() + (a * sin).abs()], 2)
-    return out.reshape(len(x), -1), size.reshape(len(x), -1)
 
 
 # -------------------------------------------------------------------------------------- sampling

@@ -25,8 +25,8 @@ from ...runtime.assemble import load_model
 from ...runtime.memory import DoesNotFit, activation_dtype, kv_spec, plan_memory
 from ...runtime.runner import Flight, Runner
 from .card import Card
-from .checks import Probe
 from .law2 import verdict
+from .probe import Probe
 from .rows import Target
 from .sizes import LLAMA, QWEN3, Sizes
 
@@ -88,7 +88,7 @@ def random_model(
         model,
         weight_bytes=backend.weights_bytes(program, weights),
         workspace_bytes=backend.workspace_bytes(
-            program, sizes.max_tokens, config.max_logit_rows, context
+            program, sizes.max_tokens, config.max_logit_rows, context, weights=weights, kv=spec
         ),
         kv=spec,
         available=backend.available_memory(),

@@ -15,6 +15,7 @@ from ....kernels.triton.cache import KVCache
 from ....kernels.triton.device import loads_ahead
 from ....kernels.triton.inputs import scratch_width
 from ....kernels.triton.quantised import Matrix
+from ....kernels.triton.rms_norm import Norm
 from ....kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
 from .card import Launch
 
@@ -202,13 +203,15 @@ def rotate_and_write(
     cache: KVCache,
     slot: torch.Tensor,
     positions: np.ndarray,
+    norms: Sequence[Norm | None] = (None, None),
 ) -> Launch:
-    """The rope of queries and keys with the write to the cache, as a model's step has it."""
+    """The rope of queries and keys with the write to the cache, as a model's step has it; norms: of
+    their heads, before it."""
     inv_freq = tuple(10000.0 ** (-2 * i / heads.head_dim) for i in range(heads.head_dim // 2))
     rows = rope.Rotations(inv_freq, 1.0).rows(positions)
     rotation = rope.Rotation(torch.from_numpy(rows).to(q.device), False)
     return lambda: rope.launch(
-        heads.head_dim, rotation, q, q_out, kv, rotate_k=True, cache=cache, slot=slot
+        heads.head_dim, rotation, q, q_out, kv, norms=norms, rotate_k=True, cache=cache, slot=slot
     )
 
 
@@ -256,8 +259,14 @@ def attend(
 # ---------------------------------------------------------------------------------- row by row
 
 
-def normalise(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> Launch:
-    return lambda: rms_norm.launch(x, weight, out, eps, 0.0)
+def normalise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+    other: torch.Tensor | None = None,
+) -> Launch:
+    return lambda: rms_norm.launch(x, weight, out, eps, 0.0, other)
 
 
 def elementwise_op(

@@ -18,8 +18,9 @@ from ....kernels.triton.rms_norm import Norm
 from ....kernels.weights import Format
 from . import launches
 from .card import Card
-from .checks import Probe, caches, eight_bits, filled_cache
+from .checks import caches, eight_bits, filled_cache
 from .launches import Heads
+from .probe import Probe
 from .sizes import Sizes
 
 

@@ -16,8 +16,8 @@ from ..tables import Column, Report, Table
 from ..timing import Budget
 from . import checks, engine_rows, law2
 from .card import Card
-from .checks import Check
 from .interpreter import mend
+from .probe import Check, Probe, run_probe
 from .rows import Row, Target, figures
 from .rows import rows as timed_rows
 from .sizes import FULL, TINY, Sizes
@@ -113,14 +113,14 @@ def run(
 
 
 def _checked(card: Card, sizes: Sizes, rng: np.random.Generator, say: TextIO) -> Iterator[Check]:
-    makers: Sequence[Callable[[], Iterator[checks.Probe]]] = (
+    makers: Sequence[Callable[[], Iterator[Probe]]] = (
         lambda: checks.probes(card, sizes, rng),
         lambda: law2.probes(card, sizes, rng),
         lambda: engine_rows.probes(sizes),
     )
     for make in makers:
         for probe in make():
-            check = checks.run_probe(probe)
+            check = run_probe(probe)
             verdict = "ok    " if check.passed else "FAILED"
             print(f"{verdict} {check.kind}: {check.name} {check.dtype}", file=say)
             yield check

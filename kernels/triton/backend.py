@@ -100,7 +100,7 @@ class TritonBackend:
         self._check_products(program, weights)
         orders: dict[bytes, int] = {}
         total = sum(
-            4 * len(op.attrs["alibi_slopes"] or ())  # type: ignore[arg-type]
+            4 * len(op.attrs["alibi_slopes"] or ())  # type: ignore[arg-type, misc]
             for op in program
             if op.name == "attention"
         )

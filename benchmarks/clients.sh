@@ -8,7 +8,6 @@
 # TOKENIZER is a folder with the model's tokenizer in Hugging Face's form. URL, MODEL, REQUESTS,
 # INPUT and OUTPUT may be set in the environment.
 set -euo pipefail
-cd "$(dirname "$0")"
 if [ $# -ne 3 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2

@@ -66,7 +66,7 @@ class Grouped:
         dim = x.shape[-1]
         missing = -dim % KV_GROUP
         last = x[..., -1:].expand(*x.shape[:-1], missing)  # changes no group's extremes
-        groups = torch.cat([x, last], -1).unflatten(-1, (-1, KV_GROUP))
+        groups = torch.cat([x, last], -1).reshape(*x.shape[:-1], -1, KV_GROUP)
         low, high = groups.amin(-1), groups.amax(-1)
         offset = _bfloat16(low, up=False)
         finite = torch.isfinite(low) & torch.isfinite(high - offset)

@@ -95,8 +95,8 @@ def random_weight(fmt: Format, num_rows: int, columns: int) -> RawWeight:
                 values[:] = rng.uniform(0.5, 1, values.shape) / 64
             elif field == "values":
                 values[:] = values & np.uint8(0xF7)  # no NaN among codes of floats
-            elif field == "scale" and not fmt.header and fmt.block_elements <= 32:
-                values[:] = rng.integers(112, 120, values.shape)  # a power of two, or a small float
+            elif field == "exponent":
+                values[:] = rng.integers(112, 120, values.shape)  # of a power of two
     return RawWeight(fmt.name, fmt, (num_rows, columns), {"data": data})
 
 

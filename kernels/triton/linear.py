@@ -362,7 +362,8 @@ def quantised_options(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
     stages = 2 if step > 128 and not w.activations else 3
     made = OPTIONS | {"num_stages": stages, "num_warps": 8 if tokens == 128 else 4}
     if w.paired and w.layout.minimum and tokens == TOKENS[0] and torch.version.hip is None:
-        made |= {"maxnreg": 168}  # left to choose, the assembler stops at 96 and spills
+        # Left to choose, the assembler stops at 96 and spills.
+        made |= {"maxnreg": 255 if w.activations else 168}
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..backend import DTYPE_BYTES, KV_CODES, BackendUnavailable, KVSpec
 from ..cpu import _native
@@ -99,11 +100,8 @@ class TritonBackend:
         """
         self._check_products(program, weights)
         orders: dict[bytes, int] = {}
-        total = sum(
-            4 * len(op.attrs["alibi_slopes"] or ())  # type: ignore[arg-type, misc]
-            for op in program
-            if op.name == "attention"
-        )
+        layers: list[Mapping[str, Any]] = [op.attrs for op in program if op.name == "attention"]
+        total = sum(4 * len(attrs["alibi_slopes"] or ()) for attrs in layers)
         for weight in weights.values():
             parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
             if len(weight.shape) == 1:

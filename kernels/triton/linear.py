@@ -353,7 +353,7 @@ def product_of(w: QuantisedMatrix, dtype: torch.dtype) -> Any:
     return {"int8": tl.int8, "fp8": tl.float8e4nv, "": TL[dtype]}[w.activations]
 
 
-def quantised_options(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
+def quantised_options(w: QuantisedMatrix, tokens: int, *, prepared: bool = True) -> dict[str, Any]:
     """Launch options of quantised_kernel; a wide tile is shared by two warpgroups.
 
     Three stages, or two where x of a step would not fit into shared memory three times.
@@ -361,8 +361,12 @@ def quantised_options(w: QuantisedMatrix, tokens: int) -> dict[str, Any]:
     step = w.layout.step_groups * w.layout.group
     stages = 2 if step > 128 and not w.activations else 3
     made = OPTIONS | {"num_stages": stages, "num_warps": 8 if tokens == 128 else 4}
-    if w.paired and w.layout.minimum and tokens == TOKENS[0] and torch.version.hip is None:
-        made |= {"maxnreg": 168}  # left to choose, the assembler stops at 96 and spills
+    if w.layout.minimum and tokens == TOKENS[0] and torch.version.hip is None:
+        # Left to choose, the assembler stops at 96, or at 72, and spills.
+        if w.paired:
+            made |= {"maxnreg": 255 if w.activations else 168}
+        elif w.layout.bits == 8 and not prepared:
+            made |= {"maxnreg": 255 if w.activations else 128}
     return made
 
 
@@ -451,7 +455,10 @@ def launch(
         **(INPUTS_BEFORE if prepared else inputs_here(weight)),
         **shared,
         **quantised_tile(weight, tokens, prepared=prepared),
-        **(quantised_options(weight, tokens) | tuned.options(weight, dtype, tokens)),
+        **(
+            quantised_options(weight, tokens, prepared=prepared)
+            | tuned.options(weight, dtype, tokens)
+        ),
     )
 
 

@@ -16,15 +16,24 @@ from engineroom.engine.bench.gpu import checks, engine_rows, launches, law2, rep
 from engineroom.engine.bench.gpu.probe import Probe  # noqa: E402
 from engineroom.engine.bench.tables import SCHEMA  # noqa: E402
 from engineroom.engine.cli import main  # noqa: E402
+from tests.counts import FULL  # noqa: E402
 
 
 def rehearse(folder: Path, *more: str) -> int:
     return main(["bench", "gpu", "--rehearsal", "--output", str(folder), *more])
 
 
+# The reduced count: formats of every way to hold codes.
+FEW = ("F32", "F16", "BF16", "Q4_0", "Q4_K", "Q6_K", "INT8", "I4G32", "FP8", "NF4")
+
+
 def test_a_rehearsal_passes_and_writes_its_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not FULL:
+        few = tuple(fmt for fmt in launches.WEIGHTS if fmt.name in FEW)
+        assert len(few) == len(FEW)
+        monkeypatch.setattr(launches, "WEIGHTS", few)
     assert rehearse(tmp_path, "--report") == 0
     made = json.loads((tmp_path / "report.json").read_text())
     assert (made["schema"], made["bench"]) == (SCHEMA, "gpu")

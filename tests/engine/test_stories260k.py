@@ -95,9 +95,10 @@ def test_an_int4_cache_shares_beginnings_and_changes_no_bit(forms):
 def test_the_story_begins_so_on_tritons_interpreter(form, forms, expected):
     """The whole engine on the GPU's kernels, steps overlapping and sampling launched behind them;
     the interpreter takes half a second a token."""
-    text, tokens = greedy(forms[form], "cuda", count(reduced=12, full=256 if form == "hf" else 60))
-    assert len(text) > 20
+    reduced, full = (12, 256) if form == "hf" else (5, 60)
+    text, tokens = greedy(forms[form], "cuda", count(reduced=reduced, full=full))
     if form == "hf":
+        assert len(text) > 20
         assert expected.strip().startswith(text.strip())
     else:
         assert greedy(forms[form], "cpu", len(tokens))[1] == tokens

@@ -30,7 +30,7 @@ from tests.kernels.packed_steps import run as run_reference
 from tests.kernels.test_triton_graphs import Recorder
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
 
-from engineroom.kernels.triton import experts, linear  # isort: skip
+from engineroom.kernels.triton import experts, graphs, linear  # isort: skip
 from engineroom.kernels.triton.quantised import LAYOUTS  # isort: skip
 
 RNG = np.random.default_rng(43)
@@ -233,6 +233,7 @@ def test_a_recorded_step_fits_every_choice(monkeypatch: pytest.MonkeyPatch) -> N
     """What was launched for one choice of experts is launched again, for others."""
     eager, recorded = lowered()[-1], lowered()[-1]
     recorder = Recorder(monkeypatch)
+    monkeypatch.setattr(graphs, "row_counts", lambda most: [most])
     recorded.prepare(2, 2, 8, recorder)
     pages = Paged(4, 64, np.random.default_rng(1))
     a, b = pages.add(), pages.add()

@@ -235,7 +235,7 @@ def _quantised(
         }
         | _around(after, bool(after), norm, K)
         | linear.quantised_tile(weight, tokens, prepared=not here),
-        linear.quantised_options(weight, tokens),
+        linear.quantised_options(weight, tokens, prepared=not here),
         ("num_tokens",),
         ("eps", "offset"),
         tensor,

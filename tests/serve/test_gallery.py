@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from .conftest import Running
 from .http import Answer, chat, completion, get, post
 
 CHAT, PLAIN, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+FILES = "/v1/files"
 Make = Callable[..., Running]
 Provoke = Callable[[Running, Make], Answer]
 
@@ -58,6 +61,29 @@ def _unforeseen(server: Running, make: Make) -> Answer:
     return post(broken, PLAIN, completion())
 
 
+def _upload(running: Running) -> Answer:
+    line = {"custom_id": "a", "method": "POST", "url": PLAIN, "body": completion()}
+    parts = (
+        b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B\r\n'
+        b'Content-Disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n'
+        + json.dumps(line).encode()
+        + b"\r\n--B--\r\n"
+    )
+    return post(running, FILES, parts, {"Content-Type": "multipart/form-data; boundary=B"})
+
+
+def _over(server: Running, make: Make) -> Answer:
+    keeping = make(stores=True)
+    asked = {
+        "input_file_id": _upload(keeping).json["id"],
+        "endpoint": PLAIN,
+        "completion_window": "24h",
+    }
+    batch = "/v1/batches/" + post(keeping, "/v1/batches", asked).json["id"]
+    keeping.wait_until(lambda: get(keeping, batch).json["status"] == "completed")
+    return post(keeping, f"{batch}/cancel", {})
+
+
 GALLERY: dict[str, Provoke] = {
     "invalid_json": _asked(CHAT, b"{"),
     "invalid_value": _asked(CHAT, chat(temperature="hot")),
@@ -68,6 +94,9 @@ GALLERY: dict[str, Provoke] = {
     "token_id": _asked(PLAIN, completion([-1])),
     "chat_template": _asked(CHAT, chat("hostile")),
     "deadline": _asked(EMBED, {"model": "fake", "input": "slow: it", "timeout_ms": 20}),
+    "storage_off": lambda server, make: get(server, FILES),
+    "storage_full": lambda server, make: _upload(make(stores=True, max_storage_bytes=1)),
+    "conflict": _over,
     "invalid_api_key": lambda server, make: get(make(api_keys=("sesame-sesame",)), "/v1/models"),
     "host_not_allowed": lambda server, make: get(server, "/health", {"Host": "evil.example.com"}),
     "model_not_found": _asked(CHAT, chat(model="other")),
@@ -89,9 +118,15 @@ GALLERY: dict[str, Provoke] = {
 
 
 @pytest.mark.parametrize("row", ERRORS, ids=lambda row: row.code)
-def test_every_error_is_met_and_documented(row: ErrorRow, server: Running, serving: Make) -> None:
+def test_every_error_is_met_and_documented(
+    row: ErrorRow, server: Running, serving: Make, tmp_path: Path
+) -> None:
     assert row.code in GALLERY, "a new error: say here how it is provoked"
-    answer = GALLERY[row.code](server, serving)
+
+    def make(model: str = "fake", *, stores: bool = False, **options: Any) -> Running:
+        return serving(model, data_dir=str(tmp_path) if stores else None, **options)
+
+    answer = GALLERY[row.code](server, make)
     assert (answer.status, answer.error["code"]) == (row.status, row.code), answer.body
     assert answer.error["type"] == row.type and len(answer.error["message"]) > 10
     assert set(answer.error) == {"message", "type", "param", "code"}

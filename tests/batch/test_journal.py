@@ -40,7 +40,8 @@ def test_a_flipped_byte_is_detected_or_harmless(
 ) -> None:
     rng = random.Random(seed)
     damaged = bytearray(whole[0])
-    for _ in range(rng.choice((1, 1, 3))):
+    flips = rng.choice((1, 1, 3))
+    for _ in range(flips):
         damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
     output = tmp_path / "out.jsonl"
     try:
@@ -49,7 +50,8 @@ def test_a_flipped_byte_is_detected_or_harmless(
         assert error.code == "E-BATCH-04"
         assert re.search(r"record \d+ at byte \d+", str(error))
         return
-    assert before == REQUESTS - 1  # the last record alone may pass for a torn one
+    # Records at the very end, all of them damaged, may pass for a torn end: they are made again.
+    assert REQUESTS - flips <= before < REQUESTS
     assert output.read_bytes() == whole[1]
 
 

@@ -139,7 +139,7 @@ def recommend(choices: list[dict[str, Any]]) -> tuple[str | None, str]:
 
 def render(choices: list[dict[str, Any]]) -> list[str]:
     """Lines for a terminal."""
-    lines = ["  quantization  weights      bits   read a token       loss against its own bits"]
+    lines = ["  quantization   weights      bits   read a token       loss against its own bits"]
     own = choices[0]["token_bytes"]
     for c in choices:
         loss = "none" if c["quantization"] is None else "not measured"
@@ -151,7 +151,7 @@ def render(choices: list[dict[str, Any]]) -> list[str]:
         share = f"{show_bytes(c['token_bytes'])} ({c['token_bytes'] / own:.2f})"
         fits = "" if c["fits"] else " (does not fit)"
         lines.append(
-            f"    {c['quantization'] or 'None':<11} {show_bytes(c['bytes']):>9} "
+            f"    {c['quantization'] or 'None':<12} {show_bytes(c['bytes']):>9} "
             f"{c['bits_per_weight']:>8.2f}   {share:<18} {loss}{fits}"
         )
     quantization, why = recommend(choices)

@@ -134,14 +134,18 @@ class AsyncLLM:
     ) -> RequestOutput:
         """One prompt's RequestOutput, whose `.embedding` is as LLM.embed()'s.
 
-        Cancelling the task aborts the request. Errors: those of generate().
+        Cancelling the task aborts the request. Errors: those of generate(); RequestFailed where its
+        step failed.
         """
         params = SamplingParams(truncate_prompt_tokens=truncate_prompt_tokens)
         stream = self.generate(prompt, params, request_id=request_id, priority=priority, embed=True)
         try:
-            return await anext(stream)
+            output = await anext(stream)
         finally:
             await stream.aclose()
+        if output.outputs[0].error is not None:
+            raise RequestFailed(output.outputs[0].error)
+        return output
 
     def chat(
         self,

@@ -166,11 +166,15 @@ class LLM:
         """The mean of the last hidden states of each prompt's tokens, at unit length.
 
         Every prompt is computed whole: the prefix cache holds no hidden states. What is not
-        finite is a model's own fault and stays as it is. Errors: those of generate().
+        finite is a model's own fault and stays as it is. Errors: those of generate(); RuntimeError
+        where a prompt's step failed.
         """
         many = _as_prompts(prompts)
         params = SamplingParams(truncate_prompt_tokens=truncate_prompt_tokens)
         outputs = self._run(many, [params] * len(many), 0, use_tqdm, embed=True)
+        for index, out in enumerate(outputs):
+            if out.embedding is None:
+                raise RuntimeError(f"prompt {index} of {len(many)}: {out.outputs[0].error}")
         return [
             EmbeddingOutput(out.prompt_token_ids, np.array(out.embedding, np.float32))
             for out in outputs

@@ -115,6 +115,36 @@ def test_the_mean_of_transformers_hidden_states(
     np.testing.assert_allclose(out.embedding, expected, rtol=0, atol=2e-5)
 
 
+def test_tritons_interpreter_agrees(make_llm: Callable[..., Any]) -> None:
+    pytest.importorskip("tests.kernels.triton_device")  # skips where triton is missing
+    options = {"dtype": "float32", "kv_cache_dtype": "float32", "max_num_batched_tokens": 16}
+    for ours, other in zip(
+        make_llm(device="cuda", **options).embed(PROMPTS[1:4]),
+        make_llm(device="cpu", **options).embed(PROMPTS[1:4]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours.embedding, other.embedding, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("client", ["thread", None])
+def test_a_step_that_fails_is_an_error_and_no_embedding(
+    golden_model: Any, make_llm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, client: Any
+) -> None:
+    def broken(pool: Pool, start: int, rows: np.ndarray) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    async def asked() -> None:
+        async with AsyncLLM(str(golden_model), client=client, device="cpu") as llm:
+            await llm.embed(PROMPTS[1])
+
+    monkeypatch.setattr(Pool, "add", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        if client is None:
+            make_llm(device="cpu").embed(PROMPTS[:2])
+        else:
+            asyncio.run(asked())
+
+
 def test_what_is_refused(make: Callable[..., Any]) -> None:
     llm = make()
     with pytest.raises(AdmissionError, match="empty"):

@@ -118,6 +118,8 @@ def main() -> int:
     args = parser.parse_args()
     flags = ["--port", str(args.port), "--max-model-len", "1024", "--max-num-seqs", "16"]
     flags += ["--max-waiting", str(2 * args.clients)]
+    # A cache that is used to its last block within a minute: its pages grow no more.
+    flags += ["--num-blocks", "1200"]
     command = [sys.executable, "-m", "engineroom", "serve", args.model, *flags]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:

@@ -20,6 +20,7 @@ constexpr std::size_t kBlockBytes = std::size_t{384} << 10;
 // Of bf16: a tile in 12 bits is unpacked once a block, and its rows come from the L3 fast enough.
 constexpr std::size_t kBlockBytesBF16 = std::size_t{768} << 10;
 constexpr int kMaxRows = 512;
+constexpr int kShareRows = 128;
 constexpr int kMaxColumns = 2048;
 constexpr int kFineRows = 64;  // whose second digits are sorted together: their results stay in the L1
 
@@ -29,6 +30,15 @@ std::size_t stride_of(int columns) { return (static_cast<std::size_t>(columns) +
 
 std::size_t element_bytes(Form form) {
     return form == Form::kF32 ? 4 : form == Form::kBF16 ? 2 : 1;
+}
+
+// How many shares of rows the threads take, a power of two; those of one share split its tiles. A thread
+// with rows of its own finds what it made of them, in this layer and the one before, in its own cache,
+// but every share reads all weights: with fewer rows the memory would be what takes time.
+int shares_of_rows(int rows, int threads) {
+    int shares = 1;
+    while (threads % (2 * shares) == 0 && rows / (2 * shares) >= kShareRows) shares *= 2;
+    return shares;
 }
 
 // Rows of a block.
@@ -239,13 +249,17 @@ void linear_tiles(const Kernels &kernels, const Linear &linear, const Activation
     std::uint8_t *digits = reinterpret_cast<std::uint8_t *>(second + kMaxRows * kTileRows);
     Work work{kernels, linear, rows_in, first, second, reinterpret_cast<FineDigits *>(digits),
               digits + digits_bytes(static_cast<int>(rows_in.stride))};
+    const int row_shares = shares_of_rows(rows, threads), tile_shares = threads / row_shares;
+    const int row_share = thread / tile_shares, tile_share = thread % tile_shares;
+    const auto at = [&](int share) { return static_cast<int>(std::int64_t{rows} * share / row_shares); };
+    const int end = at(row_share + 1);
     const int block = block_rows(rows_in.form, static_cast<std::size_t>(rows_in.stride));
-    for (int row0 = 0; row0 < rows; row0 += block) {
-        const int count = std::min(block, rows - row0);
+    for (int row0 = at(row_share); row0 < end; row0 += block) {
+        const int count = std::min(block, end - row0);
         if (rows_in.form == Form::kInt8)
             work.num_digits = fine_digits(rows_in, row0, count, work.digits,
                                           reinterpret_cast<std::int32_t *>(work.scratch));
-        each_share(linear.parts, linear.num_parts, is_paired(linear.epilogue), thread, threads,
+        each_share(linear.parts, linear.num_parts, is_paired(linear.epilogue), tile_share, tile_shares,
                    [&](int part, Tiles mine) {
                        for (int tile = mine.begin; tile < mine.end; ++tile)
                            work.finish(linear.parts + part, tile, row0, count);

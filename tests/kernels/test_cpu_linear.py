@@ -273,11 +273,13 @@ def test_a_row_is_the_same_in_any_company(unit: str, name: str, form: str) -> No
         assert_same_bits(run(unit, [matrix], x, form, threads=threads), want)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
 @pytest.mark.parametrize("name,form", [("Q4_0", "int8"), ("BF16", "bf16"), ("F32", "f32")])
-def test_more_rows_than_a_block(name: str, form: str) -> None:
+def test_more_rows_than_a_block(name: str, form: str, threads: int) -> None:
+    """Eight threads take four shares of the rows, and split the tiles of each."""
     matrix = pack(name, blocks(name, 60, 1536, 5), 60, 1536)
     x = activations(700, 1536)
-    got = run(UNITS[0], [matrix], x, form, threads=2)
+    got = run(UNITS[0], [matrix], x, form, threads=threads)
     for start in range(0, 700, 50):
         assert_same_bits(
             got[start : start + 50], run(UNITS[0], [matrix], x[start : start + 50], form)

@@ -18,7 +18,8 @@ constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one 
 // formats of few bits overlap arithmetic and memory; the others gain most with 4 KB.
 constexpr int kAhead = 4096;
 constexpr int kAheadNibbles = 10240;
-constexpr int kChunk = 256;          // columns that are unpacked at a time: they stay in the L1
+constexpr int kChunk = 512;          // most columns of bytes that pass the rows at a time, from the L1
+constexpr int kChunkF32 = 128;       // and of fp32
 
 static_assert(kTileVectors % kVectors == 0, "register tiles cover a weight tile");
 
@@ -410,8 +411,10 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
     using Ready = ScaleReady<Scale>;
     float *ready = reinterpret_cast<float *>(scratch);
     std::uint8_t *unpacked = scratch + sizeof(float) * Ready::kFloats * (kChunk / kGroup);
-    for (int c0 = k0; c0 < k1; c0 += kChunk) {
-        const int c1 = least(c0 + kChunk, k1);
+    const int chunks = (k1 - k0 + kChunk - 1) / kChunk;  // of nearly equal size
+    const int chunk = ((k1 - k0 + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
+    for (int c0 = k0; c0 < k1; c0 += chunk) {
+        const int c1 = least(c0 + chunk, k1);
         const std::uint8_t *group =
             quants + static_cast<std::ptrdiff_t>(c0 / kGroup) * Quants::kBytes;
         if constexpr (Quants::kSmall || !Scale::kLast)
@@ -822,9 +825,8 @@ static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, co
                              int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
     const std::uint8_t *scales = w.data + tile * w.tile_bytes;
     float *values = reinterpret_cast<float *>(scratch);
-    constexpr int kColumns = kChunk / 2;  // in fp32 that is what stays in the L1
-    for (int c0 = k0; c0 < k1; c0 += kColumns) {
-        const int c1 = least(c0 + kColumns, k1);
+    for (int c0 = k0; c0 < k1; c0 += kChunkF32) {
+        const int c1 = least(c0 + kChunkF32, k1);
         dequantise_groups<Quants, Scale>(scales + w.scales_bytes, scales, c0 / kGroup, c1 / kGroup,
                                          w.bias, values);
         float_blocks<StepF32, kF32Rows>(StepF32{}, scratch, c1 - c0, a.f32 + row0 * a.stride + c0,

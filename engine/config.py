@@ -224,7 +224,7 @@ class ModelConfig:
 # -------------------------------------------------------------------------------------- engine
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = (*DTYPES, "int8", "fp8", "int4")
+KV_CACHE_DTYPES = (*DTYPES, "int8", "fp8", "int4", "k8v4")
 MAX_PROMPT_LOGPROB_ROWS = 64  # a request's prompt logprobs take at most this many rows of a step
 DEVICES = ("auto", "cpu", "cuda", "reference")
 ACTIVATIONS = ("auto", "int8", "fp8", "float32")

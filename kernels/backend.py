@@ -24,12 +24,12 @@ from .program import Program
 from .weights import RawWeight, WeightGroup
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Of the KV cache, which has bytes with scales as well: ops.kv_write says what those hold.
-KV_CODES = ("int8", "fp8")
-KV_DTYPES = (*DTYPE_BYTES, *KV_CODES, "int4")
+# Of the KV cache, which has codes with scales as well: ops.kv_write says what those hold.
+KV_CODES = ("int8", "fp8", "int4", "k8v4")
+KV_DTYPES = (*DTYPE_BYTES, *KV_CODES)
 KV_SCALE_BYTES = 4  # of a row of bytes: fp32
 KV_GROUP = 32  # numbers of a row of int4 that share a scale and an offset, bfloat16 both
-KV_GROUP_BYTES = 4
+KV_GROUP_BYTES = KV_GROUP // 2 + 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class KVSpec:
 
     The backend owns the physical order inside one block of one head. `dtype` is one of KV_DTYPES;
     int8 and fp8 have one scale beside the `head_dim` bytes of each token and kv head, of K and V;
-    int4 has two numbers to a byte, and a scale and an offset for each KV_GROUP of them.
+    int4 has whole groups of KV_GROUP numbers, two to a byte, with a scale and an offset each; k8v4
+    has keys of int8 and values of int4.
     """
 
     num_layers: int
@@ -48,18 +49,31 @@ class KVSpec:
     dtype: str
 
     @property
+    def parts(self) -> tuple[str, str]:
+        """The dtypes of keys and of values."""
+        return ("int8", "int4") if self.dtype == "k8v4" else (self.dtype, self.dtype)
+
+    @property
     def bytes_per_token(self) -> int:
-        if self.dtype in KV_CODES:
-            row = self.head_dim + KV_SCALE_BYTES
-        elif self.dtype == "int4":
-            row = -(-self.head_dim // 2) + KV_GROUP_BYTES * -(-self.head_dim // KV_GROUP)
-        else:
-            row = self.head_dim * DTYPE_BYTES[self.dtype]
-        return 2 * self.num_layers * self.num_kv_heads * row
+        row = sum(_kv_row_bytes(part, self.head_dim) for part in self.parts)
+        return self.num_layers * self.num_kv_heads * row
 
     @property
     def bytes_per_block(self) -> int:
         return self.block_size * self.bytes_per_token
+
+
+def kv_groups(head_dim: int) -> int:
+    """Groups of a row of int4."""
+    return -(-head_dim // KV_GROUP)
+
+
+def _kv_row_bytes(part: str, head_dim: int) -> int:
+    if part == "int4":
+        return KV_GROUP_BYTES * kv_groups(head_dim)
+    if part in KV_CODES:
+        return head_dim + KV_SCALE_BYTES
+    return head_dim * DTYPE_BYTES[part]
 
 
 @dataclass(frozen=True, eq=False)

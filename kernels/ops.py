@@ -216,6 +216,8 @@ def kv_write(k: Handle, v: Handle, *, layer: int, num_kv_heads: int, head_dim: i
     most 15, all in fp32. What is read back is scale * code + offset, so a value is off by half a
     scale at most. Where 1 / scale overflows the code is 0; where a value of the 32 is NaN or
     infinite, or their distance from the offset overflows, scale and offset are NaN.
+
+    A k8v4 cache keeps K as an int8 cache does and V as an int4 cache does.
     """
     _same("kv_write", k, v)
     if k.shape[1] != num_kv_heads * head_dim:

@@ -159,11 +159,13 @@ class Pool:
         """The CPUs that each thread may run on, asked of each."""
 
 class KVCache:
-    """A zeroed cache of every layer. Errors: ValueError for sizes that are not positive."""
+    """A zeroed cache of every layer. Errors: ValueError for sizes that are not positive,
+    or for dtypes that are no pair of KVSpec.parts."""
 
     def __init__(
         self,
-        dtype: str,
+        key_dtype: str,
+        value_dtype: str,
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
@@ -453,7 +455,8 @@ def to_int8_test(
 
 def attention_test(
     unit: str,
-    cache_dtype: str,
+    key_dtype: str,
+    value_dtype: str,
     cache: NDArray[np.uint8],
     block_size: int,
     num_kv_heads: int,

@@ -180,7 +180,7 @@ class CpuBackend:
                 "device='cuda'"
             )
         native = _native.KVCache(
-            spec.dtype,
+            *spec.parts,
             spec.num_layers,
             spec.num_kv_heads,
             spec.head_dim,

@@ -118,24 +118,21 @@ int to_int8_test(const std::string &unit, In x, Array<std::int8_t> q, Out scale,
 
 // Writes k and v of a packed step to `cache` (one layer, blocks end to end), then runs attention.
 // Where `repeats` is not 0, attention runs that often and the seconds of the fastest are returned.
-double attention_test(const std::string &unit, const std::string &cache_dtype,
-                      Array<std::uint8_t> cache, int block_size, int num_kv_heads, int head_dim,
+double attention_test(const std::string &unit, const std::string &key_dtype,
+                      const std::string &value_dtype, Array<std::uint8_t> cache, int block_size, int num_kv_heads, int head_dim,
                       InRows q, InRows k, InRows v, Ints positions, Ints query_start, Ints seq_len,
                       IntRows block_table, Ints slot, OutRows out, float scale, int window,
                       float softcap, const std::string &dtype, int threads, int repeats) {
     const Kernels &kernels = unit_of(unit);
     Attention attention;
     KVCacheView &view = attention.cache;
-    view.dtype = cache_dtype_of(cache_dtype);
     check(block_size > 0 && num_kv_heads > 0 && head_dim > 0 && head_dim % 2 == 0,
           "block_size, num_kv_heads and head_dim must be above 0, head_dim even");
     check(threads >= 1 && threads <= 64, "threads must be 1 to 64");
-    view.num_kv_heads = num_kv_heads;
-    view.head_dim = head_dim;
-    view.block_size = block_size;
+    const Dtype keys = cache_dtype_of(key_dtype), values = cache_dtype_of(value_dtype);
+    check(is_kv_pair(keys, values), "there is no cache of such keys with such values");
+    view = kv_cache_view(keys, values, num_kv_heads, head_dim, block_size);
     view.layer = cache.data();
-    view.head_bytes = kv_head_bytes(view.dtype, block_size, head_dim);
-    view.block_stride = view.head_bytes * static_cast<std::size_t>(num_kv_heads);
     const auto num_blocks = static_cast<std::int64_t>(cache.shape(0) / view.block_stride);
 
     const std::size_t num_tokens = slot.shape(0), num_sequences = seq_len.shape(0);
@@ -218,7 +215,7 @@ void register_attention(nb::module_ &m) {
           nb::arg("scaled_sum").noconvert(), nb::arg("fine_group").noconvert(),
           nb::arg("fine_q").noconvert(), nb::arg("fine_scale").noconvert(),
           nb::arg("fine_sum16").noconvert());
-    m.def("attention_test", &attention_test, nb::arg("unit"), nb::arg("cache_dtype"),
+    m.def("attention_test", &attention_test, nb::arg("unit"), nb::arg("key_dtype"), nb::arg("value_dtype"),
           nb::arg("cache").noconvert(), nb::arg("block_size"), nb::arg("num_kv_heads"),
           nb::arg("head_dim"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),
           nb::arg("v").noconvert(), nb::arg("positions").noconvert(),

@@ -370,12 +370,16 @@ void register_step(nb::module_ &m) {
     m.def("workspace_bound", &workspace_bound);
     nb::class_<KVCache>(m, "KVCache")
         .def("__init__",
-             [](KVCache *self, const std::string &dtype, int num_layers, int num_kv_heads, int head_dim,
-                int block_size, int num_blocks) {
+             [](KVCache *self, const std::string &key_dtype, const std::string &value_dtype,
+                int num_layers, int num_kv_heads, int head_dim, int block_size, int num_blocks) {
                  if (num_layers < 1 || num_kv_heads < 1 || head_dim < 2 || head_dim % 2 != 0 ||
                      block_size < 1 || num_blocks < 1)
                      throw std::invalid_argument("a KV cache needs positive sizes and an even head_dim");
-                 new (self) KVCache(cache_dtype_of(dtype), num_layers, num_kv_heads, head_dim, block_size,
+                 const Dtype keys = cache_dtype_of(key_dtype), values = cache_dtype_of(value_dtype);
+                 if (!is_kv_pair(keys, values))
+                     throw std::invalid_argument("there is no KV cache of " + key_dtype +
+                                                 " keys with " + value_dtype + " values");
+                 new (self) KVCache(keys, values, num_layers, num_kv_heads, head_dim, block_size,
                                     num_blocks);
              })
         .def_prop_ro("nbytes", &KVCache::bytes);

@@ -190,54 +190,77 @@ struct FinishedTile {
 
 // -------------------------------------------------------------------------------- attention
 
-constexpr int kKVGroup = 32;  // dims that share a scale and an offset in a kInt4 cache
+constexpr int kKVGroup = 32;  // dims that share a scale and an offset where codes have 4 bits
 constexpr int kv_groups(int head_dim) { return (head_dim + kKVGroup - 1) / kKVGroup; }
 
-// Bytes of one kv head of one block: keys and values, each block_size * head_dim elements; behind
-// each of the two, in a kInt8 cache, one fp32 scale a slot; in a kInt4 cache the bf16 scales
-// [groups][slots] and then the offsets, as many.
-constexpr std::size_t kv_head_bytes(Dtype dtype, int block_size, int head_dim) {
-    const std::size_t row = static_cast<std::size_t>(head_dim);
-    const std::size_t groups = static_cast<std::size_t>(kv_groups(head_dim));
-    return 2 * static_cast<std::size_t>(block_size) *
-           (dtype == Dtype::kInt4   ? row / 2 + 4 * groups
-            : dtype == Dtype::kInt8 ? row + 4
-            : dtype == Dtype::kF32  ? 4 * row
-                                    : 2 * row);
+// Elements of a slot of keys or of values of one kv head.
+constexpr int kv_row(Dtype dtype, int head_dim) {
+    return dtype == Dtype::kInt4 ? kKVGroup / 2 * kv_groups(head_dim) : head_dim;
 }
 
-// One layer's cache. A block of one kv head is contiguous. Where it is tiled, with s = 2 elements of
-// kBF16, 4 of kInt8, else 1:
-//   keys    [slots/16][dim/s][16][s]
-//   values  [slots/s][dim][s]
-// else both are [slots][dim]. An element of kInt8 is a byte q + 128, its value scale * q. A kInt4
-// cache is laid out as a kInt8 cache of half the head_dim: byte d has the codes of dims d (its low
-// half) and d + head_dim / 2, whose values are scale * code + offset, so that no two tokens share one.
+// Bytes of one block's keys, or values, of one kv head: block_size rows of elements; behind those of
+// kInt8 one fp32 scale a slot; behind those of kInt4 the bf16 scales [groups][slots] and then the
+// offsets, as many.
+constexpr std::size_t kv_bytes(Dtype dtype, int block_size, int head_dim) {
+    const std::size_t row = static_cast<std::size_t>(kv_row(dtype, head_dim));
+    const std::size_t groups = static_cast<std::size_t>(kv_groups(head_dim));
+    return static_cast<std::size_t>(block_size) * (dtype == Dtype::kInt4   ? row + 4 * groups
+                                                   : dtype == Dtype::kInt8 ? row + 4
+                                                   : dtype == Dtype::kF32  ? 4 * row
+                                                                           : 2 * row);
+}
+
+// One layer's cache. A block of one kv head is contiguous: its keys, then its values, each of its own
+// dtype. Where they are tiled, with s = 2 elements of kBF16, 4 of kInt8 and kInt4, else 1:
+//   keys    [slots/16][row/s][16][s]
+//   values  [slots/s][row][s]
+// else [slots][row]. An element of kInt8 is a byte q + 128, its value scale * q. Byte i of 16 of kInt4
+// has the codes of dims i (its low half) and i + 16 of a group of 32, a value being
+// scale * code + offset; of the four slots together in its values the second and third are exchanged.
 struct KVCacheView {
-    Dtype dtype = Dtype::kF32;
+    Dtype key_dtype = Dtype::kF32, value_dtype = Dtype::kF32;
     int num_kv_heads = 0;
     int head_dim = 0;  // even
     int block_size = 0;
-    std::uint8_t *layer = nullptr;      // block 0, kv head 0 of this layer
-    std::size_t block_stride = 0;       // bytes from a block to the next
-    std::size_t head_bytes = 0;         // kv_head_bytes
-    bool is_tiled() const {
-        return block_size % 16 == 0 &&
-               (dtype == Dtype::kInt8 || dtype == Dtype::kInt4 ? row() % 4 == 0 : true);
+    std::uint8_t *layer = nullptr;  // block 0, kv head 0 of this layer
+    std::size_t block_stride = 0;   // bytes from a block to the next
+    std::size_t key_bytes = 0;      // of a block's keys of one kv head
+    std::size_t head_bytes = 0;     // and of its values as well
+    bool is_tiled(Dtype dtype) const {
+        return block_size % 16 == 0 && (dtype != Dtype::kInt8 || head_dim % 4 == 0);
     }
-    int row() const { return dtype == Dtype::kInt4 ? head_dim / 2 : head_dim; }  // elements of a slot
     std::uint8_t *keys(std::int32_t block, int head) const {
         return layer + static_cast<std::size_t>(block) * block_stride +
                static_cast<std::size_t>(head) * head_bytes;
     }
     std::uint8_t *values(std::int32_t block, int head) const {
-        return keys(block, head) + head_bytes / 2;
+        return keys(block, head) + key_bytes;
     }
-    // Where a cache of integers has the scales of these keys or values; aligned where it is tiled.
-    std::uint8_t *scales(std::uint8_t *elements) const {
-        return elements + static_cast<std::size_t>(block_size) * static_cast<std::size_t>(row());
+    // Where codes have the scales of these keys or values; aligned where they are tiled.
+    std::uint8_t *scales(std::uint8_t *elements, Dtype dtype) const {
+        return elements +
+               static_cast<std::size_t>(block_size) * static_cast<std::size_t>(kv_row(dtype, head_dim));
     }
 };
+
+// A view of one layer whose blocks lie end to end; `layer` is the caller's.
+inline KVCacheView kv_cache_view(Dtype key_dtype, Dtype value_dtype, int num_kv_heads, int head_dim,
+                                 int block_size) {
+    KVCacheView view;
+    view.key_dtype = key_dtype;
+    view.value_dtype = value_dtype;
+    view.num_kv_heads = num_kv_heads;
+    view.head_dim = head_dim;
+    view.block_size = block_size;
+    view.key_bytes = kv_bytes(key_dtype, block_size, head_dim);
+    view.head_bytes = view.key_bytes + kv_bytes(value_dtype, block_size, head_dim);
+    view.block_stride = view.head_bytes * static_cast<std::size_t>(num_kv_heads);
+    return view;
+}
+// Whether there are kernels for keys and values of these dtypes.
+constexpr bool is_kv_pair(Dtype keys, Dtype values) {
+    return keys == values || (keys == Dtype::kInt8 && values == Dtype::kInt4);
+}
 
 constexpr int kSplit = 256;  // keys, aligned to absolute positions, that share one softmax pass
 
@@ -307,8 +330,8 @@ constexpr std::size_t tile_scratch_bytes(int columns) {
 
 // Scratch of `attend` for that many rows (num_tokens * group) and head_dim.
 constexpr std::size_t attend_scratch_bytes(int rows, int head_dim) {
-    return static_cast<std::size_t>(rows + 16) * (kSplit * 6 + head_dim * 5 + 96) +
-           static_cast<std::size_t>(2 * kSplit) * head_dim * sizeof(float) + 4096;
+    return static_cast<std::size_t>(rows + 16) * (kSplit * 8 + head_dim * 5 + 160) +
+           static_cast<std::size_t>(2 * kSplit) * (head_dim + kKVGroup) * sizeof(float) + 4096;
 }
 
 extern const Kernels kernels_generic;

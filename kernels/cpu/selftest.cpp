@@ -815,16 +815,10 @@ class Cache {
     KVCacheView view;
     Memory memory;
 
-    Cache(Dtype dtype, int num_blocks, int block_size, int num_kv_heads, int head_dim)
-        : memory(static_cast<std::size_t>(num_blocks) * num_kv_heads *
-                 kv_head_bytes(dtype, block_size, head_dim)) {
-        view.dtype = dtype;
-        view.num_kv_heads = num_kv_heads;
-        view.head_dim = head_dim;
-        view.block_size = block_size;
+    Cache(Dtype keys, Dtype values, int num_blocks, int block_size, int num_kv_heads, int head_dim)
+        : view(kv_cache_view(keys, values, num_kv_heads, head_dim, block_size)),
+          memory(static_cast<std::size_t>(num_blocks) * view.block_stride) {
         view.layer = memory.data();  // filled with 0xff: NaN, whatever the dtype
-        view.head_bytes = kv_head_bytes(dtype, block_size, head_dim);
-        view.block_stride = view.head_bytes * num_kv_heads;
     }
 
     // Dim i of all heads' dims.
@@ -838,23 +832,24 @@ class Cache {
   private:
     // By the layout that kernels.hpp states.
     double element(bool is_value, int slot, int head, int d) const {
-        const bool int4 = view.dtype == Dtype::kInt4;
-        const int size = view.block_size, dim = int4 ? view.head_dim / 2 : view.head_dim;
-        const int s = slot % size, group = d / 32, high = d / dim;
-        d %= dim;
+        const Dtype dtype = is_value ? view.value_dtype : view.key_dtype;
+        const bool int4 = dtype == Dtype::kInt4;
+        const int size = view.block_size, s = slot % size, group = d / 32, groups = (view.head_dim + 31) / 32;
+        const int dim = int4 ? 16 * groups : view.head_dim;
+        const bool high = int4 && d % 32 >= 16;
+        if (int4) d = 16 * group + d % 16;
         std::size_t at = static_cast<std::size_t>(s) * dim + d;
-        const int step = view.dtype == Dtype::kBF16                  ? 2
-                         : view.dtype == Dtype::kInt8 || int4 ? 4
-                                                                     : 1;
-        if (view.is_tiled() && is_value)
-            at = (static_cast<std::size_t>(s / step) * dim + d) * step + s % step;
-        if (view.is_tiled() && !is_value)
+        const int step = dtype == Dtype::kBF16 ? 2 : dtype == Dtype::kInt8 || int4 ? 4 : 1;
+        const int exchanged[] = {0, 2, 1, 3};
+        if (view.is_tiled(dtype) && is_value)
+            at = (static_cast<std::size_t>(s / step) * dim + d) * step +
+                 (int4 ? exchanged[s % 4] : s % step);
+        if (view.is_tiled(dtype) && !is_value)
             at = (static_cast<std::size_t>(s / 16) * (dim / step) + d / step) * 16 * step +
                  s % 16 * step + d % step;
         std::uint8_t *from =
             is_value ? view.values(slot / size, head) : view.keys(slot / size, head);
         if (int4) {
-            const int groups = (view.head_dim + 31) / 32;
             std::uint16_t scale, offset;
             const std::uint8_t *scales = from + static_cast<std::size_t>(size) * dim;
             std::memcpy(&scale, scales + 2 * (group * size + s), 2);
@@ -862,19 +857,19 @@ class Cache {
             const int code = high ? from[at] >> 4 : from[at] & 15;
             return bf16_value(scale) * static_cast<float>(code) + bf16_value(offset);
         }
-        if (view.dtype == Dtype::kInt8) {
+        if (dtype == Dtype::kInt8) {
             float scale;
-            std::memcpy(&scale, view.scales(from) + 4 * s, 4);
+            std::memcpy(&scale, view.scales(from, dtype) + 4 * s, 4);
             return scale * static_cast<float>(from[at] - 128);
         }
-        if (view.dtype == Dtype::kF32) {
+        if (dtype == Dtype::kF32) {
             float x;
             std::memcpy(&x, from + 4 * at, 4);
             return x;
         }
         std::uint16_t bits;
         std::memcpy(&bits, from + 2 * at, 2);
-        return view.dtype == Dtype::kF16 ? f16_value(bits) : bf16_value(bits);
+        return dtype == Dtype::kF16 ? f16_value(bits) : bf16_value(bits);
     }
 };
 
@@ -911,6 +906,8 @@ void check_attention(const Kernels &k) {
         Dtype dtype;
         int block_size, head_dim, kv_heads, group, window;
         float softcap;
+        Dtype other = Dtype::kF32;  // of the values, where it is integers
+        Dtype values() const { return other == Dtype::kF32 ? dtype : other; }
     };
     const Case cases[] = {
         {Dtype::kF32, 16, 64, 2, 1, 0, 0},     {Dtype::kF32, 5, 20, 1, 3, 0, 0},
@@ -920,21 +917,24 @@ void check_attention(const Kernels &k) {
         {Dtype::kInt8, 16, 64, 2, 3, 0, 0},    {Dtype::kInt8, 32, 20, 1, 5, 100, 0},
         {Dtype::kInt8, 5, 34, 2, 1, 0, 30.0f}, {Dtype::kInt4, 16, 64, 2, 3, 0, 0},
         {Dtype::kInt4, 32, 40, 1, 5, 100, 0},  {Dtype::kInt4, 16, 20, 1, 2, 0, 0},
-        {Dtype::kInt4, 5, 34, 2, 1, 0, 30.0f},
+        {Dtype::kInt4, 5, 34, 2, 1, 0, 30.0f}, {Dtype::kInt4, 16, 96, 1, 6, 0, 0},
+        {Dtype::kInt8, 16, 64, 2, 3, 0, 0, Dtype::kInt4},
+        {Dtype::kInt8, 32, 34, 1, 7, 100, 0, Dtype::kInt4},
+        {Dtype::kInt8, 5, 128, 1, 2, 0, 30.0f, Dtype::kInt4},
     };
     // Sequences: their length, and how many of its last tokens are queries.
     const int lengths[] = {1, 40, 530, 257}, queries[] = {1, 23, 3, 1};
     const int num_sequences = 4, padding = 2;  // rows of slot -1 behind the last
     for (const Case &c : cases) {
         char title[64];
-        std::snprintf(title, sizeof title, "attention %s block %d dim %d", name_of(c.dtype),
-                      c.block_size, c.head_dim);
-        // The weights of a bf16 cache's values are bf16 too.
+        std::snprintf(title, sizeof title, "attention %s %s block %d dim %d", name_of(c.dtype),
+                      name_of(c.values()), c.block_size, c.head_dim);
+        // The weights of values of bf16 and of 4 bits are bf16 too.
         // Those of an int8 cache have 15 bits; tests/kernels/test_cpu_attention.py has the bound.
-        const double tolerance = c.dtype == Dtype::kBF16  ? 4e-3
-                                 : c.dtype == Dtype::kInt8 ? 6e-4
-                                 : c.dtype == Dtype::kInt4 ? 1.2e-3
-                                                           : 2e-6;
+        const Dtype values_of = c.values();
+        const double tolerance = values_of == Dtype::kBF16 || values_of == Dtype::kInt4 ? 4e-3
+                                 : values_of == Dtype::kInt8                            ? 6e-4
+                                                                                        : 2e-6;
         Check written(k.name, std::string("kv_write") + (title + 9));
         Check check(k.name, title, tolerance);
         const int dim = c.head_dim, heads = c.kv_heads * c.group, kv_width = c.kv_heads * dim;
@@ -945,7 +945,7 @@ void check_attention(const Kernels &k) {
             num_blocks += blocks;
             num_tokens += queries[s];
         }
-        Cache cache(c.dtype, num_blocks, c.block_size, c.kv_heads, dim);
+        Cache cache(c.dtype, c.values(), num_blocks, c.block_size, c.kv_heads, dim);
         std::vector<std::int32_t> shuffled(num_blocks), table(num_sequences * max_blocks, 0);
         for (int i = 0; i < num_blocks; ++i) {
             shuffled[i] = i;
@@ -969,7 +969,7 @@ void check_attention(const Kernels &k) {
                 taken[slot] = 1;
                 for (int i = 0; i < kv_width; i += dim) {
                     round_head(keys[s].data() + p * kv_width + i, dim, c.dtype);
-                    round_head(values[s].data() + p * kv_width + i, dim, c.dtype);
+                    round_head(values[s].data() + p * kv_width + i, dim, c.values());
                 }
                 for (int i = 0; i < kv_width; ++i) {
                     const std::size_t at = static_cast<std::size_t>(p) * kv_width + i;

@@ -25,19 +25,14 @@ std::uint8_t *room(std::unique_ptr<Pages> &pages, std::size_t bytes) {
 
 // ------------------------------------------------------------------------------------- cache
 
-KVCache::KVCache(Dtype dtype, int num_layers, int num_kv_heads, int head_dim, int block_size,
-                 int num_blocks)
-    : num_layers_(num_layers),
+KVCache::KVCache(Dtype key_dtype, Dtype value_dtype, int num_layers, int num_kv_heads, int head_dim,
+                 int block_size, int num_blocks)
+    : view_(kv_cache_view(key_dtype, value_dtype, num_kv_heads, head_dim, block_size)),
+      num_layers_(num_layers),
       num_blocks_(num_blocks),
-      layer_bytes_(static_cast<std::size_t>(num_kv_heads) *
-                   kv_head_bytes(dtype, block_size, head_dim)),
+      layer_bytes_(view_.block_stride),
       pages_(layer_bytes_ * static_cast<std::size_t>(num_layers) *
              static_cast<std::size_t>(num_blocks)) {
-    view_.dtype = dtype;
-    view_.num_kv_heads = num_kv_heads;
-    view_.head_dim = head_dim;
-    view_.block_size = block_size;
-    view_.head_bytes = kv_head_bytes(dtype, block_size, head_dim);
     view_.block_stride = layer_bytes_ * static_cast<std::size_t>(num_layers);
 }
 

@@ -59,8 +59,8 @@ class Operation {
 // for the first token.
 class KVCache {
   public:
-    KVCache(Dtype dtype, int num_layers, int num_kv_heads, int head_dim, int block_size,
-            int num_blocks);
+    KVCache(Dtype key_dtype, Dtype value_dtype, int num_layers, int num_kv_heads, int head_dim,
+            int block_size, int num_blocks);
     KVCacheView layer(int index) const;
     int num_layers() const { return num_layers_; }
     int num_blocks() const { return num_blocks_; }
@@ -71,7 +71,7 @@ class KVCache {
     KVCacheView view_;
     int num_layers_;
     int num_blocks_;
-    std::size_t layer_bytes_;
+    std::size_t layer_bytes_;  // of a block
     Pages pages_;
 };
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..backend import KV_GROUP, KVSpec, StepInputs
+from ..backend import KV_GROUP, KVSpec, StepInputs, kv_groups
 from .elementwise import in_whole_vectors, row_sum, softcap
 
 QUERY_TILE = 16  # (token, query head) rows in one product
@@ -54,12 +54,12 @@ class Scaled:
 class Grouped:
     """A row of codes of 4 bits, two to a byte, with bfloat16 [2, groups]: int4 of ops.kv_write.
 
-    Byte d has the codes of dims d (its low half) and d + ceil(dim / 2).
+    Byte i of a group's 16 has the codes of its dims i (the low half) and i + 16.
     """
 
     def empty(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = -(-dim // KV_GROUP)
-        codes = torch.zeros(-(-dim // 2), dtype=torch.int8)
+        groups = kv_groups(dim)
+        codes = torch.zeros(KV_GROUP // 2 * groups, dtype=torch.int8)
         return codes, torch.zeros(2 * groups, dtype=torch.bfloat16)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,16 +75,17 @@ class Grouped:
         factor = 1 / scale
         usable = (finite & torch.isfinite(factor))[..., None]
         codes = ((groups - offset[..., None]) * factor[..., None]).where(usable, nothing)
-        codes = codes.round().clamp(max=15).to(torch.uint8).flatten(-2)[..., :dim]
-        half = -(-dim // 2)
-        packed = codes[..., :half].clone()
-        packed[..., : dim - half] |= codes[..., half:] << 4
+        codes = codes.round().clamp(max=15).to(torch.uint8)
+        codes.flatten(-2)[..., dim:] = 0
+        low, high = codes.chunk(2, -1)
+        packed = (low | high << 4).flatten(-2)
         scales = torch.cat([scale.where(finite, nan), offset.where(finite, nan)], -1)
         return packed.view(torch.int8), scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
         packed = codes.view(torch.uint8)
-        each = torch.cat([packed & 15, packed >> 4], -1)[..., :dim].float()
+        halves = packed.unflatten(-1, (-1, KV_GROUP // 2))
+        each = torch.cat([halves & 15, halves >> 4], -1).flatten(-2)[..., :dim].float()
         scale, offset = (
             half.float().repeat_interleave(KV_GROUP, -1)[..., :dim] for half in scales.chunk(2, -1)
         )
@@ -98,7 +99,24 @@ def _bfloat16(x: torch.Tensor, up: bool) -> torch.Tensor:
     return ((bits & -0x10000) + further.int() * 0x10000).view(torch.float32)
 
 
-CODES: dict[str, Scaled | Grouped] = {
+@dataclass(frozen=True)
+class Plain:
+    """A row of floats."""
+
+    dtype: torch.dtype
+
+    def empty(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(dim, dtype=self.dtype), torch.zeros(0)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.to(self.dtype), x[..., :0]
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
+        return codes.float()
+
+
+ROWS: dict[str, Plain | Scaled | Grouped] = {
+    **{name: Plain(dtype) for name, dtype in TORCH_DTYPES.items()},
     "int8": Scaled(torch.int8, 127),
     "fp8": Scaled(torch.float8_e4m3fn, 448),
     "int4": Grouped(),
@@ -106,49 +124,56 @@ CODES: dict[str, Scaled | Grouped] = {
 
 
 @dataclass(frozen=True, eq=False)
-class KVCache:
-    """The paged cache in its logical order: data [num_blocks, layer, 2, kv head, slot, dim].
+class Half:
+    """The cached keys or values, of one of ROWS: data and scales [num_blocks, layer, kv head, slot,
+    as many as a row has], fp8 as bytes, since torch indexes none."""
 
-    A cache of CODES has bytes there (torch indexes no fp8), and scales [num_blocks, layer, 2,
-    kv head, slot, n], as many of both to a row as its codec says.
-    """
+    rows: Plain | Scaled | Grouped
+    data: torch.Tensor
+    scales: torch.Tensor
+
+    def write(self, layer: int, block: torch.Tensor, slot: torch.Tensor, x: torch.Tensor) -> None:
+        data, scales = self.rows.encode(x)
+        self.data[:, layer].transpose(1, 2)[block, slot] = data
+        self.scales[:, layer].transpose(1, 2)[block, slot] = scales.to(self.scales.dtype)
+
+    def read(self, layer: int, block: torch.Tensor, slot: torch.Tensor, dim: int) -> torch.Tensor:
+        data = self.data[:, layer].transpose(1, 2)[block, slot]
+        scales = self.scales[:, layer].transpose(1, 2)[block, slot]
+        return self.rows.decode(data, scales, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """The paged cache in its logical order."""
 
     spec: KVSpec
-    data: torch.Tensor
-    scales: torch.Tensor | None = None
+    keys: Half
+    values: Half
 
     @classmethod
     def zeros(cls, spec: KVSpec, num_blocks: int) -> KVCache:
-        rows = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size)
-        if spec.dtype in CODES:
-            codes, scales = CODES[spec.dtype].empty(spec.head_dim)
-            data = torch.zeros(*rows, len(codes), dtype=codes.dtype)
-            return cls(spec, data, torch.zeros(*rows, len(scales), dtype=scales.dtype))
-        return cls(spec, torch.zeros(*rows, spec.head_dim, dtype=TORCH_DTYPES[spec.dtype]))
+        shape = (num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size)
+        halves = []
+        for part in spec.parts:
+            rows = ROWS[part]
+            data, scales = (torch.zeros(*shape, len(x), dtype=x.dtype) for x in rows.empty(spec.head_dim))
+            halves.append(Half(rows, data, scales))
+        return cls(spec, *halves)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return sum(h.data.nbytes + h.scales.nbytes for h in (self.keys, self.values))
 
     def write(self, layer: int, block: torch.Tensor, slot: torch.Tensor, x: torch.Tensor) -> None:
         """Store x, fp32 [n, 2, kv head, dim], at n places (block, slot)."""
-        if self.scales is not None:
-            x, scales = CODES[self.spec.dtype].encode(x)
-            _by_token(self.scales, layer)[block, slot] = scales.to(self.scales.dtype)
-        _by_token(self.data, layer)[block, slot] = x.to(self.data.dtype)
+        self.keys.write(layer, block, slot, x[:, 0])
+        self.values.write(layer, block, slot, x[:, 1])
 
     def read(self, layer: int, block: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """What n places (block, slot) hold, fp32 [n, 2, kv head, dim]."""
-        x = _by_token(self.data, layer)[block, slot]
-        if self.scales is None:
-            return x.float()
-        scales = _by_token(self.scales, layer)[block, slot]
-        return CODES[self.spec.dtype].decode(x, scales, self.spec.head_dim)
-
-
-def _by_token(x: torch.Tensor, layer: int) -> torch.Tensor:
-    """A layer's view [num_blocks, slot, 2, kv head, ...]: index it by (block, slot)."""
-    return x[:, layer].permute(0, 3, 1, 2, 4)
+        dim = self.spec.head_dim
+        return torch.stack([h.read(layer, block, slot, dim) for h in (self.keys, self.values)], 1)
 
 
 class Sequences:

@@ -251,12 +251,10 @@ def launch(
 ) -> None:
     """See ops.attention.  q, out [T, num_heads*head_dim], slopes, sinks fp32 [num_heads]."""
     more = options(shape)
-    strides = (cache.block_stride, cache.scales_stride, work.table.stride(0))
-    places = (*strides, layer, scale, softcap or 1.0, window)
-    flags = {"CODES": cache.codes, "HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0}
-    flags["HAS_SLOPES"] = slopes is not None
+    places = (work.table.stride(0), cache.spec.num_layers, layer, scale, softcap or 1.0, window)
+    flags = {"K_CODES": cache.keys.codes, "V_CODES": cache.values.codes}
+    flags |= {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0, "HAS_SLOPES": slopes is not None}
     # What is absent is not read: any tensor stands for it.
-    scales = cache.data if cache.scales is None else cache.scales
     slope = work.position if slopes is None else slopes
     sink = work.position if sinks is None else sinks
     for items, wide in ((work.wide, True), (work.narrow, False)):
@@ -264,8 +262,7 @@ def launch(
             walk_kernel[(len(items), shape.num_kv_heads)](
                 q,
                 out,
-                cache.data,
-                scales,
+                *cache.pointers,
                 slope,
                 sink,
                 items,
@@ -286,8 +283,7 @@ def launch(
         split_kernel[(len(work.pairs), shape.num_kv_heads)](
             q,
             *parts,
-            cache.data,
-            scales,
+            *cache.pointers,
             slope,
             work.split,
             work.pairs,

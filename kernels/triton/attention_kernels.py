@@ -9,9 +9,10 @@ taken transposed, S^T = K Q^T and O^T = V^T P^T, so that keys and head dims fill
 fixed side and rows its free one: one instruction family for every number of rows.
 
 Scores are in units of log2: p = 2^(s - max). P is rounded to the cache's dtype for its product
-where q has that dtype too; where they differ, both products are fp32. Of a cache in codes the codes
+where q has that dtype too; where they differ, both products are fp32. Of 8-bit codes the codes
 are multiplied, in q's dtype, which holds them exactly: a key's scale multiplies its scores, a
-value's its p. A sink joins the sum when all splits are merged.
+value's its p. Keys and values of 4 bits, whose scales are of 32 dims, are multiplied themselves,
+rounded to q's dtype. A sink joins the sum when all splits are merged.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import decoded, unit
+from .cache import read, row_of, scales_of
 from .numerics import LOG2_E, tanh
 
 # A maximum before any key is seen: below every score, and not -inf, since -inf - -inf is NaN.
@@ -35,20 +36,11 @@ def _tile(
     position,
     start,
     end,
-    top,
-    total,
-    acc,
-    cache_ptr,
-    scales_ptr,
-    table_ptr,
-    block_stride,
-    scales_stride,
-    scale,
-    cap,
-    window,
-    slope,
-    KV_HEADS: tl.constexpr,
-    CODES: tl.constexpr,
+    state,
+    cache,
+    form,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -57,29 +49,23 @@ def _tile(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """Keys start .. start + TILE, none at or past `end`, into the softmax (top, total, acc)."""
-    local = tl.arange(0, TILE)
-    key = start + local
-    d = tl.arange(0, D_PAD)
+    """Keys start .. start + TILE, none at or past `end`, into the softmax `state`."""
+    top, total, acc = state
+    k_ptr, k_scales_ptr, v_ptr, v_scales_ptr, table_ptr, block_rows = cache
+    scale, cap, window, slope = form
+    key = start + tl.arange(0, TILE)
+    exists = key < end
     if BLOCK_SIZE % TILE == 0:  # one block holds the tile
         block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        place = block * block_stride + (start % BLOCK_SIZE + local)[:, None] * D
+        row = block * block_rows + (start % BLOCK_SIZE + tl.arange(0, TILE))
     else:
-        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-        place = (block * block_stride + key % BLOCK_SIZE * D)[:, None]
-    at = cache_ptr + place + d[None, :]
-    inside = (key < end)[:, None] & (d < D)[None, :]
-    k = tl.load(at, mask=inside, other=0.0)
-    v = tl.load(at + KV_HEADS * BLOCK_SIZE * D, mask=inside, other=0.0)
-    if CODES != "":
-        scales_ptr += block * scales_stride + key % BLOCK_SIZE
-        k_scale = tl.load(scales_ptr, mask=key < end, other=0.0) * unit(CODES)
-        v_scale = tl.load(scales_ptr + KV_HEADS * BLOCK_SIZE, mask=key < end, other=0.0)
-        v_scale = v_scale * unit(CODES)
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
+        row = block * block_rows + key % BLOCK_SIZE
+    k, k_scale = read(k_ptr, k_scales_ptr, row, exists, K_CODES, q.dtype, TILE, D, D_PAD)
+    v, v_scale = read(v_ptr, v_scales_ptr, row, exists, V_CODES, q.dtype, TILE, D, D_PAD)
+    if K_CODES != "":
         scale = (k_scale * scale)[:, None]
-        k = decoded(k, CODES, q.dtype)
-        v = decoded(v, CODES, q.dtype)
-    score = tl.dot(k.to(q.dtype), q, input_precision="ieee")
+    score = tl.dot(k, q, input_precision="ieee")
     if HAS_CAP:
         score = tanh(score * scale / cap) * (cap * LOG2_E)
     else:
@@ -95,11 +81,9 @@ def _tile(
     p = tl.exp2(score - new_top[None, :])
     keep = tl.exp2(top - new_top)
     total = total * keep + tl.sum(p, 0)
-    if CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
+    if V_CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
         p = tl.where(seen, p * v_scale[:, None], 0.0)
-    acc = tl.dot(
-        tl.trans(v.to(q.dtype)), p.to(q.dtype), acc * keep[None, :], input_precision="ieee"
-    )
+    acc = tl.dot(tl.trans(v), p.to(q.dtype), acc * keep[None, :], input_precision="ieee")
     return new_top, total, acc
 
 
@@ -110,17 +94,10 @@ def _split(
     split,
     lowest,
     highest,
-    cache_ptr,
-    scales_ptr,
-    table_ptr,
-    block_stride,
-    scales_stride,
-    scale,
-    cap,
-    window,
-    slope,
-    KV_HEADS: tl.constexpr,
-    CODES: tl.constexpr,
+    cache,
+    form,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -132,71 +109,57 @@ def _split(
     D_PAD: tl.constexpr,
 ):
     """The softmax of one split for rows at positions lowest .. highest: (top, total, acc^T)."""
-    top = tl.full((ROWS,), NOTHING, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    top, total, acc = _nothing(ROWS, D_PAD)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, highest + 1)
     if HAS_WINDOW:
-        begin = tl.maximum(begin, tl.maximum(lowest - window + 1, 0) // TILE * TILE)
+        begin = tl.maximum(begin, tl.maximum(lowest - form[2] + 1, 0) // TILE * TILE)
     if SPLIT == TILE:
         top, total, acc = _tile(
-            q,
-            position,
-            begin,
-            end,
-            top,
-            total,
-            acc,
-            cache_ptr,
-            scales_ptr,
-            table_ptr,
-            block_stride,
-            scales_stride,
-            scale,
-            cap,
-            window,
-            slope,
-            KV_HEADS,
-            CODES,
-            HAS_CAP,
-            HAS_WINDOW,
-            HAS_SLOPES,
-            BLOCK_SIZE,
-            TILE,
-            D,
-            D_PAD,
-        )
+            q, position, begin, end, (top, total, acc), cache, form, K_CODES, V_CODES,
+            HAS_CAP, HAS_WINDOW, HAS_SLOPES, BLOCK_SIZE, TILE, D, D_PAD,
+        )  # fmt: skip
     else:
         for start in range(begin, end, TILE):
             top, total, acc = _tile(
-                q,
-                position,
-                start,
-                end,
-                top,
-                total,
-                acc,
-                cache_ptr,
-                scales_ptr,
-                table_ptr,
-                block_stride,
-                scales_stride,
-                scale,
-                cap,
-                window,
-                slope,
-                KV_HEADS,
-                CODES,
-                HAS_CAP,
-                HAS_WINDOW,
-                HAS_SLOPES,
-                BLOCK_SIZE,
-                TILE,
-                D,
-                D_PAD,
-            )
+                q, position, start, end, (top, total, acc), cache, form, K_CODES, V_CODES,
+                HAS_CAP, HAS_WINDOW, HAS_SLOPES, BLOCK_SIZE, TILE, D, D_PAD,
+            )  # fmt: skip
     return top, total, acc
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr, D_PAD: tl.constexpr):
+    """The softmax of no key: (top, total, acc^T)."""
+    top = tl.full((ROWS,), NOTHING, tl.float32)
+    return top, tl.zeros((ROWS,), tl.float32), tl.zeros((D_PAD, ROWS), tl.float32)
+
+
+@triton.jit
+def _cache(
+    pointers,
+    table_ptr,
+    num_layers,
+    layer,
+    kv_head,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """What `_tile` reads of one layer and kv head: rows of slots, from the first block's first on,
+    and how many of them lie from one block to the next."""
+    k_ptr, k_scales_ptr, v_ptr, v_scales_ptr = pointers
+    first = (layer * KV_HEADS + kv_head) * BLOCK_SIZE
+    return (
+        k_ptr + first * row_of(K_CODES, D),
+        k_scales_ptr + first * scales_of(K_CODES, D),
+        v_ptr + first * row_of(V_CODES, D),
+        v_scales_ptr + first * scales_of(V_CODES, D),
+        table_ptr,
+        num_layers * (KV_HEADS * BLOCK_SIZE),
+    )
 
 
 @triton.jit
@@ -268,12 +231,14 @@ def _store(
     tl.store(out_ptr + at[:, None] + d[None, :], out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "table_width", "window"])
+@triton.jit(do_not_specialize=["layer", "num_layers", "table_width", "window"])
 def walk_kernel(
     q_ptr,
     out_ptr,
-    cache_ptr,
-    scales_ptr,
+    k_ptr,
+    k_scales_ptr,
+    v_ptr,
+    v_scales_ptr,
     slope_ptr,
     sink_ptr,
     item_ptr,
@@ -281,16 +246,16 @@ def walk_kernel(
     table_ptr,
     q_stride,
     out_stride,
-    block_stride,
-    scales_stride,
     table_width,
+    num_layers,
     layer,
     scale,
     cap,
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
-    CODES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -312,43 +277,20 @@ def walk_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
-    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
-    top = tl.full((ROWS,), NOTHING, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    pointers = (k_ptr, k_scales_ptr, v_ptr, v_scales_ptr)
+    cache = _cache(
+        pointers, table_ptr, num_layers, layer, kv_head, K_CODES, V_CODES, KV_HEADS, BLOCK_SIZE, D
+    )
+    form = (scale, cap, window, _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES))
+    top, total, acc = _nothing(ROWS, D_PAD)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(lowest - window + 1, 0) // SPLIT
     for split in range(first, (highest + SPLIT) // SPLIT):
         split_top, split_total, split_acc = _split(
-            q,
-            position,
-            split,
-            lowest,
-            highest,
-            cache_ptr,
-            scales_ptr,
-            table_ptr,
-            block_stride,
-            scales_stride,
-            scale,
-            cap,
-            window,
-            slope,
-            KV_HEADS,
-            CODES,
-            HAS_CAP,
-            HAS_WINDOW,
-            HAS_SLOPES,
-            BLOCK_SIZE,
-            TILE,
-            SPLIT,
-            ROWS,
-            D,
-            D_PAD,
-        )
+            q, position, split, lowest, highest, cache, form, K_CODES, V_CODES, HAS_CAP, HAS_WINDOW,
+            HAS_SLOPES, BLOCK_SIZE, TILE, SPLIT, ROWS, D, D_PAD,
+        )  # fmt: skip
         top, total, acc = _merge(top, total, acc, split_top, split_total, split_acc)
     _store(
         out_ptr,
@@ -368,30 +310,32 @@ def walk_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["layer", "table_width", "window"])
+@triton.jit(do_not_specialize=["layer", "num_layers", "table_width", "window"])
 def split_kernel(
     q_ptr,
     acc_ptr,
     top_ptr,
     total_ptr,
-    cache_ptr,
-    scales_ptr,
+    k_ptr,
+    k_scales_ptr,
+    v_ptr,
+    v_scales_ptr,
     slope_ptr,
     item_ptr,
     pair_ptr,
     position_ptr,
     table_ptr,
     q_stride,
-    block_stride,
-    scales_stride,
     table_width,
+    num_layers,
     layer,
     scale,
     cap,
     window,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
-    CODES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -412,36 +356,17 @@ def split_kernel(
     token, shared, position, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     q = _queries(q_ptr, token, shared, exists, q_stride, kv_head, SHARED, D, D_PAD, PRODUCT)
     table_ptr += tl.load(item_ptr).to(tl.int64) * table_width
-    cache_ptr += (layer * 2 * KV_HEADS + kv_head) * (BLOCK_SIZE * D)
-    scales_ptr += (layer * 2 * KV_HEADS + kv_head) * BLOCK_SIZE
-    slope = _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES)
-    top, total, acc = _split(
-        q,
-        position,
-        split,
-        tl.load(item_ptr + 3),
-        tl.load(item_ptr + 4),
-        cache_ptr,
-        scales_ptr,
-        table_ptr,
-        block_stride,
-        scales_stride,
-        scale,
-        cap,
-        window,
-        slope,
-        KV_HEADS,
-        CODES,
-        HAS_CAP,
-        HAS_WINDOW,
-        HAS_SLOPES,
-        BLOCK_SIZE,
-        TILE,
-        SPLIT,
-        ROWS,
-        D,
-        D_PAD,
+    pointers = (k_ptr, k_scales_ptr, v_ptr, v_scales_ptr)
+    cache = _cache(
+        pointers, table_ptr, num_layers, layer, kv_head, K_CODES, V_CODES, KV_HEADS, BLOCK_SIZE, D
     )
+    form = (scale, cap, window, _slopes(slope_ptr, kv_head, shared, SHARED, HAS_SLOPES))
+    lowest = tl.load(item_ptr + 3)
+    highest = tl.load(item_ptr + 4)
+    top, total, acc = _split(
+        q, position, split, lowest, highest, cache, form, K_CODES, V_CODES, HAS_CAP, HAS_WINDOW,
+        HAS_SLOPES, BLOCK_SIZE, TILE, SPLIT, ROWS, D, D_PAD,
+    )  # fmt: skip
     place = (pair * KV_HEADS + kv_head).to(tl.int64)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
@@ -475,9 +400,7 @@ def merge_kernel(
     token, shared, _, exists = _rows(item_ptr, position_ptr, SHARED, ROWS)
     r = tl.arange(0, ROWS)
     at = tl.arange(0, D_PAD)[:, None] + r[None, :] * D_PAD
-    top = tl.full((ROWS,), NOTHING, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((D_PAD, ROWS), tl.float32)
+    top, total, acc = _nothing(ROWS, D_PAD)
     first = tl.load(item_ptr + 5)
     for pair in range(first, first + tl.load(item_ptr + 6)):
         place = (pair * KV_HEADS + kv_head).to(tl.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..backend import DTYPE_BYTES, KV_CODES, BackendUnavailable, KVSpec
+from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec
 from ..cpu import _native
 from ..cpu.sampler import CpuSampler
 from ..program import Program
@@ -142,12 +142,7 @@ class TritonBackend:
         return activation_dtype
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
-        """A zeroed cache of num_blocks. Errors: BackendUnavailable: no such cache."""
-        if spec.dtype not in (*DTYPE_BYTES, *KV_CODES):
-            raise BackendUnavailable(
-                f"kv_cache_dtype={spec.dtype!r}: the Triton backend has no such KV cache; it has "
-                f"{', '.join((*DTYPE_BYTES, *KV_CODES))}"
-            )
+        """A zeroed cache of num_blocks."""
         return KVCache.zeros(spec, num_blocks, self._device)
 
     def workspace_bytes(

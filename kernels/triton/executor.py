@@ -78,7 +78,7 @@ class TritonExecutable:
         self._rotations = {table_of(op): rope.Rotations(*table_of(op)) for op in ropes}
         # Queries and keys meet in the tensor cores where they have one 16-bit dtype, or codes that
         # it holds.
-        same = kv is not None and (kv.data.dtype == dtype or kv.scales is not None)
+        same = kv is not None and kv.serves(dtype)
         product = str(dtype).removeprefix("torch.") if same else "float32"
         layers = [op for op in program if op.name == "attention"]
         self._shapes = {shape_of(op, product) for op in layers}

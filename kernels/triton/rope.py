@@ -3,7 +3,7 @@
 Where a norm of each head stands before the rotation (Qwen3, Gemma 3), it is the same launch: a
 head's sum of squares is taken by the program that rotates it, whatever the number of tokens.
 
-A cache in codes takes a head's scale from what is to be stored, in the same launch.
+A cache in codes takes its scales from what is to be stored, in the same launch.
 
 cos and sin come as a table [T, 2, F], the very numbers that kernels/reference/ multiplies by.
 """
@@ -22,7 +22,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache import KVCache, encoded, factor_and_scale, magnitude
+from .cache import (
+    KVCache,
+    encoded,
+    factor_and_scale,
+    grouped,
+    magnitude,
+    row_of,
+    scales_of,
+)
 from .numerics import OPTIONS, next_power_of_two
 from .rms_norm import Norm, normed
 
@@ -165,14 +173,87 @@ def _copy(
     _put(x, factor, dst_ptr + head[:, None] * dst_head_stride + d, inside, CODES)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit
+def _put_grouped(
+    src_ptr,
+    dst_ptr,
+    scale_ptr,
+    table_ptr,
+    norm_ptr,
+    first,
+    eps,
+    offset,
+    ROTATED: tl.constexpr,
+    NORM: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    F: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Store HEADS heads from `first` on as int4, rotated where ROTATED: a row of this tile is a group
+    of 32 dims, the two halves of which share bytes. dst_ptr, scale_ptr: of head 0's slot."""
+    GROUPS: tl.constexpr = (D + 31) // 32
+    G_PAD: tl.constexpr = (D_PAD + 31) // 32
+    r = tl.arange(0, HEADS * G_PAD)
+    head = first + r // G_PAD
+    group = r % G_PAD
+    there = (head < NUM_HEADS) & (group < GROUPS)
+    half = tl.arange(0, 2)[None, :, None] * 16
+    d = group[:, None, None] * 32 + half + tl.arange(0, 16)[None, None, :]
+    inside = there[:, None, None] & (d < D)
+    src = src_ptr + head[:, None, None] * D
+    DTYPE: tl.constexpr = src_ptr.dtype.element_ty
+    x = tl.load(src + d, mask=inside, other=0.0)
+    if NORM:
+        heads = first + tl.arange(0, HEADS)
+        all_d = tl.arange(0, D_PAD)[None, :]
+        mask = (heads < NUM_HEADS)[:, None] & (all_d < D)
+        whole = tl.load(src_ptr + heads[:, None] * D + all_d, mask=mask, other=0.0).to(tl.float32)
+        root = tl.sqrt_rn(tl.sum(whole * whole, 1) / D + eps)
+        root = tl.reshape(tl.broadcast_to(root[:, None], (HEADS, G_PAD)), (HEADS * G_PAD,))
+        root = root[:, None, None]
+        weight = tl.load(norm_ptr + d, mask=d < D, other=0.0)
+        x = normed(x.to(tl.float32), root, weight, offset, DTYPE)
+    if ROTATED:
+        if INTERLEAVED:
+            j = d // 2
+            other = d ^ 1
+            turned = inside & (d < 2 * F)
+            is_first = d % 2 == 0
+        else:
+            j = d % F
+            other = tl.where(d < F, d + F, d - F)
+            turned = inside & (d < 2 * F)
+            is_first = d < F
+        cos = tl.load(table_ptr + j, mask=turned, other=1.0)
+        sin = tl.load(table_ptr + F + j, mask=turned, other=0.0)
+        y = tl.load(src + other, mask=turned, other=0.0)
+        if NORM:
+            weight = tl.load(norm_ptr + other, mask=turned, other=0.0)
+            y = normed(y.to(tl.float32), root, weight, offset, DTYPE)
+        y = tl.where(is_first, -y.to(tl.float32), y.to(tl.float32))
+        x = tl.where(turned, (x.to(tl.float32) * cos + y * sin).to(DTYPE), x)
+    codes, scales, offsets = grouped(x.to(tl.float32), inside)
+    at = dst_ptr + (head * (BLOCK_SIZE * 16 * GROUPS) + group * 16)[:, None]
+    tl.store(at + tl.arange(0, 16)[None, :], codes, mask=there[:, None])
+    at = scale_ptr + head * (BLOCK_SIZE * 2 * GROUPS) + group
+    tl.store(at, scales, mask=there)
+    tl.store(at + GROUPS, offsets, mask=there)
+
+
+@triton.jit(do_not_specialize=["layer", "num_layers"])
 def rope_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     q_out_ptr,
-    cache_ptr,
-    scales_ptr,
+    k_cache_ptr,
+    k_scales_ptr,
+    v_cache_ptr,
+    v_scales_ptr,
     table_ptr,
     slot_ptr,
     q_norm_ptr,
@@ -181,8 +262,7 @@ def rope_kernel(
     k_stride,
     v_stride,
     q_out_stride,
-    block_stride,
-    scales_stride,
+    num_layers,
     layer,
     q_eps,
     q_offset,
@@ -190,7 +270,8 @@ def rope_kernel(
     k_offset,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
-    CODES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     ROTATE_K: tl.constexpr,
@@ -233,38 +314,42 @@ def rope_kernel(
         slot = tl.load(slot_ptr + t)
         if slot >= 0:
             part = (block - q_blocks) // kv_blocks  # 0: keys, 1: values
-            head = (block - q_blocks) % kv_blocks * HEADS + tl.arange(0, HEADS)
+            first = (block - q_blocks) % kv_blocks * HEADS
+            head = first + tl.arange(0, HEADS)
             mask = head < KV_HEADS
-            number = (slot // BLOCK_SIZE).to(tl.int64)
-            page = cache_ptr + number * block_stride
-            page += (layer * 2 + part) * (KV_HEADS * BLOCK_SIZE * D) + slot % BLOCK_SIZE * D
-            scale = scales_ptr + number * scales_stride + slot % BLOCK_SIZE
-            scale += ((layer * 2 + part) * KV_HEADS + head) * BLOCK_SIZE
-            stride: tl.constexpr = BLOCK_SIZE * D
+            stride: tl.constexpr = BLOCK_SIZE * D  # from head to head
+            block = (slot // BLOCK_SIZE).to(tl.int64) * num_layers + layer
+            row = block * (KV_HEADS * BLOCK_SIZE) + slot % BLOCK_SIZE  # of head 0
             if part == 1:
-                _copy(v_ptr + t * v_stride, page, scale, head, mask, stride, CODES, D, D_PAD)
-            elif ROTATE_K:
-                _rotate(
-                    k_ptr + t * k_stride,
-                    page,
-                    scale,
-                    table_ptr,
-                    k_norm_ptr,
-                    head,
-                    mask,
-                    stride,
-                    k_eps,
-                    k_offset,
-                    K_NORM,
-                    CODES,
-                    D,
-                    D_PAD,
-                    F,
-                    F_PAD,
-                    INTERLEAVED,
-                )
+                page = v_cache_ptr + row * row_of(V_CODES, D)
+                scale = v_scales_ptr + row * scales_of(V_CODES, D)
+                src = v_ptr + t * v_stride
+                if V_CODES == "int4":
+                    _put_grouped(
+                        src, page, scale, table_ptr, k_norm_ptr, first, k_eps, k_offset, False, False,
+                        KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
+                    )  # fmt: skip
+                else:
+                    scale += head * BLOCK_SIZE
+                    _copy(src, page, scale, head, mask, stride, V_CODES, D, D_PAD)
             else:
-                _copy(k_ptr + t * k_stride, page, scale, head, mask, stride, CODES, D, D_PAD)
+                page = k_cache_ptr + row * row_of(K_CODES, D)
+                scale = k_scales_ptr + row * scales_of(K_CODES, D)
+                src = k_ptr + t * k_stride
+                if K_CODES == "int4":
+                    _put_grouped(
+                        src, page, scale, table_ptr, k_norm_ptr, first, k_eps, k_offset, ROTATE_K,
+                        K_NORM, KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
+                    )  # fmt: skip
+                elif ROTATE_K:
+                    scale += head * BLOCK_SIZE
+                    _rotate(
+                        src, page, scale, table_ptr, k_norm_ptr, head, mask, stride, k_eps, k_offset,
+                        K_NORM, K_CODES, D, D_PAD, F, F_PAD, INTERLEAVED,
+                    )  # fmt: skip
+                else:
+                    scale += head * BLOCK_SIZE
+                    _copy(src, page, scale, head, mask, stride, K_CODES, D, D_PAD)
 
 
 @dataclass(frozen=True)
@@ -301,9 +386,10 @@ def launch(
     kv_heads = 0 if kv is None else kv[0].shape[1] // head_dim
     k, v = (some, some) if kv is None else kv
     f = 0 if rotation is None else rotation.table.shape[-1]
-    codes = "" if cache is None else cache.codes
+    codes = ("", "") if cache is None else (cache.keys.codes, cache.values.codes)
+    pointers = (some,) * 4 if cache is None else cache.pointers
     q_norm, k_norm = norms
-    options = tile(head_dim, f, max(q_heads, kv_heads), codes)
+    options = tile(head_dim, f, max(q_heads, kv_heads), any(codes))
     heads = options["HEADS"]
     blocks = triton.cdiv(q_heads, heads) + 2 * triton.cdiv(kv_heads, heads)
     rope_kernel[(rows, blocks)](
@@ -311,8 +397,7 @@ def launch(
         k,
         v,
         some if q_out is None else q_out,
-        some if cache is None else cache.data,
-        some if cache is None or cache.scales is None else cache.scales,
+        *pointers,
         some if rotation is None else rotation.table,
         some if slot is None else slot,
         some if q_norm is None else q_norm.weight,
@@ -321,14 +406,14 @@ def launch(
         k.stride(0),
         v.stride(0),
         0 if q_out is None else q_out.stride(0),
-        0 if cache is None else cache.block_stride,
-        0 if cache is None else cache.scales_stride,
+        1 if cache is None else cache.spec.num_layers,
         layer,
         *((0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)),
         *((0.0, 0.0) if k_norm is None else (k_norm.eps, k_norm.offset)),
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
-        CODES=codes,
+        K_CODES=codes[0],
+        V_CODES=codes[1],
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         ROTATE_K=rotate_k,
@@ -339,9 +424,9 @@ def launch(
     )
 
 
-def tile(head_dim: int, num_pairs: int, num_heads: int, codes: str) -> dict[str, int]:
-    """The kernel's constants for heads of head_dim with num_pairs rotated pairs, to a cache of
-    `codes`."""
+def tile(head_dim: int, num_pairs: int, num_heads: int, codes: bool) -> dict[str, int]:
+    """The kernel's constants for heads of head_dim with num_pairs rotated pairs; codes: whether the
+    cache is in codes."""
     padded = next_power_of_two(head_dim)
     elements = _ELEMENTS // 2 if codes else _ELEMENTS
     return {

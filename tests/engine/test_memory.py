@@ -47,10 +47,15 @@ def test_an_int8_cache_has_a_scale_for_every_row():
     assert spec.bytes_per_token == 4 * 2 * 2 * (16 + 4)
 
 
-@pytest.mark.parametrize("head_dim, row", [(16, 8 + 4), (80, 40 + 12), (34, 17 + 8)])
+@pytest.mark.parametrize("head_dim, row", [(16, 16 + 4), (64, 32 + 8), (80, 48 + 12), (34, 32 + 8)])
 def test_an_int4_cache_has_a_scale_and_an_offset_for_every_32_dims(head_dim, row):
     spec = KVSpec(num_layers=4, num_kv_heads=2, head_dim=head_dim, block_size=16, dtype="int4")
     assert spec.bytes_per_token == 4 * 2 * 2 * row
+
+
+def test_a_k8v4_cache_has_the_keys_of_int8_and_the_values_of_int4():
+    spec = KVSpec(num_layers=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="k8v4")
+    assert spec.bytes_per_token == 4 * 2 * ((64 + 4) + (32 + 8))
 
 
 def test_the_cache_takes_what_the_requests_can_use_and_no_more():

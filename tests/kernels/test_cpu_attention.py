@@ -1,7 +1,7 @@
 """Paged attention of every usable CPU unit: against a float64 oracle, and against itself.
 
 The oracle reads K and V as the cache stores them, and q as the products do (rounded to bfloat16 for
-a bfloat16 cache). What is left, with values v of a row's keys:
+keys of bfloat16 and int4). What is left, with values v of a row's keys:
 
 * float32, float16: fp32 sums over dims and keys. Scores of size up to some 10 carry a few 1e-6,
   which is the weights' relative error and so, times max|v|, the result's: 1e-5 max|v|.
@@ -10,7 +10,8 @@ a bfloat16 cache). What is left, with values v of a row's keys:
   split, which is at most max|v| / 127. 256 errors of up to half a step, independent and evenly
   spread, have the deviation 16 * 0.29 / 32258 = 1.4e-4 max|v|; four of them. q in steps of 1/32258
   of its largest element moves a score, and so a weight, by less.
-* int4: the same with values of up to 15 scales above their offset, which is twice max|v| at most.
+* int4: weights in 8 bits again, of up to 15 scales above an offset, which is twice max|v| at most: q is
+  rounded as for bfloat16. k8v4: int8's scores with int4's values.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from engineroom.kernels.backend import KVSpec
+from engineroom.kernels.backend import KV_CODES, KVSpec
 from engineroom.kernels.cpu import _native
 
 UNITS = _native.kernel_tables()
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "k8v4")
 TOLERANCE = {
     "float32": 1e-5,
     "float16": 1e-5,
     "bfloat16": 2.0**-9 + 1e-5,
     "int8": 6e-4,
-    "int4": 1.2e-3,
+    "int4": 2.0**-8 + 1e-5,
+    "k8v4": 2.0**-8 + 6e-4,
 }
 
 
@@ -72,16 +74,16 @@ def quantised_to_4_bits(x: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.nd
     return np.minimum(np.rint((heads - each[0]) * each[1]), 15), scale, offset
 
 
-def cached(x: np.ndarray, shape: Shape) -> np.ndarray:
-    """x [n, heads * dim] as the cache holds it, in float64."""
-    if shape.dtype == "int4":
+def cached(x: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
+    """x [n, heads * dim] as a cache of `dtype` holds it, in float64."""
+    if dtype == "int4":
         codes, *of = quantised_to_4_bits(x, shape.head_dim)
         scale, offset = (np.repeat(a, 32, -1)[..., : shape.head_dim] for a in of)
         return (codes.astype(np.float64) * scale + offset).reshape(x.shape)
-    if shape.dtype == "int8":
+    if dtype == "int8":
         q, scale = quantised(x, shape.head_dim)
         return (q.astype(np.float64) * scale).reshape(x.shape)
-    return stored(x, shape.dtype).astype(np.float64)
+    return stored(x, dtype).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,7 @@ def run(shape: Shape, sequences: Sequence[Tokens], steps: Sequence[Step]) -> lis
         out = np.full_like(q, 5.0)
         _native.attention_test(
             shape.unit,
-            shape.dtype,
+            *spec.parts,
             cache,
             size,
             shape.kv_heads,
@@ -199,10 +201,11 @@ def whole(shape: Shape, sequences: Sequence[Tokens]) -> list[np.ndarray]:
 def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
     """The definition, in float64."""
     n, dim = len(sequence), shape.head_dim
-    q = bfloat16(sequence.q) if shape.dtype == "bfloat16" else sequence.q
+    keys, values = KVSpec(1, 1, dim, 1, shape.dtype).parts
+    q = bfloat16(sequence.q) if keys in ("bfloat16", "int4") else sequence.q
     q = q.astype(np.float64).reshape(n, shape.kv_heads, shape.group, dim)
-    k = cached(sequence.k, shape).reshape(n, shape.kv_heads, dim)
-    v = cached(sequence.v, shape).reshape(n, shape.kv_heads, dim)
+    k = cached(sequence.k, shape, keys).reshape(n, shape.kv_heads, dim)
+    v = cached(sequence.v, shape, values).reshape(n, shape.kv_heads, dim)
     score = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None] * shape.factor()
     if shape.softcap:
         score = shape.softcap * np.tanh(score / shape.softcap)
@@ -300,13 +303,14 @@ def test_the_result_is_rounded_once(rounding: str) -> None:
 def written(
     unit: str, dtype: str, k: np.ndarray, v: np.ndarray, block_size: int, dim: int
 ) -> np.ndarray:
-    """The cache of two kv heads after k and v: bytes [block, head, k and v, ...], 255 before."""
+    """The cache of two kv heads after k and v: bytes [block, head, ...], k's first, 255 before."""
     n = len(k)
     blocks = -(-n // block_size)
-    cache = np.full(blocks * KVSpec(1, 2, dim, block_size, dtype).bytes_per_block, 255, np.uint8)
+    spec = KVSpec(1, 2, dim, block_size, dtype)
+    cache = np.full(blocks * spec.bytes_per_block, 255, np.uint8)
     _native.attention_test(
         unit,
-        dtype,
+        *spec.parts,
         cache,
         block_size,
         2,
@@ -322,11 +326,14 @@ def written(
         np.empty((n, 2 * dim), np.float32),
         1.0,
     )
-    return cache.reshape(blocks, 2, 2, -1)
+    return cache.reshape(blocks, 2, -1)
 
 
-def rows_of(halves: np.ndarray, part: int, block_size: int, row: int) -> np.ndarray:
-    """The bytes [slot, head, row] of k (part 0) or v, of `row` a slot, by kernels.hpp."""
+def rows_of(
+    halves: np.ndarray, part: int, block_size: int, row: int, order: Sequence[int] = (0, 1, 2, 3)
+) -> np.ndarray:
+    """The bytes [slot, head, row] of k (part 0) or v, of `row` a slot, by kernels.hpp. order: of four
+    slots of values."""
     blocks = len(halves)
     elements = halves[:, :, part, : block_size * row]
     if block_size % 16 == 0 and row % 4 == 0:
@@ -334,7 +341,8 @@ def rows_of(halves: np.ndarray, part: int, block_size: int, row: int) -> np.ndar
         if part == 0:
             elements = tiles.transpose(0, 1, 2, 4, 3, 5)
         else:
-            elements = elements.reshape(blocks, 2, -1, row, 4).swapaxes(-1, -2)
+            steps = elements.reshape(blocks, 2, -1, row, 4)[..., list(order)]
+            elements = steps.swapaxes(-1, -2)
     return elements.reshape(blocks, 2, block_size, row).swapaxes(1, 2).reshape(-1, 2, row)
 
 
@@ -348,6 +356,7 @@ def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
     k[7, :dim] = np.arange(dim) - 0.5  # the largest is dim - 1.5
     v[8, :dim], v[8, 0] = np.arange(dim) / 2, 127.0  # scale 1: halves go to even
     halves = written(unit, "int8", k, v, block_size, dim)
+    halves = halves.reshape(len(halves), 2, 2, -1)
     for part, x in enumerate((k, v)):
         elements = rows_of(halves, part, block_size, dim)
         scales = np.ascontiguousarray(halves[:, :, part, block_size * dim :]).view(np.float32)
@@ -373,12 +382,17 @@ def test_an_int4_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
     k[10, 0], k[10, 1] = 3e38, -3e38  # further apart than a number can say
     k[11] = 1000 + rng.random(2 * dim)  # the offset is much more than the scale
     v[8, :dim], v[8, 0] = (np.arange(dim) % 29) / 2, 15.0  # scale 1: halves go to even
-    half, groups = dim // 2, -(-dim // 32)
+    groups = -(-dim // 32)
+    row = 16 * groups
     halves = written(unit, "int4", k, v, block_size, dim)
+    halves = halves.reshape(len(halves), 2, 2, -1)
     for part, x in enumerate((k, v)):
-        packed = rows_of(halves, part, block_size, half)
-        codes = np.concatenate([packed & 15, packed >> 4], -1)
-        more = np.ascontiguousarray(halves[:, :, part, block_size * half :]).view(np.uint16)
+        packed = rows_of(halves, part, block_size, row, order=(0, 2, 1, 3))
+        each = packed.reshape(-1, 2, groups, 16)
+        all_codes = np.concatenate([each & 15, each >> 4], -1).reshape(-1, 2, 32 * groups)
+        codes = all_codes[..., :dim]
+        assert not all_codes[:n, :, dim:].any()
+        more = np.ascontiguousarray(halves[:, :, part, block_size * row :]).view(np.uint16)
         bits = more.reshape(-1, 2, 2, groups, block_size).transpose(0, 4, 1, 2, 3)
         bits = bits.reshape(-1, 2, 2, groups).astype(np.uint32) << 16
         got = bits.view(np.float32)
@@ -401,6 +415,19 @@ def test_an_int4_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
         assert (packed[n:] == 255).all() and (bits[n:] == 0xFFFF0000).all()  # nothing else
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("block_size, dim", [(16, 64), (16, 18), (5, 40)])
+def test_a_k8v4_cache_has_the_keys_of_int8_and_the_values_of_int4(
+    unit: str, block_size: int, dim: int
+) -> None:
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((33, 2 * dim)).astype(np.float32) for _ in "kv")
+    of = {d: written(unit, d, k, v, block_size, dim) for d in ("int8", "int4", "k8v4")}
+    keys, values = of["int8"].shape[2] // 2, of["int4"].shape[2] // 2
+    np.testing.assert_array_equal(of["k8v4"][:, :, :keys], of["int8"][:, :, :keys])
+    np.testing.assert_array_equal(of["k8v4"][:, :, keys:], of["int4"][:, :, values:])
+
+
 # -------------------------------------------------------------------------- padding and NaN
 
 
@@ -420,14 +447,14 @@ def test_padding_rows_give_zeros_and_write_nothing(unit: str) -> None:
 
 
 def one_token_and_two_rows_behind(
-    block: int = 0, slot: int = 0, dtype: str = "bfloat16"
+    block: int = 0, slot: int = 0, parts: tuple[str, str] = ("bfloat16", "bfloat16")
 ) -> tuple[np.ndarray, np.ndarray]:
     """v and the result of a step of one sequence of one token, padded to three rows."""
     sequence = Shape(head_dim=8, kv_heads=1, group=1).sequence(3)
     out = np.full((3, 8), 5.0, np.float32)
     _native.attention_test(
         UNITS[0],
-        dtype,
+        *parts,
         np.zeros(2 * 16 * 8 * 2, np.uint8),
         16,
         1,
@@ -474,7 +501,7 @@ def test_a_bad_token_spoils_no_row_that_does_not_see_it(
     seen[50] = True
     assert_same_bits([got[~seen]], [want[~seen]])
     assert np.isnan(got[50]).all() and np.isnan(got[100]).all() and np.isnan(got[275]).all()
-    if window and dtype.startswith("int"):  # an infinity spoils its whole row of the cache
+    if window and dtype in KV_CODES:  # an infinity spoils its whole row of the cache
         assert np.isnan(got[292, :72]).all() and np.isfinite(got[292, 72:]).all()
     elif window:  # 290 and up see the infinity alone
         assert np.isposinf(got[292, 3]) and np.isfinite(got[292, :3]).all()
@@ -539,7 +566,9 @@ def test_units_agree_within_the_tolerance() -> None:
 def test_bad_arguments_are_refused() -> None:
     shape = Shape(head_dim=8)
     with pytest.raises(ValueError, match="unknown dtype"):
-        one_token_and_two_rows_behind(dtype="int3")
+        one_token_and_two_rows_behind(parts=("int3", "int3"))
+    with pytest.raises(ValueError, match="no cache of such keys with such values"):
+        one_token_and_two_rows_behind(parts=("int4", "int8"))
     with pytest.raises(ValueError, match="unknown dtype"):
         whole(Shape(rounding="int8", head_dim=8), [shape.sequence(2)])
     with pytest.raises(ValueError, match="this machine cannot run"):

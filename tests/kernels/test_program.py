@@ -169,7 +169,7 @@ def test_workspace_is_an_upper_bound_and_not_a_wild_one(
     executable = backend.lower(program, packed, cache)
     step = Paged(16, 64, np.random.default_rng(0), [[]], [0]).step({0: [1] * num_tokens})
     peak = Peak()
-    peak.known = {cache.data.untyped_storage().data_ptr()}
+    peak.known = {h.data.untyped_storage().data_ptr() for h in (cache.keys, cache.values)}
     peak.known |= {w.untyped_storage().data_ptr() for w in packed.values() if hasattr(w, "dtype")}
     with peak:
         executable.run(step)

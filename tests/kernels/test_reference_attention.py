@@ -98,7 +98,8 @@ class Layer:
         weights = {n: backend.pack(raw(t)) for n, t in shape.tables(spread=spread).items()}
         spec = KVSpec(2, shape.num_kv_heads, shape.head_dim, block_size, kv_dtype or dtype)
         self.cache = backend.allocate_kv(spec, num_blocks)
-        self.cache.data.fill_(fill)
+        for half in (self.cache.keys, self.cache.values):
+            half.data.fill_(fill)
         self.pages = Paged(block_size, num_blocks, np.random.default_rng(1))
         self._executable = backend.lower(shape.program(), weights, self.cache)
 
@@ -168,7 +169,8 @@ def oracle(
     t = {n: rounded(tables[n], dtype)[tokens] for n in "qkv"}
     d = shape.head_dim
     q = t["q"].reshape(len(tokens), -1, d)
-    k, v = (cached(t[n].reshape(len(tokens), -1, d), kv_dtype) for n in "kv")
+    parts = zip("kv", KVSpec(1, 1, d, 1, kv_dtype).parts, strict=True)
+    k, v = (cached(t[n].reshape(len(tokens), -1, d), part) for n, part in parts)
     out = np.zeros_like(q)
     for p in range(len(tokens)):
         first = max(0, p - shape.window + 1) if shape.window else 0
@@ -307,7 +309,8 @@ def test_padding_rows_write_nothing_and_give_zeros(placed: str) -> None:
     got = padded.run(step)
     assert got[:20].tobytes() == want.tobytes()
     assert not got[20:].any()
-    assert torch.equal(padded.cache.data, plain.cache.data)
+    assert torch.equal(padded.cache.keys.data, plain.cache.keys.data)
+    assert torch.equal(padded.cache.values.data, plain.cache.values.data)
 
 
 def test_only_padding() -> None:
@@ -320,7 +323,7 @@ def test_only_padding() -> None:
         seq_len=np.zeros(1, np.int32),
     )
     assert not layer.run(empty).any()
-    assert (layer.cache.data == 7.0).all()
+    assert (layer.cache.keys.data == 7.0).all() and (layer.cache.values.data == 7.0).all()
 
 
 def test_kv_write_stores_rounded_values_at_their_slots_alone() -> None:
@@ -328,13 +331,13 @@ def test_kv_write_stores_rounded_values_at_their_slots_alone() -> None:
     layer = Layer(shape, block_size=4, num_blocks=8, kv_dtype="bfloat16", fill=9.0)
     tokens = [5, 3, 11, 2, 8]  # one full block and one slot of the next
     layer.feed_new(tokens)
-    want = torch.full_like(layer.cache.data, 9.0)
-    for position, token in enumerate(tokens):
-        block = layer.pages.tables[0][position // 4]
-        for part, name in enumerate("kv"):
+    for half, name in ((layer.cache.keys, "k"), (layer.cache.values, "v")):
+        want = torch.full_like(half.data, 9.0)
+        for position, token in enumerate(tokens):
+            block = layer.pages.tables[0][position // 4]
             row = torch.from_numpy(shape.tables()[name][token]).to(torch.bfloat16)
-            want[block, 1, part, :, position % 4] = row.view(2, 8)
-    assert torch.equal(layer.cache.data, want)
+            want[block, 1, :, position % 4] = row.view(2, 8)
+        assert torch.equal(half.data, want)
 
 
 def test_kv_write_to_an_int8_cache_stores_steps_and_scales() -> None:
@@ -345,9 +348,10 @@ def test_kv_write_to_an_int8_cache_stores_steps_and_scales() -> None:
     heads = x.view(2, 1, 2, 4).repeat(1, 2, 1, 1)  # two tokens of two heads, k and v alike
     at = torch.tensor([1, 1]), torch.tensor([0, 3])
     cache.write(0, *at, heads)
-    assert cache.data[1, 0, 0, :, 0].tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
-    assert cache.scales[1, 0, :, :, 0, 0].tolist() == [[1.0, 0.0]] * 2
-    assert cache.data[1, 0, 0, :, 3].tolist() == [[0] * 4] * 2
+    assert cache.keys.data[1, 0, :, 0].tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    for half in (cache.keys, cache.values):
+        assert half.scales[1, 0, :, 0, 0].tolist() == [1.0, 0.0]
+    assert cache.keys.data[1, 0, :, 3].tolist() == [[0] * 4] * 2
     got = cache.read(0, *at)
     assert got[0, 1].tolist() == [[127, 0, 2, -2], [0] * 4]
     assert got[1, 0, 0].tolist() == [0] * 4 and torch.isnan(got[1, 0, 1]).all()

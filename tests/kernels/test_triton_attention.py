@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engineroom.kernels import ops
-from engineroom.kernels.backend import KV_CODES, BackendUnavailable, KVSpec
+from engineroom.kernels.backend import KV_CODES, KVSpec
 from engineroom.kernels.program import Program
 from engineroom.kernels.reference import ReferenceBackend
 from tests.counts import FULL, count
@@ -38,11 +38,13 @@ class Layer(ReferenceLayer):
         weights = {n: backend.pack(raw(t)) for n, t in shape.tables(spread=spread).items()}
         spec = KVSpec(2, shape.num_kv_heads, shape.head_dim, block_size, kv_dtype or dtype)
         self.cache = backend.allocate_kv(spec, num_blocks)
-        if self.cache.scales is None:
-            self.cache.data.fill_(fill)
-        else:
-            self.cache.data.fill_(0x7F)  # of fp8, NaN
-            self.cache.scales.fill_(fill)
+        for half in (self.cache.keys, self.cache.values):
+            if half.scales is None:
+                half.data.fill_(fill)
+            else:
+                half.data.fill_(0x7F)  # of fp8, NaN
+                is_nan = half.scales.dtype == torch.int16 and np.isnan(fill)
+                half.scales.fill_(0x7FC0 if is_nan else fill)
         self.pages = Paged(block_size, num_blocks, np.random.default_rng(1))
         self._executable = backend.lower(shape.program(), weights, self.cache)
 
@@ -118,6 +120,8 @@ LAYERS = [
     ("window and softcap", "float32", ""),
     ("alibi, softcap and sinks", "float16", "int8"),
     ("alibi, softcap and sinks", "float32", "fp8"),
+    ("head 64", "float16", "k8v4"),
+    ("window and softcap", "float32", "int4"),
 ]
 
 
@@ -196,13 +200,6 @@ class OneBad(Shape):
         return tables
 
 
-def test_a_cache_that_it_has_not_is_refused() -> None:
-    with pytest.raises(
-        BackendUnavailable, match="'int4': the Triton backend has no such KV cache.*int8, fp8"
-    ):
-        TritonBackend().allocate_kv(KVSpec(1, 1, 8, 16, "int4"), 1)
-
-
 @pytest.mark.parametrize("kv_dtype", KV_CODES)
 def test_rows_before_a_value_without_a_scale_do_not_see_it(kv_dtype: str) -> None:
     want = Layer(Shape(), kv_dtype=kv_dtype).feed_new([5, 3])
@@ -223,7 +220,8 @@ def test_padding_rows_write_nothing_and_give_zeros(placed: str) -> None:
     got = padded.run(step)
     assert got[:20].tobytes() == want.tobytes()
     assert not got[20:].any()
-    assert torch.equal(padded.cache.data, plain.cache.data)
+    assert torch.equal(padded.cache.keys.data, plain.cache.keys.data)
+    assert torch.equal(padded.cache.values.data, plain.cache.values.data)
 
 
 def test_only_padding() -> None:
@@ -236,7 +234,7 @@ def test_only_padding() -> None:
         seq_len=np.zeros(1, np.int32),
     )
     assert not layer.run(empty).any()
-    assert (layer.cache.data == 7.0).all()
+    assert (layer.cache.keys.data == 7.0).all() and (layer.cache.values.data == 7.0).all()
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -281,11 +279,12 @@ def test_a_cache_in_codes_has_the_references_bytes(
         kv = backend.allocate_kv(KVSpec(2, kv_heads, dim, 8, kv_dtype), 8)
         pages = Paged(8, 8, np.random.default_rng(1))
         backend.lower(program, packed, kv).run(pages.step({pages.add(): list(range(16))}))
-        made.append((kv.data.numpy().view(np.uint8), kv.scales.numpy()))
-    (codes, scales), (want, want_scales) = made
-    assert codes.any()
-    np.testing.assert_array_equal(codes, want.reshape(codes.shape))
-    np.testing.assert_array_equal(scales, want_scales.reshape(scales.shape))  # any NaN is NaN
+        made.append((kv.keys, kv.values))
+    for got, want in zip(*made, strict=True):
+        assert got.data.any()
+        np.testing.assert_array_equal(got.data.numpy(), want.data.numpy())
+        scales = got.scales.view(want.scales.dtype)  # bits of bfloat16
+        np.testing.assert_array_equal(scales.float(), want.scales.float())  # any NaN is NaN
 
 
 def test_the_work_list_covers_every_token_once() -> None:

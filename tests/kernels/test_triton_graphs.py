@@ -100,16 +100,22 @@ def executable(dtype: str, fmt: str = "F32", block_size: int = 4) -> Any:
             weights[name] = RawWeight(name, FILE_FORMATS[fmt], values.shape, {"data": data})
     packed = {name: backend.pack(weight) for name, weight in weights.items()}
     cache = backend.allocate_kv(KVSpec(2, 2, 16, block_size, dtype), BLOCKS)
-    cache.data.fill_(float("nan"))
+    empty(cache)
     made = backend.lower(program, packed, cache)
     return SimpleNamespace(
         run=made.run, made=made, cache=cache, program=program, backend=backend, weights=weights
     )
 
 
+def empty(cache: Any) -> None:
+    for half in (cache.keys, cache.values):
+        half.data.fill_(float("nan"))
+
+
 def same_cache(one: Any, other: Any) -> None:
-    same = torch.equal(one.cache.data.nan_to_num(7.0), other.cache.data.nan_to_num(7.0))
-    assert same, "padding rows wrote, or a row did not"
+    for a, b in ((one.cache.keys, other.cache.keys), (one.cache.values, other.cache.values)):
+        same = torch.equal(a.data.nan_to_num(7.0), b.data.nan_to_num(7.0))
+        assert same, "padding rows wrote, or a row did not"
 
 
 def steps(rng: np.random.Generator, block_size: int, num: int) -> Iterator[tuple[Any, bool]]:
@@ -148,7 +154,7 @@ def test_a_replay_has_the_bits_of_its_launches(dtype: str, fmt: str, recorder: R
     recorded.made._graphs.bucket = watched
     for seed in range(count(reduced=1, full=2)):
         for each in (eager, recorded):
-            each.cache.data.fill_(float("nan"))
+            empty(each.cache)
         for step, decodes in steps(np.random.default_rng(seed), 4, 12):
             before = recorder.replayed
             assert recorded.run(step).numpy().tobytes() == eager.run(step).numpy().tobytes()

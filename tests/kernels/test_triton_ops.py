@@ -582,7 +582,8 @@ def test_two_layers_do_not_depend_on_chunks_or_neighbours() -> None:
         backend = TritonBackend(activation_dtype="float32", threads=1)
         packed = {name: backend.pack(raw(w, name=name)) for name, w in weights.items()}
         cache = backend.allocate_kv(KVSpec(2, 2, 8, block_size, "float32"), 64)
-        cache.data.fill_(float("nan"))
+        for half in (cache.keys, cache.values):
+            half.data.fill_(float("nan"))
         executable = backend.lower(program, packed, cache)
         pages = Paged(block_size, 64, np.random.default_rng(2))
         ours, other = pages.add(), pages.add()

@@ -161,27 +161,33 @@ def new_cache(
     read."""
     spec = KVSpec(1, heads.num_kv_heads, heads.head_dim, block_size, kind)
     cache = KVCache.zeros(spec, num_blocks, device)
-    (cache.data if cache.scales is None else cache.scales).fill_(float("nan"))
+    for half in (cache.keys, cache.values):
+        if half.scales is None:
+            half.data.fill_(float("nan"))
+        else:  # of int4: the bits of bfloat16
+            half.scales.fill_(0x7FC0 if half.codes == "int4" else float("nan"))
     return cache
 
 
 def fill(cache: KVCache) -> None:
     """Random values in every slot."""
-    if cache.scales is None:
-        cache.data.normal_()
-    else:
-        cache.data.random_(-100, 100)
-        cache.scales.fill_(0.01)
+    for half in (cache.keys, cache.values):
+        if half.scales is None:
+            half.data.normal_()
+        else:
+            half.data.random_(-100, 100)
+            half.scales.fill_(0x3C24 if half.codes == "int4" else 0.01)
 
 
 def slots(cache: KVCache) -> torch.Tensor:
     """What is read of a cache of one layer, fp64 [slot, k or v, kv heads * head_dim]."""
-    data = cache.data[:, 0]
-    if cache.scales is not None:
-        codes = data if cache.spec.dtype == "int8" else data.view(torch.float8_e4m3fn)
-        data = codes.double() * cache.scales[:, 0, :, :, :, None].double()
     width = cache.spec.num_kv_heads * cache.spec.head_dim
-    return data.permute(0, 3, 1, 2, 4).reshape(-1, 2, width).double()
+
+    def rows(half: Half) -> torch.Tensor:
+        read = half.decoded(cache.spec.head_dim)[:, 0]
+        return read.transpose(1, 2).reshape(-1, width)
+
+    return torch.stack([rows(cache.keys), rows(cache.values)], 1)
 
 
 def cache_kinds(dtype: torch.dtype) -> tuple[str, ...]:
@@ -224,8 +230,7 @@ def attend(
     split_programs: int = 1024,
 ) -> Launch:
     """attention.launch with its plan made; split_programs: see attention.plan."""
-    same = q.dtype == cache.data.dtype or cache.scales is not None
-    product = str(q.dtype).removeprefix("torch.") if same else "float32"
+    product = str(q.dtype).removeprefix("torch.") if cache.serves(q.dtype) else "float32"
     shape = attention.Shape(
         heads.num_heads, heads.num_kv_heads, heads.head_dim, product, loads_ahead()
     )

@@ -6,7 +6,9 @@
 #include "../kernels.hpp"
 #include "rows.inl"
 #include "tile.inl"
+#include "attend_products.inl"
 #include "attend.inl"
+#include "kv_write.inl"
 #include "table.inl"
 
 namespace engineroom {

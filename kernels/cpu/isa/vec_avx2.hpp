@@ -310,6 +310,25 @@ ER_INLINE I i_byte(I a) {
     return {_mm256_and_si256(_mm256_srli_epi32(a.lo, 8 * byte), mask),
             _mm256_and_si256(_mm256_srli_epi32(a.hi, 8 * byte), mask)};
 }
+// Nibble `nibble` of every lane, the lowest first, as int32.
+template <int nibble>
+ER_INLINE I i_nibble(I a) {
+    const __m256i mask = _mm256_set1_epi32(15);
+    return {_mm256_and_si256(_mm256_srli_epi32(a.lo, 4 * nibble), mask),
+            _mm256_and_si256(_mm256_srli_epi32(a.hi, 4 * nibble), mask)};
+}
+// Pairs of codes of 4 bits, as c_dot multiplies them: nibble n, 0 to 3, of the low and of the high
+// word of every lane. c_dot: acc + even code * a[2i] + odd code * a[2i+1], a of p_bcast.
+struct C {
+    F even, odd;
+};
+template <int n>
+ER_INLINE C c_pair(I a) {
+    return {f_of_i(i_nibble<n>(a)), f_of_i(i_nibble<n + 4>(a))};
+}
+ER_INLINE F c_dot(F acc, C codes, P a) {
+    return f_fma(codes.odd, f_odd(a), f_fma(codes.even, f_even(a), acc));
+}
 ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 ER_INLINE void prefetch_far(const void *p) {  // into the L2
     _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1);

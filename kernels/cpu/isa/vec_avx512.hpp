@@ -191,6 +191,21 @@ template <int byte>
 ER_INLINE I i_byte(I a) {
     return _mm512_and_si512(_mm512_srli_epi32(a, 8 * byte), _mm512_set1_epi32(0xff));
 }
+// Pairs of codes of 4 bits, as c_dot multiplies them: nibble n, 0 to 3, of the low and of the high
+// word of every lane. c_dot: as p_dot. A permutation reads 5 bits of its word: bit 4 chooses between
+// equal halves of the table.
+using C = P;  // in bf16, which has every code
+template <int n>
+ER_INLINE C c_pair(I a) {
+    alignas(64) static const std::uint16_t codes[32] = {
+        0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+        0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    };
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(a, 4 * n), _mm512_load_si512(codes));
+}
+ER_INLINE F c_dot(F acc, C codes, P a) { return p_dot(acc, codes, a); }
 ER_INLINE void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
 ER_INLINE void prefetch_far(const void *p) {  // into the L2
     _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T1);

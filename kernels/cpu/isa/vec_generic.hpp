@@ -273,6 +273,23 @@ template <int byte>
 ER_INLINE I i_byte(I a) {
     return (a >> (8 * byte)) & 0xff;
 }
+// Nibble `nibble` of every lane, the lowest first, as int32.
+template <int nibble>
+ER_INLINE I i_nibble(I a) {
+    return (a >> (4 * nibble)) & 15;
+}
+// Pairs of codes of 4 bits, as c_dot multiplies them: nibble n, 0 to 3, of the low and of the high
+// word of every lane. c_dot: acc + even code * a[2i] + odd code * a[2i+1], a of p_bcast.
+struct C {
+    F even, odd;
+};
+template <int n>
+ER_INLINE C c_pair(I a) {
+    return {f_of_i(i_nibble<n>(a)), f_of_i(i_nibble<n + 4>(a))};
+}
+ER_INLINE F c_dot(F acc, C codes, P a) {
+    return f_fma(codes.odd, f_odd(a), f_fma(codes.even, f_even(a), acc));
+}
 ER_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 ER_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }  // into the L2
 

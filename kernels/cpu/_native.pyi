@@ -241,6 +241,7 @@ class StepProgram:
         scale: float,
         window: int,
         softcap: float,
+        sinks: NDArray[np.float32] | None,
         dtype: str,
     ) -> None: ...
     def linear(
@@ -279,10 +280,12 @@ class StepProgram:
         out: _Place,
         form: str,
         matrices: Sequence[PackedMatrix],
+        biases: Sequence[NDArray[np.float32]],
         epilogue: str,
         dtype: str,
     ) -> None:
-        """matrices: one an expert or, where the epilogue is a gate, gate and up of each in turn."""
+        """matrices: one an expert or, where the epilogue is a gate, gate and up of each in turn;
+        biases: none, or as many as an expert has matrices, each of all experts' rows."""
 
     def expert_sum(
         self, barrier: bool, x: _Place, weights: _Place, out: _Place, dtype: str

@@ -75,9 +75,7 @@ def _layer_specs(config: ModelConfig, index: int) -> list[WeightSpec]:
 
     router, experts = f"{hf}.mlp.router", f"{hf}.mlp.experts"
     specs = [
-        spec(
-            "sinks", (config.num_heads,), Source(f"{hf}.self_attn.sinks"), "attn_sinks.weight"
-        ),
+        spec("sinks", (config.num_heads,), Source(f"{hf}.self_attn.sinks"), "attn_sinks.weight"),
         spec("router", (count, hidden), Source(f"{router}.weight"), "ffn_gate_inp.weight"),
         spec("router_bias", (count,), Source(f"{router}.bias"), "ffn_gate_inp.bias"),
     ]

@@ -22,7 +22,9 @@ def transposed(tensor: RawWeight) -> RawWeight:
         made = np.empty((stop - start, columns), matrices.dtype)
         for e in range(start // rows, -(-stop // rows)):
             first, last = max(start, e * rows), min(stop, (e + 1) * rows)
-            made[first - start : last - start] = matrices[e, :, first - e * rows : last - e * rows].T
+            made[first - start : last - start] = matrices[
+                e, :, first - e * rows : last - e * rows
+            ].T
         return made.reshape(-1).view(np.uint8)
 
     return dataclasses.replace(tensor, shape=(count * rows, columns), make=make)

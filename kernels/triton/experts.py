@@ -186,6 +186,7 @@ def float_kernel(
     starts_ptr,
     ends_ptr,
     pairs_ptr,
+    bias_ptr,
     other_ptr,
     out_ptr,
     E,
@@ -195,6 +196,7 @@ def float_kernel(
     x_stride,
     other_stride,
     out_stride,
+    HAS_BIAS: tl.constexpr,
     AFTER: tl.constexpr,
     ROUND: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -236,12 +238,12 @@ def float_kernel(
             pair,
             num_rows,
             there,
-            out_ptr,
+            bias_ptr + expert * num_rows,
             other_ptr,
             out_ptr,
             other_stride,
             out_stride,
-            False,
+            HAS_BIAS,
             AFTER,
             ROUND,
             PAIRED,
@@ -263,6 +265,7 @@ def quantised_kernel(
     starts_ptr,
     ends_ptr,
     pairs_ptr,
+    bias_ptr,
     other_ptr,
     out_ptr,
     E,
@@ -275,6 +278,7 @@ def quantised_kernel(
     scratch_stride,
     other_stride,
     out_stride,
+    HAS_BIAS: tl.constexpr,
     AFTER: tl.constexpr,
     ROUND: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -339,12 +343,12 @@ def quantised_kernel(
             pair,
             num_rows,
             there,
-            out_ptr,
+            bias_ptr + expert * num_rows,
             other_ptr,
             out_ptr,
             other_stride,
             out_stride,
-            False,
+            HAS_BIAS,
             AFTER,
             ROUND,
             PAIRED,
@@ -480,15 +484,16 @@ def expert_linear(
     out: torch.Tensor,
     *,
     round_to: torch.dtype,
+    bias: torch.Tensor | None = None,
     after: str = "",
     other: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
 ) -> None:
-    """out = each pair's row of x by its expert's rows of the weight, then `after`: see
-    linear.launch.
+    """out = each pair's row of x by its expert's rows of the weight, and their bias, then `after`:
+    see linear.launch.
 
-    x [T, K], or [T*k, K] with a row for each pair; weight [E*N, K]; out and other [T*k, N]. A
-    paired weight is [E*2N, K] and its own `other`.
+    x [T, K], or [T*k, K] with a row for each pair; weight [E*N, K]; bias fp32 [E*N]; out and other
+    [T*k, N]. A paired weight is [E*2N, K], its bias [E*2N], and it is its own `other`.
     scratch: fp32 [at least as many rows as x, at least scratch_width(W)].
     """
     num_pairs = out.shape[0]
@@ -501,10 +506,10 @@ def expert_linear(
     grid = (triton.cdiv(num_rows, ROWS), most_tiles(num_pairs, E, tokens))
     ends = route.ends[TOKENS.index(tokens)]
     routed = (route.counts, route.starts, ends, route.pairs)
-    shapes = (other, out, E, num_pairs // x.shape[0], num_rows, K)
+    shapes = (out if bias is None else bias, other, out, E, num_pairs // x.shape[0], num_rows, K)
     strides = (other.stride(0), out.stride(0))
     constants = {"AFTER": after, "ROUND": TL[round_to], "BLOCK": next_power_of_two(E)}
-    constants["PAIRED"] = weight.paired
+    constants |= {"PAIRED": weight.paired, "HAS_BIAS": bias is not None}
     if isinstance(weight, FloatMatrix):
         product = linear.float_dtype(x, weight)
         float_kernel[grid](

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..program import Op
-from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
+from . import attention, elementwise, embedding, expert_linear, experts, linear, rms_norm, rope
 from .cache import KVCache
 from .cublas import Products
 from .facts import shape_of, table_of
@@ -336,7 +336,7 @@ class Binder:
 
         def launch(step: Step) -> None:
             rows = around.view(x)
-            experts.expert_linear(
+            expert_linear.launch(
                 rows if rows.shape[1] == K else rows.view(-1, K),
                 matrix,
                 around.route(num_experts),

@@ -30,7 +30,7 @@ from tests.kernels.packed_steps import run as run_reference
 from tests.kernels.test_triton_graphs import Recorder
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
 
-from engineroom.kernels.triton import experts, graphs, linear  # isort: skip
+from engineroom.kernels.triton import expert_linear, experts, graphs, linear  # isort: skip
 from engineroom.kernels.triton.quantised import LAYOUTS  # isort: skip
 
 RNG = np.random.default_rng(43)
@@ -113,7 +113,7 @@ def test_pairs_are_sorted_by_expert_and_every_tile_fits() -> None:
         assert route.pairs.tolist() == np.argsort(chosen.ravel(), kind="stable").tolist()
         for width, ends in zip(linear.TOKENS, route.ends, strict=True):
             assert ends.tolist() == np.cumsum(-(-counts // width)).tolist()
-            most = experts.most_tiles(chosen.size, num_experts, width)
+            most = expert_linear.most_tiles(chosen.size, num_experts, width)
             assert ends[-1] <= most <= chosen.size // width + num_experts
 
 

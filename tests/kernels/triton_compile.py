@@ -31,6 +31,7 @@ from engineroom.kernels.triton import (
     attention,
     elementwise,
     embedding,
+    expert_linear,
     experts,
     inputs,
     linear,
@@ -430,7 +431,7 @@ def _expert_linear(of: Configuration, E: int, *, biases: bool = False) -> Config
     return replace(
         of,
         name=f"experts {of.name} of {E}{' with biases' if biases else ''}",
-        kernel=experts.quantised_kernel if quantised else experts.float_kernel,
+        kernel=expert_linear.quantised_kernel if quantised else expert_linear.float_kernel,
         pointers={k: v for k, v in of.pointers.items() if k != "norm_ptr"} | routed,
         constants={k: v for k, v in of.constants.items() if k not in before}
         | {"BLOCK": next_power_of_two(E), "HAS_BIAS": biases},

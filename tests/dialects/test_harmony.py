@@ -80,6 +80,13 @@ def test_a_preamble_and_two_calls() -> None:
     assert called(answer) == [("weather", {}), ("weather", {})]
 
 
+def test_broken_arguments_end_where_their_message_does() -> None:
+    call = "<|channel|>commentary to=functions.weather<|message|>"
+    answer = read(f'{call}{{"a": @@<|call|>{NEXT}<|channel|>final<|message|>Done.')
+    assert answer.calls is not None and answer.calls[0].arguments == '{"a": @@'
+    assert answer.text == "Done."
+
+
 def test_messages_for_the_user_are_set_off() -> None:
     text = "<|channel|>commentary<|message|>First.<|end|>"
     assert read(f"{text}{NEXT}<|channel|>final<|message|>Then.").text == "First.\n\nThen."

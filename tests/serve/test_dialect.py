@@ -132,11 +132,13 @@ def test_a_turn_of_messages_with_headers() -> None:
     llm = cast(AsyncLLM, rendering)
     try:
         turn = asyncio.run(dialect.turn(llm, MESSAGES, SamplingParams(), USE, {}))
+        plain = asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), ToolUse(), {}))
     finally:
         rendering.template.close()
     assert not turn.inside
     for marker in ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>"):
         assert marker in turn.params.keep_special_tokens
+        assert marker in plain.params.keep_special_tokens
     told = "".join(map(chr, turn.prompt))
     assert "Of a city." in told and told.endswith("<|start|>assistant")
     # What the template shows of the earlier call is what the reader reads.

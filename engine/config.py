@@ -170,7 +170,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     norm_offset: float = 0.0  # 1 where the checkpoint stores norm weight - 1
-    activation: str = "silu"  # silu or gelu_tanh
+    activation: str = "silu"  # silu, gelu_tanh or clamped_silu
     attention_scale: float = 0.0  # 0 = 1 / sqrt(head_dim)
     attention_softcap: float = 0.0
     final_softcap: float = 0.0

@@ -9,7 +9,7 @@ Patterns
     norm_linear      rms_norm in front of the linear layers that are its only readers
     linear_group     linear layers of one input: q/k/v, gate/up
     linear_add       a linear layer and the residual addition that is its only reader
-    gated_linear     gate and up layers and the silu_mul or gelu_tanh_mul that is their only reader
+    gated_linear     gate and up layers and the GATES operation that is their only reader
     gated_experts    the same of two expert_linear with one input and one choice of experts
 """
 
@@ -21,14 +21,14 @@ from dataclasses import dataclass
 
 from .program import Handle, Op, Program, R
 
-__all__ = ["Step", "early_rows", "fuse"]
+__all__ = ["GATES", "Step", "early_rows", "fuse"]
 
+GATES = ("silu_mul", "gelu_tanh_mul", "clamped_silu_mul")  # an activation times what is beside it
 # Result row t depends on row t of the operands and on nothing that belongs to a token.
 _ROW_WISE = (
-    *("linear", "rms_norm", "add", "scale", "softcap", "silu_mul", "gelu_tanh_mul"),
+    *("linear", "rms_norm", "add", "scale", "softcap", *GATES),
     *("top_experts", "expert_weights", "expert_linear", "expert_sum", "sigmoid_scale"),
 )
-_GATES = ("silu_mul", "gelu_tanh_mul")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _group(
 ) -> list[int]:
     """Indices of the linear layers that read what `first` reads, in the same form.
 
-    Those of experts read the same experts as well.
+    Those of experts read the same experts as well, and have biases alike.
     """
     op = program.ops[first]
     x, weight = op.inputs[0], op.inputs[1]
@@ -202,7 +202,9 @@ def _group(
         other = program.ops[index]
         if other.name != op.name or index in taken or other.inputs[0] != x:
             continue
-        if op.name == "expert_linear" and other.inputs[2] != op.inputs[2]:
+        if op.name == "expert_linear" and (
+            other.inputs[2] != op.inputs[2] or (other.inputs[3] is None) != (op.inputs[3] is None)
+        ):
             continue
         if form_of(program.handles[other.inputs[1]].name) == form:  # type: ignore[index]
             found.append(index)
@@ -221,7 +223,7 @@ def _after(program: Program, group: Sequence[int], readers: dict[int, list[int]]
     first = program.ops[group[0]].name
     if len(group) == 1 and first == "linear" and op.name == "add" and op.inputs[0] != op.inputs[1]:
         return index
-    if len(group) == 2 and op.name in _GATES and list(op.inputs) == outputs:
+    if len(group) == 2 and op.name in GATES and list(op.inputs) == outputs:
         return index
     return None
 

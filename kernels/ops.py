@@ -38,6 +38,7 @@ __all__ = [
     "StepHandles",
     "add",
     "attention",
+    "clamped_silu_mul",
     "embedding",
     "expert_linear",
     "expert_sum",
@@ -149,6 +150,15 @@ def gelu_tanh_mul(gate: Handle, up: Handle) -> Handle:
     """
     _same("gelu_tanh_mul", gate, up)
     return _append("gelu_tanh_mul", (gate, up), {}, gate.shape)
+
+
+def clamped_silu_mul(gate: Handle, up: Handle) -> Handle:
+    """out = g / (1 + exp(-1.702 g)) * (u + 1), elementwise over equal shapes.
+
+    g = min(gate, 7), u = max(-7, min(up, 7)); a NaN stays one (gpt-oss, arXiv:2508.10925).
+    """
+    _same("clamped_silu_mul", gate, up)
+    return _append("clamped_silu_mul", (gate, up), {}, gate.shape)
 
 
 def sigmoid_scale(x: Handle, gate: Handle) -> Handle:
@@ -303,12 +313,15 @@ def expert_weights(logits: Handle, experts: Handle, *, renormalise: bool) -> Han
     return _append("expert_weights", (logits, experts), {"renormalise": renormalise}, experts.shape)
 
 
-def expert_linear(x: Handle, weight: Handle, experts: Handle, *, num_experts: int) -> Handle:
-    """out[t, j] = x_tj @ weight_e.T with e = experts[t, j]: `linear` by each chosen expert.
+def expert_linear(
+    x: Handle, weight: Handle, experts: Handle, bias: Handle | None = None, *, num_experts: int
+) -> Handle:
+    """out[t, j] = x_tj @ weight_e.T + bias_e, e = experts[t, j]: `linear` by each chosen expert.
 
-    weight [E*N, K] holds expert e in rows e*N .. (e+1)*N; experts [T, k] of `top_experts`;
-    x [T, K], which every expert of a token reads, or [T, k*K], where x_tj is columns
-    j*K .. (j+1)*K -> [T, k*N], in the same order. An element is that of the `linear` by weight_e.
+    weight [E*N, K] holds expert e in rows e*N .. (e+1)*N, and so does bias [E*N] (or None);
+    experts [T, k] of `top_experts`; x [T, K], which every expert of a token reads, or [T, k*K],
+    where x_tj is columns j*K .. (j+1)*K -> [T, k*N], in the same order. An element is that of the
+    `linear` by weight_e and bias_e.
     """
     _rank("expert_linear", "x", x, 2)
     _rank("expert_linear", "weight", weight, 2)
@@ -322,8 +335,11 @@ def expert_linear(x: Handle, weight: Handle, experts: Handle, *, num_experts: in
             f"expert_linear: x is {_show(x)}, weight is {_show(weight)}, experts is "
             f"{_show(experts)}: a row of x must be {width} or {top_k} times {width} wide"
         )
+    if bias is not None and bias.shape != (rows,):
+        raise ShapeError(f"expert_linear: weight is {_show(weight)}, bias is {_show(bias)}")
     shape = (x.shape[0], top_k * (rows // num_experts))
-    return _append("expert_linear", (x, weight, experts), {"num_experts": num_experts}, shape)
+    inputs = (x, weight, experts, bias)
+    return _append("expert_linear", inputs, {"num_experts": num_experts}, shape)
 
 
 def expert_sum(x: Handle, weights: Handle) -> Handle:

@@ -59,10 +59,10 @@ def mxfp4_weight(name: str, codes: Part, scale: Part) -> RawWeight:
     scale.require_shape(*rows, groups)
 
     def made(start: int, stop: int) -> np.ndarray:
-        exponents = scale.array()[start:stop]
-        blocks = np.empty(exponents.size, block_dtype(MXFP4))
-        blocks["exponent"][:, 0] = exponents.reshape(-1)
-        ascending = unpack_nibbles(codes.array()[start:stop].reshape(-1, _GROUP // 2))
+        blocks = np.empty((stop - start) * groups, block_dtype(MXFP4))
+        blocks["exponent"][:, 0] = scale.array().reshape(-1)[start * groups : stop * groups]
+        here = codes.array().reshape(-1, _GROUP // 2)[start * groups : stop * groups]
+        ascending = unpack_nibbles(here)
         blocks["nibbles"] = ascending[:, :16] | (ascending[:, 16:] << np.uint8(4))
         return blocks.view(np.uint8)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .calls import CallParser
 from .parts import CallArguments, CallBegin, Part, Reasoning, Text
-from .reasoning import ReasoningParser
+from .reasoning import ThoughtsParser
 
 
 class AnswerParser:
@@ -17,7 +17,7 @@ class AnswerParser:
 
     def __init__(
         self,
-        reasoning: ReasoningParser | None,
+        reasoning: ThoughtsParser | None,
         calls: CallParser | None,
         *,
         max_calls: int | None = None,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import harmony
 from .calls import CallParser, JsonCalls, NamedCalls, XmlCalls
 
 Tools = Mapping[str, Any]  # a tool's name -> the JSON schema of its parameters
@@ -146,6 +147,16 @@ TOOL_FORMATS = {
             ("<function=", "<parameter="),
             lambda tools: XmlCalls(_HERMES, tools),
             _HERMES,
+        ),
+        ToolFormat(  # gpt-oss
+            "harmony",
+            ("<|channel|>analysis<|message|>", "functions."),
+            lambda tools: NamedCalls(
+                (harmony.CALL,), harmony.HEAD, "<|call|>", drops=("<|start|>assistant",)
+            ),
+            harmony.MARKERS,
+            (harmony.CALL, " <|constrain|>json<|message|>", "<|call|>"),
+            between="<|start|>assistant",
         ),
         ToolFormat(  # Granite 3
             "granite",

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import harmony
 from .parts import SPACE, Parser, Reasoning, Steps, Text, held_back
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The markers around a model's thoughts."""
+    """The markers around a model's thoughts.
+
+    `messages`: the whole answer is messages with headers, thoughts being one kind (harmony.py).
+    """
 
     name: str
     begin: str
     end: str
+    messages: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What may be special tokens, and is needed to read an answer."""
+        return harmony.MARKERS if self.messages else (self.begin, self.end)
+
+    def is_of(self, template: str) -> bool:
+        """Whether a chat template is of this format: its markers are there."""
+        return self.begin in template or (self.end in template and not self.messages)
+
+    def parser(self, *, inside: bool) -> ThoughtsParser:
+        """`inside`: the prompt has opened thoughts."""
+        if self.messages:
+            return harmony.HarmonyParser(inside=inside)
+        return ReasoningParser(self, inside=inside)
 
     def is_open(self, prompt: str) -> bool:
         """Whether a prompt ends inside thoughts: its template wrote the opening marker itself."""
@@ -27,6 +47,7 @@ REASONING_FORMATS = {
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
+        ReasoningFormat("harmony", "<|channel|>analysis<|message|>", "<|end|>", messages=True),
     )
 }
 
@@ -34,7 +55,7 @@ REASONING_FORMATS = {
 def reasoning_format_of(template: str) -> ReasoningFormat | None:
     """The format whose markers a chat template has; None where it has none."""
     for found in reversed(REASONING_FORMATS.values()):
-        if found.begin in template or found.end in template:
+        if found.is_of(template):
             return found
     return None
 
@@ -98,4 +119,12 @@ class ReasoningParser(Parser):
             self._parts.append(Reasoning(text))
 
 
-__all__ = ["REASONING_FORMATS", "ReasoningFormat", "ReasoningParser", "reasoning_format_of"]
+ThoughtsParser = ReasoningParser | harmony.HarmonyParser
+
+__all__ = [
+    "REASONING_FORMATS",
+    "ReasoningFormat",
+    "ReasoningParser",
+    "ThoughtsParser",
+    "reasoning_format_of",
+]

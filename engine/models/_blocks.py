@@ -19,12 +19,17 @@ class Source:
     """Where a checkpoint keeps rows of a weight: a tensor's name, and rows [start, stop), or all.
 
     `shape`: the tensor's own, where the weight's does not tell it, but for dimensions of 1, which
-    converters drop. One of three dimensions stands for its rows: [E, N, K] for E*N rows.
+    converters drop. One of three dimensions stands for its rows: [E, N, K] for E*N rows, and where
+    `transposed` it is [E, K, N] in a file of floats (quantised rows are never transposed). `turns`:
+    rows 0, turns, 2 turns, .. are meant first, then 1, turns + 1, ..; of what follows, `rows` are
+    taken.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
+    transposed: bool = False
+    turns: int = 1
 
 
 Sources = tuple[Source, ...]  # whose rows, one after another, are the weight
@@ -177,10 +182,12 @@ def attend(
     *,
     index: int,
     rope: RopeConfig | None = None,
+    sinks: Handle | None = None,
 ) -> Handle:
     """softmax(rope(q) rope(k)^T * scale) v over the sequence's cache, in layer `index`.
 
-    q [T, heads*dim], k and v [T, kv_heads*dim] -> [T, heads*dim]. `rope` defaults to config.rope.
+    q [T, heads*dim], k and v [T, kv_heads*dim] -> [T, heads*dim]. `rope` defaults to config.rope;
+    sinks [heads]: see ops.attention.
     """
     rope = rope or config.rope
     inv_freq, attention_factor = rope.table(config.max_position)
@@ -208,6 +215,7 @@ def attend(
         scale=config.score_scale,
         window=config.windows[index],
         softcap=config.attention_softcap,
+        sinks=sinks,
     )
 
 

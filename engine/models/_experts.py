@@ -8,7 +8,7 @@ from typing import Any
 from ...kernels import ops
 from ...kernels.ops import Handle
 from ..config import ModelConfig
-from ._blocks import Source, Sources, WeightHandles, WeightSpec
+from ._blocks import Source, Sources, WeightHandles, WeightSpec, project
 from ._fields import MAX_LAYERS, MAX_SIZE, Fields, is_number
 
 MAX_EXPERTS = 1 << 12
@@ -22,18 +22,26 @@ NEUTRAL_GGUF: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# ModelConfig.activation -> what an expert's gate and up layer become.
+GATES = {"silu": ops.silu_mul, "clamped_silu": ops.clamped_silu_mul}
+
+
 def mixture(config: ModelConfig, x: Handle, layer: WeightHandles) -> Handle:
     """sum over e of p_e down_e(silu(gate_e(x)) * up_e(x)), e of the experts that x's router rates
     highest and p its softmax (Shazeer et al. 2017, arXiv:1701.06538).  x [T, H] -> [T, H].
+
+    With biases where this model has them; silu(a) * b stands for the gate of config.activation.
     """
-    logits = ops.linear(x, layer["router"])  # [T, E]
+    logits = project(x, layer, "router")  # [T, E]
     experts = ops.top_experts(logits, config.experts_per_token)  # [T, k]
     weights = ops.expert_weights(logits, experts, renormalise=config.renormalise_experts)
 
     def each(x: Handle, name: str) -> Handle:
-        return ops.expert_linear(x, layer[name], experts, num_experts=config.num_experts)
+        bias = layer.get(f"{name}_bias")
+        return ops.expert_linear(x, layer[name], experts, bias, num_experts=config.num_experts)
 
-    gated = ops.silu_mul(each(x, "gate_experts"), each(x, "up_experts"))  # [T, k*F]
+    gate = GATES[config.activation]
+    gated = gate(each(x, "gate_experts"), each(x, "up_experts"))  # [T, k*F]
     return ops.expert_sum(each(gated, "down_experts"), weights)
 
 

@@ -24,6 +24,7 @@ from ..config import ConfigError, ModelConfig
 from ..load.checkpoint import Checkpoint
 from ..load.mapped import CheckpointError
 from ..models import Family, Source, Sources, WeightSpec, families, find_by_gguf, find_by_hf
+from . import reorder
 
 _SENSES = ("vision_config", "audio_config", "mm_vision_tower")  # of a multimodal config.json
 MAX_CONFIG_TENSOR = 1 << 16  # elements: rope divisors have a few dozen
@@ -175,10 +176,18 @@ def _tensor(
     tensor = checkpoint.tensor(source.name)
     if source.shape is None:
         return tensor
-    if [n for n in tensor.shape if n != 1] != [n for n in source.shape if n != 1]:
-        raise _wrong_shape(spec, source, tensor.shape, source.shape)
-    *rows, columns = source.shape
-    return dataclasses.replace(tensor, shape=(math.prod(rows), columns))
+    turned = source.transposed and tensor.format.is_float
+    *before, rows, columns = source.shape
+    shape = (*before, columns, rows) if turned else source.shape
+    if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+        raise _wrong_shape(spec, source, tensor.shape, shape)
+    if turned:
+        tensor = reorder.transposed(dataclasses.replace(tensor, shape=shape))
+    elif len(spec.shape) == 1:
+        tensor = dataclasses.replace(tensor, shape=(math.prod(shape),))
+    else:
+        tensor = dataclasses.replace(tensor, shape=(math.prod(shape[:-1]), shape[-1]))
+    return tensor if source.turns == 1 else reorder.in_turns(tensor, source.turns)
 
 
 def _refuse_unused_rows(used: Mapping[str, _Used]) -> None:

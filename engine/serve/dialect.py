@@ -24,7 +24,6 @@ from ..dialects.parts import Part
 from ..dialects.reasoning import (
     REASONING_FORMATS,
     ReasoningFormat,
-    ReasoningParser,
     reasoning_format_of,
 )
 from .errors import ApiError
@@ -165,7 +164,7 @@ class Turn:
         """A reader for one sample."""
         thoughts = calls = None
         if self.reasoning is not None:
-            thoughts = ReasoningParser(self.reasoning, inside=self.inside)
+            thoughts = self.reasoning.parser(inside=self.inside)
         if self.tools is not None:
             calls = self.tools.parser(self.use.callable)
         return Reader(AnswerParser(thoughts, calls, max_calls=None if self.use.parallel else 1))
@@ -388,7 +387,7 @@ class Dialect:
 
 
 def _markers(reasoning: ReasoningFormat | None) -> tuple[str, ...]:
-    return () if reasoning is None else (reasoning.begin, reasoning.end)
+    return () if reasoning is None else reasoning.markers
 
 
 def _reads(template: str, name: str) -> bool:

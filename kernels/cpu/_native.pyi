@@ -243,6 +243,7 @@ class StepProgram:
         scale: float,
         window: int,
         softcap: float,
+        sinks: NDArray[np.float32] | None,
         dtype: str,
     ) -> None: ...
     def linear(
@@ -281,10 +282,12 @@ class StepProgram:
         out: _Place,
         form: str,
         matrices: Sequence[PackedMatrix],
+        biases: Sequence[NDArray[np.float32]],
         epilogue: str,
         dtype: str,
     ) -> None:
-        """matrices: one an expert or, where the epilogue is a gate, gate and up of each in turn."""
+        """matrices: one an expert or, where the epilogue is a gate, gate and up of each in turn;
+        biases: none, or as many as an expert has matrices, each of all experts' rows."""
 
     def expert_sum(
         self, barrier: bool, x: _Place, weights: _Place, out: _Place, dtype: str
@@ -418,7 +421,7 @@ def rows_test(
     """One row-wise operation on one row, for tests.
 
     `op`: rms_norm (weight y, eps a, offset b), add, scale (a), softcap (a), silu_mul,
-    gelu_tanh_mul, or the dtype to round to. Errors: ValueError for an unknown unit or operation,
+    gelu_tanh_mul, clamped_silu_mul, or the dtype to round to. Errors: ValueError for an unknown unit or operation,
     or lengths that differ.
     """
 

@@ -21,6 +21,7 @@ namespace {
 constexpr int kItemRows = 24;  // query rows of an item: what a register tile takes in four rounds
 constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
+constexpr float kUnit = 0x1.715476p+0f;  // 1 / log 2: the unit of scores (isa/attend.inl)
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Item {
@@ -209,9 +210,12 @@ struct Runner {
 
     void finish(const Item &item, const Partials &result) const {
         for (int row = 0; row < result.rows; ++row) {
+            const int head = item.kv_head * group + row % group;
             float *to = out + (item.first_token + row / group) * out_stride +
-                        static_cast<std::ptrdiff_t>(item.kv_head * group + row % group) * dim;
-            const float sum = result.sum[row];
+                        static_cast<std::ptrdiff_t>(head) * dim;
+            float sum = result.sum[row];
+            if (attention.sinks != nullptr && sum != 0)
+                sum += exp2_of(attention.sinks[head] * kUnit - result.maximum[row]);
             if (sum == 0) {
                 std::fill(to, to + dim, 0.0f);
             } else {

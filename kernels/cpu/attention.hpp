@@ -30,6 +30,7 @@ struct Attention {
     float scale = 0;
     int window = 0;
     float softcap = 0;
+    const float *sinks = nullptr;  // [num_heads]: logits that weigh no value; or nullptr
     Dtype dtype = Dtype::kF32;  // rounding of the result
 };
 

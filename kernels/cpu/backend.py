@@ -248,13 +248,13 @@ class CpuBackend:
         """Bind a finished Program to its weights (by canonical name) and its cache.
 
         Errors: ValueError for a missing weight, a shape that differs, or a cache that does not fit;
-        BackendUnavailable for ALiBi or attention sinks.
+        BackendUnavailable for ALiBi.
         """
         for op in program:
-            if op.name == "attention" and (op.attrs["alibi_slopes"] or op.inputs[2] is not None):
+            if op.name == "attention" and op.attrs["alibi_slopes"]:
                 raise BackendUnavailable(
-                    f"attention of layer {op.attrs['layer']} has ALiBi slopes or sinks, which the "
-                    "CPU backend does not compute; use device='cuda' or device='reference'"
+                    f"attention of layer {op.attrs['layer']} has ALiBi slopes, which the CPU "
+                    "backend does not compute; use device='cuda' or device='reference'"
                 )
         check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
         lowered = lower(program, lambda name: self._input(weights[name]))
@@ -429,7 +429,7 @@ class _Binder:
         )
 
     def _map(self, node: Node) -> None:
-        """add, scale, softcap, silu_mul, gelu_tanh_mul."""
+        """add, scale, softcap and the gates."""
         op = _op(node)
         a, b = op.inputs[0], op.inputs[-1]
         parameter = op.attrs.get("factor", op.attrs.get("cap", 0.0))
@@ -482,6 +482,7 @@ class _Binder:
             op.attrs["scale"],
             op.attrs["window"],
             op.attrs["softcap"],
+            None if op.inputs[2] is None else self._vector(op.inputs[2]),
             self._rounding(op.output),
         )
 
@@ -541,10 +542,11 @@ class _Binder:
     def _expert_linear(self, node: Node) -> None:
         step = node.step
         assert step is not None
-        x, _, experts = step.main[0].inputs
+        x, _, experts, _ = step.main[0].inputs
         names = [self._program.handles[op.inputs[1]].name for op in step.main]  # type: ignore[index]
         paired = step.after is not None
         self._pack(names, paired)
+        biases = [self._vector(op.inputs[3]) for op in step.main if op.inputs[3] is not None]
         self._native.expert_linear(
             node.barrier,
             node.places[x].slot,  # type: ignore[index]
@@ -552,6 +554,7 @@ class _Binder:
             node.places[step.outputs[0]].slot,
             self._backend.input_form(self._weight(step.main[0].inputs[1])),
             _in_order([self._weights[name].tiles for name in names], paired),
+            biases,
             "store" if step.after is None else step.after.name,
             self._rounding(step.outputs[0]),
         )

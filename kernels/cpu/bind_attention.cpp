@@ -56,7 +56,8 @@ void rows_test(const std::string &unit, const std::string &op, In x, In y, Out o
     const int n = static_cast<int>(x.shape(0));
     check(out.shape(0) == x.shape(0), "out must be as long as x");
     const bool binary =
-        op == "rms_norm" || op == "add" || op == "silu_mul" || op == "gelu_tanh_mul";
+        op == "rms_norm" || op == "add" || op == "silu_mul" || op == "gelu_tanh_mul" ||
+        op == "clamped_silu_mul";
     check(!binary || y.shape(0) == x.shape(0), "y must be as long as x");
     if (op == "rms_norm") {
         kernels.rms_norm(x.data(), y.data(), out.data(), n, a, b);
@@ -70,6 +71,8 @@ void rows_test(const std::string &unit, const std::string &op, In x, In y, Out o
         kernels.silu_mul(x.data(), y.data(), out.data(), n);
     } else if (op == "gelu_tanh_mul") {
         kernels.gelu_tanh_mul(x.data(), y.data(), out.data(), n);
+    } else if (op == "clamped_silu_mul") {
+        kernels.clamped_silu_mul(x.data(), y.data(), out.data(), n);
     } else if (op == "float32" || op == "bfloat16" || op == "float16") {
         std::copy(x.data(), x.data() + n, out.data());
         kernels.round(out.data(), n, dtype_of(op));

@@ -41,7 +41,8 @@ Value choose(const char *what, const std::string &name, const char *const (&name
 }
 
 constexpr const char *kFormNames[] = {"f32", "bf16", "int8"};
-constexpr const char *kEpilogueNames[] = {"store", "add_residual", "silu_mul", "gelu_mul"};
+constexpr const char *kEpilogueNames[] = {"store", "add_residual", "silu_mul", "gelu_mul",
+                                          "clamped_silu_mul"};
 constexpr const char *kDtypeNames[] = {"float32", "bfloat16", "float16"};
 
 void require(bool holds, const std::string &message) {

@@ -75,7 +75,8 @@ Epilogue epilogue_of(const std::string &name) {
     return one_of<Epilogue>(name, {{"store", Epilogue::kStore},
                                    {"add", Epilogue::kAddResidual},
                                    {"silu_mul", Epilogue::kSiluMul},
-                                   {"gelu_tanh_mul", Epilogue::kGeluMul}});
+                                   {"gelu_tanh_mul", Epilogue::kGeluMul},
+                                   {"clamped_silu_mul", Epilogue::kClampedSiluMul}});
 }
 
 // The StepProgram and the Python objects whose memory its operations point into.
@@ -134,7 +135,9 @@ class BoundProgram {
                                                             {"scale", Elementwise::kScale},
                                                             {"softcap", Elementwise::kSoftcap},
                                                             {"silu_mul", Elementwise::kSiluMul},
-                                                            {"gelu_tanh_mul", Elementwise::kGeluMul}});
+                                                            {"gelu_tanh_mul", Elementwise::kGeluMul},
+                                                            {"clamped_silu_mul",
+                                                             Elementwise::kClampedSiluMul}});
         add(barrier, std::make_unique<Map>(kind, value_of(a), value_of(b), value_of(out), parameter,
                                            dtype_of(dtype)));
     }
@@ -158,13 +161,17 @@ class BoundProgram {
     }
 
     void attention(bool barrier, Slot q, Slot out, int layer, int num_heads, float scale, int window,
-                   float softcap, const std::string &dtype) {
+                   float softcap, std::optional<Floats> sinks, const std::string &dtype) {
+        if (sinks && sinks->shape(0) != static_cast<std::size_t>(num_heads))
+            throw std::invalid_argument(std::to_string(sinks->shape(0)) + " sinks for " +
+                                        std::to_string(num_heads) + " query heads");
         Attention attention;
         attention.cache = cache_->layer(layer);
         attention.num_heads = num_heads;
         attention.scale = scale;
         attention.window = window;
         attention.softcap = softcap;
+        attention.sinks = sinks ? keep(*sinks) : nullptr;
         attention.dtype = dtype_of(dtype);
         add(barrier, std::make_unique<Attend>(value_of(q), value_of(out), attention));
     }
@@ -211,7 +218,8 @@ class BoundProgram {
 
     void expert_linear(bool barrier, Slot x, Slot experts, Slot out, const std::string &form,
                        std::vector<std::shared_ptr<PackedMatrix>> matrices,
-                       const std::string &epilogue, const std::string &dtype) {
+                       std::vector<Floats> biases, const std::string &epilogue,
+                       const std::string &dtype) {
         const Epilogue end = epilogue_of(epilogue);
         const Value rows = value_of(x), places = value_of(experts), to = value_of(out);
         if (matrices.empty() || (is_paired(end) && matrices.size() % 2 == 1))
@@ -224,8 +232,18 @@ class BoundProgram {
                                             ", " + std::to_string(weight.num_columns) +
                                             "] does not fit its input or its result");
         }
+        std::vector<const float *> added;
+        for (const Floats &bias : biases) {
+            const int rows_of_all = matrices[0]->weight().num_rows *
+                                    static_cast<int>(matrices.size() / biases.size());
+            if (bias.shape(0) != static_cast<std::size_t>(rows_of_all))
+                throw std::invalid_argument("a bias of " + std::to_string(bias.shape(0)) +
+                                            " for experts of " + std::to_string(rows_of_all) +
+                                            " rows together");
+            added.push_back(keep(bias));
+        }
         add(barrier, std::make_unique<ExpertLayer>(rows, places, to, form_of(form), std::move(matrices),
-                                                   end, dtype_of(dtype)));
+                                                   std::move(added), end, dtype_of(dtype)));
     }
 
     void expert_sum(bool barrier, Slot x, Slot weights, Slot out, const std::string &dtype) {

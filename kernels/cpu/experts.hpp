@@ -161,14 +161,17 @@ inline std::size_t expert_list_bytes(std::size_t pairs, int num_experts) {
 // once, on one thread; beyond kExpertRows rows it comes again, from a cache where that holds it.
 class ExpertLayer final : public Operation {
   public:
-    // matrices: one an expert or, where `epilogue` is paired, two: gate and up.
+    // matrices: one an expert or, where `epilogue` is paired, two: gate and up. biases: none, or for
+    // each of those one of all experts, each its rows.
     ExpertLayer(Value x, Value experts, Value out, Form form,
-                std::vector<std::shared_ptr<PackedMatrix>> matrices, Epilogue epilogue, Dtype dtype)
+                std::vector<std::shared_ptr<PackedMatrix>> matrices,
+                std::vector<const float *> biases, Epilogue epilogue, Dtype dtype)
         : x_(x),
           experts_(experts),
           out_(out),
           form_(form),
           matrices_(std::move(matrices)),
+          biases_(std::move(biases)),
           epilogue_(epilogue),
           dtype_(dtype) {}
 
@@ -212,6 +215,11 @@ class ExpertLayer final : public Operation {
     const PackedWeight &weight(int expert, int part = 0) const {
         return matrices_[static_cast<std::size_t>(expert * per_expert() + part)]->weight();
     }
+    const float *bias(int expert, int part, int tile) const {
+        if (biases_.empty()) return nullptr;
+        return biases_[static_cast<std::size_t>(part)] +
+               static_cast<std::ptrdiff_t>(expert) * weight(expert).num_rows + tile * kTileRows;
+    }
     int columns() const { return weight(0).num_columns; }
     int num_tiles(int expert) const { return weight(expert).num_tiles(); }
     std::size_t tile_bytes(int expert) const {
@@ -254,7 +262,7 @@ class ExpertLayer final : public Operation {
             LinearPart parts[2];
             for (int part = 0; part < per_expert(); ++part) {
                 weights[part] = one_tile(weight(expert, part), tile);
-                parts[part] = {&weights[part], nullptr, made, kTileRows};
+                parts[part] = {&weights[part], bias(expert, part, tile), made, kTileRows};
             }
             Linear linear;
             linear.parts = parts;
@@ -278,6 +286,7 @@ class ExpertLayer final : public Operation {
     Value x_, experts_, out_;
     Form form_;
     std::vector<std::shared_ptr<PackedMatrix>> matrices_;
+    std::vector<const float *> biases_;
     Epilogue epilogue_;
     Dtype dtype_;
 };

@@ -164,10 +164,11 @@ enum class Epilogue : std::uint8_t {
     kAddResidual,  // out = round(residual + y); out may be the residual
     kSiluMul,      // parts in pairs (gate, up) of equal N: gate.out = round(silu(y_gate) * y_up)
     kGeluMul,      // the same with the tanh form of gelu
+    kClampedSiluMul,  // the same with ops.clamped_silu_mul
 };
 
 constexpr bool is_paired(Epilogue epilogue) {
-    return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
+    return epilogue != Epilogue::kStore && epilogue != Epilogue::kAddResidual;
 }
 
 // Finished products of a tile and where they go; `outputs` of a row's 48 are there.
@@ -297,6 +298,7 @@ struct Kernels {
     void (*softcap)(const float *x, float cap, float *out, int n);
     void (*silu_mul)(const float *gate, const float *up, float *out, int n);
     void (*gelu_tanh_mul)(const float *gate, const float *up, float *out, int n);
+    void (*clamped_silu_mul)(const float *gate, const float *up, float *out, int n);
     // Rotates the first 2 * pairs dims of each of `heads` heads; cos, sin [pairs].
     void (*rope)(const float *x, const float *cos, const float *sin, float *out, int heads,
                  int head_dim, int pairs, bool interleaved);

@@ -16,14 +16,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from ..arena import Arena
-from ..fuse import Step, early_rows, fuse
+from ..fuse import GATES, Step, early_rows, fuse
 from ..program import Op, Program, R
 
 __all__ = ["OPERATIONS", "Lowered", "Node", "Place", "lower"]
 
-_IN_PLACE = frozenset(
-    ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul", "rope", "sigmoid_scale")
-)
+_IN_PLACE = frozenset(("add", "scale", "softcap", *GATES, "rope", "sigmoid_scale"))
 _BY_ROWS = (
     _IN_PLACE
     | {"embedding", "rms_norm", "kv_write", "rotations"}

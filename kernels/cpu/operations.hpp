@@ -100,7 +100,7 @@ class Normalise final : public Operation {
     Dtype dtype_;
 };
 
-enum class Elementwise { kAdd, kScale, kSoftcap, kSiluMul, kGeluMul };
+enum class Elementwise { kAdd, kScale, kSoftcap, kSiluMul, kGeluMul, kClampedSiluMul };
 
 class Map final : public Operation {
   public:
@@ -120,6 +120,9 @@ class Map final : public Operation {
                 case Elementwise::kSoftcap: k.softcap(a + at, parameter_, out + at, n); break;
                 case Elementwise::kSiluMul: k.silu_mul(a + at, b + at, out + at, n); break;
                 case Elementwise::kGeluMul: k.gelu_tanh_mul(a + at, b + at, out + at, n); break;
+                case Elementwise::kClampedSiluMul:
+                    k.clamped_silu_mul(a + at, b + at, out + at, n);
+                    break;
             }
             if (dtype_ != Dtype::kF32) k.round(out + at, n, dtype_);
         });

@@ -185,6 +185,11 @@ const char *name_of(Dtype dtype) {
 }
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
+double clamped_silu(double x) {
+    x = x > 7 ? 7 : x;
+    return x / (1 + std::exp(-static_cast<double>(1.702f) * x));
+}
+double clamped_up(double x) { return (x > 7 ? 7 : x < -7 ? -7 : x) + 1; }
 double gelu(double x) {
     const double u = std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x);
     return x / (1 + std::exp(-2 * u));
@@ -216,7 +221,8 @@ void check_norm(const Kernels &k) {
 
 void check_elementwise(const Kernels &k) {
     Check add(k.name, "add"), scale(k.name, "scale"), softcap(k.name, "softcap", 1e-6),
-        silu_mul(k.name, "silu_mul", 2e-6), gelu_mul(k.name, "gelu_tanh_mul", 3e-5);
+        silu_mul(k.name, "silu_mul", 2e-6), gelu_mul(k.name, "gelu_tanh_mul", 3e-5),
+        clamped_mul(k.name, "clamped_silu_mul", 4e-6);
     Random random{2};
     for (int n : kLengths) {
         std::vector<float> a = random.normals(n), b = random.normals(n);
@@ -248,6 +254,11 @@ void check_elementwise(const Kernels &k) {
         for (int i = 0; i < n; ++i) {
             const double want = gelu(a[i]) * b[i];
             gelu_mul.near(out[i], want, std::fabs(want) + 1e-20, "out", i);
+        }
+        k.clamped_silu_mul(a.data(), b.data(), out.data(), n);
+        for (int i = 0; i < n; ++i) {
+            const double gate = clamped_silu(a[i]), want = gate * clamped_up(b[i]);
+            clamped_mul.near(out[i], want, std::fabs(gate) * 8 + 1e-20, "out", i);
         }
     }
 }
@@ -739,6 +750,7 @@ void check_linear(const Kernels &k) {
         {"Q8_0", Form::kInt8, Epilogue::kAddResidual, Dtype::kF32, 3},
         {"Q4_K", Form::kInt8, Epilogue::kSiluMul, Dtype::kF32, 17},
         {"Q6_K", Form::kF32, Epilogue::kGeluMul, Dtype::kF16, 2},
+        {"Q4_0", Form::kInt8, Epilogue::kClampedSiluMul, Dtype::kF32, 9},
         {"Q5_1", Form::kInt8, Epilogue::kStore, Dtype::kBF16, 9},
         {"INT8", Form::kInt8, Epilogue::kAddResidual, Dtype::kF32, 1},
         {"INT4", Form::kInt8, Epilogue::kSiluMul, Dtype::kF32, 9},
@@ -751,7 +763,7 @@ void check_linear(const Kernels &k) {
         const FormatInfo *info = kFormats;
         while (std::strcmp(info->name, c.format) != 0) ++info;
         const int columns = 512, outputs = 500, rows = c.rows;
-        const bool paired = c.epilogue == Epilogue::kSiluMul || c.epilogue == Epilogue::kGeluMul;
+        const bool paired = is_paired(c.epilogue);
         const Weight a(*info, outputs, columns, random);
         const Weight b(*info, paired ? outputs : 77, columns, random);
         const std::vector<float> x = random.normals(rows * columns), bias = random.normals(outputs);
@@ -799,9 +811,13 @@ void check_linear(const Kernels &k) {
                     unit = std::max(unit, 1.0);
                 } else if (paired) {
                     const Product up = product(b, n, from, r);
-                    const double gate = c.epilogue == Epilogue::kSiluMul ? silu(want) : gelu(want);
-                    want = gate * up.sum;
-                    unit = unit * std::fabs(up.sum) + std::fabs(gate) * up.size + up.size;
+                    const bool clamps = c.epilogue == Epilogue::kClampedSiluMul;
+                    const double gate = clamps                               ? clamped_silu(want)
+                                        : c.epilogue == Epilogue::kSiluMul ? silu(want)
+                                                                             : gelu(want);
+                    const double by = clamps ? clamped_up(up.sum) : up.sum;
+                    want = gate * by;
+                    unit = unit * std::fabs(by) + std::fabs(gate) * up.size + up.size;
                 }
                 if (std::fabs(want) < 60000) check.near(out[r * outputs + n], want, unit, "out", n);
             }

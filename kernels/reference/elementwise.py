@@ -77,6 +77,12 @@ def gelu_tanh_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate / (in_whole_vectors(torch.exp, u * -2) + 1) * up
 
 
+def clamped_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """See ops.clamped_silu_mul."""
+    g = gate.clamp(max=7)
+    return g / (in_whole_vectors(torch.exp, g * -1.702) + 1) * (up.clamp(-7, 7) + 1)
+
+
 @lru_cache(maxsize=8192)
 def _rotation(
     position: int, inv_freq: tuple[float, ...], attention_factor: float

@@ -142,6 +142,10 @@ def _gelu_tanh_mul(run: _Run, attrs: _Attrs, gate: Any, up: Any) -> torch.Tensor
     return ew.gelu_tanh_mul(gate, up)
 
 
+def _clamped_silu_mul(run: _Run, attrs: _Attrs, gate: Any, up: Any) -> torch.Tensor:
+    return ew.clamped_silu_mul(gate, up)
+
+
 def _sigmoid_scale(run: _Run, attrs: _Attrs, x: Any, gate: Any) -> torch.Tensor:
     return ew.sigmoid_scale(x, gate)
 
@@ -154,8 +158,10 @@ def _expert_weights(run: _Run, attrs: _Attrs, logits: Any, experts: Any) -> torc
     return mix.expert_weights(logits, experts, attrs["renormalise"])
 
 
-def _expert_linear(run: _Run, attrs: _Attrs, x: Any, weights: Any, experts: Any) -> torch.Tensor:
-    return mix.expert_linear(x, weights, experts, run.workers)
+def _expert_linear(
+    run: _Run, attrs: _Attrs, x: Any, weights: Any, experts: Any, bias: Any
+) -> torch.Tensor:
+    return mix.expert_linear(x, weights, experts, bias, run.workers)
 
 
 def _expert_sum(run: _Run, attrs: _Attrs, x: Any, weights: Any) -> torch.Tensor:
@@ -182,6 +188,7 @@ def _select_rows(run: _Run, attrs: _Attrs, x: torch.Tensor, rows: np.ndarray) ->
 _OPERATIONS: dict[str, Callable[..., torch.Tensor | None]] = {
     "add": _add,
     "attention": _attention,
+    "clamped_silu_mul": _clamped_silu_mul,
     "embedding": _embedding,
     "expert_linear": _expert_linear,
     "expert_sum": _expert_sum,

@@ -42,6 +42,7 @@ def expert_linear(
     x: torch.Tensor,
     weights: Sequence[lin.PackedWeight],
     experts: torch.Tensor,
+    bias: torch.Tensor | None,
     workers: lin.Workers,
 ) -> torch.Tensor:
     """See ops.expert_linear.  x [T, K] or [T, k*K], weights one [N, K] an expert -> [T, k*N]."""
@@ -51,10 +52,11 @@ def expert_linear(
     operands = x.view(num_tokens, -1, width).expand(-1, top_k, -1) if not own else x
     operands = operands.reshape(num_tokens * top_k, width)
     out = torch.empty(num_tokens * top_k, rows)
+    biases = [None] * len(weights) if bias is None else bias.view(len(weights), rows)
     for expert, weight in enumerate(weights):
         here = torch.nonzero(experts.reshape(-1) == expert).view(-1)
         if len(here):
-            out[here] = lin.linear(operands[here], weight, None, workers)
+            out[here] = lin.linear(operands[here], weight, biases[expert], workers)
     return out.view(num_tokens, top_k * rows)
 
 

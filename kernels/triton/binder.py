@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..program import Op
-from . import attention, elementwise, embedding, experts, linear, rms_norm, rope
+from . import attention, elementwise, embedding, expert_linear, experts, linear, rms_norm, rope
 from .cache import KVCache
 from .cublas import Products
 from .facts import shape_of, table_of
@@ -148,7 +148,7 @@ class Binder:
         return Norm(weight, float(op.attrs["eps"]), float(op.attrs["offset"]))  # type: ignore[arg-type]
 
     def _map(self, node: Node) -> list[Launch]:
-        """add, scale, softcap, sigmoid_scale, silu_mul, gelu_tanh_mul."""
+        """add, scale, softcap, sigmoid_scale and the gates."""
         op, view = _op(node), self._around.view
         a, b = op.inputs[0], op.inputs[-1]
         parameter = float(op.attrs.get("factor", op.attrs.get("cap", 0.0)))  # type: ignore[arg-type]
@@ -242,15 +242,20 @@ class Binder:
             return [*launches, layer(gate, gate.output), gated]
         weights = [self._weights[self._name(op.inputs[1])] for op in ops]
         matrix = self._pack(weights, in_pairs=node.after is not None)
-        biases = [b for b in (self._vector(op.inputs[2]) for op in ops) if b is not None]
-        bias = torch.cat(biases) if biases else None
+        bias = self._biases(ops, in_pairs=node.after is not None)
         if node.after is None:
             return [self._layer(x, matrix, ops[0].output, bias, norm=(norm, before))]
-        if bias is not None:
-            bias = in_turns(bias[:, None]).ravel()
         return [
             self._layer(x, matrix, node.after.output, bias, node.after.name, norm=(norm, before))
         ]
+
+    def _biases(self, ops: list[Op], *, in_pairs: bool) -> torch.Tensor | None:
+        """Of layers that are one matrix, in the order of its rows."""
+        biases = [b for b in (self._vector(op.inputs[-1]) for op in ops) if b is not None]
+        if not biases:
+            return None
+        bias = torch.cat(biases)
+        return in_turns(bias[:, None]).ravel() if in_pairs else bias
 
     def _can_merge(self, ops: list[Op], *, gated: bool) -> bool:
         """Whether the layers' weights can be one matrix, of turns where `gated`."""
@@ -261,7 +266,7 @@ class Binder:
             alike(parts)
             and all(self._uses[name] == 1 for name in names)
             and len({op.output in fp32 for op in ops}) == 1
-            and (ops[0].name != "linear" or len({op.inputs[2] is None for op in ops}) == 1)
+            and len({op.inputs[-1] is None for op in ops}) == 1  # their biases
             and (not gated or self._turns(ops))
         )
 
@@ -299,22 +304,31 @@ class Binder:
                 lambda step: experts.sort(around.view(chosen), around.route(num_experts))
             )
         if node.after is None:
-            return [*launches, self._expert_layer(op, self._matrix(op.inputs[1]), op.output)]
+            bias = self._vector(op.inputs[3])
+            return [*launches, self._expert_layer(op, self._matrix(op.inputs[1]), bias, op.output)]
         gate, up = ops = [layer for layer in node.ops if layer is not None]
         after = node.after
         if self._can_merge(ops, gated=True):
             names = [self._name(layer.inputs[1]) for layer in ops]
             both = self._pack([self._weights[name] for name in names], in_pairs=True)
-            return [*launches, self._expert_layer(op, both, after.output, after.name)]
+            bias = self._biases(ops, in_pairs=True)
+            return [*launches, self._expert_layer(op, both, bias, after.output, after.name)]
         first, other = (self._matrix(layer.inputs[1]) for layer in ops)
+        of_gate, of_up = (self._vector(layer.inputs[3]) for layer in ops)
         return [
             *launches,
-            self._expert_layer(gate, first, gate.output),
-            self._expert_layer(up, other, after.output, after.name, gate.output),
+            self._expert_layer(gate, first, of_gate, gate.output),
+            self._expert_layer(up, other, of_up, after.output, after.name, gate.output),
         ]
 
     def _expert_layer(
-        self, op: Op, matrix: Matrix, out: int, after: str = "", other: int | None = None
+        self,
+        op: Op,
+        matrix: Matrix,
+        bias: torch.Tensor | None,
+        out: int,
+        after: str = "",
+        other: int | None = None,
     ) -> Launch:
         around, x, K = self._around, op.inputs[0], matrix.shape[1]
         num_experts = int(op.attrs["num_experts"])  # type: ignore[arg-type]
@@ -322,12 +336,13 @@ class Binder:
 
         def launch(step: Step) -> None:
             rows = around.view(x)
-            experts.expert_linear(
+            expert_linear.launch(
                 rows if rows.shape[1] == K else rows.view(-1, K),
                 matrix,
                 around.route(num_experts),
                 around.view(out).view(-1, num_rows),
                 round_to=around.dtype,
+                bias=bias,
                 after=after,
                 other=None if other is None else around.view(other).view(-1, num_rows),
                 scratch=around.sums(),

@@ -1,4 +1,4 @@
-"""add, scale, softcap, sigmoid_scale, silu_mul and gelu_tanh_mul: one kernel over [rows, width]."""
+"""add, scale, softcap, sigmoid_scale and the gates: one kernel over [rows, width]."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (the arguments of a kernel have Triton's types)

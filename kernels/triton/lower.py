@@ -23,6 +23,7 @@ ALIGN = 16  # bytes of a column, and rows of capacity: every value begins at a m
 OPERATIONS = (
     "add",
     "attention",
+    "clamped_silu_mul",
     "embedding",
     "expert_linear",
     "expert_sum",

@@ -53,9 +53,13 @@ def tanh(x):
 
 @triton.jit
 def gated(gate, up, GATE: tl.constexpr):
-    """silu_mul or gelu_tanh_mul of kernels/ops.py, elementwise."""
+    """silu_mul, gelu_tanh_mul or clamped_silu_mul of kernels/ops.py, elementwise."""
     if GATE == "silu_mul":
         return gate / (1.0 + tl.exp(-gate)) * up
+    elif GATE == "clamped_silu_mul":
+        gate = tl.where(gate > 7.0, 7.0, gate)  # tl.minimum would lose a NaN
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
     else:
         u = (gate * gate * gate * 0.044715 + gate) * 0.7978845608028654
         return gate / (1.0 + tl.exp(-2.0 * u)) * up

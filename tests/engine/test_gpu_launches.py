@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "Gemma3ForCausalLM": (GEMMA, 8),
     "MixtralForCausalLM": ({}, 14),
     "Qwen3MoeForCausalLM": ({"norm_topk_prob": True}, 14),
+    "GptOssForCausalLM": ({"num_key_value_heads": 2}, 14),
 }
 
 

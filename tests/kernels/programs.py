@@ -48,7 +48,8 @@ def mixture(
     shared: int = 40,
     vocab: int = 200,
 ) -> Program:
-    """Attention and a mixture of experts, twice: as Mixtral has it, and with a shared expert."""
+    """Attention and a mixture of experts, twice: as Mixtral has it, and as gpt-oss (with sinks,
+    biases and a clamped gate) with a shared expert."""
     p = Program()
     step = ops.StepHandles.of(p)
     kv = {"num_kv_heads": 2, "head_dim": hidden // 4}
@@ -61,18 +62,22 @@ def mixture(
         q = ops.linear(x, w("q", hidden, hidden))
         k, v = (ops.linear(x, w(n, hidden // 2, hidden)) for n in "kv")
         written = ops.kv_write(k, v, layer=i, **kv)
-        x = ops.add(x, ops.attention(q, written, layer=i, num_heads=4, scale=0.3, **kv))
+        sinks = w("sinks", 4) if i else None
+        a = ops.attention(q, written, layer=i, num_heads=4, scale=0.3, sinks=sinks, **kv)
+        x = ops.add(x, a)
         h = ops.rms_norm(x, w("norm", hidden), eps=1e-5)
         logits = ops.linear(h, w("router", num_experts, hidden))
         experts = ops.top_experts(logits, top_k)
         weights = ops.expert_weights(logits, experts, renormalise=i == 0)
 
-        def by_experts(x, name: str, rows: int, columns: int, w=w, experts=experts):  # type: ignore[no-untyped-def]
+        def by_experts(x, name: str, rows: int, columns: int, w=w, experts=experts, i=i):  # type: ignore[no-untyped-def]
             weight = w(name, num_experts * rows, columns)
-            return ops.expert_linear(x, weight, experts, num_experts=num_experts)
+            bias = w(f"{name}_bias", num_experts * rows) if i else None
+            return ops.expert_linear(x, weight, experts, bias, num_experts=num_experts)
 
         gate, up = (by_experts(h, n, ffn, hidden) for n in ("gates", "ups"))
-        each = by_experts(ops.silu_mul(gate, up), "downs", hidden, ffn)
+        gated = ops.clamped_silu_mul(gate, up) if i else ops.silu_mul(gate, up)
+        each = by_experts(gated, "downs", hidden, ffn)
         y = ops.expert_sum(each, weights)
         if i:
             gate, up = (ops.linear(h, w(n, shared, hidden)) for n in ("gate", "up"))

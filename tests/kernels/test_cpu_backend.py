@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,30 +176,63 @@ def test_an_fp8_cache_is_refused() -> None:
         CpuBackend().allocate_kv(KVSpec(1, 1, 8, 16, "fp8"), 1)
 
 
-@pytest.mark.parametrize("which", ["alibi", "sinks"])
-def test_alibi_and_sinks_are_refused(which: str) -> None:
+def test_alibi_is_refused() -> None:
     program = Program()
     step = ops.StepHandles.of(program)
     x = ops.embedding(program.weight("x", (4, 16)), step.token_ids)
     heads = {"layer": 0, "num_kv_heads": 2, "head_dim": 8}
     cache = ops.kv_write(x, x, **heads)
-    alibi = which == "alibi"
-    out = ops.attention(
-        x,
-        cache,
-        num_heads=2,
-        scale=1.0,
-        alibi_slopes=(0.5, 0.25) if alibi else (),
-        sinks=None if alibi else program.weight("sinks", (2,)),
-        **heads,
-    )
+    slopes = (0.5, 0.25)
+    out = ops.attention(x, cache, num_heads=2, scale=1.0, alibi_slopes=slopes, **heads)
     program.finish(out)
     backend = CpuBackend()
     kv = backend.allocate_kv(KVSpec(1, 2, 8, 16, "float32"), 1)
-    with pytest.raises(
-        BackendUnavailable, match="layer 0 has ALiBi slopes or sinks.*device='cuda'"
-    ):
+    with pytest.raises(BackendUnavailable, match="layer 0 has ALiBi slopes.*device='cuda'"):
         backend.lower(program, {}, kv)
+
+
+@pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks_are_their_formula_and_added_once(isa: str, kv_dtype: str, window: int) -> None:
+    """Over three splits of 256 keys, which threads share: in one step, and in chunks."""
+    from tests.kernels.test_reference_attention import VOCAB as TOKENS
+    from tests.kernels.test_reference_attention import Shape, oracle
+
+    shape = Shape(num_heads=6, num_kv_heads=2, head_dim=16, sinks=True, window=window)
+    tokens = np.random.default_rng(2).integers(0, TOKENS, 530).tolist()
+    want = oracle(shape, tokens, "float32", kv_dtype)
+    # Of bf16 q and weights are rounded too: scores to 20 are off by a few hundredths.
+    loose = {"bfloat16": 1e-1, "int8": 1e-2, "int4": 1e-2}.get(kv_dtype, 2e-5)
+    made = []
+    for threads, chunks in ((1, [530]), (2, [530]), (3, [255, 3, 270, 1, 1])):
+        backend = CpuBackend(isa=isa, threads=threads)
+        packed = {n: backend.pack(raw(t, name=n)) for n, t in shape.tables().items()}
+        kv = backend.allocate_kv(KVSpec(2, 2, 16, 16, kv_dtype), 64)
+        run = backend.lower(shape.program(), packed, kv)
+        starts = np.cumsum([0, *chunks])
+        spans = [{0: tokens[a:b]} for a, b in pairwise(starts)]
+        made.append(np.concatenate(logits(run, steps(spans))))
+        np.testing.assert_allclose(made[-1], want, rtol=0, atol=loose)
+        assert made[-1].tobytes() == made[0].tobytes()
+
+
+def test_sinks_far_from_the_scores(isa: str) -> None:
+    """One far above them takes all the weight, one far below none; padding gives zeros."""
+    from tests.kernels.test_reference_attention import Shape
+
+    shape = Shape(num_heads=3, num_kv_heads=3, head_dim=8, sinks=True)
+    results = []
+    for sinks in ([1e30, -1e30, -np.inf], [np.inf, -200.0, -1e4]):
+        backend = CpuBackend(isa=isa)
+        tables = shape.tables() | {"sinks": np.array(sinks, np.float32)}
+        packed = {n: backend.pack(raw(t, name=n)) for n, t in tables.items()}
+        kv = backend.allocate_kv(KVSpec(2, 3, 8, 16, "float32"), 64)
+        run = backend.lower(shape.program(), packed, kv)
+        [got] = logits(run, steps([{0: [5, 9, 3]}], padding=2))
+        assert not got[:, :8].any() and not got[3:].any()
+        assert np.isfinite(got).all() and got[:3, 8:].all()
+        results.append(got)
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)

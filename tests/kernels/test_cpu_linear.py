@@ -101,8 +101,11 @@ def run(unit: str, weights, x: np.ndarray, form: str, **options) -> np.ndarray:
     return run_all(unit, weights, x, form, **options)[0]
 
 
+GATES = ("silu_mul", "gelu_mul", "clamped_silu_mul")
+
+
 def run_all(unit: str, weights, x: np.ndarray, form: str, **options) -> list[np.ndarray]:
-    pairs = 2 if options.get("epilogue") in ("silu_mul", "gelu_mul") else 1
+    pairs = 2 if options.get("epilogue") in GATES else 1
     outs = [np.full((len(x), w.shape[0]), np.nan, np.float32) for w in weights[::pairs]]
     _native.linear_test(unit, weights, x, form, outs=outs, **options)
     return outs
@@ -356,7 +359,7 @@ def test_bias_rounding_and_residual(unit: str, dtype: str, threads: int) -> None
 
 @units
 @dtypes
-@pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul"])
+@pytest.mark.parametrize("epilogue", GATES)
 def test_gated_pairs(unit: str, dtype: str, epilogue: str) -> None:
     """Two pairs of unequal N; the gate apart is the same operation on rows already computed."""
     k, m = 64, 9
@@ -378,10 +381,13 @@ def test_gated_pairs(unit: str, dtype: str, epilogue: str) -> None:
             apart = run(unit, halves, both, "f32", epilogue=epilogue, dtype=dtype)
             assert_same_bits(fused[i], apart)
             assert_same_bits(fused[i], rounded(fused[i], dtype))
-            g = gate.astype(np.float64)
+            g, by = gate.astype(np.float64), up.astype(np.float64)
             u = g if epilogue == "silu_mul" else 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+            if epilogue == "clamped_silu_mul":
+                g, by = np.minimum(g, 7), np.clip(by, -7, 7) + 1
+                u = 1.702 * g
             with np.errstate(over="ignore"):
-                want = g / (1 + np.exp(-u)) * up
+                want = g / (1 + np.exp(-u)) * by
             relative = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
             ordinary = (np.abs(want) < 60000) & (np.abs(g) < 30)
             assert np.all(

@@ -18,7 +18,7 @@ OUTLIER = 25  # kernels.hpp kOutlier
 LENGTHS = (1, 15, 16, 17, 33, 64, 576)
 HOSTILE_SIZES = [0, 1e-45, 1e-38, 1e-20, 1e-4, 0.5, 1, 3, 10, 30, 80, 86, 88, 90, 200, 1e10, 3e38]
 HOSTILE = np.array([s * x for x in (*HOSTILE_SIZES, np.inf, np.nan) for s in (1, -1)], np.float32)
-BINARY = ("rms_norm", "add", "silu_mul", "gelu_tanh_mul")
+BINARY = ("rms_norm", "add", "silu_mul", "gelu_tanh_mul", "clamped_silu_mul")
 OPS = (*BINARY, "scale", "softcap", "bfloat16", "float16", "float32")
 
 
@@ -92,6 +92,11 @@ def test_elementwise(unit: str, n: int) -> None:
     u = np.sqrt(2 / np.pi) * (wide_x + 0.044715 * wide_x**3)
     # exp's argument, up to 2u = 30 here, carries its own roundings: each is worth 2u ulp of exp.
     assert ulps(run(unit, "gelu_tanh_mul", x, y), wide_x / (1 + np.exp(-2 * u)) * wide_y) <= 100
+    g, u = np.minimum(wide_x, 7), np.clip(wide_y, -7, 7)
+    # 1.702 is rounded to fp32, and so is its product: worth |1.702 g| ulp of exp.
+    want = g / (1 + np.exp(-np.float64(np.float32(1.702)) * g)) * (u + 1)
+    got = run(unit, "clamped_silu_mul", x, y)
+    assert ulps(got[np.abs(u + 1) > 0.1], want[np.abs(u + 1) > 0.1]) <= 40
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -105,6 +110,14 @@ def test_activations_meet_hostile_values(unit: str) -> None:
     assert ulps(got[normal], silu[normal]) <= 4
     assert np.all(np.abs(got[~normal]) < 1e-36)
     assert np.isnan(run(unit, "gelu_tanh_mul", x, one)[np.isnan(x)]).all()
+    # -inf times exp(-inf) is no number either, as in torch.
+    gated = np.isnan(run(unit, "clamped_silu_mul", x, one))
+    np.testing.assert_array_equal(gated, np.isnan(x) | (x == -np.inf))
+    gated = np.isnan(run(unit, "clamped_silu_mul", one, x))
+    np.testing.assert_array_equal(gated, np.isnan(x))
+    beyond = np.where(np.isnan(x), 0, np.copysign(8, x)).astype(np.float32)
+    got = run(unit, "clamped_silu_mul", 9 * one, beyond)  # both at their bounds
+    assert ulps(got, 7 / (1 + np.exp(-1.702 * 7)) * (np.clip(beyond, -7, 7) + 1.0)) <= 4
     large = np.abs(x) >= 10
     got = run(unit, "gelu_tanh_mul", x, one)
     np.testing.assert_array_equal(got[large & (x > 0)], x[large & (x > 0)])

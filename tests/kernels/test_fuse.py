@@ -83,6 +83,19 @@ def test_other_experts_are_no_pair() -> None:
     assert patterns.count("expert_linear") == 2 and "gated_experts" not in patterns
 
 
+def test_experts_with_and_without_a_bias_are_no_pair() -> None:
+    p = Program()
+    step = ops.StepHandles.of(p)
+    x = ops.embedding(p.weight("e", (9, 8)), step.token_ids)
+    chosen = ops.top_experts(ops.linear(x, p.weight("router", (4, 8))), 2)
+    gate, up = (
+        ops.expert_linear(x, p.weight(name, (4 * 6, 8)), chosen, bias, num_experts=4)
+        for name, bias in (("gates", None), ("ups", p.weight("bias", (4 * 6,))))
+    )
+    p.finish(ops.select_rows(ops.clamped_silu_mul(gate, up), step.logit_rows))
+    assert "gated_experts" not in [s.pattern for s in fuse(p, same_form)]
+
+
 def test_layers_of_different_forms_stay_apart() -> None:
     program = two_layers()
     forms = {"0.q": 1, "0.k": 2, "0.v": 1}

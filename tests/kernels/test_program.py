@@ -80,6 +80,7 @@ def _shape_errors():  # type: ignore[no-untyped-def]
         "add": (lambda: ops.add(x, w), r"add: shapes differ, x \[5, 6\] and w \[4, 6\]"),
         "silu_mul": (lambda: ops.silu_mul(x, w), "silu_mul: shapes differ"),
         "gelu_tanh_mul": (lambda: ops.gelu_tanh_mul(x, w), "gelu_tanh_mul: shapes differ"),
+        "clamped_silu_mul": (lambda: ops.clamped_silu_mul(x, w), "clamped_silu_mul: shapes differ"),
         "softcap of 0": (lambda: ops.softcap(x, 0.0), "above 0, not 0.0"),
         "rope heads": (lambda: ops.rope(x, t, head_dim=4, **rope), "not whole heads of 4"),
         "rope frequencies": (lambda: ops.rope(x, t, head_dim=2, **rope), "rotate more than"),

@@ -94,10 +94,11 @@ def by_expert(x: np.ndarray, w: np.ndarray, experts: np.ndarray) -> np.ndarray:
     return np.einsum("tjk,tjnk->tjn", places, matrices[experts]).reshape(len(x), -1)
 
 
-def linear_program(rows: int, width: int, own: bool) -> Program:
+def linear_program(rows: int, width: int, own: bool, bias: bool = False) -> Program:
     def build(p, logits, experts, x):  # type: ignore[no-untyped-def]
         weight = p.weight("w", (EXPERTS * rows, width))
-        return ops.expert_linear(x, weight, experts, num_experts=EXPERTS)
+        added = p.weight("b", (EXPERTS * rows,)) if bias else None
+        return ops.expert_linear(x, weight, experts, added, num_experts=EXPERTS)
 
     return routed(build, x=width * (TOP_K if own else 1))
 
@@ -115,6 +116,17 @@ def test_expert_linear_is_its_formula(shape, own: bool, dtype: str) -> None:  # 
         experts = chosen(rounded(logits[:num_tokens], dtype))
         want = by_expert(rounded(x[:num_tokens], dtype), w, experts)
         assert_close(got, want, dtype, fp32_error=4e-6 * width**0.5)
+
+
+def test_each_expert_adds_its_own_bias() -> None:
+    logits, x = table(EXPERTS), table(31)
+    w = RNG.standard_normal((EXPERTS * 17, 31)).astype(np.float32)
+    b = RNG.standard_normal(EXPERTS * 17).astype(np.float32)
+    program = linear_program(17, 31, False, bias=True)
+    got = run(program, {"logits": logits, "x": x, "w": w, "b": b}, plain_step(40))
+    experts = chosen(logits[:40])
+    want = by_expert(x[:40], w, experts) + b.reshape(EXPERTS, 17)[experts].reshape(40, -1)
+    assert_close(got, want, "float32", fp32_error=3e-5)
 
 
 def test_experts_may_be_parts_of_several_formats() -> None:
@@ -179,6 +191,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         ops.expert_linear(x, p.weight("a", (20, 8)), experts, num_experts=3)
     with pytest.raises(ops.ShapeError, match="a row of x must be 5 or 2 times 5 wide"):
         ops.expert_linear(x, p.weight("b", (20, 5)), experts, num_experts=4)
+    with pytest.raises(ops.ShapeError, match=r"weight is c \[20, 8\], bias is d \[5\]"):
+        bias = p.weight("d", (5,))
+        ops.expert_linear(x, p.weight("c", (20, 8)), experts, bias, num_experts=4)
     with pytest.raises(ops.ShapeError, match="expected one column"):
         ops.sigmoid_scale(x, logits)
     with pytest.raises(ops.ShapeError, match=r"expert_sum: x is i8 \[T, 8\], weights is"):

@@ -93,6 +93,15 @@ CASES = {
         lambda p, s, a, b: ops.gelu_tanh_mul(a, b),
         lambda a, b: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) * b,
     ),
+    "clamped_silu_mul": (
+        {"a": 13, "b": 13},
+        lambda p, s, a, b: ops.clamped_silu_mul(ops.scale(a, 4.0), ops.scale(b, 4.0)),
+        lambda a, b: (
+            np.minimum(4 * a, 7)
+            * sigmoid(1.702 * np.minimum(4 * a, 7))
+            * (np.clip(4 * b, -7, 7) + 1)
+        ),
+    ),
     "rms_norm": (
         {"a": 7},
         lambda p, s, a: ops.rms_norm(a, p.weight("w", (7,)), eps=1e-5),

@@ -30,7 +30,7 @@ from tests.kernels.packed_steps import run as run_reference
 from tests.kernels.test_triton_graphs import Recorder
 from tests.kernels.triton_device import DTYPES, TritonBackend, run, torch
 
-from engineroom.kernels.triton import experts, graphs, linear  # isort: skip
+from engineroom.kernels.triton import expert_linear, experts, graphs, linear  # isort: skip
 from engineroom.kernels.triton.quantised import LAYOUTS  # isort: skip
 
 RNG = np.random.default_rng(43)
@@ -41,13 +41,16 @@ def table(width: int, spread: float = 1.0, rows: int = ROWS) -> np.ndarray:
     return (RNG.standard_normal((rows, width)) * spread).astype(np.float32)
 
 
-def routed(num_experts: int, top_k: int, rows: int, width: int, own: bool) -> Program:
+def routed(
+    num_experts: int, top_k: int, rows: int, width: int, own: bool, bias: bool = False
+) -> Program:
     """expert_linear of operand x by the experts that operand `logits` chooses."""
 
     def build(p: Program, s: Any, logits: Any, x: Any) -> Any:
         weight = p.weight("w", (num_experts * rows, width))
         chosen = ops.top_experts(logits, top_k)
-        return ops.expert_linear(x, weight, chosen, num_experts=num_experts)
+        added = p.weight("b", (num_experts * rows,)) if bias else None
+        return ops.expert_linear(x, weight, chosen, added, num_experts=num_experts)
 
     return one_op(build, logits=num_experts, x=width * (top_k if own else 1))
 
@@ -110,7 +113,7 @@ def test_pairs_are_sorted_by_expert_and_every_tile_fits() -> None:
         assert route.pairs.tolist() == np.argsort(chosen.ravel(), kind="stable").tolist()
         for width, ends in zip(linear.TOKENS, route.ends, strict=True):
             assert ends.tolist() == np.cumsum(-(-counts // width)).tolist()
-            most = experts.most_tiles(chosen.size, num_experts, width)
+            most = expert_linear.most_tiles(chosen.size, num_experts, width)
             assert ends[-1] <= most <= chosen.size // width + num_experts
 
 
@@ -125,13 +128,15 @@ STEPS = ((1, 0), (33, 25), (7, 0))  # tokens, and the first of them
 )
 def test_expert_linear_is_the_references(dtype: str, own: bool) -> None:
     for i, (num_experts, top_k, rows, width) in enumerate(SHAPES):
-        program = routed(num_experts, top_k, rows, width, own)
+        program = routed(num_experts, top_k, rows, width, own, bias=own)
         w = table(width, rows=num_experts * rows)
         weights = {
             "logits": favourites(num_experts, top_k),
             "x": table(width * (top_k if own else 1)),
             "w": raw(w, F16) if rows == 7 else w,
         }
+        if own:
+            weights["b"] = table(1, rows=num_experts * rows).ravel()
         for num_tokens, first in STEPS if FULL else STEPS[:i] + STEPS[i + 1 :]:
             step = plain_step(num_tokens)
             step.token_ids[:] += first

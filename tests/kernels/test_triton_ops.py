@@ -58,6 +58,10 @@ CASES = {
     "softcap": ({"a": 13}, lambda p, s, a: ops.softcap(a, 2.5)),
     "silu_mul": ({"a": 13, "b": 13}, lambda p, s, a, b: ops.silu_mul(a, b)),
     "gelu_tanh_mul": ({"a": 13, "b": 13}, lambda p, s, a, b: ops.gelu_tanh_mul(a, b)),
+    "clamped_silu_mul": (
+        {"a": 13, "b": 13},
+        lambda p, s, a, b: ops.clamped_silu_mul(ops.scale(a, 4.0), ops.scale(b, 4.0)),
+    ),
     "rms_norm": (
         {"a": 7},
         lambda p, s, a: ops.rms_norm(a, p.weight("w", (7,)), eps=1e-5),

@@ -26,10 +26,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engineroom.kernels.fuse import GATES
 from engineroom.kernels.triton import (
     attention,
     elementwise,
     embedding,
+    expert_linear,
     experts,
     inputs,
     linear,
@@ -261,7 +263,7 @@ def _targets(tokens: int) -> tuple[str, ...]:
 
 def _small(dtype: str) -> Iterator[Configuration]:
     pointer = _POINTERS[dtype]
-    for op in ("add", "scale", "softcap", "sigmoid_scale", "silu_mul", "gelu_tanh_mul"):
+    for op in ("add", "scale", "softcap", "sigmoid_scale", *GATES):
         yield Configuration(
             f"{op} {dtype}",
             elementwise.map_kernel,
@@ -421,19 +423,18 @@ def _experts(dtype: str, E: int, top_k: int) -> Iterator[Configuration]:
     )
 
 
-def _expert_linear(of: Configuration, E: int) -> Configuration:
+def _expert_linear(of: Configuration, E: int, *, biases: bool = False) -> Configuration:
     """The layer `of` with its rows gathered by expert."""
     routed = {f"{name}_ptr": "*i32" for name in ("counts", "starts", "ends", "pairs")}
     quantised = of.kernel is linear.quantised_kernel
     before = ("HAS_BIAS", "NORM", "CHUNK", "LEVELS", "CODED", "SUMMED", "BLOCK")
     return replace(
         of,
-        name=f"experts {of.name} of {E}",
-        kernel=experts.quantised_kernel if quantised else experts.float_kernel,
-        pointers={k: v for k, v in of.pointers.items() if k not in ("bias_ptr", "norm_ptr")}
-        | routed,
+        name=f"experts {of.name} of {E}{' with biases' if biases else ''}",
+        kernel=expert_linear.quantised_kernel if quantised else expert_linear.float_kernel,
+        pointers={k: v for k, v in of.pointers.items() if k != "norm_ptr"} | routed,
         constants={k: v for k, v in of.constants.items() if k not in before}
-        | {"BLOCK": next_power_of_two(E)},
+        | {"BLOCK": next_power_of_two(E), "HAS_BIAS": biases},
         unaligned=("E", "share"),
         floats=(),
         without=(),  # a pair's division by `share` converts once
@@ -566,6 +567,9 @@ def configurations() -> Iterator[Configuration]:
         _quantised("Q4_K", "bfloat16", 32, after="silu_mul"),
     ):
         yield _expert_linear(layer, 128)
+    for after, tokens in (("clamped_silu_mul", 16), ("clamped_silu_mul", 128), ("", 16)):
+        layer = _quantised("MXFP4", "bfloat16", tokens, K=2880, after=after)
+        yield _expert_linear(layer, 32, biases=True)
     yield from _experts("bfloat16", 128, 8)
     yield from _experts("float32", 8, 2)
     yield from _small("bfloat16")

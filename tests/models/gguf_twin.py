@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "GEMMA2",
     "Gemma3ForCausalLM": "GEMMA3",
     "Phi3ForCausalLM": "PHI3",
+    "GptOssForCausalLM": "GPT_OSS",
 }
 
 
@@ -96,7 +97,8 @@ def _tensors(
     names = gguf.get_tensor_name_map(model_arch, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     out = {}
-    for name, values in _stacked(load_file(folder / "model.safetensors")).items():
+    stored = load_file(folder / "model.safetensors")
+    for name, values in (_apart(stored) if arch == "gpt-oss" else _stacked(stored)).items():
         if arch == "llama":
             for key, count in heads.items():
                 if key in name:
@@ -122,6 +124,24 @@ def _stacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         prefix = merged if "feed_forward" in merged else before
         experts.setdefault(f"{prefix}.experts.{after.partition('.')[2]}", []).append(tensors[name])
     return out | {name: np.stack(parts) for name, parts in experts.items()}
+
+
+def _apart(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss's experts with rows first, gate and up in tensors of their own."""
+    out: dict[str, np.ndarray] = {}
+    for name, values in tensors.items():
+        layer, at, which = name.partition(".experts.")
+        if not at:
+            out[name + ".weight" * name.endswith("sinks")] = values
+            continue
+        suffix = "bias" if which.endswith("_bias") else "weight"
+        rows = values if suffix == "bias" else values.swapaxes(1, 2)
+        if which.startswith("down"):
+            out[f"{layer}.experts.down_proj.{suffix}"] = rows
+        else:
+            for turn, part in enumerate(("gate_proj", "up_proj")):
+                out[f"{layer}.experts.{part}.{suffix}"] = rows[:, turn::2]
+    return out
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def test_published_configurations(name: str) -> None:
     assert config.num_kv_heads == values["num_key_value_heads"]
     assert config.head_dim == values.get("head_dim", config.hidden_size // config.num_heads)
     assert config.max_position == values["max_position_embeddings"]
-    assert config.dtype == "bfloat16"
+    assert config.dtype == values.get("torch_dtype", "float32")
     eos = values["eos_token_id"]
     assert config.eos_token_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
     notes = ("not used: interpolate_factor, lm_head_bias",) if name == "Phi-4-mini" else ()
@@ -59,6 +59,10 @@ def test_what_the_families_read() -> None:
     gemma3 = read(CONFIGS["gemma-3-1b-it"])
     assert gemma3.windows == ((512,) * 5 + (0,)) * 4 + (512,) * 2
     assert gemma3.rope.theta == 1e6 and gemma3.rope_local and gemma3.rope_local.theta == 1e4
+    oss = read(CONFIGS["gpt-oss-20b"])
+    assert oss.windows == (128, 0) * 12 and oss.qkv_bias and oss.o_bias
+    assert (oss.num_experts, oss.experts_per_token, oss.expert_size) == (32, 4, 2880)
+    assert (oss.rope.kind, oss.rope.truncate) == ("yarn", False)
     phi = read(CONFIGS["Phi-4-mini"])
     assert (phi.rope.rotary_dim, phi.rope.kind, phi.rope.factor) == (96, "longrope", 32.0)
     assert phi.rope.original_max_position == 4096
@@ -140,6 +144,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma-3-1b-it", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma-3-1b-it", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
     ("gemma-3-1b-it", {"vision_config": {}}, "vision_config"),
+    ("gpt-oss-20b", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("gpt-oss-20b", {"swiglu_alpha": 1.5}, "swiglu_alpha"),
+    ("gpt-oss-20b", {"num_experts_per_tok": 33}, "num_experts_per_tok"),
     ("Phi-4-mini", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type"),
     ("Phi-4-mini", {"partial_rotary_factor": 0.5}, "short_factor"),
     ("Phi-4-mini", {"original_max_position_embeddings": 1}, "original_max_position_embeddings"),

@@ -28,6 +28,7 @@ Tiny = Callable[[str], Made]
         "mixtral-window",
         "qwen2-moe",
         "qwen3-moe",
+        "gpt-oss",
         "gemma2",
         "gemma3",
         "gemma3-scaled",

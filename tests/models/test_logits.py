@@ -25,6 +25,7 @@ FAMILIES = (
     "mixtral-window",
     "qwen2-moe-mixed",
     "qwen3-moe",
+    "gpt-oss",
     "gemma2",
     "gemma3",
     "phi3-partial-window",

@@ -12,7 +12,7 @@ from engineroom.kernels.program import R, T
 from tests.models.published import CONFIGS
 
 FAMILIES = (
-    *("gemma2", "gemma3", "llama", "mistral", "mixtral", "phi3"),
+    *("gemma2", "gemma3", "gpt_oss", "llama", "mistral", "mixtral", "phi3"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
 )
 

@@ -35,13 +35,15 @@ class Case:
     """One model: transformers' class prefix, its options, and how it may be compared.
 
     `max_position`: the context that our Program is recorded for. `only`: the one prompt length at
-    which transformers computes with the same rope; None where that is every length.
+    which transformers computes with the same rope; None where that is every length. `spread`: how
+    many times larger than others the weights are whose name has such a part.
     """
 
     prefix: str
     options: dict[str, Any] = field(default_factory=dict)
     max_position: int | None = None
     only: int | None = None
+    spread: dict[str, float] = field(default_factory=dict)
 
 
 def _llama_rope(**rope: Any) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def _dynamic_like(**rope: Any) -> dict[str, Any]:
 
 WINDOW = {"sliding_window": 7}
 EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 37}
+GPT_OSS = {**WINDOW, "head_dim": 18, "num_local_experts": 5, "num_experts_per_tok": 3}
 CASES = {
     "llama": Case("Llama"),
     "llama-bias": Case(
@@ -147,6 +150,18 @@ CASES = {
             "use_sliding_window": True,
         },
     ),
+    "gpt-oss": Case("GptOss", GPT_OSS, spread={"gate_up_proj": 8.0}),
+    "gpt-oss-plain": Case(
+        "GptOss",
+        {
+            **GPT_OSS,
+            "attention_bias": False,
+            "layer_types": ["full_attention"] * 2,
+            "num_key_value_heads": 6,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    ),
     "gemma2": Case("Gemma2", {**WINDOW, "head_dim": 14, "query_pre_attn_scalar": 11}),
     "gemma2-full": Case(
         "Gemma2",
@@ -235,6 +250,7 @@ def make(name: str, folder: Path) -> Made:
     with torch.no_grad():
         for key, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
+            noise *= next((by for part, by in case.spread.items() if part in key), 1.0)
             if p.dim() >= 2:
                 p.copy_(noise * 1.3 / p.shape[-1] ** 0.5)
             else:  # norms about 1 (stored as such, or as 1 less), biases about 0

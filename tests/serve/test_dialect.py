@@ -56,8 +56,8 @@ MESSAGES: list[dict[str, Any]] = [
 class Rendering:
     """The part of AsyncLLM that a Dialect uses; a token is a character."""
 
-    def __init__(self, name: str) -> None:
-        source = (data_path("chat_templates") / f"{name}.jinja").read_text("utf-8")
+    def __init__(self, name: str, source: str = "") -> None:
+        source = source or (data_path("chat_templates") / f"{name}.jinja").read_text("utf-8")
         tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.template = ChatTemplate(source, special_tokens=tokens, origin=name)
 
@@ -104,6 +104,57 @@ def test_a_real_template(name: str) -> None:
     answer = read_answer(AnswerParser(None, dialect.tools.parser(USE.callable)), written)
     assert answer.calls is not None and answer.calls[0].name == "weather"
     assert "Zürich" in answer.calls[0].arguments or "Z\\u00fcrich" in answer.calls[0].arguments
+
+
+# In the form of gpt-oss's own: a call's recipient stands with the role, a result names its tool.
+HARMONY = """<|start|>system<|message|># Valid channels: analysis, commentary, final.<|end|>
+{%- for tool in tools or [] %}// {{ tool.function.description }}
+type {{ tool.function.name }} = () => any;
+{% endfor %}
+{%- for message in messages %}
+{%- if message.tool_calls %}
+{%- if "<|channel|>analysis<|message|>" in message.content %}{{ raise_exception() }}{% endif %}
+{%- set call = message.tool_calls[0].function %}
+{{- "<|start|>assistant to=functions." + call.name }}
+{{- "<|channel|>commentary json<|message|>" }}
+{{- call.arguments|tojson + "<|call|>" }}
+{%- elif message.role == "tool" %}<|start|>functions.weather to=assistant<|channel|>commentary
+{{- "<|message|>" + message.content|tojson + "<|end|>" }}
+{%- else %}{{ "<|start|>" + message.role + "<|message|>" + message.content + "<|end|>" }}
+{%- endif %}{% endfor %}<|start|>assistant"""
+
+
+def test_a_turn_of_messages_with_headers() -> None:
+    rendering = Rendering("gpt-oss", HARMONY)
+    dialect = dialect_of(HARMONY)
+    assert dialect.tools is not None and dialect.tools.name == "harmony"
+    assert dialect.reasoning is not None and dialect.reasoning.name == "harmony"
+    llm = cast(AsyncLLM, rendering)
+    try:
+        turn = asyncio.run(dialect.turn(llm, MESSAGES, SamplingParams(), USE, {}))
+        plain = asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), ToolUse(), {}))
+    finally:
+        rendering.template.close()
+    assert not turn.inside
+    for marker in ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>"):
+        assert marker in turn.params.keep_special_tokens
+        assert marker in plain.params.keep_special_tokens
+    told = "".join(map(chr, turn.prompt))
+    assert "Of a city." in told and told.endswith("<|start|>assistant")
+    # What the template shows of the earlier call is what the reader reads.
+    call = told[told.index(" to=functions.weather") : told.index("<|start|>functions")]
+    reader = turn.reader()
+    thoughts = "<|channel|>analysis<|message|>Ask.<|end|><|start|>assistant"
+    for piece in (*thoughts, call):
+        reader.feed(piece, last=False)
+    reader.feed("", last=True)
+    assert reader.thought and reader.thoughts_closed
+    assert (reader.answer.reasoning, reader.answer.text) == ("Ask.", "")
+    assert reader.answer.calls is not None and reader.answer.calls[0].name == "weather"
+    assert "rich" in reader.answer.calls[0].arguments
+    ids = [ord(c) for c in thoughts + call]
+    tokens = asyncio.run(dialect.reasoning_tokens(llm, reader, ids))
+    assert tokens == thoughts.index("<|end|>") + len("<|end|>")
 
 
 @pytest.mark.parametrize(

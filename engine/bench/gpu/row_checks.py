@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from ....kernels.fuse import GATES
 from ....kernels.triton.rms_norm import Norm
 from . import launches
 from .card import Card
@@ -33,9 +34,12 @@ def probes(
 
 
 def gate(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The activation of silu_mul or gelu_tanh_mul."""
+    """The activation of a gate of kernels/ops.py."""
     if name == "silu_mul":
         return x * torch.sigmoid(x)
+    if name == "clamped_silu_mul":
+        x = x.clamp(max=7)
+        return x * torch.sigmoid(1.702 * x)
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
@@ -77,6 +81,7 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
             return compare(out, x * 3.0)
         if name == "softcap":
             return compare(out, torch.tanh(x / 3.0) * 3.0)
+        y = y.clamp(-7, 7) + 1 if name == "clamped_silu_mul" else y
         return compare(out, gate(x, name) * y, x * y)
 
     def selected() -> float:
@@ -93,7 +98,7 @@ def _by_rows(card: Card, sizes: Sizes, dtype: torch.dtype) -> Iterator[Probe]:
     ]
     found += [
         (op, sizes.ffn, lambda op=op: mapped(op))  # type: ignore[misc]
-        for op in ("add", "scale", "softcap", "silu_mul", "gelu_tanh_mul")
+        for op in ("add", "scale", "softcap", *GATES)
     ]
     for name, width, run in found:
         dtype_name = str(dtype).removeprefix("torch.")

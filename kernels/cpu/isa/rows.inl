@@ -101,12 +101,30 @@ ER_INLINE F gelu_tanh_times(F g, F u) {
     return f_mul(f_div(g, f_add(exp_any(t), f_set(1.0f))), u);
 }
 
+ER_INLINE F clamped_silu_times(F g, F u) {  // f_min and f_max give the second where one is NaN
+    const F gate = f_min(f_set(7.0f), g);
+    const F up = f_max(f_set(-7.0f), f_min(f_set(7.0f), u));
+    const F power = exp_any(f_mul(gate, f_set(-1.702f)));
+    return f_mul(f_div(gate, f_add(power, f_set(1.0f))), f_add(up, f_set(1.0f)));
+}
+// The gate of a paired epilogue.
+template <Epilogue epilogue>
+ER_INLINE F gate_times(F g, F u) {
+    if constexpr (epilogue == Epilogue::kSiluMul) return silu_times(g, u);
+    if constexpr (epilogue == Epilogue::kGeluMul) return gelu_tanh_times(g, u);
+    if constexpr (epilogue == Epilogue::kClampedSiluMul) return clamped_silu_times(g, u);
+}
+
 static void silu_mul(const float *gate, const float *up, float *out, int n) {
     map2(gate, up, out, n, [](F g, F u) { return silu_times(g, u); });
 }
 
 static void gelu_tanh_mul(const float *gate, const float *up, float *out, int n) {
     map2(gate, up, out, n, [](F g, F u) { return gelu_tanh_times(g, u); });
+}
+
+static void clamped_silu_mul(const float *gate, const float *up, float *out, int n) {
+    map2(gate, up, out, n, [](F g, F u) { return clamped_silu_times(g, u); });
 }
 
 // --------------------------------------------------------------------------------- rows
@@ -202,7 +220,7 @@ static void finish_as(const FinishedTile &t) {
                 x = f_add(x, load_some(t.residual + row * t.residual_stride + i, n));
             } else if constexpr (epilogue != Epilogue::kStore) {
                 const F up = load(t.up + row * kTileRows, t.up_scale, t.up_bias, i, n);
-                x = epilogue == Epilogue::kSiluMul ? silu_times(x, up) : gelu_tanh_times(x, up);
+                x = gate_times<epilogue>(x, up);
             }
             if (epilogue != Epilogue::kStore) x = rounded<dtype>(x);
             if (n == 16)
@@ -220,6 +238,7 @@ static void finish_in(const FinishedTile &t) {
         case Epilogue::kAddResidual: finish_as<dtype, Epilogue::kAddResidual>(t); break;
         case Epilogue::kSiluMul: finish_as<dtype, Epilogue::kSiluMul>(t); break;
         case Epilogue::kGeluMul: finish_as<dtype, Epilogue::kGeluMul>(t); break;
+        case Epilogue::kClampedSiluMul: finish_as<dtype, Epilogue::kClampedSiluMul>(t); break;
     }
 }
 

@@ -89,13 +89,15 @@ class Ledger:
         energy, instant = self._read(), self._clock_ns()
         joules, spent = energy - self._energy, instant - self._time
         self._energy, self._time = energy, instant
-        requests = plan.requests
+        roster = plan.roster
         per_step, per_token, per_position = self._rates.rates
-        per_step = per_step // len(requests) + 1  # what all need alike; 1: nobody's work is 0
+        per_step = (
+            per_step // len(roster.requests) + 1
+        )  # what all need alike; 1: nobody's work is 0
         work: list[tuple[OutputGroup | None, int]] = []
         tokens = positions = done = 0
-        for request, start, token_ids, _, _, _ in requests:
-            count = len(token_ids)
+        for request, share, start in zip(roster.requests, roster.shares, plan.starts, strict=True):
+            count = share.num_tokens
             past = count * (2 * start + count + 1) >> 1
             tokens += count
             positions += past

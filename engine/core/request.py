@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from .blocks import KeyChain
 from .cost import Cost
 from .form import FREE, Form
 from .parameter import ParameterError
@@ -16,7 +17,6 @@ from .steplog import Timeline
 from .structured import StructuredOutput
 
 if TYPE_CHECKING:
-    from .blocks import KeyChain
     from .detokenize import TextStream
     from .fairness import Account
     from .plan import TokenLogprob
@@ -101,7 +101,6 @@ class Request:
         "bad_word_ids",
         "block_ids",
         "cache_salt",
-        "decode_entry",
         "decodes",
         "dry_breaker_ids",
         "eos_token_ids",
@@ -114,6 +113,7 @@ class Request:
         "keys",
         "leader",
         "logprobs",
+        "max_length",
         "max_prompt_rows",
         "max_tokens",
         "num_cached_tokens",
@@ -129,6 +129,7 @@ class Request:
         "priority",
         "prompt_logprobs",
         "prompt_rows",
+        "quiet",
         "request_id",
         "reuses_prefix",
         "sample_index",
@@ -165,10 +166,12 @@ class Request:
         reuses_prefix: bool = True,
         tenant: str = "",
         weight: float = 1.0,
+        final_only: bool = False,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
         Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
-        `tenant` and its `weight` say whose tokens they are (see fairness.py).
+        `tenant` and its `weight` say whose tokens they are (see fairness.py). With `final_only`
+        nobody reads it before its end.
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
@@ -226,9 +229,18 @@ class Request:
 
         # Fixed for life and read every step, so worked out once.
         self.key = (request_id, sample_index)  # unique among the scheduler's live requests
-        self.decode_entry = (request_id, sample_index, 1, "decode")  # see StepRecord.requests
+        self.max_length = self.num_prompt_tokens + max_tokens  # tokens, at its longest
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
+        # A token of it changes nothing but its place, unless it ends it: its text is made then.
+        self.quiet = (
+            final_only
+            and form is FREE
+            and not params.stop
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and params.num_samples == params.n  # others are ranked by their logprobs
+        )
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0
@@ -276,6 +288,25 @@ class Request:
             del self.token_ids[-self.num_pending :]
             self.num_pending = 0
         self.timeline.close(now)
+
+    def place(self, token_id: int) -> None:
+        """The oldest of the tokens still being sampled is known now."""
+        self.token_ids[-self.num_pending] = token_id
+        self.num_pending -= 1
+
+    def settle_account(self) -> None:
+        """Put what it was served since the last time on its tenant's account: tokens computed or in
+        flight, but for those found in the cache or computed anew after a preemption."""
+        served = self.num_scheduled - self.num_charged
+        if served > 0:
+            self.account.charge(served)
+            self.num_charged = self.num_scheduled
+
+    def prefix_keys(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """The keys of its leading full blocks, grown to at least `num_blocks`."""
+        if self.keys is None:
+            self.keys = KeyChain(block_size, adapter=self.adapter, salt=self.cache_salt)
+        return self.keys.extend(self.token_ids, num_blocks)
 
     @property
     def num_tokens(self) -> int:

@@ -6,23 +6,43 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from operator import is_
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
-from ..core.plan import PENDING, SAMPLE, StepPlan
+from ..core.plan import PENDING, SAMPLE, Roster, StepPlan
 from ..core.request import Request, SamplingParams
 
 
+class _Layout:
+    """Where a roster's tokens and logit rows lie in the packed step."""
+
+    def __init__(self, roster: Roster) -> None:
+        counts = np.array([share.num_tokens for share in roster.shares], dtype=np.int32)
+        first = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=first[1:])
+        self.roster = roster
+        self.counts = counts  # [S]
+        self.query_start = first  # [S + 1]
+        self.owner = np.repeat(np.arange(len(counts)), counts)  # [T] whose each token is
+        self.offset = np.arange(first[-1], dtype=np.int32) - first[self.owner]  # [T] among its own
+        offsets = [share.logit_offsets for share in roster.shares]
+        self.logit_rows = _int32(
+            start + offset
+            for start, wanted in zip(first.tolist(), offsets, strict=False)
+            for offset in wanted
+        )
+
+
 class StepInputsBuilder:
-    """Packs plans; remembers the block tables of the one before, of which few change."""
+    """Packs plans; remembers what the one before was laid out like, for the same roster again."""
 
     def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+        self._block_size = np.int32(block_size)
+        self._layout: _Layout | None = None
         self._tables = _BlockTables()
 
     def build(self, plan: StepPlan, before: StepPlan | None = None) -> StepInputs:
@@ -30,56 +50,53 @@ class StepInputsBuilder:
 
         `before` is the plan still in flight, if any, that samples the tokens not known yet.
         """
-        _, starts, tokens, tables, offsets, _ = zip(*plan.requests, strict=True)
-        num_seqs, block_size = len(starts), np.int32(self._block_size)
-        start = np.array(starts, dtype=np.int32)
-        query_start = np.zeros(num_seqs + 1, dtype=np.int32)
-        np.cumsum(list(map(len, tokens)), out=query_start[1:])
-        token_ids = np.array(list(chain.from_iterable(tokens)), dtype=np.int32)
+        layout = self._layout
+        if layout is None or layout.roster is not plan.roster:
+            layout = self._layout = _Layout(plan.roster)
+        start = np.array(plan.starts, dtype=np.int32)
+        token_ids = np.array(plan.token_ids, dtype=np.int32)
         if before is not None:
-            rows_before = _sampled_rows(before)
-            for s, end in zip(plan.requests, query_start[1:].tolist(), strict=True):
-                if s.token_ids[-1] == PENDING:
-                    token_ids[end - 1] = -1 - rows_before[s.request]
-        counts = query_start[1:] - query_start[:-1]
-        owner = np.repeat(np.arange(num_seqs), counts)
-        positions = np.arange(len(token_ids), dtype=np.int32) + (start - query_start[:-1])[owner]
-        block_table = self._tables.of(tables)
-        rows = [
-            first + offset
-            for first, wanted in zip(query_start.tolist(), offsets, strict=False)
-            for offset in wanted
-        ]
+            _name_pending(token_ids, layout, before)
+        owner = layout.owner
+        positions = start[owner] + layout.offset
+        block_table = self._tables.of(plan.roster)
+        block, offset = np.divmod(positions, self._block_size)
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
-            query_start=query_start,
-            seq_len=start + counts,
+            query_start=layout.query_start,
+            seq_len=start + layout.counts,
             block_table=block_table,
-            slot=block_table[owner, positions // block_size] * block_size + positions % block_size,
-            logit_rows=np.array(rows, dtype=np.int32),
+            slot=block_table[owner, block] * self._block_size + offset,
+            logit_rows=layout.logit_rows,
         )
 
 
-def _sampled_rows(plan: StepPlan) -> dict[Request, int]:
-    """Of each request that samples, the row that does: its last."""
-    ends = accumulate(len(s.targets) for s in plan.requests)
-    return {s.request: end - 1 for s, end in zip(plan.requests, ends, strict=True) if s.samples}
+def _name_pending(token_ids: np.ndarray, layout: _Layout, before: StepPlan) -> None:
+    """Put the row of `before` that samples it, as -1 - row, in the place of each PENDING token:
+    the last of its request."""
+    requests = before.roster.requests
+    rows = {requests[place]: row for place, row in before.roster.sampling_rows}
+    ends = layout.query_start[1:].tolist()
+    for request, end in zip(layout.roster.requests, ends, strict=True):
+        if token_ids[end - 1] == PENDING:
+            token_ids[end - 1] = -1 - rows[request]
 
 
 class _BlockTables:
-    """The requests' tables as one array. A table only grows: while the same lists come, what is
-    there stays, and what they grew by is added."""
+    """A roster's tables as one array. They only grow: while the same roster comes, what is there
+    stays, and what they grew by is added."""
 
     def __init__(self) -> None:
-        self._tables: Sequence[Sequence[int]] = ()
+        self._roster: Roster | None = None
         self._lengths: list[int] = []  # what the array holds of each
         self._array = np.zeros((0, 0), dtype=np.int32)
 
-    def of(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
+    def of(self, roster: Roster) -> np.ndarray:
         """[S, longest], zero behind a table's end; valid until the next call."""
+        tables = roster.tables
         lengths = list(map(len, tables))
-        same = len(tables) == len(self._tables) and all(map(is_, tables, self._tables))
+        same = roster is self._roster
         if same and lengths == self._lengths:
             return self._array
         known = self._lengths if same else [0] * len(tables)
@@ -92,7 +109,7 @@ class _BlockTables:
         for row, (table, first) in enumerate(zip(tables, known, strict=True)):
             if first < len(table):
                 self._array[row, first : len(table)] = table[first:]
-        self._tables, self._lengths = tables, lengths
+        self._roster, self._lengths = roster, lengths
         return self._array
 
 
@@ -106,10 +123,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Constants:
-    """What does not change from step to step while the same requests want the same rows."""
+    """What does not change from step to step of one roster."""
 
-    requests: Sequence[Request]
-    targets: Sequence[Sequence[int]]
+    roster: Roster
     rows: Sequence[_Row]
     fields: dict[str, np.ndarray]
     bias: bool  # whether any row may have entries of that kind
@@ -132,7 +148,9 @@ class SamplingInputsBuilder:
         Penalties, bans and the like read the tokens so far: those sampled by earlier plans must
         be known. What the rows of a request that has ended meanwhile hold is of no account.
         """
-        constants = self._constants_of(plan)
+        constants = self._constants
+        if constants is None or constants.roster is not plan.roster:
+            constants = self._constants = self._constants_of(plan.roster)
         changing: dict[str, np.ndarray] = {}
         if self._seen:
             changing |= self._history(constants.rows)
@@ -145,31 +163,27 @@ class SamplingInputsBuilder:
         position = (step.positions[step.logit_rows] + 1).view(np.uint32)
         return SamplingInputs(position=position, **(constants.fields | changing))
 
-    def _constants_of(self, plan: StepPlan) -> _Constants:
-        requests, _, _, _, _, targets = zip(*plan.requests, strict=True)
-        known = self._constants
-        if known is None or known.requests != requests or known.targets != targets:
-            rows = [
-                _Row(request, target == SAMPLE)
-                for request, wanted in zip(requests, targets, strict=True)
-                for target in wanted
-            ]
-            params = [row.request.params for row in rows if row.samples]
-            self._seen = {
-                row.request: self._seen.get(row.request) or _Seen(row.request)
-                for row in rows
-                if row.samples and _penalised(row.request.params)
-            }
-            known = self._constants = _Constants(
-                requests,
-                targets,
-                rows,
-                self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
-                any(p.logit_bias or p.dry_multiplier for p in params),
-                any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
-                any(row.samples and row.request.form.masks for row in rows),
-            )
-        return known
+    def _constants_of(self, roster: Roster) -> _Constants:
+        targets = [share.targets for share in roster.shares]
+        rows = [
+            _Row(request, target == SAMPLE)
+            for request, wanted in zip(roster.requests, targets, strict=True)
+            for target in wanted
+        ]
+        params = [row.request.params for row in rows if row.samples]
+        self._seen = {
+            row.request: self._seen.get(row.request) or _Seen(row.request)
+            for row in rows
+            if row.samples and _penalised(row.request.params)
+        }
+        return _Constants(
+            roster,
+            rows,
+            self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
+            any(p.logit_bias or p.dry_multiplier for p in params),
+            any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
+            any(row.samples and row.request.form.masks for row in rows),
+        )
 
     def _columns(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
         def column(name: str, off: float, dtype: Any) -> np.ndarray:

@@ -97,7 +97,7 @@ class Planner:
             if draft.stopped:
                 break
             start = request.num_scheduled
-            share = self._share(request, draft, start)
+            share = _share(request, draft, start)
             if share is not None:
                 end = start + share.num_tokens
                 if end <= len(request.block_ids) * block_size or self._grow(
@@ -120,32 +120,6 @@ class Planner:
         step_id = self._num_steps
         self._num_steps += 1
         return StepPlan(step_id, roster, draft.starts, draft.token_ids, tuple(draft.preempted))
-
-    def _share(self, request: Request, draft: _Draft, start: int) -> Share | None:
-        """What this step computes of the request from `start` on; None: nothing now."""
-        tokens, num_prompt = request.token_ids, request.num_prompt_tokens
-        length = len(tokens)
-        if request.num_pending and length >= request.max_length:
-            return None
-        if num_prompt <= start == length - 1:
-            return DECODE
-        num_tokens = min(length - start, draft.budget)
-        first_row = max(start, request.prompt_rows)
-        if request.wants_prompt_rows:
-            # Rows before prompt_rows were emitted before a preemption and are not asked again.
-            last = first_row + draft.rows
-            if last < request.max_prompt_rows:
-                num_tokens = min(num_tokens, last - start)
-        if num_tokens <= 0:
-            return None
-        end = start + num_tokens
-        # Position p's row scores prompt token p + 1.
-        rows = range(first_row, min(end, request.max_prompt_rows))
-        offsets = tuple([position - start for position in rows])
-        targets = tuple([tokens[position + 1] for position in rows])
-        if end == length and request.max_tokens > 0:
-            return Share(num_tokens, (*offsets, num_tokens - 1), (*targets, SAMPLE))
-        return Share(num_tokens, offsets, targets)
 
     def _grow(self, request: Request, end: int, draft: _Draft, index: int) -> bool:
         """Make the table of running[index] cover `end` tokens, preempting those behind it."""
@@ -173,7 +147,7 @@ class Planner:
             return False
         hits = self._hits(request)
         start = len(hits) * self._config.block_size
-        share = self._share(request, draft, start)
+        share = _share(request, draft, start)
         if share is None:
             return False
         need = self._blocks.blocks_for(len(request.token_ids)) - len(hits)
@@ -263,6 +237,31 @@ class Planner:
             draft.preempted.append(victim)
             self.num_preemptions += 1
         del self._running[cut:]
+
+
+def _share(request: Request, draft: _Draft, start: int) -> Share | None:
+    """What this step computes of the request from `start` on; None: nothing now."""
+    tokens = request.token_ids
+    length = len(tokens)
+    if request.num_prompt_tokens <= start == length - 1:
+        return DECODE if length < request.max_length else None  # else: it is being sampled
+    num_tokens = min(length - start, draft.budget)
+    first_row = max(start, request.prompt_rows)
+    if request.wants_prompt_rows:
+        # Rows before prompt_rows were emitted before a preemption and are not asked again.
+        last = first_row + draft.rows
+        if last < request.max_prompt_rows:
+            num_tokens = min(num_tokens, last - start)
+    if num_tokens <= 0:
+        return None
+    end = start + num_tokens
+    # Position p's row scores prompt token p + 1.
+    rows = range(first_row, min(end, request.max_prompt_rows))
+    offsets = tuple([position - start for position in rows])
+    targets = tuple([tokens[position + 1] for position in rows])
+    if end == length and request.max_tokens > 0:
+        return Share(num_tokens, (*offsets, num_tokens - 1), (*targets, SAMPLE))
+    return Share(num_tokens, offsets, targets)
 
 
 def _take(request: Request, share: Share, draft: _Draft) -> None:

@@ -178,7 +178,7 @@ class Scheduler:
         self._in_flight.popleft()
         now = self._clock()
         updates = self.drain_finished()
-        token_ids, errors = outcome.token_ids, outcome.errors
+        token_ids, logprobs, errors = outcome.token_ids, outcome.logprobs, outcome.errors
         block_size, parked = self.config.block_size, self._parked
         end = num_quiet = 0  # logit rows of those so far; tokens that changed nothing else
         for place, (request, share, start) in enumerate(
@@ -198,17 +198,21 @@ class Scheduler:
                 self._publish(request)
             if parked and computed >= request.num_prompt_tokens:
                 self._unpark(request)
-            if share is DECODE and request.quiet and request.decodes:
+            if share is DECODE:
                 token = token_ids[first]
                 if (
-                    token >= 0
-                    and token not in request.stop_ids
+                    request.quiet
+                    and request.decodes
                     and computed + 1 < request.max_length
+                    and token >= 0
+                    and token not in request.stop_ids
                 ):
                     request.place(token)
                     num_quiet += 1
                     continue
-            update = self._settle(request, share, outcome, first, now)
+                update = self._append(request, token, logprobs.get(first), (), now)
+            else:
+                update = self._settle(request, share, outcome, first, now)
             if update is not None:
                 updates.append(update)
         self.num_generated_tokens += num_quiet
@@ -219,15 +223,12 @@ class Scheduler:
     ) -> Update | None:
         """One request's share of a step is computed; its answers are the logit rows from `first`
         on."""
-        samples = share.samples
-        last = first + len(share.targets) - samples
-        scored = tuple(
-            [outcome.logprobs[row] for row in range(first, last) if row in outcome.logprobs]
-        )
+        token_ids, logprobs = outcome.token_ids, outcome.logprobs
+        last = first + len(share.targets) - share.samples
+        scored = tuple([logprobs[row] for row in range(first, last) if row in logprobs])
         request.prompt_logprobs += scored
-        if samples:
-            token, logprob = outcome.token_ids[last], outcome.logprobs.get(last)
-            return self._append(request, token, logprob, scored, now)
+        if share.samples:
+            return self._append(request, token_ids[last], logprobs.get(last), scored, now)
         if request.max_tokens == 0 and request.num_computed >= request.num_prompt_tokens:
             return self._end(request, FinishReason.LENGTH, now, scored=scored)
         return Update(request, (), (), scored, "", False) if scored else None
@@ -262,7 +263,7 @@ class Scheduler:
         if logprob is not None:
             logprobs = (logprob,)
             request.logprobs.append(logprob)
-        num_output = request.num_output_tokens
+        num_output = request.num_computed + 1 - request.num_prompt_tokens
         delta = ""
         stop: str | int | None = None
         reason: FinishReason | None = None

@@ -2,8 +2,8 @@
 
 import pytest
 
+from engineroom.engine.core import planner
 from engineroom.engine.core.blocks import BlockManager
-from engineroom.engine.core.planner import Planner
 from engineroom.engine.core.scheduler import Scheduler
 from tests.core.simulate import SimulationError, World
 from tests.counts import count
@@ -71,12 +71,12 @@ def _release_in_flight(patch):
 
 
 def _starve_the_last(patch):
-    whole = Planner._share
+    whole = planner._share
 
-    def share(self, request, draft, start):
-        return None if request.order[2] == 1 else whole(self, request, draft, start)
+    def share(request, draft, start):
+        return None if request.order[2] == 1 else whole(request, draft, start)
 
-    patch.setattr(Planner, "_share", share)
+    patch.setattr(planner, "_share", share)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class _Tab:
         self._clear()
 
     def _clear(self) -> None:
+        self.pending = False  # whether something is there to share out
         self._joules = self._spent = 0
         self._energy = (0, 0, 0, 0)  # prices times: step, token, position, position * step number
         self._time = (0, 0, 0, 0)
@@ -61,6 +62,7 @@ class _Tab:
         self._joules += joules
         self._spent += spent
         self._num_steps += 1
+        self.pending = True
         return positions
 
     def settle(self) -> Iterator[tuple[Request, int, int]]:
@@ -69,8 +71,6 @@ class _Tab:
         Whole numbers that add up to what was counted: each is the difference of two sums from the
         first request on, rounded down, of which the last is all.
         """
-        if not self._joules and not self._spent:
-            return
         energy, time_, joules, spent = self._energy, self._time, self._joules, self._spent
         self._clear()
         energy_until = time_until = energy_given = time_given = 0
@@ -184,6 +184,8 @@ class Ledger:
 
     def _settle(self) -> None:
         """Share out what is on the account of the latest steps."""
+        if not self._tab.pending:
+            return
         for request, joules, spent in self._tab.settle():
             group = self._groups.get(request.request_id)
             if group is None or request not in group.samples:  # another one took its id since

@@ -347,11 +347,11 @@ class Request:
     def timings(self) -> Timings:
         """Where the time went so far, in seconds on the scheduler's clock."""
         line = self.timeline
-        first = self.first_token_ns
+        spent, first = line.spent(), self.first_token_ns
         return Timings(
-            line.seconds("queued", "preempted"),
-            line.seconds("prefill"),
-            line.seconds("decode"),
+            (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
+            spent.get("prefill", 0) / 1e9,
+            spent.get("decode", 0) / 1e9,
             line.total_ns / 1e9,
             None if first is None else (first - line.start_ns) / 1e9,
         )

@@ -85,7 +85,28 @@ class AdmissionError(ValueError):
         self.code = code
 
 
-class Request:
+class _EveryStep:
+    """The fields of a Request that every step reads: side by side, so that they take two lines of a
+    cache that the step's weights have emptied, and not seven."""
+
+    __slots__ = (
+        "block_ids",
+        "decodes",
+        "in_flight",
+        "max_length",
+        "num_computed",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_published",
+        "num_scheduled",
+        "quiet",
+        "state",
+        "stop_ids",
+        "token_ids",
+    )
+
+
+class Request(_EveryStep):
     """One sequence on its way: prompt, output so far, and how much of it is computed.
 
     0 <= num_computed <= num_scheduled <= num_tokens, where num_scheduled - num_computed tokens
@@ -99,48 +120,35 @@ class Request:
         "adapter",
         "arrival",
         "bad_word_ids",
-        "block_ids",
         "cache_salt",
-        "decodes",
         "dry_breaker_ids",
         "eos_token_ids",
         "error",
         "finish_reason",
         "first_token_ns",
         "form",
-        "in_flight",
         "key",
         "keys",
         "leader",
         "logprobs",
-        "max_length",
         "max_prompt_rows",
         "max_tokens",
         "num_cached_tokens",
         "num_charged",
-        "num_computed",
-        "num_pending",
         "num_preemptions",
-        "num_prompt_tokens",
-        "num_published",
-        "num_scheduled",
         "order",
         "params",
         "priority",
         "prompt_logprobs",
         "prompt_rows",
-        "quiet",
         "request_id",
         "reuses_prefix",
         "sample_index",
         "seed",
-        "state",
-        "stop_ids",
         "stop_reason",
         "tenant",
         "text",
         "timeline",
-        "token_ids",
         "weight",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -18,23 +19,39 @@ from ..core.request import Request, SamplingParams
 
 
 class _Layout:
-    """Where a roster's tokens and logit rows lie in the packed step."""
+    """Where a roster's tokens and logit rows lie in the packed step; and its last step."""
 
-    def __init__(self, roster: Roster) -> None:
+    def __init__(self, plan: StepPlan) -> None:
+        roster = plan.roster
         counts = np.array([share.num_tokens for share in roster.shares], dtype=np.int32)
         first = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(counts, out=first[1:])
         self.roster = roster
-        self.counts = counts  # [S]
+        self.step_id = plan.step_id
+        self.counts = counts  # [S] tokens of each
         self.query_start = first  # [S + 1]
         self.owner = np.repeat(np.arange(len(counts)), counts)  # [T] whose each token is
-        self.offset = np.arange(first[-1], dtype=np.int32) - first[self.owner]  # [T] among its own
+        self.strides = counts[self.owner]  # [T] by how much its position grows from step to step
+        start = np.array(plan.starts, dtype=np.int32)
+        self.seq_len = start + counts  # [S]
+        within = np.arange(first[-1], dtype=np.int32) - first[self.owner]
+        self.positions = start[self.owner] + within  # [T]
         offsets = [share.logit_offsets for share in roster.shares]
         self.logit_rows = _int32(
             start + offset
             for start, wanted in zip(first.tolist(), offsets, strict=False)
             for offset in wanted
         )
+
+    def leads_to(self, plan: StepPlan) -> bool:
+        """Whether the plan is the one behind, of the same roster."""
+        return plan.roster is self.roster and plan.step_id == self.step_id + 1
+
+    def go_on(self) -> None:
+        """To the roster's next step."""
+        self.step_id += 1
+        self.seq_len = self.seq_len + self.counts
+        self.positions = self.positions + self.strides
 
 
 class StepInputsBuilder:
@@ -51,23 +68,22 @@ class StepInputsBuilder:
         `before` is the plan still in flight, if any, that samples the tokens not known yet.
         """
         layout = self._layout
-        if layout is None or layout.roster is not plan.roster:
-            layout = self._layout = _Layout(plan.roster)
-        start = np.array(plan.starts, dtype=np.int32)
+        if layout is not None and layout.leads_to(plan):
+            layout.go_on()
+        else:
+            layout = self._layout = _Layout(plan)
         token_ids = np.array(plan.token_ids, dtype=np.int32)
         if before is not None:
             _name_pending(token_ids, layout, before)
-        owner = layout.owner
-        positions = start[owner] + layout.offset
         block_table = self._tables.of(plan.roster)
-        block, offset = np.divmod(positions, self._block_size)
+        block, offset = np.divmod(layout.positions, self._block_size)
         return StepInputs(
             token_ids=token_ids,
-            positions=positions,
+            positions=layout.positions,
             query_start=layout.query_start,
-            seq_len=start + layout.counts,
+            seq_len=layout.seq_len,
             block_table=block_table,
-            slot=block_table[owner, block] * self._block_size + offset,
+            slot=block_table[layout.owner, block] * self._block_size + offset,
             logit_rows=layout.logit_rows,
         )
 
@@ -127,7 +143,7 @@ class _Constants:
 
     roster: Roster
     rows: Sequence[_Row]
-    fields: dict[str, np.ndarray]
+    inputs: SamplingInputs  # but for its position
     bias: bool  # whether any row may have entries of that kind
     bans: bool
     forms: bool  # whether any row has a mask that changes
@@ -151,6 +167,7 @@ class SamplingInputsBuilder:
         constants = self._constants
         if constants is None or constants.roster is not plan.roster:
             constants = self._constants = self._constants_of(plan.roster)
+        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
         changing: dict[str, np.ndarray] = {}
         if self._seen:
             changing |= self._history(constants.rows)
@@ -160,8 +177,9 @@ class SamplingInputsBuilder:
             changing |= _csr("ban", map(_bans, constants.rows))
         if constants.forms:
             changing["mask_table"] = self._form_masks(constants)
-        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
-        return SamplingInputs(position=position, **(constants.fields | changing))
+        if not changing:
+            return constants.inputs.at(position)
+        return dataclasses.replace(constants.inputs, position=position, **changing)
 
     def _constants_of(self, roster: Roster) -> _Constants:
         targets = [share.targets for share in roster.shares]
@@ -179,13 +197,13 @@ class SamplingInputsBuilder:
         return _Constants(
             roster,
             rows,
-            self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
+            self._inputs(rows, _int32(chain.from_iterable(targets))),
             any(p.logit_bias or p.dry_multiplier for p in params),
             any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
             any(row.samples and row.request.form.masks for row in rows),
         )
 
-    def _columns(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
+    def _inputs(self, rows: Sequence[_Row], target: np.ndarray) -> SamplingInputs:
         def column(name: str, off: float, dtype: Any) -> np.ndarray:
             return np.array(
                 [getattr(row.request.params, name) if row.samples else off for row in rows],
@@ -195,27 +213,29 @@ class SamplingInputsBuilder:
         mask_row, mask_table = self._mask(rows)
         f32, i32 = np.float32, np.int32
         none: Sequence[_Entries] = [()] * len(rows)
-        return {
-            "temperature": column("temperature", 0.0, f32),
-            "top_k": column("top_k", 0, i32),
-            "top_p": column("top_p", 1.0, f32),
-            "min_p": column("min_p", 0.0, f32),
-            "typical_p": column("typical_p", 1.0, f32),
-            "top_n_sigma": column("top_n_sigma", 0.0, f32),
-            "xtc_probability": column("xtc_probability", 0.0, f32),
-            "xtc_threshold": column("xtc_threshold", 0.1, f32),
-            "repetition_penalty": column("repetition_penalty", 1.0, f32),
-            "presence_penalty": column("presence_penalty", 0.0, f32),
-            "frequency_penalty": column("frequency_penalty", 0.0, f32),
-            "seed": np.array([row.request.seed for row in rows], dtype=np.uint64),
-            "sample_index": np.array([row.request.sample_index for row in rows], dtype=np.uint32),
-            "num_logprobs": np.array([_num_logprobs(row) for row in rows], dtype=i32),
-            "mask_row": mask_row,
-            "mask_table": mask_table,
+        return SamplingInputs(
+            temperature=column("temperature", 0.0, f32),
+            top_k=column("top_k", 0, i32),
+            top_p=column("top_p", 1.0, f32),
+            min_p=column("min_p", 0.0, f32),
+            typical_p=column("typical_p", 1.0, f32),
+            top_n_sigma=column("top_n_sigma", 0.0, f32),
+            xtc_probability=column("xtc_probability", 0.0, f32),
+            xtc_threshold=column("xtc_threshold", 0.1, f32),
+            repetition_penalty=column("repetition_penalty", 1.0, f32),
+            presence_penalty=column("presence_penalty", 0.0, f32),
+            frequency_penalty=column("frequency_penalty", 0.0, f32),
+            seed=np.array([row.request.seed for row in rows], dtype=np.uint64),
+            sample_index=np.array([row.request.sample_index for row in rows], dtype=np.uint32),
+            num_logprobs=np.array([_num_logprobs(row) for row in rows], dtype=i32),
+            position=np.zeros(len(rows), dtype=np.uint32),
+            target=target,
+            mask_row=mask_row,
+            mask_table=mask_table,
             **_csr("history", none, count=i32),
             **_csr("bias", none, values=f32),
             **_csr("ban", none),
-        }
+        )
 
     def _history(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
         seen = [self._seen.get(row.request) if row.samples else None for row in rows]
@@ -251,8 +271,8 @@ class SamplingInputsBuilder:
 
     def _form_masks(self, constants: _Constants) -> np.ndarray:
         """The mask table with this step's rows of those whose output has a form."""
-        table: np.ndarray = constants.fields["mask_table"].copy()
-        places = constants.fields["mask_row"].tolist()
+        table: np.ndarray = constants.inputs.mask_table.copy()
+        places = constants.inputs.mask_row.tolist()
         for row, place in zip(constants.rows, places, strict=True):
             if row.samples and row.request.form.masks:
                 table[place] = row.request.form.mask()

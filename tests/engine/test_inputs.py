@@ -75,6 +75,9 @@ def test_what_is_kept_equals_what_is_made_anew() -> None:
             if plan is None:
                 continue
             preempted += len(plan.preempted)
+            if rng.random() < 0.1:  # a step that the kept builder never saw
+                scheduler.commit(plan, _answer(rng, plan))
+                continue
             step = steps.build(plan)
             sampling = rows.build(plan, step)
             _equal(step, StepInputsBuilder(BLOCK).build(plan))

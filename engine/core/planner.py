@@ -31,24 +31,12 @@ __all__ = ["Planner"]
 class _Draft:
     """A plan under construction: what is taken is never given back."""
 
-    __slots__ = (
-        "admits",
-        "budget",
-        "preempted",
-        "requests",
-        "rows",
-        "shares",
-        "starts",
-        "stopped",
-        "token_ids",
-    )
+    __slots__ = ("admits", "budget", "preempted", "rows", "stopped", "taken", "token_ids")
 
     def __init__(self, budget: int, rows: int) -> None:
         self.budget = budget  # tokens still to give
         self.rows = rows  # prompt-logprob rows still to give
-        self.requests: list[Request] = []  # with these three: what is taken, see StepPlan
-        self.shares: list[Share] = []
-        self.starts: list[int] = []
+        self.taken: list[tuple[Request, Share, int]] = []  # from where on
         self.token_ids: list[int] = []
         self.preempted: list[Request] = []
         self.admits = True  # False once a request was short of a block, or preempted
@@ -110,16 +98,16 @@ class Planner:
         return self._finish(draft)
 
     def _finish(self, draft: _Draft) -> StepPlan | None:
-        if not draft.requests:
+        if not draft.taken:
             return None
-        requests, shares = tuple(draft.requests), tuple(draft.shares)
+        requests, shares, starts = zip(*draft.taken, strict=True)
         roster = self._roster
         if roster is None or roster.requests != requests or roster.shares != shares:
             tables = tuple([request.block_ids for request in requests])
             roster = self._roster = Roster(requests, shares, tables)
         step_id = self._num_steps
         self._num_steps += 1
-        return StepPlan(step_id, roster, draft.starts, draft.token_ids, tuple(draft.preempted))
+        return StepPlan(step_id, roster, starts, draft.token_ids, tuple(draft.preempted))
 
     def _grow(self, request: Request, end: int, draft: _Draft, index: int) -> bool:
         """Make the table of running[index] cover `end` tokens, preempting those behind it."""
@@ -267,9 +255,7 @@ def _share(request: Request, draft: _Draft, start: int) -> Share | None:
 def _take(request: Request, share: Share, draft: _Draft) -> None:
     """Plan the request's next tokens: the one place where num_scheduled grows."""
     tokens, start = request.token_ids, request.num_scheduled
-    draft.requests.append(request)
-    draft.shares.append(share)
-    draft.starts.append(start)
+    draft.taken.append((request, share, start))
     request.in_flight += 1
     if share is DECODE:
         draft.token_ids.append(tokens[start])

@@ -52,9 +52,7 @@ class CpuSampler:
         self.vocab_size = vocab_size
         pool = Pool(threads) if isinstance(threads, int) else threads
         self._native = RowSampler(vocab_size, pool)
-        self._known: tuple[Any, ...] = (None,) * len(
-            _LASTING
-        )  # what was checked and made ready last
+        self._known: tuple[Any, ...] = (None,) * len(_LASTING)  # what was checked last
         self._ready: Mapping[str, np.ndarray] = {}
         self._width = 0  # of the top logprobs that they ask for
 
@@ -92,9 +90,9 @@ class CpuSampler:
         lasting = _lasting(rows)
         if len(x) != rows.num_rows or not all(map(is_, lasting, self._known)):
             sampling.check_rows(rows, *x.shape)
-            ready = map(np.ascontiguousarray, lasting)
+            ready = tuple(map(np.ascontiguousarray, lasting))
             self._ready = dict(zip(_LASTING, ready, strict=True))
-            self._known = lasting
+            self._known = ready  # a copy is made anew each time
             self._width = max(0, int(rows.num_logprobs.max(initial=0)))
         return self._width
 

@@ -289,7 +289,7 @@ class World:
         last, self.last = self.last, plan
         if last is not None and plan.roster is last.roster:
             ends = [s.start + s.num_tokens for s in last.requests]
-            assert plan.starts == ends, "a kept roster must go on where it ended"
+            assert list(plan.starts) == ends, "a kept roster must go on where it ended"
         for s in plan.requests:
             assert s.num_tokens > 0
             assert s.block_ids is s.request.block_ids

@@ -698,7 +698,7 @@ class TestRoster:
         first = bench.step()
         second, third = bench.step(), bench.step()
         assert second.roster is third.roster is not first.roster
-        assert (second.starts, third.starts) == ([3], [4])
+        assert (second.starts, third.starts) == ((3,), (4,))
         bench.add("b", 3)
         assert bench.step().roster is not third.roster
         assert bench.step().roster.log_entries == (("a", 0, 1, "decode"), ("b", 0, 1, "decode"))
@@ -717,7 +717,7 @@ class TestRoster:
         bench.scheduler.abort("b")
         after = bench.step()
         assert after.roster.requests == before.roster.requests
-        assert after.roster.shares == before.roster.shares and after.starts == [4]
+        assert after.roster.shares == before.roster.shares and after.starts == (4,)
         assert after.roster is not before.roster
         assert after.roster.tables[0] is request.block_ids
 

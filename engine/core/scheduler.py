@@ -360,7 +360,8 @@ class Scheduler:
                 delta = _whole_text(request, tokens[:-1] if silent else tokens, reason)
             except Exception as problem:  # as above
                 reason, stop_reason = FinishReason.ERROR, None
-                error = f"the output could not be made text: {type(problem).__name__}: {problem}"
+                why = f"{type(problem).__name__}: {problem}"
+                error = error or f"the output could not be made text: {why}"
         request.finish(reason, now, stop_reason=stop_reason, error=error)
         if was_running:
             del self._running[index_of(self._running, request)]

@@ -213,9 +213,9 @@ class Runner:
     def _process(self, host: _ByHost, logits, errors: dict[int, str]):  # type: ignore[no-untyped-def]
         """Apply the library face's Python logits processors to their own rows."""
         values = logits.numpy()
-        for place, request, row in host.processors:
-            process, tokens = request.params.logits_processor, request.known_token_ids
+        for place, request, row, process in host.processors:
             try:
+                tokens = request.known_token_ids
                 changed = np.asarray(process(tokens, values[row].copy()), dtype=np.float32)
                 if changed.shape != values[row].shape:
                     raise ValueError(
@@ -244,8 +244,12 @@ class _ByHost:
     def __init__(self, roster: Roster) -> None:
         sampling = [(place, roster.requests[place], row) for place, row in roster.sampling_rows]
         self.roster = roster
-        # (its place in the roster, the request, its logit row) and (request, row).
-        self.processors = [e for e in sampling if e[1].params.logits_processor is not None]
+        # (its place in the roster, the request, its logit row, the function), and (request, row).
+        self.processors = [
+            (place, request, row, process)
+            for place, request, row in sampling
+            if (process := request.params.logits_processor) is not None
+        ]
         self.forms = [(request, row) for _, request, row in sampling if request.form is not FREE]
 
 

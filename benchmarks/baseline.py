@@ -80,7 +80,7 @@ def throughput(model: str, rounds: int, device: str) -> dict[str, list[float]]:
 
 def scheduler_time(num_running: int = 256, steps: int = 400) -> list[float]:
     """Microseconds of schedule() + commit() per decode step with `num_running` requests."""
-    from engineroom.engine.core.plan import RowResult, StepOutcome
+    from engineroom.engine.core.plan import StepOutcome
     from engineroom.engine.core.request import Request, SamplingParams
     from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig
 
@@ -109,7 +109,7 @@ def scheduler_time(num_running: int = 256, steps: int = 400) -> list[float]:
         started = time.perf_counter()
         plan = scheduler.schedule()
         planned = time.perf_counter()
-        outcome = StepOutcome(tuple((RowResult(step),) for _ in plan.requests))
+        outcome = StepOutcome([step] * plan.num_logit_rows)
         resumed = time.perf_counter()
         scheduler.commit(plan, outcome)
         times.append((time.perf_counter() - resumed + planned - started) * 1e6)

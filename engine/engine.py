@@ -110,7 +110,6 @@ class Engine:
         self._in_flight: deque[_Flying] = deque()  # launched, not committed
         self._num_steps = 0
         self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
 
     @classmethod
     def from_model(
@@ -165,6 +164,7 @@ class Engine:
             cache_salt=cache_salt,
             tenant=tenant,
             weight=weight,
+            final_only=final_only,
             reuses_prefix=not embed,  # a position that is not computed has no hidden state
         )
         pool = Pool(len(ids)) if embed else None
@@ -286,7 +286,7 @@ class Engine:
             self.scheduler.stats(),
             self._num_steps,
             self._num_prompt_tokens,
-            self._num_generated_tokens,
+            self.scheduler.num_generated_tokens,
             self.ledger.stats(),
             self.log.recent(_RECENT_STEPS),
         )
@@ -422,7 +422,6 @@ class Engine:
         touched: dict[str, OutputGroup] = {}
         for update in updates:
             request_id = update.request.request_id
-            self._num_generated_tokens += len(update.new_token_ids)
             group = self._groups.get(request_id)
             if group is not None and (update.finished or not group.final_only):
                 group.take(update)
@@ -458,7 +457,7 @@ class Engine:
                 num_preempted=len(plan.preempted),
                 free_blocks=blocks.num_free - blocks.num_cached,
                 cached_blocks=blocks.num_cached,
-                requests=tuple([s.log_entry for s in plan.requests]),
+                requests=plan.roster.log_entries,
                 backend=self._runner.backend.name,
             )
         )

@@ -137,6 +137,12 @@ class SamplingInputs:
     def num_rows(self) -> int:
         return len(self.temperature)
 
+    def at(self, position: np.ndarray) -> SamplingInputs:
+        """The same rows at another `position`; all other arrays are shared."""
+        rows = object.__new__(SamplingInputs)  # the constructor would set every field anew
+        rows.__dict__.update(self.__dict__, position=position)
+        return rows
+
 
 @dataclass(frozen=True, eq=False)
 class SampleResult:

@@ -4,18 +4,95 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..core.cost import Cost
 from ..core.outputs import OutputGroup
-from ..core.plan import StepPlan
+from ..core.plan import Roster, StepPlan
+from ..core.request import Request
 from .meter import Meter
 from .rates import Rates
 
 _log = logging.getLogger("engineroom.account")
 _KWH = 3.6e15  # nanojoules
 _HOUR = 3.6e12  # nanoseconds
+
+
+_ONE = 64  # binary places that the price of a unit of work is kept to
+
+
+class _Tab:
+    """What the steps of one roster came to and is not shared out yet.
+
+    A step's work is, of each of its requests, step + token * count + position * past, `past` being
+    the positions that its tokens read, themselves included. While a roster stays, `past` grows by
+    the same number from step to step, so four sums over the steps, of the price of a unit of work
+    times its parts, tell every share, whenever that is asked for.
+    """
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.roster = plan.roster
+        counts = [share.num_tokens for share in plan.roster.shares]
+        starts = plan.starts
+        past = [n * (2 * start + n + 1) >> 1 for n, start in zip(counts, starts, strict=True)]
+        self._members = tuple(zip(plan.roster.requests, counts, past, strict=True))
+        self._num_steps = 0
+        self._past, self._growth = sum(past), sum([count * count for count in counts])
+        self._clear()
+
+    def _clear(self) -> None:
+        self.pending = False  # whether something is there to share out
+        self._joules = self._spent = 0
+        self._energy = (0, 0, 0, 0)  # prices times: step, token, position, position * step number
+        self._time = (0, 0, 0, 0)
+
+    def add(self, joules: int, spent: int, rates: tuple[int, int, int]) -> int:
+        """One step more. Returns the positions that it read."""
+        step, token, position = rates
+        step = step // len(self._members) + 1  # what all need alike; 1: nobody's work is 0
+        number = self._num_steps
+        positions = self._past + number * self._growth
+        work = step * len(self._members) + token * self.roster.num_tokens + position * positions
+        parts = (step, token, position, position * number)
+        price = (joules << _ONE) // work
+        self._energy = _plus(self._energy, price, parts)
+        price = (spent << _ONE) // work
+        self._time = _plus(self._time, price, parts)
+        self._joules += joules
+        self._spent += spent
+        self._num_steps += 1
+        self.pending = True
+        return positions
+
+    def settle(self) -> Iterator[tuple[Request, int, int]]:
+        """Each request's nanojoules and nanoseconds since the last time.
+
+        Whole numbers that add up to what was counted: each is the difference of two sums from the
+        first request on, rounded down, of which the last is all.
+        """
+        energy, time_, joules, spent = self._energy, self._time, self._joules, self._spent
+        self._clear()
+        energy_until = time_until = energy_given = time_given = 0
+        last = len(self._members) - 1
+        for index, (request, count, past) in enumerate(self._members):
+            square = count * count
+            step, token, position, growth = energy
+            energy_until += step + count * token + past * position + square * growth
+            step, token, position, growth = time_
+            time_until += step + count * token + past * position + square * growth
+            energy_now = energy_until >> _ONE if index < last else joules
+            time_now = time_until >> _ONE if index < last else spent
+            yield request, energy_now - energy_given, time_now - time_given
+            energy_given, time_given = energy_now, time_now
+
+
+def _plus(
+    sums: tuple[int, int, int, int], price: int, parts: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
+    a, b, c, d = sums
+    w, x, y, z = parts
+    return a + price * w, b + price * x, c + price * y, d + price * z
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +136,15 @@ class Ledger:
         self._failed = False
         self._start = self._energy = self._paused_energy = meter.read()
         self._time = self._paused_time = clock_ns()
-        self.idle = 0  # nanojoules
+        self._idle = 0  # nanojoules
+        self._tab = _Tab(StepPlan(0, Roster((), (), ()), (), ()))
+        self._groups: Mapping[str, OutputGroup] = {}
+
+    @property
+    def idle(self) -> int:
+        """Nanojoules that were nobody's."""
+        self._settle()
+        return self._idle
 
     @property
     def total(self) -> int:
@@ -69,7 +154,7 @@ class Ledger:
     def begin(self) -> None:
         """A turn begins with nothing in flight: what passed since end() was idle."""
         idle = self._read() - self._paused_energy
-        self.idle += idle
+        self._idle += idle
         self._energy += idle
         self._time += self._clock_ns() - self._paused_time
 
@@ -78,45 +163,40 @@ class Ledger:
         self._paused_energy = self._read()
         self._paused_time = self._clock_ns()
         if resting:
-            self.idle += self._paused_energy - self._energy
+            self._idle += self._paused_energy - self._energy
             self._energy, self._time = self._paused_energy, self._paused_time
 
     def charge(self, plan: StepPlan, groups: Mapping[str, OutputGroup], seconds: float) -> None:
-        """Share out what was counted since the last time among a step's requests.
+        """Put what was counted since the last time on a step's account.
 
-        groups: those that wait for an answer. seconds: the step's own, for the fit.
+        groups: those that wait for an answer, now and as they change; cost() is asked of each
+        before it leaves. seconds: the step's own, for the fit.
         """
         energy, instant = self._read(), self._clock_ns()
         joules, spent = energy - self._energy, instant - self._time
         self._energy, self._time = energy, instant
-        requests = plan.requests
-        per_step, per_token, per_position = self._rates.rates
-        per_step = per_step // len(requests) + 1  # what all need alike; 1: nobody's work is 0
-        work: list[tuple[OutputGroup | None, int]] = []
-        tokens = positions = done = 0
-        for request, start, token_ids, _, _, _ in requests:
-            count = len(token_ids)
-            past = count * (2 * start + count + 1) >> 1
-            tokens += count
-            positions += past
-            done += per_step + per_token * count + per_position * past
-            group = groups.get(request.request_id)
-            if group is not None and request not in group.samples:
-                group = None  # another one took its id since
-            work.append((group, done))
-        last_energy = last_time = 0
-        for group, until in work:
-            until_energy, until_time = joules * until // done, spent * until // done
-            if group is None:
-                self.idle += until_energy - last_energy
+        if plan.roster is not self._tab.roster:
+            self._settle()
+            self._tab = _Tab(plan)
+        self._groups = groups
+        positions = self._tab.add(joules, spent, self._rates.rates)
+        self._rates.note(plan.num_tokens, positions, seconds)
+
+    def _settle(self) -> None:
+        """Share out what is on the account of the latest steps."""
+        if not self._tab.pending:
+            return
+        for request, joules, spent in self._tab.settle():
+            group = self._groups.get(request.request_id)
+            if group is None or request not in group.samples:  # another one took its id since
+                self._idle += joules
             else:
-                group.nanojoules += until_energy - last_energy
-                group.nanoseconds += until_time - last_time
-            last_energy, last_time = until_energy, until_time
-        self._rates.note(tokens, positions, seconds)
+                group.nanojoules += joules
+                group.nanoseconds += spent
 
     def cost(self, group: OutputGroup) -> Cost | None:
         """Of a request, all its samples together, so far; None once the meter has failed."""
+        self._settle()
         if self._failed:
             return None
         prices = self._prices

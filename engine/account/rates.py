@@ -21,21 +21,32 @@ class Rates:
 
     def __init__(self) -> None:
         self.rates = _whole(_FIRST)
-        self._products = [[0.0] * 3 for _ in range(3)]
-        self._answers = [0.0] * 3
         self._steps = 0
+        # Sums over the steps of tokens, positions, seconds, and of their products.
+        self._t = self._p = self._s = 0.0
+        self._tt = self._tp = self._pp = self._ts = self._ps = 0.0
 
     def note(self, tokens: int, positions: int, seconds: float) -> None:
         """One step: tokens computed, positions read by all of them, seconds it ran."""
-        row = (1.0, float(tokens), positions * 1e-3)  # of one magnitude, for the arithmetic
-        for left, products in zip(row, self._products, strict=True):
-            for column, right in enumerate(row):
-                products[column] += left * right
-        for column, left in enumerate(row):
-            self._answers[column] += left * seconds
+        t, p = float(tokens), positions * 1e-3  # of one magnitude, for the arithmetic
         self._steps += 1
+        self._t += t
+        self._p += p
+        self._s += seconds
+        self._tt += t * t
+        self._tp += t * p
+        self._pp += p * p
+        self._ts += t * seconds
+        self._ps += p * seconds
         if self._steps % _EVERY == 0:
-            found = _fit(self._products, self._answers)
+            found = _fit(
+                [
+                    [float(self._steps), self._t, self._p],
+                    [self._t, self._tt, self._tp],
+                    [self._p, self._tp, self._pp],
+                ],
+                [self._s, self._ts, self._ps],
+            )
             if found is not None:
                 self.rates = _whole((found[0], found[1], found[2] * 1e-3))
 

@@ -101,6 +101,19 @@ class TextStream:
         self.text += new
         return new
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """Add several tokens: what push() would return of each, in one."""
+        if self._stop:
+            return "".join(map(self.push, token_ids))
+        self._num_pushed += len(token_ids)
+        shown = [token for token in token_ids if token not in self._skip_ids]
+        data = self._bytes + b"".join(map(self._token_bytes, shown))
+        new, used = utf_8_decode(data, "replace", False)
+        self._bytes = data[used:]
+        new = self._certain(new)
+        self.text += new
+        return new
+
     def finish(self) -> str:
         """No token follows: returns what was held back, an unfinished character as U+FFFD."""
         if self.matched is not None:

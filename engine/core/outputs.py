@@ -47,17 +47,14 @@ class OutputGroup:
         self.final_only = final_only
         self._embedding = embedding
         self._echo = echo_text
-        self._shows_parts = not (final_only or self.ranked)
+        # best_of asks for more samples than are returned: none shows before the end.
+        self._ranked = len(samples) > params.n
+        self._shows_parts = not (final_only or self._ranked)
         self._deltas = [echo_text] * len(samples)
 
     @property
     def finished(self) -> bool:
-        return all(s.is_finished for s in self.samples)
-
-    @property
-    def ranked(self) -> bool:
-        """True where best_of asks for more samples than are returned: none shows before the end."""
-        return len(self.samples) > self._params.n
+        return all(sample.is_finished for sample in self.samples)
 
     def take(self, update: Update) -> None:
         """Note the text that an update brought."""
@@ -67,7 +64,7 @@ class OutputGroup:
         """Everything so far, with `deltas` since the last call."""
         finished = self.finished
         shown = self.samples
-        if self.ranked:
+        if self._ranked:
             shown = self._best() if finished else ()
         outputs = tuple([self._completion(i, s) for i, s in enumerate(shown)])
         if self._shows_parts:
@@ -75,22 +72,22 @@ class OutputGroup:
         else:
             deltas = [output.text for output in outputs]
         first = self.samples[0]
+        num_tokens = 0
+        for sample in self.samples:
+            num_tokens += sample.num_output_tokens
+        # By place: names would double what making it costs, for every token that is shown.
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
-            prompt_logprobs=self._prompt_logprobs(first),
-            outputs=outputs,
-            finished=finished,
-            usage=Usage(
-                prompt_tokens=first.num_prompt_tokens,
-                completion_tokens=sum([s.num_output_tokens for s in self.samples]),
-                cached_tokens=first.num_cached_tokens,
-            ),
-            timings=first.timings(),
-            deltas=tuple(deltas),
-            cost=cost,
-            embedding=self._embedding() if finished and self._embedding is not None else None,
+            self.request_id,
+            self._prompt,
+            self._prompt_token_ids,
+            None if self._params.prompt_logprobs is None else self._prompt_logprobs(first),
+            outputs,
+            finished,
+            Usage(first.num_prompt_tokens, num_tokens, first.num_cached_tokens),
+            first.timings(),
+            tuple(deltas),
+            cost,
+            self._embedding() if finished and self._embedding is not None else None,
         )
 
     def _best(self) -> tuple[Request, ...]:
@@ -104,23 +101,21 @@ class OutputGroup:
         return tuple(ranked[: self._params.n])
 
     def _completion(self, index: int, s: Request) -> CompletionOutput:
-        wanted = self._params.logprobs is not None
+        text, entries = s.text, s.logprobs
         return CompletionOutput(
-            index=index,
-            text=self._echo + _text(s),
-            token_ids=s.output_token_ids,
-            cumulative_logprob=sum(e.logprob for e in s.logprobs) if s.logprobs else None,
-            logprobs=tuple(self._logprobs(e) for e in s.logprobs) if wanted else None,
-            finish_reason=s.finish_reason.value if s.finish_reason is not None else None,
-            stop_reason=s.stop_reason,
-            seed=s.seed,
-            error=s.error,
-            complete=_complete(s),
+            index,
+            self._echo if text is None else self._echo + text.text,
+            s.output_token_ids,
+            sum([e.logprob for e in entries]) if entries else None,
+            None if self._params.logprobs is None else tuple([self._logprobs(e) for e in entries]),
+            None if s.finish_reason is None else s.finish_reason.value,
+            s.stop_reason,
+            s.seed,
+            s.error,
+            _complete(s),
         )
 
-    def _prompt_logprobs(self, s: Request) -> tuple[dict[int, Logprob] | None, ...] | None:
-        if self._params.prompt_logprobs is None:
-            return None
+    def _prompt_logprobs(self, s: Request) -> tuple[dict[int, Logprob] | None, ...]:
         return (None, *(self._logprobs(entry) for entry in s.prompt_logprobs))
 
     def _logprobs(self, entry: TokenLogprob) -> dict[int, Logprob]:
@@ -136,7 +131,3 @@ def _complete(s: Request) -> bool | None:
     """A stop string cuts what had been complete with it."""
     cut = s.text is not None and s.text.matched is not None
     return False if s.form.complete and cut else s.form.complete
-
-
-def _text(s: Request) -> str:
-    return s.text.text if s.text is not None else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
+from .blocks import KeyChain
 from .cost import Cost
 from .form import FREE, Form
 from .parameter import ParameterError
@@ -16,7 +17,6 @@ from .steplog import Timeline
 from .structured import StructuredOutput
 
 if TYPE_CHECKING:
-    from .blocks import KeyChain
     from .detokenize import TextStream
     from .fairness import Account
     from .plan import TokenLogprob
@@ -85,7 +85,28 @@ class AdmissionError(ValueError):
         self.code = code
 
 
-class Request:
+class _EveryStep:
+    """The fields of a Request that every step reads: side by side, so that they take two lines of a
+    cache that the step's weights have emptied, and not seven."""
+
+    __slots__ = (
+        "block_ids",
+        "decodes",
+        "in_flight",
+        "max_length",
+        "num_computed",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_published",
+        "num_scheduled",
+        "quiet",
+        "state",
+        "stop_ids",
+        "token_ids",
+    )
+
+
+class Request(_EveryStep):
     """One sequence on its way: prompt, output so far, and how much of it is computed.
 
     0 <= num_computed <= num_scheduled <= num_tokens, where num_scheduled - num_computed tokens
@@ -99,17 +120,13 @@ class Request:
         "adapter",
         "arrival",
         "bad_word_ids",
-        "block_ids",
         "cache_salt",
-        "decode_entry",
-        "decodes",
         "dry_breaker_ids",
         "eos_token_ids",
         "error",
         "finish_reason",
         "first_token_ns",
         "form",
-        "in_flight",
         "key",
         "keys",
         "leader",
@@ -118,12 +135,7 @@ class Request:
         "max_tokens",
         "num_cached_tokens",
         "num_charged",
-        "num_computed",
-        "num_pending",
         "num_preemptions",
-        "num_prompt_tokens",
-        "num_published",
-        "num_scheduled",
         "order",
         "params",
         "priority",
@@ -133,13 +145,10 @@ class Request:
         "reuses_prefix",
         "sample_index",
         "seed",
-        "state",
-        "stop_ids",
         "stop_reason",
         "tenant",
         "text",
         "timeline",
-        "token_ids",
         "weight",
     )
 
@@ -165,10 +174,12 @@ class Request:
         reuses_prefix: bool = True,
         tenant: str = "",
         weight: float = 1.0,
+        final_only: bool = False,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
         Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
-        `tenant` and its `weight` say whose tokens they are (see fairness.py).
+        `tenant` and its `weight` say whose tokens they are (see fairness.py). With `final_only`
+        nobody reads it before its end.
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
@@ -226,9 +237,18 @@ class Request:
 
         # Fixed for life and read every step, so worked out once.
         self.key = (request_id, sample_index)  # unique among the scheduler's live requests
-        self.decode_entry = (request_id, sample_index, 1, "decode")  # see StepRecord.requests
+        self.max_length = self.num_prompt_tokens + max_tokens  # tokens, at its longest
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
+        # A token of it changes nothing but its place, unless it ends it: its text is made then.
+        self.quiet = (
+            final_only
+            and form is FREE
+            and not params.stop
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+            and params.num_samples == params.n  # others are ranked by their logprobs
+        )
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0
@@ -277,6 +297,25 @@ class Request:
             self.num_pending = 0
         self.timeline.close(now)
 
+    def place(self, token_id: int) -> None:
+        """The oldest of the tokens still being sampled is known now."""
+        self.token_ids[-self.num_pending] = token_id
+        self.num_pending -= 1
+
+    def settle_account(self) -> None:
+        """Put what it was served since the last time on its tenant's account: tokens computed or in
+        flight, but for those found in the cache or computed anew after a preemption."""
+        served = self.num_scheduled - self.num_charged
+        if served > 0:
+            self.account.charge(served)
+            self.num_charged = self.num_scheduled
+
+    def prefix_keys(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """The keys of its leading full blocks, grown to at least `num_blocks`."""
+        if self.keys is None:
+            self.keys = KeyChain(block_size, adapter=self.adapter, salt=self.cache_salt)
+        return self.keys.extend(self.token_ids, num_blocks)
+
     @property
     def num_tokens(self) -> int:
         """Prompt, output, and tokens still being sampled."""
@@ -316,11 +355,11 @@ class Request:
     def timings(self) -> Timings:
         """Where the time went so far, in seconds on the scheduler's clock."""
         line = self.timeline
-        first = self.first_token_ns
+        spent, first = line.spent(), self.first_token_ns
         return Timings(
-            line.seconds("queued", "preempted"),
-            line.seconds("prefill"),
-            line.seconds("decode"),
+            (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
+            spent.get("prefill", 0) / 1e9,
+            spent.get("decode", 0) / 1e9,
             line.total_ns / 1e9,
             None if first is None else (first - line.start_ns) / 1e9,
         )

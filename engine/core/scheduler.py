@@ -1,4 +1,4 @@
-"""The scheduler: which tokens of which requests each step computes, and what its answer changes."""
+"""The scheduler: every live request from the door to its end, and what a step's answer changes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .blocks import BlockManager, IntegrityError, KeyChain
+from .blocks import BlockManager, IntegrityError
 from .fairness import Shares
 from .integrity import check_books
 from .limits import SchedulerConfig, check_fits
-from .plan import (
-    PENDING,
-    SAMPLE,
-    RowResult,
-    ScheduledRequest,
-    StepOutcome,
-    StepPlan,
-    TokenLogprob,
-)
-from .queues import Waiting, index_of, insert_in_order
+from .plan import DECODE, Share, StepOutcome, StepPlan, TokenLogprob
+from .planner import Planner
+from .queues import Waiting, index_of
 from .request import AdmissionError, FinishReason, Request, RequestState
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
 _MAX_IN_FLIGHT = 2  # a plan being computed, and the one planned behind it
 _RUNNING, _FINISHED = RequestState.RUNNING, RequestState.FINISHED
-_NO_ROWS: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-_LAST_OF_ONE = ((0,), (SAMPLE,))  # offsets and targets of a decoding request's one token
 
 
 class Update(NamedTuple):
-    """What a step, or an end without one, brought a request. Its state is already the new one."""
+    """What a step, or an end without one, brought a request. Its state is already the new one.
+
+    A quiet request has one update, at its end, of all that its steps brought it.
+    """
 
     request: Request
     new_token_ids: tuple[int, ...]
@@ -65,20 +59,6 @@ _NOTHING_ALLOWED = (
 )
 
 
-class _Draft:
-    """A plan under construction: what is taken is never given back."""
-
-    __slots__ = ("admits", "budget", "preempted", "rows", "stopped", "taken")
-
-    def __init__(self, budget: int, rows: int) -> None:
-        self.budget = budget  # tokens still to give
-        self.rows = rows  # prompt-logprob rows still to give
-        self.taken: list[ScheduledRequest] = []
-        self.preempted: list[Request] = []
-        self.admits = True  # False once a request was short of a block, or preempted
-        self.stopped = False  # True once a request must wait for those behind it to leave flight
-
-
 class Scheduler:
     """Owns every live request from add() to its one terminal Update.
 
@@ -102,18 +82,16 @@ class Scheduler:
         self._shares = Shares()
         self._waiting = Waiting(self._shares, self._charge_running)
         self._running: list[Request] = []  # in order
+        self._planner = Planner(config, self.blocks, self._waiting, self._running, clock)
         self._parked: dict[Request, list[Request]] = {}  # leader -> samples waiting for its prompt
         self._num_parked = 0
         self._live: dict[str, dict[int, Request]] = {}
         self._in_flight: deque[StepPlan] = deque()
         self._leaving: set[Request] = set()  # finished, but a plan in flight still uses the blocks
         self._ended: list[Update] = []  # ends that no commit has carried yet
-        self._num_steps = 0
+        self.num_generated_tokens = 0
         self._num_accepted = 0
         self._num_finished = 0
-        self._num_preemptions = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
 
     # ---------------------------------------------------------------------------- at the door
 
@@ -165,19 +143,6 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- schedule
 
-    # The one law. There is no prefill phase and no decode phase. Each request has num_tokens
-    # tokens (prompt, output, and the one still being sampled) of which num_scheduled are computed
-    # or in flight; each step lets num_scheduled catch up with num_tokens under one budget of
-    # tokens. Reaching the end samples the next token, so a decoding request is one token behind,
-    # a new one is its prompt behind, a prefix hit is a head start, a chunk is what the budget
-    # left, and a preempted request is one that has fallen back to 0 and keeps its output.
-    #
-    # Order: by priority; within one priority the running requests, oldest first, before the
-    # waiting ones; of those, whose turn it is between tenants (fairness.py), and within one the
-    # oldest first. A running request short of a block takes it from the last running one; a
-    # waiting request takes blocks and seats only from running ones of strictly lower priority.
-    # Victims always stand behind, so nothing already planned is undone; and the first in the
-    # order always gets on, since every request alone fits in the pool.
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nothing can run before a commit, an arrival or a release.
 
@@ -185,220 +150,14 @@ class Scheduler:
         """
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
             raise RuntimeError(f"{_MAX_IN_FLIGHT} plans are in flight already; commit one first")
-        draft = _Draft(self.config.max_num_batched_tokens, self.config.max_prompt_logprob_rows)
-        running, block_size = self._running, self.config.block_size
-        best_waiting = self._waiting.priority
-        index = 0
-        while index < len(running) and draft.budget:
-            request = running[index]
-            if best_waiting < request.priority and draft.admits:
-                if self._admit(draft, index):
-                    index += 1  # the newcomer stands somewhere before `request`
-                    best_waiting = self._waiting.priority
-                else:
-                    draft.admits = False
-                continue  # with what is left of the running list
-            if draft.stopped:
-                break
-            start = request.num_scheduled
-            num_tokens = self._chunk(request, draft, start)
-            if num_tokens and (
-                start + num_tokens <= len(request.block_ids) * block_size
-                or self._grow(request, start + num_tokens, draft, index)
-            ):
-                self._take(request, num_tokens, draft)
-            index += 1
-        while draft.admits and draft.budget and self._admit(draft, index):
-            index += 1
-        return self._finish_plan(draft)
-
-    def _finish_plan(self, draft: _Draft) -> StepPlan | None:
-        if not draft.taken:
-            return None
-        plan = StepPlan(self._num_steps, tuple(draft.taken), tuple(draft.preempted))
-        self._num_steps += 1
-        self._in_flight.append(plan)
+        plan = self._planner.plan()
+        if plan is not None:
+            self._in_flight.append(plan)
         return plan
-
-    def _chunk(self, request: Request, draft: _Draft, start: int) -> int:
-        """How many tokens from `start` this step gives the request; 0 = none now."""
-        length = len(request.token_ids)
-        if request.num_pending and length - request.num_prompt_tokens >= request.max_tokens:
-            return 0
-        num_tokens = min(length - start, draft.budget)
-        if request.prompt_rows < request.max_prompt_rows:
-            # Rows before prompt_rows were emitted before a preemption and are not asked again.
-            last = max(start, request.prompt_rows) + draft.rows
-            if last < request.max_prompt_rows:
-                num_tokens = min(num_tokens, last - start)
-        return num_tokens
-
-    def _grow(self, request: Request, end: int, draft: _Draft, index: int) -> bool:
-        """Make the table of running[index] cover `end` tokens, preempting those behind it."""
-        need = self.blocks.blocks_for(end) - len(request.block_ids)
-        cut = self._cut_for((), need, index + 1, draft)
-        new = None
-        if cut is not None:
-            self._preempt_from(cut, draft)
-            new = self.blocks.acquire((), need)
-        if new is None:
-            draft.admits = False
-            return False
-        request.block_ids += new
-        return True
-
-    def _admit(self, draft: _Draft, index: int) -> bool:
-        """Start the first waiting request, if it can run; it may preempt running[index:], which are
-        unplanned and of strictly lower priority.
-
-        Blocks for all its known tokens are taken at once, so that a prompt once begun is not
-        preempted for its own rest.
-        """
-        request = self._waiting.head()
-        if request is None:
-            return False
-        hits = self._hits(request)
-        start = len(hits) * self.config.block_size
-        num_tokens = self._chunk(request, draft, start)
-        if num_tokens == 0:
-            return False
-        need = self.blocks.blocks_for(len(request.token_ids)) - len(hits)
-        cut = self._cut_for(
-            hits,
-            need,
-            index,
-            draft,
-            spare=self.config.watermark,
-            seats=len(self._running) + 1 - self.config.max_num_seqs,
-        )
-        if cut is None:
-            return False
-        self._preempt_from(cut, draft)
-        table = self.blocks.acquire(hits, need)
-        if table is None:
-            return False
-        self._waiting.pop(request)
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = start
-            self._num_cached_tokens += start
-            self._num_prompt_tokens += request.num_prompt_tokens
-        request.start(table, len(hits), start, self._clock())
-        insert_in_order(self._running, request)
-        self._take(request, num_tokens, draft)
-        return True
-
-    def _hits(self, request: Request) -> list[int]:
-        """Cached blocks of its known prefix, leaving at least one token to compute.
-
-        A position whose prompt logprob is still to be emitted is computed, never hit.
-        """
-        if not (self.config.enable_prefix_caching and request.reuses_prefix):
-            return []
-        reach = len(request.token_ids) - 1
-        if request.wants_prompt_rows:
-            reach = min(reach, request.prompt_rows)
-        num_blocks = reach // self.config.block_size
-        return self.blocks.match(self._keys(request, num_blocks)[:num_blocks])
-
-    def _keys(self, request: Request, num_blocks: int) -> list[bytes]:
-        if request.keys is None:
-            request.keys = KeyChain(
-                self.config.block_size, adapter=request.adapter, salt=request.cache_salt
-            )
-        return request.keys.extend(request.token_ids, num_blocks)
-
-    def _cut_for(
-        self,
-        hits: Sequence[int],
-        num_new: int,
-        first: int,
-        draft: _Draft,
-        *,
-        spare: int = 0,
-        seats: int = 0,
-    ) -> int | None:
-        """Where to cut the running list, at `first` or behind, so that what is left of the pool
-        can give `hits` and `num_new` blocks: the fewest victims that do, None where none do.
-
-        `spare` blocks stay free while anything keeps running; `seats` requests must go anyway.
-        """
-        shortage = self.blocks.shortage(hits, num_new)
-        most = len(self._running) - max(seats, 0)
-        cut = len(self._running)
-        given_up = dict.fromkeys(hits, -1)  # held by the newcomer: their release frees nothing
-        freed = 0
-        flying = False
-        while cut > most or freed < shortage + (spare if cut else 0):
-            if cut <= first:
-                return None
-            cut -= 1
-            victim = self._running[cut]
-            flying = flying or victim.in_flight > 0
-            freed += self.blocks.would_free(victim.block_ids, given_up)
-        if flying:
-            draft.stopped = True  # with nothing planned behind, they will have left flight
-            return None
-        return cut
-
-    def _preempt_from(self, cut: int, draft: _Draft) -> None:
-        """Send running[cut:] back to the queue, the last first."""
-        if cut == len(self._running):
-            return
-        draft.admits = False  # a victim may fit again at once, on blocks that it now shares
-        now = self._clock()
-        for victim in reversed(self._running[cut:]):
-            _charge(victim)
-            self.blocks.release(victim.block_ids)
-            victim.fall_back(now)
-            self._waiting.push(victim)
-            draft.preempted.append(victim)
-            self._num_preemptions += 1
-        del self._running[cut:]
-
-    def _take(self, request: Request, num_tokens: int, draft: _Draft) -> None:
-        """Plan the request's next tokens: the one place where num_scheduled grows."""
-        tokens = request.token_ids
-        start = request.num_scheduled
-        end = start + num_tokens
-        samples = end == len(tokens) and request.max_tokens > 0
-        if request.prompt_rows < request.max_prompt_rows:
-            offsets, targets = self._rows(request, end, samples, draft)
-        elif not samples:
-            offsets, targets = _NO_ROWS
-        elif num_tokens == 1:
-            offsets, targets = _LAST_OF_ONE
-        else:
-            offsets, targets = (num_tokens - 1,), (SAMPLE,)
-        draft.taken.append(
-            ScheduledRequest(request, start, tokens[start:end], request.block_ids, offsets, targets)
-        )
-        draft.budget -= num_tokens
-        request.num_scheduled = end
-        request.in_flight += 1
-        if samples:
-            tokens.append(PENDING)
-            request.num_pending += 1
-
-    def _rows(
-        self, request: Request, end: int, samples: bool, draft: _Draft
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Offsets and targets where prompt logprobs are still to come: position p's row scores
-        prompt token p + 1.
-        """
-        start, tokens = request.num_scheduled, request.token_ids
-        first = max(start, request.prompt_rows)
-        last = min(end, request.max_prompt_rows)
-        offsets = tuple(range(first - start, last - start))
-        targets = tuple(tokens[first + 1 : last + 1])
-        draft.rows -= len(offsets)
-        request.prompt_rows += len(offsets)
-        if samples:
-            return (*offsets, end - 1 - start), (*targets, SAMPLE)
-        return offsets, targets
 
     def _charge_running(self) -> None:
         for request in self._running:
-            _charge(request)
+            request.settle_account()
 
     # --------------------------------------------------------------------------------- commit
 
@@ -411,57 +170,66 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0] is not plan:
             raise RuntimeError(f"plan {plan.step_id} is not the oldest in flight")
-        self._check_shape(plan, outcome)
+        if len(outcome.token_ids) != plan.num_logit_rows:
+            raise ValueError(
+                f"step {plan.step_id} has {plan.num_logit_rows} logit rows, its outcome "
+                f"{len(outcome.token_ids)} tokens"
+            )
         self._in_flight.popleft()
         now = self._clock()
         updates = self.drain_finished()
-        errors = outcome.errors
-        for index, (scheduled, rows) in enumerate(zip(plan.requests, outcome.rows, strict=True)):
-            request = scheduled[0]
+        token_ids, logprobs, errors = outcome.token_ids, outcome.logprobs, outcome.errors
+        block_size, parked = self.config.block_size, self._parked
+        end = num_quiet = 0  # logit rows of those so far; tokens that changed nothing else
+        for place, (request, share, start) in enumerate(
+            zip(plan.roster.requests, plan.roster.shares, plan.starts, strict=True)
+        ):
+            first, end = end, end + len(share.targets)
             request.in_flight -= 1
             if request.state is _FINISHED:
                 if request.in_flight == 0:
                     self._leave(request)
-            elif errors and index in errors:
-                updates.append(self._end(request, FinishReason.ERROR, now, error=errors[index]))
+                continue
+            if errors and place in errors:
+                updates.append(self._end(request, FinishReason.ERROR, now, error=errors[place]))
+                continue
+            request.num_computed = computed = start + share.num_tokens
+            if computed >= (request.num_published + 1) * block_size:
+                self._publish(request)
+            if parked and computed >= request.num_prompt_tokens:
+                self._unpark(request)
+            if share is DECODE:
+                token = token_ids[first]
+                if (
+                    request.quiet
+                    and request.decodes
+                    and computed + 1 < request.max_length
+                    and token >= 0
+                    and token not in request.stop_ids
+                ):
+                    request.place(token)
+                    num_quiet += 1
+                    continue
+                update = self._append(request, token, logprobs.get(first), (), now)
             else:
-                update = self._settle(scheduled, rows, now)
-                if update is not None:
-                    updates.append(update)
+                update = self._settle(request, share, outcome, first, now)
+            if update is not None:
+                updates.append(update)
+        self.num_generated_tokens += num_quiet
         return updates
 
-    def _check_shape(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        wanted = [len(s.targets) for s in plan.requests]
-        given = [len(rows) for rows in outcome.rows]
-        for index in outcome.errors or ():
-            if 0 <= index < len(given):
-                given[index] = wanted[index]  # a request that failed has no rows to give
-        if wanted != given:
-            raise ValueError(
-                f"step {plan.step_id} wants {wanted} logit rows of its requests, its outcome has "
-                f"{given}"
-            )
-
     def _settle(
-        self, scheduled: ScheduledRequest, rows: Sequence[RowResult], now: float
+        self, request: Request, share: Share, outcome: StepOutcome, first: int, now: float
     ) -> Update | None:
-        """One request's share of a step: its tokens are computed, its rows are answers."""
-        request, start, tokens, _, _, targets = scheduled
-        request.num_computed = computed = start + len(tokens)
-        if computed >= (request.num_published + 1) * self.config.block_size:
-            self._publish(request)
-        if self._parked and computed >= request.num_prompt_tokens:
-            self._unpark(request)
-        num_rows = len(targets)
-        samples = num_rows > 0 and targets[-1] == SAMPLE
-        scored: tuple[TokenLogprob, ...] = ()
-        if num_rows > samples:
-            found = [row.logprob for row in rows[: num_rows - samples]]
-            scored = tuple(entry for entry in found if entry is not None)
-            request.prompt_logprobs += scored
-        if samples:
-            return self._append(request, rows[-1], scored, now)
-        if request.max_tokens == 0 and computed >= request.num_prompt_tokens:
+        """One request's share of a step is computed; its answers are the logit rows from `first`
+        on."""
+        token_ids, logprobs = outcome.token_ids, outcome.logprobs
+        last = first + len(share.targets) - share.samples
+        scored = tuple([logprobs[row] for row in range(first, last) if row in logprobs])
+        request.prompt_logprobs += scored
+        if share.samples:
+            return self._append(request, token_ids[last], logprobs.get(last), scored, now)
+        if request.max_tokens == 0 and request.num_computed >= request.num_prompt_tokens:
             return self._end(request, FinishReason.LENGTH, now, scored=scored)
         return Update(request, (), (), scored, "", False) if scored else None
 
@@ -469,29 +237,33 @@ class Scheduler:
         """Let others hit the blocks that are now full of computed tokens."""
         num_full = request.num_computed // self.config.block_size
         if self.config.enable_prefix_caching:
-            keys = self._keys(request, num_full)
+            keys = request.prefix_keys(self.config.block_size, num_full)
             for i in range(request.num_published, num_full):
                 self.blocks.publish(request.block_ids[i], keys[i])
         request.num_published = num_full
 
     def _append(
-        self, request: Request, row: RowResult, scored: tuple[TokenLogprob, ...], now: float
-    ) -> Update:
+        self,
+        request: Request,
+        token: int,
+        logprob: TokenLogprob | None,
+        scored: tuple[TokenLogprob, ...],
+        now: float,
+    ) -> Update | None:
         """One sampled token: put it in its place, make it text, end the request if it does."""
-        token, text = row.token_id, request.text
+        text = None if request.quiet else request.text
         if token < 0:
             why = request.form.error or _NOTHING_ALLOWED
             return self._end(request, FinishReason.ERROR, now, scored=scored, error=why)
-        tokens = request.token_ids
-        tokens[-request.num_pending] = token
-        request.num_pending -= 1
+        request.place(token)
+        self.num_generated_tokens += 1
         if not request.decodes:
             self._mark_decode(request, now)
         logprobs: tuple[TokenLogprob, ...] = ()
-        if row.logprob is not None:
-            logprobs = (row.logprob,)
-            request.logprobs.append(row.logprob)
-        num_output = len(tokens) - request.num_prompt_tokens - request.num_pending
+        if logprob is not None:
+            logprobs = (logprob,)
+            request.logprobs.append(logprob)
+        num_output = request.num_computed + 1 - request.num_prompt_tokens
         delta = ""
         stop: str | int | None = None
         reason: FinishReason | None = None
@@ -517,6 +289,8 @@ class Scheduler:
         except Exception as problem:  # one request's text must not end the step of all
             reason = FinishReason.ERROR
             error = f"token {token} could not be made text: {type(problem).__name__}: {problem}"
+        if reason is None and request.quiet:
+            return None
         if reason is None:
             return Update(request, (token,), logprobs, scored, delta, False)
         return self._end(
@@ -529,6 +303,7 @@ class Scheduler:
             delta=delta,
             stop_reason=stop,
             error=error,
+            silent=silent,
         )
 
     def _mark_decode(self, request: Request, now: float) -> None:
@@ -574,10 +349,19 @@ class Scheduler:
         delta: str = "",
         stop_reason: str | int | None = None,
         error: str | None = None,
+        silent: bool = False,
     ) -> Update:
         """The one way out: -> FINISHED, out of every queue, blocks returned (or left in flight)."""
         was_running = request.state is _RUNNING
-        _charge(request)
+        request.settle_account()
+        if request.quiet:
+            tokens = request.output_token_ids
+            try:
+                delta = _whole_text(request, tokens[:-1] if silent else tokens, reason)
+            except Exception as problem:  # as above
+                reason, stop_reason = FinishReason.ERROR, None
+                why = f"{type(problem).__name__}: {problem}"
+                error = error or f"the output could not be made text: {why}"
         request.finish(reason, now, stop_reason=stop_reason, error=error)
         if was_running:
             del self._running[index_of(self._running, request)]
@@ -639,9 +423,9 @@ class Scheduler:
             owned_blocks=blocks.num_owned,
             num_accepted=self._num_accepted,
             num_finished=self._num_finished,
-            num_preemptions=self._num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=self._num_cached_tokens,
+            num_preemptions=self._planner.num_preemptions,
+            num_prompt_tokens=self._planner.num_prompt_tokens,
+            num_cached_tokens=self._planner.num_cached_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -662,10 +446,10 @@ class Scheduler:
             raise IntegrityError("the waiting are miscounted")
 
 
-def _charge(request: Request) -> None:
-    """Put what it was served since the last time on its tenant's account: tokens computed or in
-    flight, but for those found in the cache or computed anew after a preemption."""
-    served = request.num_scheduled - request.num_charged
-    if served > 0:
-        request.account.charge(served)
-        request.num_charged = request.num_scheduled
+def _whole_text(request: Request, token_ids: Sequence[int], reason: FinishReason) -> str:
+    """The text of a quiet request, made at its end; what is cut short is not finished."""
+    if request.text is None:
+        return ""
+    text = request.text.extend(token_ids)
+    by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
+    return text + request.text.finish() if by_itself else text

@@ -186,13 +186,17 @@ class Timeline:
             for (state, start), end in zip(self._marks, ends, strict=True)
         )
 
+    def spent(self) -> dict[str, int]:
+        """Nanoseconds in each state so far; one that it was never in may be missing."""
+        current, since = self._marks[-1]
+        spent = self._spent.copy()
+        spent[current] = spent.get(current, 0) + self._now - since
+        return spent
+
     def seconds(self, *states: str) -> float:
         """Time spent in these states."""
-        current, since = self._marks[-1]
-        spent = self._now - since if current in states else 0
-        for state in states:
-            spent += self._spent.get(state, 0)
-        return spent / 1e9
+        spent = self.spent()
+        return sum([spent.get(state, 0) for state in states]) / 1e9
 
     def _advance(self, now: float) -> int:
         if not self._closed:

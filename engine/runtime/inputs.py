@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from operator import is_
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
-from ..core.plan import PENDING, SAMPLE, StepPlan
+from ..core.plan import PENDING, SAMPLE, Roster, StepPlan
 from ..core.request import Request, SamplingParams
 
 
+class _Layout:
+    """Where a roster's tokens and logit rows lie in the packed step; and its last step."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        roster = plan.roster
+        counts = np.array([share.num_tokens for share in roster.shares], dtype=np.int32)
+        first = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=first[1:])
+        self.roster = roster
+        self.step_id = plan.step_id
+        self.counts = counts  # [S] tokens of each
+        self.query_start = first  # [S + 1]
+        self.owner = np.repeat(np.arange(len(counts)), counts)  # [T] whose each token is
+        self.strides = counts[self.owner]  # [T] by how much its position grows from step to step
+        start = np.array(plan.starts, dtype=np.int32)
+        self.seq_len = start + counts  # [S]
+        within = np.arange(first[-1], dtype=np.int32) - first[self.owner]
+        self.positions = start[self.owner] + within  # [T]
+        offsets = [share.logit_offsets for share in roster.shares]
+        self.logit_rows = _int32(
+            start + offset
+            for start, wanted in zip(first.tolist(), offsets, strict=False)
+            for offset in wanted
+        )
+
+    def leads_to(self, plan: StepPlan) -> bool:
+        """Whether the plan is the one behind, of the same roster."""
+        return plan.roster is self.roster and plan.step_id == self.step_id + 1
+
+    def go_on(self) -> None:
+        """To the roster's next step."""
+        self.step_id += 1
+        self.seq_len = self.seq_len + self.counts
+        self.positions = self.positions + self.strides
+
+
 class StepInputsBuilder:
-    """Packs plans; remembers the block tables of the one before, of which few change."""
+    """Packs plans; remembers what the one before was laid out like, for the same roster again."""
 
     def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+        self._block_size = np.int32(block_size)
+        self._layout: _Layout | None = None
         self._tables = _BlockTables()
 
     def build(self, plan: StepPlan, before: StepPlan | None = None) -> StepInputs:
@@ -30,56 +67,52 @@ class StepInputsBuilder:
 
         `before` is the plan still in flight, if any, that samples the tokens not known yet.
         """
-        _, starts, tokens, tables, offsets, _ = zip(*plan.requests, strict=True)
-        num_seqs, block_size = len(starts), np.int32(self._block_size)
-        start = np.array(starts, dtype=np.int32)
-        query_start = np.zeros(num_seqs + 1, dtype=np.int32)
-        np.cumsum(list(map(len, tokens)), out=query_start[1:])
-        token_ids = np.array(list(chain.from_iterable(tokens)), dtype=np.int32)
+        layout = self._layout
+        if layout is not None and layout.leads_to(plan):
+            layout.go_on()
+        else:
+            layout = self._layout = _Layout(plan)
+        token_ids = np.array(plan.token_ids, dtype=np.int32)
         if before is not None:
-            rows_before = _sampled_rows(before)
-            for s, end in zip(plan.requests, query_start[1:].tolist(), strict=True):
-                if s.token_ids[-1] == PENDING:
-                    token_ids[end - 1] = -1 - rows_before[s.request]
-        counts = query_start[1:] - query_start[:-1]
-        owner = np.repeat(np.arange(num_seqs), counts)
-        positions = np.arange(len(token_ids), dtype=np.int32) + (start - query_start[:-1])[owner]
-        block_table = self._tables.of(tables)
-        rows = [
-            first + offset
-            for first, wanted in zip(query_start.tolist(), offsets, strict=False)
-            for offset in wanted
-        ]
+            _name_pending(token_ids, layout, before)
+        block_table = self._tables.of(plan.roster)
+        block, offset = np.divmod(layout.positions, self._block_size)
         return StepInputs(
             token_ids=token_ids,
-            positions=positions,
-            query_start=query_start,
-            seq_len=start + counts,
+            positions=layout.positions,
+            query_start=layout.query_start,
+            seq_len=layout.seq_len,
             block_table=block_table,
-            slot=block_table[owner, positions // block_size] * block_size + positions % block_size,
-            logit_rows=np.array(rows, dtype=np.int32),
+            slot=block_table[layout.owner, block] * self._block_size + offset,
+            logit_rows=layout.logit_rows,
         )
 
 
-def _sampled_rows(plan: StepPlan) -> dict[Request, int]:
-    """Of each request that samples, the row that does: its last."""
-    ends = accumulate(len(s.targets) for s in plan.requests)
-    return {s.request: end - 1 for s, end in zip(plan.requests, ends, strict=True) if s.samples}
+def _name_pending(token_ids: np.ndarray, layout: _Layout, before: StepPlan) -> None:
+    """Put the row of `before` that samples it, as -1 - row, in the place of each PENDING token:
+    the last of its request."""
+    requests = before.roster.requests
+    rows = {requests[place]: row for place, row in before.roster.sampling_rows}
+    ends = layout.query_start[1:].tolist()
+    for request, end in zip(layout.roster.requests, ends, strict=True):
+        if token_ids[end - 1] == PENDING:
+            token_ids[end - 1] = -1 - rows[request]
 
 
 class _BlockTables:
-    """The requests' tables as one array. A table only grows: while the same lists come, what is
-    there stays, and what they grew by is added."""
+    """A roster's tables as one array. They only grow: while the same roster comes, what is there
+    stays, and what they grew by is added."""
 
     def __init__(self) -> None:
-        self._tables: Sequence[Sequence[int]] = ()
+        self._roster: Roster | None = None
         self._lengths: list[int] = []  # what the array holds of each
         self._array = np.zeros((0, 0), dtype=np.int32)
 
-    def of(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
+    def of(self, roster: Roster) -> np.ndarray:
         """[S, longest], zero behind a table's end; valid until the next call."""
+        tables = roster.tables
         lengths = list(map(len, tables))
-        same = len(tables) == len(self._tables) and all(map(is_, tables, self._tables))
+        same = roster is self._roster
         if same and lengths == self._lengths:
             return self._array
         known = self._lengths if same else [0] * len(tables)
@@ -92,7 +125,7 @@ class _BlockTables:
         for row, (table, first) in enumerate(zip(tables, known, strict=True)):
             if first < len(table):
                 self._array[row, first : len(table)] = table[first:]
-        self._tables, self._lengths = tables, lengths
+        self._roster, self._lengths = roster, lengths
         return self._array
 
 
@@ -106,12 +139,11 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Constants:
-    """What does not change from step to step while the same requests want the same rows."""
+    """What does not change from step to step of one roster."""
 
-    requests: Sequence[Request]
-    targets: Sequence[Sequence[int]]
+    roster: Roster
     rows: Sequence[_Row]
-    fields: dict[str, np.ndarray]
+    inputs: SamplingInputs  # but for its position
     bias: bool  # whether any row may have entries of that kind
     bans: bool
     forms: bool  # whether any row has a mask that changes
@@ -132,7 +164,10 @@ class SamplingInputsBuilder:
         Penalties, bans and the like read the tokens so far: those sampled by earlier plans must
         be known. What the rows of a request that has ended meanwhile hold is of no account.
         """
-        constants = self._constants_of(plan)
+        constants = self._constants
+        if constants is None or constants.roster is not plan.roster:
+            constants = self._constants = self._constants_of(plan.roster)
+        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
         changing: dict[str, np.ndarray] = {}
         if self._seen:
             changing |= self._history(constants.rows)
@@ -142,36 +177,33 @@ class SamplingInputsBuilder:
             changing |= _csr("ban", map(_bans, constants.rows))
         if constants.forms:
             changing["mask_table"] = self._form_masks(constants)
-        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
-        return SamplingInputs(position=position, **(constants.fields | changing))
+        if not changing:
+            return constants.inputs.at(position)
+        return dataclasses.replace(constants.inputs, position=position, **changing)
 
-    def _constants_of(self, plan: StepPlan) -> _Constants:
-        requests, _, _, _, _, targets = zip(*plan.requests, strict=True)
-        known = self._constants
-        if known is None or known.requests != requests or known.targets != targets:
-            rows = [
-                _Row(request, target == SAMPLE)
-                for request, wanted in zip(requests, targets, strict=True)
-                for target in wanted
-            ]
-            params = [row.request.params for row in rows if row.samples]
-            self._seen = {
-                row.request: self._seen.get(row.request) or _Seen(row.request)
-                for row in rows
-                if row.samples and _penalised(row.request.params)
-            }
-            known = self._constants = _Constants(
-                requests,
-                targets,
-                rows,
-                self._columns(rows) | {"target": _int32(chain.from_iterable(targets))},
-                any(p.logit_bias or p.dry_multiplier for p in params),
-                any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
-                any(row.samples and row.request.form.masks for row in rows),
-            )
-        return known
+    def _constants_of(self, roster: Roster) -> _Constants:
+        targets = [share.targets for share in roster.shares]
+        rows = [
+            _Row(request, target == SAMPLE)
+            for request, wanted in zip(roster.requests, targets, strict=True)
+            for target in wanted
+        ]
+        params = [row.request.params for row in rows if row.samples]
+        self._seen = {
+            row.request: self._seen.get(row.request) or _Seen(row.request)
+            for row in rows
+            if row.samples and _penalised(row.request.params)
+        }
+        return _Constants(
+            roster,
+            rows,
+            self._inputs(rows, _int32(chain.from_iterable(targets))),
+            any(p.logit_bias or p.dry_multiplier for p in params),
+            any(p.min_tokens or p.no_repeat_ngram_size or p.bad_words for p in params),
+            any(row.samples and row.request.form.masks for row in rows),
+        )
 
-    def _columns(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
+    def _inputs(self, rows: Sequence[_Row], target: np.ndarray) -> SamplingInputs:
         def column(name: str, off: float, dtype: Any) -> np.ndarray:
             return np.array(
                 [getattr(row.request.params, name) if row.samples else off for row in rows],
@@ -181,27 +213,29 @@ class SamplingInputsBuilder:
         mask_row, mask_table = self._mask(rows)
         f32, i32 = np.float32, np.int32
         none: Sequence[_Entries] = [()] * len(rows)
-        return {
-            "temperature": column("temperature", 0.0, f32),
-            "top_k": column("top_k", 0, i32),
-            "top_p": column("top_p", 1.0, f32),
-            "min_p": column("min_p", 0.0, f32),
-            "typical_p": column("typical_p", 1.0, f32),
-            "top_n_sigma": column("top_n_sigma", 0.0, f32),
-            "xtc_probability": column("xtc_probability", 0.0, f32),
-            "xtc_threshold": column("xtc_threshold", 0.1, f32),
-            "repetition_penalty": column("repetition_penalty", 1.0, f32),
-            "presence_penalty": column("presence_penalty", 0.0, f32),
-            "frequency_penalty": column("frequency_penalty", 0.0, f32),
-            "seed": np.array([row.request.seed for row in rows], dtype=np.uint64),
-            "sample_index": np.array([row.request.sample_index for row in rows], dtype=np.uint32),
-            "num_logprobs": np.array([_num_logprobs(row) for row in rows], dtype=i32),
-            "mask_row": mask_row,
-            "mask_table": mask_table,
+        return SamplingInputs(
+            temperature=column("temperature", 0.0, f32),
+            top_k=column("top_k", 0, i32),
+            top_p=column("top_p", 1.0, f32),
+            min_p=column("min_p", 0.0, f32),
+            typical_p=column("typical_p", 1.0, f32),
+            top_n_sigma=column("top_n_sigma", 0.0, f32),
+            xtc_probability=column("xtc_probability", 0.0, f32),
+            xtc_threshold=column("xtc_threshold", 0.1, f32),
+            repetition_penalty=column("repetition_penalty", 1.0, f32),
+            presence_penalty=column("presence_penalty", 0.0, f32),
+            frequency_penalty=column("frequency_penalty", 0.0, f32),
+            seed=np.array([row.request.seed for row in rows], dtype=np.uint64),
+            sample_index=np.array([row.request.sample_index for row in rows], dtype=np.uint32),
+            num_logprobs=np.array([_num_logprobs(row) for row in rows], dtype=i32),
+            position=np.zeros(len(rows), dtype=np.uint32),
+            target=target,
+            mask_row=mask_row,
+            mask_table=mask_table,
             **_csr("history", none, count=i32),
             **_csr("bias", none, values=f32),
             **_csr("ban", none),
-        }
+        )
 
     def _history(self, rows: Sequence[_Row]) -> dict[str, np.ndarray]:
         seen = [self._seen.get(row.request) if row.samples else None for row in rows]
@@ -237,8 +271,8 @@ class SamplingInputsBuilder:
 
     def _form_masks(self, constants: _Constants) -> np.ndarray:
         """The mask table with this step's rows of those whose output has a form."""
-        table: np.ndarray = constants.fields["mask_table"].copy()
-        places = constants.fields["mask_row"].tolist()
+        table: np.ndarray = constants.inputs.mask_table.copy()
+        places = constants.inputs.mask_row.tolist()
         for row, place in zip(constants.rows, places, strict=True):
             if row.samples and row.request.form.masks:
                 table[place] = row.request.form.mask()

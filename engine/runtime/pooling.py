@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...kernels.backend import Executable
-from ..core.plan import ScheduledRequest, StepPlan
+from ..core.plan import StepPlan
 from .inputs import StepInputsBuilder
 
 
@@ -61,20 +61,21 @@ class Pooling:
         """Compute the share of those requests, and return the plan of the others."""
         if not self.pools:
             return plan
-        mine: list[ScheduledRequest] = []
-        others: list[ScheduledRequest] = []
-        for s in plan.requests:
-            (mine if s.request.key in self.pools else others).append(s)
+        mine: list[int] = []
+        others: list[int] = []
+        for place, request in enumerate(plan.roster.requests):
+            (mine if request.key in self.pools else others).append(place)
         if not mine:
             return plan
         if self._executable is None:
             self._executable = self._lower()
-        step = self._inputs.build(replace(plan, requests=tuple(mine)))
+        pooled = plan.part(mine)
+        step = self._inputs.build(pooled)
         every = np.arange(len(step.token_ids), dtype=np.int32)
         rows = self._executable.run(replace(step, logit_rows=every)).numpy()
-        for s, first in zip(mine, step.query_start.tolist(), strict=False):
+        for s, first in zip(pooled.requests, step.query_start.tolist(), strict=False):
             self.pools[s.request.key].add(s.start, rows[first : first + s.num_tokens])
-        return replace(plan, requests=tuple(others))
+        return plan.part(others)
 
 
 __all__ = ["Pool", "Pooling"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,11 @@ from ...kernels.backend import (
     StepInputs,
 )
 from ...kernels.program import Program
+from ...kernels.sampling import FAILED
 from ...kernels.weights import RawWeight, WeightGroup
 from ..config import ModelConfig
-from ..core.plan import RowResult, ScheduledRequest, StepOutcome, StepPlan, TokenLogprob
+from ..core.form import FREE
+from ..core.plan import Roster, StepOutcome, StepPlan, TokenLogprob
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
 from .pooling import Pooling
 
@@ -59,11 +60,11 @@ class Flight:
     def fail(self, error: Exception) -> None:
         """A step that fails ends its own requests, and the engine goes on."""
         message = f"the step failed: {type(error).__name__}: {error}"
-        self.land(dict.fromkeys(range(len(self.plan.requests)), message))
+        self.land(dict.fromkeys(range(len(self.plan.starts)), message))
 
     def land(self, errors: dict[int, str] | None = None) -> None:
-        """Its answer has no rows: there is nothing more to wait for."""
-        outcome = StepOutcome(tuple(() for _ in self.plan.requests), errors)
+        """There is nothing to wait for: its rows, if it has any, failed."""
+        outcome = StepOutcome([FAILED] * self.plan.num_logit_rows, errors=errors or {})
         self.execution = Execution(outcome, self.build_s, time.perf_counter() - self.launched)
 
 
@@ -105,6 +106,7 @@ class Runner:
             lambda: backend.lower(hidden(), packed, self._cache), StepInputsBuilder(kv.block_size)
         )
         self._sampling = SamplingInputsBuilder(config.vocab_size)
+        self._host: _ByHost | None = None  # of the last plan's roster
         self.observers: dict[tuple[str, int], LogprobObserver] = {}
 
     def launch(self, plan: StepPlan, before: Flight | None = None) -> Flight:
@@ -113,7 +115,7 @@ class Runner:
         flight = Flight(plan)
         try:
             rest = self.pooling.run(plan)
-            if not rest.requests:
+            if not rest.starts:
                 flight.land()
                 return flight
             step = self._inputs.build(rest, None if before is None else before.plan)
@@ -157,12 +159,18 @@ class Runner:
 
     def _wanted_by_host(self, plan: StepPlan) -> bool:
         """True where Python code reads or changes the step's logits."""
-        return any(
-            s.request.params.logits_processor is not None
-            or s.request.key in self.observers
-            or s.request.form.near
-            for s in plan.requests
+        host = self._by_host(plan)
+        return (
+            bool(host.processors)
+            or any(request.form.near for request, _ in host.forms)
+            or any(request.key in self.observers for request in plan.roster.requests)
         )
+
+    def _by_host(self, plan: StepPlan) -> _ByHost:
+        host = self._host
+        if host is None or host.roster is not plan.roster:
+            host = self._host = _ByHost(plan.roster)
+        return host
 
     def answer(self, flight: Flight) -> Execution:
         """The step's answer, once it is there; the same again where it was asked for already."""
@@ -183,66 +191,78 @@ class Runner:
         assert rows is not None
         if rows.num_rows == 0:  # every request is in the middle of its prompt
             logits.wait()
-            return StepOutcome(tuple(() for _ in plan.requests))
+            return StepOutcome(())
         errors: dict[int, str] = {}
         if flight.sampling is not None:
             result = flight.sampling.result()
         else:
-            logits = self._host_processors(plan, logits, errors)
+            host = self._by_host(plan)
+            if host.processors:
+                logits = self._process(host, logits, errors)
             result = self._sampler.run(logits, rows)
             for last in range(RESAMPLES, -1, -1):
-                if not _refuse_unsettled(plan, rows, result, forced=last == 0):
+                if not _refuse_unsettled(host, rows, result, forced=last == 0):
                     break
                 result = self._sampler.run(logits, rows)
             if self.observers:
                 self._observe(plan, logits)
-        flight.tokens = np.maximum(result.tokens, 0)  # -1: the row failed, and its request ends
-        return StepOutcome(_rows(plan, result, rows.num_logprobs), errors or None)
+        flight.tokens = np.maximum(result.tokens, 0)  # FAILED: the row's request ends
+        tokens = result.tokens.tolist()
+        return StepOutcome(tokens, _logprobs(tokens, result, rows.num_logprobs), errors)
 
-    def _host_processors(self, plan: StepPlan, logits, errors: dict[int, str]):  # type: ignore[no-untyped-def]
+    def _process(self, host: _ByHost, logits, errors: dict[int, str]):  # type: ignore[no-untyped-def]
         """Apply the library face's Python logits processors to their own rows."""
-        if not any(s.request.params.logits_processor for s in plan.requests):
-            return logits
-        host = logits.numpy()
-        for index, (s, first) in enumerate(_first_rows(plan)):
-            process = s.request.params.logits_processor
-            if not s.samples or process is None:
-                continue
-            row = first + len(s.logit_offsets) - 1
-            tokens = s.request.known_token_ids
+        values = logits.numpy()
+        for place, request, row, process in host.processors:
             try:
-                changed = np.asarray(process(tokens, host[row].copy()), dtype=np.float32)
-                if changed.shape != host[row].shape:
-                    raise ValueError(f"returned shape {changed.shape}, expected {host[row].shape}")
-                host[row] = changed
+                tokens = request.known_token_ids
+                changed = np.asarray(process(tokens, values[row].copy()), dtype=np.float32)
+                if changed.shape != values[row].shape:
+                    raise ValueError(
+                        f"returned shape {changed.shape}, expected {values[row].shape}"
+                    )
+                values[row] = changed
             except Exception as error:  # a caller's bug ends the caller's request, not the step
-                errors[index] = f"logits_processor raised {type(error).__name__}: {error}"
-        return self._sampler.from_numpy(host)
+                errors[place] = f"logits_processor raised {type(error).__name__}: {error}"
+        return self._sampler.from_numpy(values)
 
     def _observe(self, plan: StepPlan, logits) -> None:  # type: ignore[no-untyped-def]
-        wanted = [
-            (s, first, self.observers[s.request.key])
-            for s, first in _first_rows(plan)
-            if s.request.key in self.observers and s.logit_offsets
-        ]
-        if wanted:
-            logprobs = self._sampler.log_softmax(logits)
-            for s, first, observer in wanted:
+        first, logprobs = 0, None
+        for s in plan.requests:
+            observer = self.observers.get(s.request.key)
+            if observer is not None and s.logit_offsets:
+                if logprobs is None:
+                    logprobs = self._sampler.log_softmax(logits)
                 position = s.start + s.logit_offsets[0] + 1
                 observer(position, logprobs[first : first + len(s.logit_offsets)])
+            first += len(s.logit_offsets)
+
+
+class _ByHost:
+    """The requests of a roster whose sampling Python code may have a part in."""
+
+    def __init__(self, roster: Roster) -> None:
+        sampling = [(place, roster.requests[place], row) for place, row in roster.sampling_rows]
+        self.roster = roster
+        # (its place in the roster, the request, its logit row, the function), and (request, row).
+        self.processors = [
+            (place, request, row, process)
+            for place, request, row in sampling
+            if (process := request.params.logits_processor) is not None
+        ]
+        self.forms = [(request, row) for _, request, row in sampling if request.form is not FREE]
 
 
 def _refuse_unsettled(
-    plan: StepPlan, rows: SamplingInputs, result: SampleResult, *, forced: bool
+    host: _ByHost, rows: SamplingInputs, result: SampleResult, *, forced: bool
 ) -> bool:
     """Forbid in their masks the tokens behind which a request's form could not end in time; where
     `forced`, allow the form's own choice alone. True where there were any: the rows are then
     sampled again, and as a row is a function of itself the others keep their tokens."""
     found = False
-    for s, first in _first_rows(plan):
-        row = first + len(s.logit_offsets) - 1
-        form = s.request.form
-        if not (form.near and s.samples) or result.tokens[row] < 0:
+    for request, row in host.forms:
+        form = request.form
+        if not form.near or result.tokens[row] < 0:
             continue
         token = int(result.tokens[row])
         if not form.settle(token):
@@ -255,35 +275,16 @@ def _refuse_unsettled(
     return found
 
 
-def _first_rows(plan: StepPlan) -> list[tuple[ScheduledRequest, int]]:
-    """Each scheduled request with the index of its first logit row."""
-    out, at = [], 0
-    for s in plan.requests:
-        out.append((s, at))
-        at += len(s.logit_offsets)
-    return out
-
-
-def _rows(
-    plan: StepPlan, result: SampleResult, num_logprobs: np.ndarray
-) -> tuple[tuple[RowResult, ...], ...]:
-    tokens = result.tokens.tolist()
-    wanted = num_logprobs.tolist()
-
-    def logprob(row: int) -> TokenLogprob:
-        top = tuple(
-            zip(
-                result.top_ids[row, : wanted[row]].tolist(),
-                result.top_logprobs[row, : wanted[row]].tolist(),
-                strict=True,
-            )
+def _logprobs(
+    tokens: list[int], result: SampleResult, num_logprobs: np.ndarray
+) -> dict[int, TokenLogprob]:
+    """Of the rows that want them."""
+    out = {}
+    for row in np.flatnonzero(num_logprobs >= 0).tolist():
+        width = num_logprobs[row]
+        top_ids = result.top_ids[row, :width].tolist()
+        top = tuple(zip(top_ids, result.top_logprobs[row, :width].tolist(), strict=True))
+        out[row] = TokenLogprob(
+            tokens[row], float(result.logprobs[row]), int(result.ranks[row]), top
         )
-        return TokenLogprob(tokens[row], float(result.logprobs[row]), int(result.ranks[row]), top)
-
-    found = iter(
-        [
-            RowResult(token, logprob(row) if wanted[row] >= 0 else None)
-            for row, token in enumerate(tokens)
-        ]
-    )
-    return tuple([tuple(islice(found, len(s.targets))) for s in plan.requests])
+    return out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from operator import attrgetter, is_
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +15,9 @@ from ._native import Pool, RowSampler
 
 # The native program takes the parameters by the names they have in SamplingInputs.
 _PARAMETERS = tuple(field.name for field in fields(SamplingInputs))
+# All but the position stay the same arrays from step to step, while the same rows are asked for.
+_LASTING = tuple(name for name in _PARAMETERS if name != "position")
+_lasting = attrgetter(*_LASTING)
 
 
 class CpuLogits:
@@ -46,6 +52,9 @@ class CpuSampler:
         self.vocab_size = vocab_size
         pool = Pool(threads) if isinstance(threads, int) else threads
         self._native = RowSampler(vocab_size, pool)
+        self._known: tuple[Any, ...] = (None,) * len(_LASTING)  # what was checked last
+        self._ready: Mapping[str, np.ndarray] = {}
+        self._width = 0  # of the top logprobs that they ask for
 
     def run(self, logits: Logits, rows: SamplingInputs) -> SampleResult:
         """Tokens and logprobs of R rows; see SampleResult.
@@ -55,9 +64,7 @@ class CpuSampler:
         states.
         """
         x = self._array(logits)
-        sampling.check_rows(rows, *x.shape)
-        count = len(x)
-        width = max(0, int(rows.num_logprobs.max(initial=0)))
+        count, width = len(x), self._make_ready(rows, x)
         result = SampleResult(
             tokens=np.empty(count, dtype=np.int32),
             logprobs=np.empty(count, dtype=np.float32),
@@ -67,7 +74,8 @@ class CpuSampler:
         )
         self._native.run(
             x,
-            **{name: np.ascontiguousarray(getattr(rows, name)) for name in _PARAMETERS},
+            **self._ready,
+            position=np.ascontiguousarray(rows.position),
             tokens=result.tokens,
             logprobs=result.logprobs,
             ranks=result.ranks,
@@ -75,6 +83,18 @@ class CpuSampler:
             top_logprobs=result.top_logprobs,
         )
         return result
+
+    def _make_ready(self, rows: SamplingInputs, x: np.ndarray) -> int:
+        """Check the rows against logits x, once while they last; returns how many top logprobs
+        the answer has room for."""
+        lasting = _lasting(rows)
+        if len(x) != rows.num_rows or not all(map(is_, lasting, self._known)):
+            sampling.check_rows(rows, *x.shape)
+            ready = tuple(map(np.ascontiguousarray, lasting))
+            self._ready = dict(zip(_LASTING, ready, strict=True))
+            self._known = ready  # a copy is made anew each time
+            self._width = max(0, int(rows.num_logprobs.max(initial=0)))
+        return self._width
 
     def from_numpy(self, logits: np.ndarray) -> CpuLogits:
         """Logits on the host, [R, V] float32, as this sampler takes them; no copy."""

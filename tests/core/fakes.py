@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from engineroom.engine.core.plan import (
     PENDING,
     SAMPLE,
-    RowResult,
     ScheduledRequest,
     StepOutcome,
     StepPlan,
@@ -129,9 +128,11 @@ class FakeDevice:
         self.num_tokens = 0
 
     def execute(self, plan: StepPlan) -> StepOutcome:
-        return StepOutcome(tuple(self._run(s) for s in plan.requests))
+        rows = [row for s in plan.requests for row in self._run(s)]
+        logprobs = {row: entry for row, (_, entry) in enumerate(rows) if entry is not None}
+        return StepOutcome([token for token, _ in rows], logprobs)
 
-    def _run(self, s: ScheduledRequest) -> tuple[RowResult, ...]:
+    def _run(self, s: ScheduledRequest) -> list[tuple[int, TokenLogprob | None]]:
         request, size, cache = s.request, self._size, self._cache
         output = self._sampled.setdefault(request, [])
         prompt = request.token_ids[: request.num_prompt_tokens]
@@ -148,7 +149,7 @@ class FakeDevice:
         assert kept == sequence[: s.start], f"{request}: its cache holds another's tokens"
         for position, token in enumerate(tokens, start=s.start):
             cache[table[position // size]][position % size] = token
-        rows = []
+        rows: list[tuple[int, TokenLogprob | None]] = []
         for offset, target in zip(s.logit_offsets, s.targets, strict=True):
             position = s.start + offset + 1
             if target == SAMPLE:
@@ -156,8 +157,8 @@ class FakeDevice:
                 token = self.scripts[request].token(position - len(prompt))
                 output.append(token)
                 wants = request.params.logprobs is not None
-                rows.append(RowResult(token, score(position, token) if wants else None))
+                rows.append((token, score(position, token) if wants else None))
             else:
                 assert target == sequence[position], "scores another token than the prompt's"
-                rows.append(RowResult(target, score(position, target)))
-        return tuple(rows)
+                rows.append((target, score(position, target)))
+        return rows

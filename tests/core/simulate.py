@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engineroom.engine.core.detokenize import TextStream
 from engineroom.engine.core.plan import PENDING, StepOutcome, StepPlan
@@ -78,6 +78,7 @@ class World:
         self.scheduler = Scheduler(self.config, clock=self._clock, fault=self._fault)
         self.device = FakeDevice(num_blocks, block_size)
         self.flight: list[tuple[StepPlan, StepOutcome | None]] = []
+        self.last: StepPlan | None = None
         self.watched: dict[Request, Watched] = {}
         self.live: dict[Request, Watched] = {}
         self.to_arrive = rng.randrange(1, 16)
@@ -171,6 +172,7 @@ class World:
             "arrival": self.now,
             "cache_salt": rng.choice((b"", b"", b"salt")),
             "eos_token_ids": frozenset({EOS}),
+            "final_only": rng.random() < 0.3,
         }
         group: list[Request] = []
         for index in range(num_samples):
@@ -237,9 +239,7 @@ class World:
         outcome = self.device.execute(plan)
         if self.rng.random() < 0.01:
             victim = self.rng.randrange(len(plan.requests))
-            rows = list(outcome.rows)
-            rows[victim] = ()
-            return StepOutcome(tuple(rows), {victim: "injected"})
+            return replace(outcome, errors={victim: "injected"})
         return outcome
 
     def _commit(self) -> None:
@@ -286,8 +286,13 @@ class World:
         assert not {s.request for s in plan.requests} & set(plan.preempted), "preempted and planned"
         scored = plan.num_logit_rows - sum(s.samples for s in plan.requests)
         assert scored <= config.max_prompt_logprob_rows, "too many prompt-logprob rows"
+        last, self.last = self.last, plan
+        if last is not None and plan.roster is last.roster:
+            ends = [s.start + s.num_tokens for s in last.requests]
+            assert list(plan.starts) == ends, "a kept roster must go on where it ended"
         for s in plan.requests:
             assert s.num_tokens > 0
+            assert s.block_ids is s.request.block_ids
             assert PENDING not in s.token_ids[:-1], "more than one token is not known"
 
     def _check_answer(self, w: Watched) -> None:

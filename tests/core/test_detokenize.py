@@ -112,6 +112,13 @@ noise = st.lists(
 def test_equals_the_naive_truth_however_it_is_cut(data, places, stops, include, strip):
     pieces = cut(data, places)
     deltas, tail, text = stream(pieces, stop=stops, include_stop=include, strip_leading_space=strip)
+    at_once = TextStream(
+        pieces.__getitem__, stop=stops, include_stop=include, strip_leading_space=strip
+    )
+    middle = len(pieces) // 2
+    halves = [at_once.extend(range(middle)), at_once.extend(range(middle, len(pieces)))]
+    assert halves == ["".join(deltas[:middle]), "".join(deltas[middle:])]
+    assert (at_once.finish(), at_once.text, at_once.matched) == (tail, text.text, text.matched)
     whole = data.decode("utf-8", "replace")
     if strip:
         whole = whole.removeprefix(" ")

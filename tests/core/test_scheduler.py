@@ -5,7 +5,7 @@ import random
 import pytest
 
 from engineroom.engine.core.detokenize import TextStream
-from engineroom.engine.core.plan import PENDING, SAMPLE, RowResult, StepOutcome
+from engineroom.engine.core.plan import PENDING, SAMPLE, StepOutcome
 from engineroom.engine.core.request import (
     AdmissionError,
     FinishReason,
@@ -403,7 +403,7 @@ class TestFollowers:
         bench = Bench(max_num_batched_tokens=5)
         leader, followers = self.group(bench)
         plan = bench.scheduler.schedule()
-        outcome = StepOutcome(((),), {0: "bad luck"})
+        outcome = StepOutcome([0] * plan.num_logit_rows, errors={0: "bad luck"})
         (update,) = bench.scheduler.commit(plan, outcome)
         assert update.request is leader and leader.error == "bad luck"
         bench.run()
@@ -575,8 +575,9 @@ class TestEnds:
         bench = Bench()
         good, bad = bench.add("good", 3), bench.add("bad", [9, 9])
         plan = bench.scheduler.schedule()
-        rows = bench.device.execute(plan).rows
-        updates = bench.scheduler.commit(plan, StepOutcome((rows[0], ()), {1: "processor raised"}))
+        tokens = bench.device.execute(plan).token_ids
+        outcome = StepOutcome(tokens, errors={1: "processor raised"})
+        updates = bench.scheduler.commit(plan, outcome)
         assert {u.request: u.finished for u in updates} == {good: False, bad: True}
         assert bad.error == "processor raised"
         bench.scheduler.check_integrity()
@@ -690,6 +691,112 @@ class TestAbort:
         assert request.error == "the template broke"
 
 
+class TestRoster:
+    def test_it_stays_while_the_same_requests_decode(self):
+        bench = Bench()
+        bench.add("a", 3, max_tokens=8)
+        first = bench.step()
+        second, third = bench.step(), bench.step()
+        assert second.roster is third.roster is not first.roster
+        assert (second.starts, third.starts) == ((3,), (4,))
+        bench.add("b", 3)
+        assert bench.step().roster is not third.roster
+        assert bench.step().roster.log_entries == (("a", 0, 1, "decode"), ("b", 0, 1, "decode"))
+
+    def test_a_request_that_comes_back_begins_a_new_one(self):
+        """Even where it goes on at the place where it was: its table is another."""
+        armed = []
+        bench = Bench(fault=lambda _: bool(armed), block_size=1, num_blocks=8)
+        request = bench.add("a", 3, max_tokens=5, priority=1)
+        bench.step()
+        before = bench.step()
+        bench.add("b", 7, max_tokens=1)
+        armed.append(True)
+        assert bench.scheduler.schedule() is None and request.num_preemptions == 1
+        armed.clear()
+        bench.scheduler.abort("b")
+        after = bench.step()
+        assert after.roster.requests == before.roster.requests
+        assert after.roster.shares == before.roster.shares and after.starts == (4,)
+        assert after.roster is not before.roster
+        assert after.roster.tables[0] is request.block_ids
+
+
+class TestQuiet:
+    """A request that nobody reads before its end."""
+
+    def pair(self, **options):
+        """The same request twice, read as it grows and quiet; both have ended."""
+        bench, out = Bench(), []
+        for name in ("read", "quiet"):
+            text = TextStream(token_bytes, skip_ids=frozenset({5}))
+            out.append(bench.add(name, [7, 7], text=text, final_only=name == "quiet", **options))
+        bench.run()
+        return bench, *out
+
+    @pytest.mark.parametrize(
+        ("tokens", "params"),
+        [
+            ([1, 6, 7, 5, 2, 11], SamplingParams(max_tokens=6)),
+            ([1, 6, 9], SamplingParams(max_tokens=3)),  # ends within a character
+            ([1, 2, EOS], SamplingParams(max_tokens=6)),
+            ([1, 3, 2], SamplingParams(max_tokens=6, stop_token_ids=(3,))),
+            (
+                [3, 1, 3],
+                SamplingParams(
+                    max_tokens=6,
+                    min_tokens=2,
+                    stop_token_ids=(3,),
+                    include_stop_str_in_output=True,
+                ),
+            ),
+            ([1, 2, BANNED], SamplingParams(max_tokens=6)),
+        ],
+    )
+    def test_it_ends_like_any_other(self, tokens, params):
+        bench, read, quiet = self.pair(tokens=tokens, params=params, max_tokens=params.max_tokens)
+        assert quiet.quiet and not read.quiet
+        for name in ("output_token_ids", "finish_reason", "stop_reason", "error"):
+            assert getattr(quiet, name) == getattr(read, name), name
+        assert quiet.text.text == read.text.text
+        (update,) = bench.of(quiet)
+        assert update.finished and update.new_token_ids == quiet.output_token_ids
+        assert update.text_delta == quiet.text.text
+        assert bench.scheduler.num_generated_tokens == 2 * len(read.output_token_ids)
+
+    def test_what_an_abort_cuts_short_keeps_its_text(self):
+        bench = Bench()
+        text = TextStream(token_bytes)
+        bench.add("q", 3, text=text, tokens=[1, 2, 6, 1], final_only=True)
+        for _ in range(3):
+            bench.step()
+        bench.scheduler.abort("q")
+        (update,) = bench.scheduler.drain_finished()
+        assert update.text_delta == text.text == "ab"  # and no part of a character
+
+    def test_a_broken_detokeniser_ends_it_with_its_error(self):
+        def broken(token):
+            raise KeyError(token)
+
+        bench = Bench()
+        request = bench.add("q", 3, text=TextStream(broken), final_only=True)
+        bench.run()
+        assert request.finish_reason is FinishReason.ERROR and "KeyError" in request.error
+        assert request.stop_reason is None
+
+    def test_who_asks_for_more_than_tokens_and_text_is_not(self):
+        bench = Bench()
+        for name, params in enumerate(
+            (
+                SamplingParams(stop=("ab",)),
+                SamplingParams(logprobs=0),
+                SamplingParams(prompt_logprobs=0),
+                SamplingParams(n=1, best_of=2),
+            )
+        ):
+            assert not bench.request(str(name), params=params, final_only=True).quiet
+
+
 class TestInFlight:
     def test_the_pending_token_is_counted_and_filled(self):
         bench = Bench()
@@ -702,7 +809,7 @@ class TestInFlight:
         with pytest.raises(RuntimeError, match="in flight"):
             bench.scheduler.schedule()
         with pytest.raises(RuntimeError, match="oldest"):
-            bench.scheduler.commit(second, StepOutcome(((RowResult(1),),)))
+            bench.scheduler.commit(second, StepOutcome([1]))
         bench.commit(first)
         assert request.output_token_ids == (1,) and request.num_pending == 1
         bench.commit(second)
@@ -754,9 +861,9 @@ class TestInFlight:
         bench = Bench()
         request = bench.add("a", 3)
         plan = bench.scheduler.schedule()
-        for rows in ((), ((),), ((RowResult(1), RowResult(2)),)):
+        for tokens in ([], [1, 2]):
             with pytest.raises(ValueError, match="step 0"):
-                bench.scheduler.commit(plan, StepOutcome(rows))
+                bench.scheduler.commit(plan, StepOutcome(tokens))
         bench.scheduler.check_integrity()
         bench.commit(plan)
         assert request.output_token_ids == (1,)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engineroom.engine.core import planner
 from engineroom.engine.core.blocks import BlockManager
 from engineroom.engine.core.scheduler import Scheduler
 from tests.core.simulate import SimulationError, World
@@ -17,7 +18,9 @@ def test_worlds(part):
 
 def test_the_worlds_are_hard_enough():
     """What the seeds must contain for their passing to mean anything."""
-    seen = dict.fromkeys(("preempted", "hit", "follower", "scored", "refused", "faults", "cut"), 0)
+    seen = dict.fromkeys(
+        ("preempted", "hit", "follower", "scored", "refused", "faults", "cut", "quiet"), 0
+    )
     flights = set()
     for seed in range(150):
         world = World(seed).run()
@@ -30,6 +33,7 @@ def test_the_worlds_are_hard_enough():
             seen["follower"] += w.request.leader is not None and w.request.num_cached_tokens > 0
             seen["scored"] += w.request.max_prompt_rows > 0 and w.request.num_preemptions > 0
             seen["cut"] += w.cut_short is not None
+            seen["quiet"] += w.request.quiet
     assert flights == {0, 1}
     assert min(seen.values()) >= 5, seen
 
@@ -67,12 +71,12 @@ def _release_in_flight(patch):
 
 
 def _starve_the_last(patch):
-    whole = Scheduler._chunk
+    whole = planner._share
 
-    def chunk(self, request, draft, start):
-        return 0 if request.order[2] == 1 else whole(self, request, draft, start)
+    def share(request, draft, start):
+        return None if request.order[2] == 1 else whole(request, draft, start)
 
-    patch.setattr(Scheduler, "_chunk", chunk)
+    patch.setattr(planner, "_share", share)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,14 @@ import pytest
 from engineroom import LLM, SamplingParams
 from engineroom.engine.account.ledger import Ledger, Prices
 from engineroom.engine.config import ConfigError
+from engineroom.engine.core.outputs import OutputGroup
+from engineroom.engine.core.plan import DECODE, Roster, Share, StepPlan
+from engineroom.engine.core.request import Request
 from tests.counts import count
 from tests.engine.late import late_backends
 from tests.engine.test_overlap import FORMS, ROOMY, TIGHT, draw
 
+STEPS = 70  # with a new fit of the rates among them
 GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=12, ignore_eos=True)
 
 
@@ -84,6 +88,75 @@ def test_shares_and_idle_are_all_the_meter_counts(
         idle += ledger.idle
     assert idle > 0
     llm.close()
+
+
+def test_when_costs_are_asked_for_changes_them_by_roundings_alone() -> None:
+    """After every step, or at the end of many: by a nanojoule for each time that was asked."""
+    for seed in range(count(reduced=20, full=500)):
+        rng = random.Random(seed)
+        params = SamplingParams(max_tokens=5)
+        requests = [
+            Request(request_id=str(i), prompt_token_ids=[1], params=params, max_tokens=5, seed=0)
+            for i in range(rng.randrange(1, 6))
+        ]
+        shares = [rng.choice((DECODE, Share(7, (), ()))) for _ in requests]
+        roster = Roster(tuple(requests), tuple(shares), tuple([] for _ in requests))
+        starts = [rng.randrange(9000) for _ in requests]
+        often, late = (Ledger(Jumpy(seed), clock_ns=Jumpy(seed + 1).read) for _ in range(2))
+        told = []
+        for ledger in (often, late):
+            groups = {
+                r.request_id: OutputGroup(
+                    r.request_id,
+                    prompt=None,
+                    echo_text="",
+                    params=params,
+                    samples=[r],
+                    decode_token=str,
+                )
+                for r in requests
+            }
+            ledger.begin()
+            begun = ledger.total
+            for step in range(STEPS):
+                now = [s + step * share.num_tokens for s, share in zip(starts, shares, strict=True)]
+                plan = StepPlan(step, roster, now, [1] * roster.num_tokens)
+                ledger.charge(plan, groups, 0.001 * len(requests))
+                if ledger is often:
+                    ledger.cost(groups["0"])
+            ledger.cost(groups["0"])
+            told.append([(g.nanojoules, g.nanoseconds) for g in groups.values()])
+            assert sum(joules for joules, _ in told[-1]) == ledger.total - begun
+        assert sum(spent for _, spent in told[0]) == sum(spent for _, spent in told[1])
+        for one, other in zip(*told, strict=True):
+            assert abs(one[0] - other[0]) <= STEPS and abs(one[1] - other[1]) <= STEPS
+
+
+def test_a_share_is_as_large_as_the_work() -> None:
+    """Of two that decode, against the model's own words, over steps in which the past grows."""
+    params = SamplingParams(max_tokens=5)
+    near, far = (
+        Request(request_id=i, prompt_token_ids=[1], params=params, max_tokens=5, seed=0)
+        for i in "nf"
+    )
+    ledger = Ledger(Steady(0))
+    step, token, position = ledger._rates.rates
+    roster = Roster((near, far), (DECODE, DECODE), ([], []))
+    groups = {
+        r.request_id: OutputGroup(
+            r.request_id, prompt=None, echo_text="", params=params, samples=[r], decode_token=str
+        )
+        for r in (near, far)
+    }
+    ledger.begin()
+    before, expected = ledger.total, 0.0
+    for n in range(40):
+        ledger.charge(StepPlan(n, roster, [n, 5000 + n], [1, 1]), groups, 0.01)
+        works = [step // 2 + token + position * (start + 1) for start in (n, 5000 + n)]
+        expected += (ledger.total - before) * works[1] / sum(works)
+        before = ledger.total
+    ledger.cost(groups["f"])
+    assert groups["f"].nanojoules == pytest.approx(expected, rel=1e-9)
 
 
 def test_what_an_ended_request_still_had_in_flight_is_nobodys(

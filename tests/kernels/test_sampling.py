@@ -604,6 +604,28 @@ def test_logits_of_other_dtypes_are_refused() -> None:
 
 
 @every_sampler
+def test_rows_at_the_next_position_are_those_made_anew(make: Callable[[int], Sampler]) -> None:
+    """Whatever a sampler keeps of the rows before; and a bad array among known ones is seen."""
+    x = np.random.default_rng(3).normal(size=(2, 64)).astype(np.float32)
+    sampler, asked = make(64), {"temperature": 1.0, "seed": 5, "num_logprobs": 2}
+    rows = inputs([asked, {**asked, "bias": {3: 2.0}}], 64)
+    kept = [sampler.run(sampler.from_numpy(x), rows.at(np.full(2, p, np.uint32))) for p in range(6)]
+    for position, result in enumerate(kept):
+        anew = inputs([{**asked, "position": position}] * 2, 64)
+        anew = dataclasses.replace(
+            anew, bias_start=rows.bias_start, bias_ids=rows.bias_ids, bias_values=rows.bias_values
+        )
+        fresh = make(64)
+        expected = fresh.run(fresh.from_numpy(x), anew)
+        assert [row_bytes(result, r) for r in (0, 1)] == [row_bytes(expected, r) for r in (0, 1)]
+    bad = dataclasses.replace(rows, bias_ids=np.array([64], np.int32))
+    with pytest.raises(ValueError, match=r"token ids are 0\.\.63"):
+        sampler.run(sampler.from_numpy(x), bad)
+    with pytest.raises(ValueError, match="1 rows of logits"):
+        sampler.run(sampler.from_numpy(x[:1]), rows)
+
+
+@every_sampler
 def test_no_rows_give_no_answers(make: Callable[[int], Sampler]) -> None:
     sampler = make(8)
     result = sampler.run(sampler.from_numpy(np.zeros((0, 8), np.float32)), inputs([], 8))

@@ -170,7 +170,7 @@ def _configure_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from .tools.chat import Conversation, statistics
+    from .tools.chat import Conversation, form_of, statistics
     from .tools.options import CHAT_DEFAULTS, engine_config, sampling_params
     from .tools.session import Session, open_engine
 
@@ -179,7 +179,7 @@ def _chat(args: argparse.Namespace) -> int:
         return _usage("chat shows one answer; for --n, --best-of and logprobs use `complete`")
     engine = open_engine(engine_config(args, args.model, max_num_seqs=1))
     try:
-        engine.loaded.require_chat_template()
+        template = engine.loaded.require_chat_template().source
         interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
         conversation = Conversation(
             Session(engine),
@@ -187,6 +187,7 @@ def _chat(args: argparse.Namespace) -> int:
             system=args.system,
             interactive=interactive,
             colour=_colour(),
+            form=form_of(template),
         )
         if args.prompt is not None:
             output = conversation.ask(args.prompt)

@@ -13,12 +13,14 @@ class ReasoningFormat:
     """The markers around a model's thoughts.
 
     `messages`: the whole answer is messages with headers, thoughts being one kind (harmony.py).
+    `key`: under which a template looks for the thoughts of an earlier message without content.
     """
 
     name: str
     begin: str
     end: str
     messages: bool = False
+    key: str = "reasoning_content"
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -47,7 +49,9 @@ REASONING_FORMATS = {
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
-        ReasoningFormat("harmony", "<|channel|>analysis<|message|>", "<|end|>", messages=True),
+        ReasoningFormat(
+            "harmony", "<|channel|>analysis<|message|>", "<|end|>", messages=True, key="thinking"
+        ),
     )
 }
 

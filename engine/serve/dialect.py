@@ -32,6 +32,7 @@ from .settings import ServeConfig
 log = logging.getLogger(__name__)
 _TAIL = 32  # tokens of a prompt's end: an opening marker and white space, however they are cut
 _MAX_TOOLS = 128
+_THOUGHTS = "reasoning_content"  # of a message, as every interface has it
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,8 @@ class Dialect:
             given["tools"] = [f.plain() for f in use.offered]
         if any(m.get("tool_calls") for m in messages):
             messages = _formed(messages, *await self._history_form(llm))
+        if self.reasoning is not None and self.reasoning.key != _THOUGHTS:
+            messages = [_with_thoughts(m, self.reasoning.key) for m in messages]
         if self.tools is not None and self.tools.short_ids:
             messages = _with_short_ids(messages)
         return await llm.render_chat(messages, **given)
@@ -445,6 +448,14 @@ def _formed_message(message: dict[str, Any], null: bool, text: bool) -> dict[str
         ]
     content = message.get("content") or (None if null else "")
     return {**message, "content": content, "tool_calls": calls}
+
+
+def _with_thoughts(message: dict[str, Any], key: str) -> dict[str, Any]:
+    """Its thoughts under `key`; left out beside content, where such a template refuses them."""
+    if _THOUGHTS not in message:
+        return message
+    rest = {k: v for k, v in message.items() if k != _THOUGHTS}
+    return rest if rest.get("content") else {**rest, key: message[_THOUGHTS]}
 
 
 def _as_text(arguments: Any) -> str:

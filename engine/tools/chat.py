@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from ..core.request import AdmissionError, RequestOutput, SamplingParams
+from ..dialects.answer import Answer, AnswerParser
+from ..dialects.parts import Part, Reasoning, Text
+from ..dialects.reasoning import ReasoningFormat, reasoning_format_of
 from ..load.chat_template import TemplateError
 from .session import Session, ctrl_c
 
@@ -39,12 +42,19 @@ class Conversation:
         out: TextIO | None = None,
         interactive: bool = False,
         colour: bool = False,
+        form: ReasoningFormat | None = None,
     ) -> None:
+        """`form`: of answers that are messages with headers, where the model gives such."""
         self._session = session
         self._params = params
         self._out = out if out is not None else sys.stdout
         self._interactive = interactive
         self._colour = colour
+        self._form = form
+        self._thinks = False  # what was written last was a thought
+        if form is not None and params.skip_special_tokens:
+            kept = dict.fromkeys((*params.keep_special_tokens, *form.markers))
+            self._params = params.replace(keep_special_tokens=tuple(kept))
         self.system = system
         self.messages: list[dict[str, str]] = []  # without the system message
 
@@ -58,22 +68,40 @@ class Conversation:
         asked = {"role": "user", "content": text}
         prompt = self._session.engine.render_chat([*self._system(), *self.messages, asked])
         last: RequestOutput | None = None
+        parser = AnswerParser(self._form.parser(inside=False) if self._form else None, None)
+        answered = Answer()
         with ctrl_c(self._session.interrupt):
             for output in self._session.run(prompt, self._params):
-                self._write(output.deltas[0] if output.deltas else "")
+                parts = parser.feed(output.deltas[0] if output.deltas else "")
+                parts += parser.finish() if output.finished else []
+                self._show(parts)
+                answered.add(parts)
                 last = output
         if last is None:
             raise RuntimeError("the engine ended a request without an output")
         self._write("\n")
-        answer = {"role": "assistant", "content": last.outputs[0].text}
+        self._thinks = False
+        answer = {"role": "assistant", "content": answered.text}
         self.messages += [asked, answer]
         return last
 
     def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _write(self, text: str) -> None:
-        self._out.write(printable(text) if self._out.isatty() else text)
+    def _show(self, parts: list[Part]) -> None:
+        """Thoughts are for who sits before it: dim where colours are shown, and left out of a
+        pipe."""
+        for part in parts:
+            if isinstance(part, Text):
+                self._write("\n" * self._thinks + part.text)
+                self._thinks = False
+            elif isinstance(part, Reasoning) and self._interactive:
+                self._thinks = True
+                self._write(part.text, dim=self._colour)
+
+    def _write(self, text: str, *, dim: bool = False) -> None:
+        text = printable(text) if self._out.isatty() else text
+        self._out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
         self._out.flush()
 
     def say(self, text: str) -> None:
@@ -175,6 +203,12 @@ class Conversation:
             self.say(f"saved to {path}")
 
 
+def form_of(template: str) -> ReasoningFormat | None:
+    """The form of answers that are messages with headers; None where a template has others."""
+    form = reasoning_format_of(template)
+    return form if form is not None and form.messages else None
+
+
 def statistics(output: RequestOutput) -> str:
     """ "12 tokens · 34.5 tok/s · first token 0.21 s · 3.1 J", and why it ended early, if it did."""
     times, tokens = output.timings, output.usage.completion_tokens
@@ -201,4 +235,4 @@ def printable(text: str) -> str:
     )
 
 
-__all__ = ["Conversation", "printable", "statistics"]
+__all__ = ["Conversation", "form_of", "printable", "statistics"]

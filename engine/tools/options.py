@@ -243,7 +243,9 @@ SERVE_HELP = {
     "shared_prefix_cache": "share cached prompt beginnings across API keys",
     "tool_format": "how the model writes tool calls; auto reads it off the chat template, none "
     "reads no calls (docs/server.md has the names)",
-    "reasoning_format": "how the model writes its thoughts: auto, none, think, mistral, seed or harmony",
+    "reasoning_format": (
+        "how the model writes its thoughts: auto, none, think, mistral, seed or harmony"
+    ),
     "timeout_ms": "ends requests after so many milliseconds that name no timeout_ms of their own",
     "drain_timeout": "seconds that running requests get to finish in after a signal",
     "health_timeout": "seconds without progress after which /health fails",

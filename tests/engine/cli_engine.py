@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from engineroom.engine.core.cost import Cost
@@ -30,8 +31,8 @@ class ScriptedEngine:
         self._running: dict[str, dict[str, Any]] = {}
         self.loaded = self
 
-    def require_chat_template(self) -> None:
-        pass
+    def require_chat_template(self) -> Any:
+        return SimpleNamespace(source="")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         self.rendered.append([dict(m) for m in messages])

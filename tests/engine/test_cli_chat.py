@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from engineroom.engine.core.request import AdmissionError
-from engineroom.engine.tools.chat import Conversation, printable, statistics
+from engineroom.engine.tools.chat import Conversation, form_of, printable, statistics
 from engineroom.engine.tools.options import CHAT_DEFAULTS
 from engineroom.engine.tools.session import Session
 
@@ -46,6 +46,27 @@ def test_the_conversation_is_kept() -> None:
         {"role": "assistant", "content": "The answer."},
         {"role": "user", "content": "Two?"},
     ]
+
+
+MESSAGES = [
+    "<|channel|>analysis<|mess",
+    "age|>The sea?<|end|>",
+    "<|start|>assistant<|channel|>final<|message|>",
+    "It is",
+    " blue.",
+]
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_of_messages_with_headers_the_answer_is_shown_and_kept(interactive: bool) -> None:
+    form = form_of("{{ '<|start|>assistant<|channel|>analysis<|message|>' }}")
+    chat, engine, out = conversation(MESSAGES, form=form, interactive=interactive, colour=True)
+    chat.ask("Which colour?")
+    dim = "\x1b[2mThe sea?\x1b[0m\n" if interactive else ""
+    assert out.getvalue() == f"{dim}It is blue.\n"
+    chat.ask("Sure?")
+    assert engine.rendered[1][1] == {"role": "assistant", "content": "It is blue."}
+    assert form_of("<think>") is None
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_it_said() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,16 +192,22 @@ def test_alibi_is_refused() -> None:
         backend.lower(program, {}, kv)
 
 
-@pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)
-@pytest.mark.parametrize("window", [0, 40])
-def test_sinks_are_their_formula_and_added_once(isa: str, kv_dtype: str, window: int) -> None:
-    """Over three splits of 256 keys, which threads share: in one step, and in chunks."""
+@cache
+def sunk(kv_dtype: str, window: int) -> tuple[Any, list[int], np.ndarray]:
+    """A layer with sinks, tokens of three splits of 256 keys, and what float64 makes of them."""
     from tests.kernels.test_reference_attention import VOCAB as TOKENS
     from tests.kernels.test_reference_attention import Shape, oracle
 
     shape = Shape(num_heads=6, num_kv_heads=2, head_dim=16, sinks=True, window=window)
     tokens = np.random.default_rng(2).integers(0, TOKENS, 530).tolist()
-    want = oracle(shape, tokens, "float32", kv_dtype)
+    return shape, tokens, oracle(shape, tokens, "float32", kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", CPU_KV_DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks_are_their_formula_and_added_once(isa: str, kv_dtype: str, window: int) -> None:
+    """Over splits that threads share: in one step, and in chunks."""
+    shape, tokens, want = sunk(kv_dtype, window)
     # Of bf16 q and weights are rounded too: scores to 20 are off by a few hundredths.
     loose = {"bfloat16": 1e-1, "int8": 1e-2, "int4": 1e-2}.get(kv_dtype, 2e-5)
     made = []

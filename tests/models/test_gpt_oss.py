@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engineroom.kernels.weights import BF16, F32, RawWeight
+from tests.counts import FULL
 from tests.models import tiny as cases
 from tests.models.test_logits import TOLERANCE
 from tests.models.tiny import GPT_OSS, PROMPT, Case, prompt
@@ -123,15 +124,15 @@ def test_int8_activations_are_near(published: tuple[Path, np.ndarray]) -> None:
     assert 1e-6 < np.median(np.abs(got - want).mean(1)) < 0.03 * np.abs(want).mean()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float16", *FULL * ["float32"]])
 def test_triton_is_the_reference(published: tuple[Path, np.ndarray], dtype: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed (it exists for Linux)")
     from tests.kernels.triton_device import TritonBackend
 
     folder, want = published
     run = bound(folder, TritonBackend(activation_dtype=dtype, threads=1))
-    got = run.run(step_inputs([Piece(prompt()[:19], (3, 0))], 16)).numpy()
-    far = np.abs(got - want[:19]).max(1) / np.abs(want).max()
+    got = run.run(step_inputs([Piece(prompt()[:11], (3, 0))], 16)).numpy()
+    far = np.abs(got - want[:11]).max(1) / np.abs(want).max()
     assert np.median(far) < {"float32": 1e-5, "float16": 1e-2}[dtype]
     assert (far > {"float32": 1e-4, "float16": 5e-2}[dtype]).sum() <= (dtype == "float16")
 

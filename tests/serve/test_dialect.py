@@ -114,6 +114,9 @@ type {{ tool.function.name }} = () => any;
 {%- for message in messages %}
 {%- if message.tool_calls %}
 {%- if "<|channel|>analysis<|message|>" in message.content %}{{ raise_exception() }}{% endif %}
+{%- if message.content and message.thinking %}{{ raise_exception() }}{% endif %}
+{%- if message.thinking %}<|start|>assistant<|channel|>analysis<|message|>
+{{- message.thinking + "<|end|>" }}{% endif %}
 {%- set call = message.tool_calls[0].function %}
 {{- "<|start|>assistant to=functions." + call.name }}
 {{- "<|channel|>commentary json<|message|>" }}
@@ -131,7 +134,12 @@ def test_a_turn_of_messages_with_headers() -> None:
     assert dialect.reasoning is not None and dialect.reasoning.name == "harmony"
     llm = cast(AsyncLLM, rendering)
     try:
-        turn = asyncio.run(dialect.turn(llm, MESSAGES, SamplingParams(), USE, {}))
+        asked = {**MESSAGES[1], "reasoning_content": "It has a tool."}
+        both = {**asked, "content": "Let me see."}
+        messages = [MESSAGES[0], asked, MESSAGES[2]]
+        turn = asyncio.run(dialect.turn(llm, messages, SamplingParams(), USE, {}))
+        messages[1] = both
+        said = asyncio.run(dialect.turn(llm, messages, SamplingParams(), USE, {}))
         plain = asyncio.run(dialect.turn(llm, MESSAGES[:1], SamplingParams(), ToolUse(), {}))
     finally:
         rendering.template.close()
@@ -141,6 +149,8 @@ def test_a_turn_of_messages_with_headers() -> None:
         assert marker in plain.params.keep_special_tokens
     told = "".join(map(chr, turn.prompt))
     assert "Of a city." in told and told.endswith("<|start|>assistant")
+    assert "<|channel|>analysis<|message|>It has a tool.<|end|>" in told
+    assert "It has a tool." not in "".join(map(chr, said.prompt))
     # What the template shows of the earlier call is what the reader reads.
     call = told[told.index(" to=functions.weather") : told.index("<|start|>functions")]
     reader = turn.reader()

@@ -110,9 +110,14 @@ ER_INLINE F clamped_silu_times(F g, F u) {  // f_min and f_max give the second w
 // The gate of a paired epilogue.
 template <Epilogue epilogue>
 ER_INLINE F gate_times(F g, F u) {
-    if constexpr (epilogue == Epilogue::kSiluMul) return silu_times(g, u);
-    if constexpr (epilogue == Epilogue::kGeluMul) return gelu_tanh_times(g, u);
-    if constexpr (epilogue == Epilogue::kClampedSiluMul) return clamped_silu_times(g, u);
+    if constexpr (epilogue == Epilogue::kSiluMul) {
+        return silu_times(g, u);
+    } else if constexpr (epilogue == Epilogue::kGeluMul) {
+        return gelu_tanh_times(g, u);
+    } else {
+        static_assert(epilogue == Epilogue::kClampedSiluMul);
+        return clamped_silu_times(g, u);
+    }
 }
 
 static void silu_mul(const float *gate, const float *up, float *out, int n) {

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from .checkpoint import Checkpoint
 from .mapped import CheckpointError
-from .pretokenizers import find_pre_tokenizer
+from .pretokenizers import PreTokenizer, find_pre_tokenizer
 from .sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_bpe_model
 from .split_tokenizer import SplitTokenizer
 from .vocabulary import (
@@ -67,9 +67,23 @@ def _byte_level(entries: _Entries) -> SplitTokenizer:
             _KEY,
         )
     pre = find_pre_tokenizer(name or "default")
-    merges = _split_merges(_array(entries.metadata, "merges", str, required=True))
+    backend = _merging(entries, pre)
+
+    def core(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return _tokenizer(
+        entries, core, to_bytes=byte_level_bytes, add_space_prefix=False, add_bos=pre.add_bos
+    )
+
+
+def _merging(entries: _Entries, pre: PreTokenizer) -> Any:
+    """The library's tokenizer. Its merges as Python has them are gone with this call: what is made
+    after it and stays would lie scattered among them, and keep their memory."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+    merges = _split_merges(_array(entries.metadata, "merges", str, required=True))
     # Words that merging never makes stay out, so that no plain text becomes a control token.
     vocab = dict(entries.ids)
     for text in entries.of_kinds(CONTROL, UNKNOWN):
@@ -88,14 +102,7 @@ def _byte_level(entries: _Entries) -> SplitTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-
-    def core(text: str) -> list[int]:
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-    return _tokenizer(
-        entries, core, to_bytes=byte_level_bytes, add_space_prefix=False, add_bos=pre.add_bos
-    )
+    return backend
 
 
 def _sentencepiece(entries: _Entries) -> SplitTokenizer:

@@ -9,7 +9,16 @@ import numpy as np
 
 from ..program import Op
 from .lower import Lowered, Node
-from .tiles import CpuWeight, Packer, by_expert, in_order, mixtures_of, values
+from .tiles import (
+    CpuWeight,
+    Packer,
+    by_expert,
+    in_order,
+    mixtures_of,
+    rows_from_tiles,
+    uses_of,
+    values,
+)
 
 
 class Binder:
@@ -69,9 +78,11 @@ class Binder:
         if table.parts[0].columns is not None:
             raise ValueError(f"table {table.name!r} has its columns in another order")
         parts: list[Any]
-        if not all(part.is_as_stored for part in table.parts):
-            # Made here, also for a head that shares it: its tiles are all there is of it.
-            self._packer.pack([table], paired=False)
+        name = self._program.handles[op.inputs[0]].name  # type: ignore[index]
+        # A program without the head finds the tiles that the one with it made.
+        multiplied = "linear" in uses_of(self._program)[name] or bool(table.tiles)
+        if rows_from_tiles(table.parts, multiplied):
+            self._packer.pack([table], paired=False)  # also for the head
             parts = list(table.tiles)
         else:
             parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in table.parts]

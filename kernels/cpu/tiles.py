@@ -85,14 +85,28 @@ def weights_bytes(program: Program, weights: Mapping[str, RawWeight | WeightGrou
         if len(weight.shape) == 1:
             total += 4 * weight.shape[0]
             continue
-        if "linear" in uses.get(name, ()):
+        used = uses.get(name, set())
+        from_tiles = "embedding" in used and rows_from_tiles(parts, "linear" in used)
+        if "linear" in used or from_tiles:
             total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
         if name in mixtures:
             each = by_expert(CpuWeight(parts, weight.shape), mixtures[name]).parts
             total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in each)
-        if "embedding" in uses.get(name, ()):
-            total += sum(p.nbytes for p in parts if p.is_as_stored)
+        if "embedding" in used and not from_tiles:
+            total += sum(p.nbytes for p in parts)
     return total
+
+
+def rows_from_tiles(parts: Sequence[RawWeight], multiplied: bool) -> bool:
+    """Whether an embedding reads its rows back from tiles instead of the checkpoint.
+
+    So it is for a table that loading makes, and for one that linear layers multiply by as well (the
+    head that is tied to it), which is then held once. Tiles that are rounded to bf16 do not have the
+    checkpoint's values, and its own rows are read.
+    """
+    if not all(part.is_as_stored for part in parts):
+        return True
+    return multiplied and all(tiles_format(part) is part.format for part in parts)
 
 
 def uses_of(program: Program) -> dict[str, set[str]]:

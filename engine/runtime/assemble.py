@@ -240,6 +240,7 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             limits=(config.max_num_batched_tokens, config.max_logit_rows, memory.max_model_len),
             hidden=plan.hidden,
         )
+        checkpoint.let_go()
         give_back_freed()
     except BaseException as error:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:

@@ -76,8 +76,11 @@ class Spellings(Sequence[str | None]):
     """
 
     def __init__(self, texts: Iterable[str | None]) -> None:
-        pieces = (b"\xfe" if t is None else t.encode("utf-8", "surrogatepass") for t in texts)
-        self._data = b"\xff".join([b"", *pieces, b""])
+        data = bytearray(b"\xff")
+        for text in texts:
+            data += b"\xfe" if text is None else text.encode("utf-8", "surrogatepass")
+            data += b"\xff"
+        self._data = bytes(data)
         self._starts = np.flatnonzero(np.frombuffer(self._data, np.uint8) == 0xFF) + 1
         if len(self._data) < 1 << 32:
             self._starts = self._starts.astype(np.uint32)
@@ -89,7 +92,7 @@ class Spellings(Sequence[str | None]):
     def __getitem__(self, index: int) -> str | None: ...
     @overload
     def __getitem__(self, index: slice) -> list[str | None]: ...
-    def __getitem__(self, index: int | slice) -> str | None | list[str | None]:
+    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones count from the end; IndexError beyond it
@@ -124,7 +127,7 @@ class Vocabulary:
         self.vocab_size = len(texts)
         self.special_ids = special_ids
         self.strip_leading_space = strip_leading_space
-        self._texts = Spellings(texts)
+        self._texts = texts if isinstance(texts, Spellings) else Spellings(texts)
         self._to_bytes = to_bytes
         self._literal = literal
         self._byte_values = byte_values

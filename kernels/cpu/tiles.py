@@ -101,7 +101,7 @@ def rows_from_tiles(parts: Sequence[RawWeight], multiplied: bool) -> bool:
     """Whether an embedding reads its rows back from tiles instead of the checkpoint.
 
     So it is for a table that loading makes, and for one that linear layers multiply by as well (the
-    head that is tied to it), which is then held once. Tiles that are rounded to bf16 do not have the
+    head that is tied to it), which is then held once. Tiles that are rounded to bf16 lack the
     checkpoint's values, and its own rows are read.
     """
     if not all(part.is_as_stored for part in parts):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from .checkpoint import Checkpoint
 from .mapped import CheckpointError
@@ -95,7 +95,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
 def _byte_level(entries: _Entries, ids: dict[str, int], pre: PreTokenizer) -> Core:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    merges = _split_merges(_array(entries.metadata, "merges", str, required=True))
+    merges = _Merges(_array(entries.metadata, "merges", str, required=True))
     # Words that merging never makes stay out, so that no plain text becomes a control token.
     vocab = dict(ids)
     for text in entries.of_kinds(CONTROL, UNKNOWN):
@@ -252,12 +252,33 @@ def _stand_ins(texts: list[str]) -> list[str]:
     return [t if t and well_formed(t) is t else f"[id {i}]" for i, t in enumerate(texts)]
 
 
-def _split_merges(merges: list[str]) -> list[tuple[str, str]]:
-    pairs: list[Any] = [tuple(m.split(" ")) for m in merges]
-    if set(map(len, pairs)) - {2}:
-        i = next(i for i, pair in enumerate(pairs) if len(pair) != 2)
-        raise _bad("merges", f"merge {i} is {merges[i][:40]!r}; it must be two tokens and a space")
-    return pairs
+class _Merges(Sequence[tuple[str, str]]):
+    """Merges as pairs of tokens, each made as the library asks for it: all at once they would take
+    more memory than all else that is read of a vocabulary."""
+
+    def __init__(self, merges: list[str]) -> None:
+        for i, merge in enumerate(merges):
+            if merge.count(" ") != 1:
+                raise _bad(
+                    "merges", f"merge {i} is {merge[:40]!r}; it must be two tokens and a space"
+                )
+        self._merges = merges
+
+    def __len__(self) -> int:
+        return len(self._merges)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first, _, second = self._merges[index].partition(" ")
+        return first, second
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (tuple(merge.split(" ")) for merge in self._merges)  # type: ignore[misc]
 
 
 def _text(metadata: Mapping[str, Any], name: str) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import threading
@@ -401,9 +400,11 @@ def _missing_for_gpu() -> str:
             f"{' and '.join(absent)} not installed. Install: pip install 'engineroom[gpu]' "
             "(triton exists for Linux)"
         )
-    if not _on_interpreter() and importlib.metadata.version("torch").endswith("+cpu"):
+    # Late: it brings in the e-mail package and 2 MiB, which no run on a CPU needs.
+    version = importlib.import_module("importlib.metadata").version("torch")
+    if not _on_interpreter() and version.endswith("+cpu"):
         return (
-            f"torch {importlib.metadata.version('torch')} is a CPU build. Install one for the GPU: "
+            f"torch {version} is a CPU build. Install one for the GPU: "
             "pip install --force-reinstall torch"
         )
     return ""

@@ -82,6 +82,10 @@ class Checkpoint(Protocol):
         """Of the files that hold the weights; see MappedFile.fingerprint."""
         ...
 
+    def let_go(self) -> None:
+        """Give the pages read so far back to the system; views of them stay good."""
+        ...
+
     def close(self) -> None:
         """Release the maps (views that are still held keep theirs alive)."""
         ...
@@ -146,6 +150,9 @@ class GgufCheckpoint:
     @property
     def file(self) -> GgufFile:
         return self._file
+
+    def let_go(self) -> None:
+        self._file.file.let_go()
 
     def close(self) -> None:
         self._file.close()
@@ -226,6 +233,10 @@ class SafetensorsCheckpoint:
         settings = [self.metadata.get(key) for key in QUANTISATION_KEYS]
         meaning = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"{files} {meaning[:16]}"
+
+    def let_go(self) -> None:
+        for shard in self._files.values():
+            shard.file.let_go()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -112,7 +112,8 @@ class _Array:
 
 
 class Metadata(Mapping[str, Any]):
-    """A GGUF file's key-value pairs; texts and arrays are decoded when first asked for, then kept.
+    """A GGUF file's key-value pairs. Texts are decoded when first asked for, then kept; arrays are
+    decoded each time, since a vocabulary's takes many times what it does in the file.
 
     Numbers are int, float or bool; arrays are lists. A text that is not UTF-8 shows the odd bytes
     as \\xNN. In an array of texts (a vocabulary may hold any bytes) they are surrogate escapes, so
@@ -130,7 +131,7 @@ class Metadata(Mapping[str, Any]):
             raw = self._file.buffer[value.start : value.stop]
             value = self._values[key] = raw.decode("utf-8", "backslashreplace")
         elif isinstance(value, _Array):
-            value = self._values[key] = self._decode(key, value)
+            value = self._decode(key, value)
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -149,17 +150,13 @@ class Metadata(Mapping[str, Any]):
     def count(self, key: str) -> int:
         """Elements of an array, without decoding it; 1 for any other value. Errors: KeyError."""
         value = self._values[key]
-        if isinstance(value, _Array):
-            return value.count
-        return len(value) if isinstance(value, list) else 1
+        return value.count if isinstance(value, _Array) else 1
 
     def numbers(self, key: str) -> np.ndarray:
         """An array of numbers as numpy [count]. Errors: KeyError; CheckpointError for others."""
         value = self._values[key]
         if isinstance(value, _Array) and value.element != _STRING:
             return self._numbers(value)
-        if isinstance(value, list) and self._types[key] != "array of string":
-            return np.asarray(value)
         raise CheckpointError(
             key, f"{self._file.name}: {key} is {self._types[key]}, not an array of numbers"
         )

@@ -67,6 +67,11 @@ class MappedFile:
         digest = hashlib.sha256(b"".join(self.buffer[at : at + 4096] for at in pages))
         return f"{self.size}.{self._changed_ns}.{digest.hexdigest()}"
 
+    def let_go(self) -> None:
+        """Give the pages read so far back to the system; what is read again comes from the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.buffer.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Release the map: at once, or when the last view of it is dropped. Twice does nothing."""
         mapped, self._map = self._map, None

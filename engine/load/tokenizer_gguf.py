@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from .checkpoint import Checkpoint
 from .mapped import CheckpointError
-from .pretokenizers import find_pre_tokenizer
+from .pretokenizers import PreTokenizer, find_pre_tokenizer
 from .sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_bpe_model
 from .split_tokenizer import SplitTokenizer
 from .vocabulary import (
+    Spellings,
     byte_level_bytes,
     byte_token,
     library_errors,
@@ -36,6 +37,7 @@ END_OF_TURN: Final = frozenset(
     "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
 )
 _KEY = "tokenizer.ggml."
+Core = Callable[[str], list[int]]  # the ids of a text without special tokens
 
 log = logging.getLogger(__name__)
 
@@ -51,36 +53,60 @@ def load_gguf_tokenizer(checkpoint: Checkpoint) -> SplitTokenizer:
             f"{_KEY}model: {'missing' if model is None else repr(model[:64])}"
             f"{f', the nearest is {near[0]!r}' if near else ''} (supported: {', '.join(MODELS)})",
         )
-    entries = _Entries.read(metadata)
-    return _byte_level(entries) if model == "gpt2" else _sentencepiece(entries)
+    entries, ids = _Entries.read(metadata)
+    pre = _pre_tokenizer(metadata) if model == "gpt2" else None
+    core = _sentencepiece(entries, ids) if pre is None else _byte_level(entries, ids, pre)
+    del ids  # what is made from here on stays; among so many texts it would keep their memory
+    control = entries.of_kinds(CONTROL, UNKNOWN)
+    user = entries.of_kinds(USER_DEFINED)
+    prefix = pre is None and entries.flag("add_space_prefix", True)
+    return SplitTokenizer(
+        entries.texts,
+        core,
+        to_bytes=spm_bytes if pre is None else byte_level_bytes,
+        control=control,
+        user=user,
+        byte_values=entries.byte_values,
+        bos=entries.special("bos"),
+        eos=entries.special("eos"),
+        end_ids=_end_ids(entries, control),
+        add_bos=entries.flag("add_bos_token", pre is None or pre.add_bos),
+        add_eos=entries.flag("add_eos_token", False),
+        space_prefix="each" if prefix else "never",
+        strip_right=entries.strip_right(control | user),
+        field=_KEY + "tokens",
+    )
 
 
 # -------------------------------------------------------------------------------- the two kinds
 
 
-def _byte_level(entries: _Entries) -> SplitTokenizer:
-    name = _text(entries.metadata, "pre")
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    name = _text(metadata, "pre")
     if not name:
         log.warning(
             "%spre is missing: text is cut into words as 'default' does, which may not be how this "
             "model was trained; convert it again with a current llama.cpp",
             _KEY,
         )
-    pre = find_pre_tokenizer(name or "default")
-    merges = _split_merges(_array(entries.metadata, "merges", str, required=True))
+    return find_pre_tokenizer(name or "default")
+
+
+def _byte_level(entries: _Entries, ids: dict[str, int], pre: PreTokenizer) -> Core:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+    merges = _Merges(_array(entries.metadata, "merges", str, required=True))
     # Words that merging never makes stay out, so that no plain text becomes a control token.
-    vocab = dict(entries.ids)
+    vocab = dict(ids)
     for text in entries.of_kinds(CONTROL, UNKNOWN):
         del vocab[text]
     with library_errors(_KEY + "merges", "building the vocabulary"):
         try:
             bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
         except Exception:
-            if len(vocab) == len(entries.ids):
+            if len(vocab) == len(ids):
                 raise
-            bpe = models.BPE(vocab=entries.ids, merges=merges, ignore_merges=pre.ignore_merges)
+            bpe = models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges)
         backend = Tokenizer(bpe)
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -90,15 +116,13 @@ def _byte_level(entries: _Entries) -> SplitTokenizer:
         )
 
     def core(text: str) -> list[int]:
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
+        encoded: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return encoded
 
-    return _tokenizer(
-        entries, core, to_bytes=byte_level_bytes, add_space_prefix=False, add_bos=pre.add_bos
-    )
+    return core
 
 
-def _sentencepiece(entries: _Entries) -> SplitTokenizer:
+def _sentencepiece(entries: _Entries, ids: dict[str, int]) -> Core:
     if entries.scores is None:
         raise CheckpointError(
             _KEY + "scores", f"{_KEY}scores is missing; a llama vocabulary merges by score"
@@ -106,7 +130,7 @@ def _sentencepiece(entries: _Entries) -> SplitTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     model = build_bpe_model(
-        [t.encode() for t in entries.unique_texts],
+        [t.encode() for t in ids],
         entries.scores,
         # A user-defined token merges like any other where the text does not spell it whole.
         [NORMAL if k == USER_DEFINED else k for k in entries.kinds],
@@ -114,41 +138,8 @@ def _sentencepiece(entries: _Entries) -> SplitTokenizer:
     )
     with library_errors(_KEY + "tokens", "building the vocabulary"):
         processor = SentencePieceProcessor(model_proto=model)
-    return _tokenizer(
-        entries,
-        processor.encode_as_ids,
-        to_bytes=spm_bytes,
-        add_space_prefix=entries.flag("add_space_prefix", True),
-        add_bos=True,
-    )
-
-
-def _tokenizer(
-    entries: _Entries,
-    core: Callable[[str], list[int]],
-    *,
-    to_bytes: Callable[[str], bytes],
-    add_space_prefix: bool,
-    add_bos: bool,
-) -> SplitTokenizer:
-    control = entries.of_kinds(CONTROL, UNKNOWN)
-    user = entries.of_kinds(USER_DEFINED)
-    return SplitTokenizer(
-        entries.texts,
-        core,
-        to_bytes=to_bytes,
-        control=control,
-        user=user,
-        byte_values=entries.byte_values,
-        bos=entries.special("bos"),
-        eos=entries.special("eos"),
-        end_ids=_end_ids(entries, control),
-        add_bos=entries.flag("add_bos_token", add_bos),
-        add_eos=entries.flag("add_eos_token", False),
-        space_prefix="each" if add_space_prefix else "never",
-        strip_right=entries.strip_right(control | user),
-        field=_KEY + "tokens",
-    )
+    encode: Core = processor.encode_as_ids
+    return encode
 
 
 # ---------------------------------------------------------------------------------- the metadata
@@ -159,16 +150,16 @@ class _Entries:
     """A GGUF vocabulary, checked: one text, kind and perhaps score per id, no text twice."""
 
     metadata: Mapping[str, Any]
-    texts: list[str]
-    unique_texts: list[str]  # the same, with a stand-in where the text is empty or not UTF-8
-    ids: dict[str, int]  # of unique_texts
+    texts: Spellings
     kinds: list[int]
-    odd: list[int]  # ids whose kind is not NORMAL: few, so that nothing else walks the vocabulary
+    odd: dict[int, str]  # those whose kind is not NORMAL, few, and their texts as `read` has them
     scores: list[float] | None
     byte_values: dict[int, int]
 
     @classmethod
-    def read(cls, metadata: Mapping[str, Any]) -> _Entries:
+    def read(cls, metadata: Mapping[str, Any]) -> tuple[_Entries, dict[str, int]]:
+        """The vocabulary, and its ids by text, in order: a text that is empty or not UTF-8 has a
+        stand-in there. Errors: CheckpointError."""
         texts = _array(metadata, "tokens", str, required=True)
         if not 0 < len(texts) <= MAX_TOKENS:
             raise _bad("tokens", f"{len(texts)} tokens; a vocabulary has 1..{MAX_TOKENS}")
@@ -188,7 +179,7 @@ class _Entries:
             twice = next(t for i, t in enumerate(unique) if ids[t] != i)
             first = unique.index(twice)
             raise _bad("tokens", f"token {twice[:40]!r} appears twice (ids {first}, {ids[twice]})")
-        odd = [i for i, kind in enumerate(kinds) if kind != NORMAL]
+        odd = {i: unique[i] for i, kind in enumerate(kinds) if kind != NORMAL}
         byte_values: dict[int, int] = {}
         for i in odd:
             if kinds[i] == BYTE:
@@ -199,11 +190,11 @@ class _Entries:
                         f"token {i} stands for a byte but is written {texts[i][:20]!r}, not <0xHH>",
                     )
                 byte_values[i] = value
-        return cls(metadata, texts, unique, ids, kinds, odd, scores, byte_values)
+        return cls(metadata, Spellings(texts), kinds, odd, scores, byte_values), ids
 
     def of_kinds(self, *kinds: int) -> dict[str, int]:
         """The tokens of these kinds: spelling to id."""
-        return {self.unique_texts[i]: i for i in self.odd if self.kinds[i] in kinds}
+        return {text: i for i, text in self.odd.items() if self.kinds[i] in kinds}
 
     def special(self, name: str) -> int | None:
         """The id under `<name>_token_id`, or None. Errors: CheckpointError (out of range)."""
@@ -261,12 +252,33 @@ def _stand_ins(texts: list[str]) -> list[str]:
     return [t if t and well_formed(t) is t else f"[id {i}]" for i, t in enumerate(texts)]
 
 
-def _split_merges(merges: list[str]) -> list[tuple[str, str]]:
-    pairs: list[Any] = [tuple(m.split(" ")) for m in merges]
-    if set(map(len, pairs)) - {2}:
-        i = next(i for i, pair in enumerate(pairs) if len(pair) != 2)
-        raise _bad("merges", f"merge {i} is {merges[i][:40]!r}; it must be two tokens and a space")
-    return pairs
+class _Merges(Sequence[tuple[str, str]]):
+    """Merges as pairs of tokens, each made as the library asks for it: all at once they would take
+    more memory than all else that is read of a vocabulary."""
+
+    def __init__(self, merges: list[str]) -> None:
+        for i, merge in enumerate(merges):
+            if merge.count(" ") != 1:
+                raise _bad(
+                    "merges", f"merge {i} is {merge[:40]!r}; it must be two tokens and a space"
+                )
+        self._merges = merges
+
+    def __len__(self) -> int:
+        return len(self._merges)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first, _, second = self._merges[index].partition(" ")
+        return first, second
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (tuple(merge.split(" ")) for merge in self._merges)  # type: ignore[misc]
 
 
 def _text(metadata: Mapping[str, Any], name: str) -> str | None:

@@ -7,9 +7,11 @@ the tokens that are matched whole in a text before the rest of it is tokenized.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, overload
+
+import numpy as np
 
 from .mapped import CheckpointError
 
@@ -66,6 +68,43 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+class Spellings(Sequence[str | None]):
+    """Texts by id, None where an id has none: as one piece of UTF-8 and where each begins.
+
+    A twentieth of what as many Python strings take. Bytes that UTF-8 never has stand between texts
+    (0xFF) and for None (0xFE); surrogates, which a vocabulary may hold, are kept.
+    """
+
+    def __init__(self, texts: Iterable[str | None]) -> None:
+        data = bytearray(b"\xff")
+        for text in texts:
+            data += b"\xfe" if text is None else text.encode("utf-8", "surrogatepass")
+            data += b"\xff"
+        self._data = bytes(data)
+        self._starts = np.flatnonzero(np.frombuffer(self._data, np.uint8) == 0xFF) + 1
+        if len(self._data) < 1 << 32:
+            self._starts = self._starts.astype(np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative ones count from the end; IndexError beyond it
+        piece = self._data[self._starts[index] : self._starts[index + 1] - 1]
+        return None if piece == b"\xfe" else piece.decode("utf-8", "surrogatepass")
+
+    def id_of(self, text: str) -> int | None:
+        """The last id that is spelled so, or None: a scan, for the few that are asked for."""
+        at = self._data.rfind(b"\xff" + text.encode("utf-8", "surrogatepass") + b"\xff")
+        return None if at < 0 else int(np.searchsorted(self._starts, at + 1))
+
+
 class Vocabulary:
     """Ids to bytes and text.
 
@@ -88,12 +127,11 @@ class Vocabulary:
         self.vocab_size = len(texts)
         self.special_ids = special_ids
         self.strip_leading_space = strip_leading_space
-        self._texts = texts
+        self._texts = texts if isinstance(texts, Spellings) else Spellings(texts)
         self._to_bytes = to_bytes
         self._literal = literal
         self._byte_values = byte_values
         self._bytes: dict[int, bytes] = {}
-        self._ids: dict[str, int] | None = None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes an id adds to a text. Errors: ValueError for an id outside the vocabulary."""
@@ -116,9 +154,7 @@ class Vocabulary:
 
     def token_id(self, text: str) -> int | None:
         """The id spelled exactly so in the vocabulary, or None."""
-        if self._ids is None:
-            self._ids = {t: i for i, t in enumerate(self._texts) if t is not None}
-        return self._ids.get(text)
+        return self._texts.id_of(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`: their bytes joined, as UTF-8, U+FFFD for what is none.
@@ -229,6 +265,7 @@ __all__ = [
     "CHAR_OF",
     "SPACE_MARK",
     "SpecialTokens",
+    "Spellings",
     "Vocabulary",
     "byte_level_bytes",
     "byte_token",

@@ -70,9 +70,9 @@ def gguf_sizes(
     if value_dim != head_dim:
         raise fields.bad("attention.value_length", value_dim, f"the key length, {head_dim}")
     whole = Fields(meta, "GGUF metadata")
-    tokens = whole.raw("tokenizer.ggml.tokens", ())
     vocab = fields.integer("vocab_size", 1, MAX_SIZE, None)
     if vocab is None:
+        tokens = whole.raw("tokenizer.ggml.tokens", ())
         vocab = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else 0
     if not 0 < vocab <= MAX_SIZE:
         raise ConfigError(

@@ -24,6 +24,7 @@ from ..load.mapped import CheckpointError
 from ..load.source import ModelSource, resolve
 from ..load.tokenizer import Tokenizer, load_tokenizer
 from ..models import Family
+from .heap import give_back_freed
 from .keep import keep_quantised
 from .load import open_model, raw_weights
 from .memory import DoesNotFit, MemoryPlan, activation_dtype, kv_spec, plan_memory, too_long
@@ -239,6 +240,8 @@ def load_model(config: EngineConfig, progress: Progress | None = None) -> Loaded
             limits=(config.max_num_batched_tokens, config.max_logit_rows, memory.max_model_len),
             hidden=plan.hidden,
         )
+        checkpoint.let_go()
+        give_back_freed()
     except BaseException as error:  # Ctrl-C while loading too: no helper process stays behind
         if template is not None:
             template.close()

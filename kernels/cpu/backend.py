@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
-from ..program import Op, Program
+from ..program import Program
 from ..weights import BF16, RawWeight, WeightGroup
 from . import _native
-from .lower import OPERATIONS, Lowered, Node, lower
-from .packed_cache import PackedCache, mapping_of
-from .quantise import as_tiles, tiles_format
+from .binder import Binder
+from .lower import OPERATIONS, lower
+from .packed_cache import PackedCache
+from .quantise import tiles_format
 from .sampler import CpuLogits, CpuSampler
+from .tiles import CpuWeight, Packer, weights_bytes
 
 ACTIVATIONS = ("auto", "int8", "float32")
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
-
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class CpuWeight:
-    """A weight as it came; what a Program does with it decides how `lower` packs it.
-
-    `tiles`: what `lower` made, one for each part; another Program over this weight shares them.
-    """
-
-    parts: tuple[RawWeight, ...]
-    shape: tuple[int, ...]
-    tiles: list[_native.PackedMatrix] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return "+".join(part.name for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,26 +97,8 @@ class CpuBackend:
     def weights_bytes(
         self, program: Program, weights: Mapping[str, RawWeight | WeightGroup]
     ) -> int:
-        """Memory that the weights take once lowered: tiles, and tables that rows are read of.
-
-        bf16 tiles count in full here, before a weight is read; packed they take 12 bits an element
-        of a trained weight's 16 (`compact` of _native.pack), but not for AMX.
-        """
-        total = 0
-        uses, mixtures = _uses(program), _mixtures(program)
-        for name, weight in weights.items():
-            parts = weight.parts if isinstance(weight, WeightGroup) else (weight,)
-            if len(weight.shape) == 1:
-                total += 4 * weight.shape[0]
-                continue
-            if "linear" in uses.get(name, ()):
-                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
-            if name in mixtures:
-                each = _by_expert(CpuWeight(parts, weight.shape), mixtures[name]).parts
-                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in each)
-            if "embedding" in uses.get(name, ()):
-                total += sum(p.nbytes for p in parts if p.is_as_stored)
-        return total
+        """See tiles.weights_bytes."""
+        return weights_bytes(program, weights)
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
         """Which formats have no tiles of their own, and what their rounding to bf16 loses."""
@@ -273,7 +235,8 @@ class CpuBackend:
         if self._packed_cache is not None:
             path, key = self._packed_cache
             cache = PackedCache(path, key if self._compact else f"{key} bf16 in full")
-        _Binder(self, lowered, weights, native, cache).bind()
+        packer = Packer(self._pool, self._compact, cache)
+        Binder(lowered, weights, native, packer, self._dtype, self.input_form).bind()
         if cache is not None:
             cache.save()
         return CpuExecutable(native)
@@ -351,316 +314,3 @@ class CpuExecutable:
                 step.logit_rows,
             )
         )
-
-
-class _Binder:
-    """Turns the nodes of a Lowered into operations of a native StepProgram."""
-
-    def __init__(
-        self,
-        backend: CpuBackend,
-        lowered: Lowered,
-        weights: Mapping[str, CpuWeight],
-        native: Any,
-        cache: PackedCache | None,
-    ) -> None:
-        self._backend = backend
-        self._lowered = lowered
-        self._program = lowered.program
-        self._weights = dict(weights)
-        for name, num_experts in _mixtures(lowered.program).items():
-            self._weights[name] = _by_expert(weights[name], num_experts)
-        self._native = native
-        self._cache = cache
-        self._dtype = backend._dtype
-        self._fp32 = lowered.program.fp32_values()
-
-    def bind(self) -> None:
-        for node in self._lowered.nodes:
-            getattr(self, f"_{node.name}", self._map)(node)
-
-    def _weight(self, value: int | None) -> CpuWeight:
-        assert value is not None
-        return self._weights[self._program.handles[value].name]
-
-    def _vector(self, value: int | None) -> np.ndarray:
-        return np.concatenate([_values(part) for part in self._weight(value).parts])
-
-    def _rounding(self, value: int) -> str:
-        return "float32" if value in self._fp32 else self._dtype
-
-    def _rotations(self, node: Node) -> None:
-        assert node.rotations is not None and node.rope is not None
-        attrs = node.rope.attrs
-        self._native.rotations(
-            node.barrier,
-            node.rotations.slot,
-            list(attrs["inv_freq"]),  # type: ignore[arg-type]
-            attrs["attention_factor"],
-        )
-
-    def _embedding(self, node: Node) -> None:
-        op = _op(node)
-        table = self._weight(op.inputs[0])
-        if table.parts[0].columns is not None:
-            raise ValueError(f"table {table.name!r} has its columns in another order")
-        parts: list[Any]
-        if not all(part.is_as_stored for part in table.parts):
-            # Made here, also for a head that shares it: its tiles are all there is of it.
-            name = self._program.handles[op.inputs[0]].name  # type: ignore[index]
-            self._pack([name], paired=False)
-            parts = list(self._weights[name].tiles)
-        else:
-            parts = [(p.format.name, p.data.view(np.ndarray), p.shape[0]) for p in table.parts]
-        out = node.places[op.output].slot
-        self._native.embedding(node.barrier, out, parts, self._rounding(op.output))
-
-    def _rms_norm(self, node: Node) -> None:
-        op = _op(node)
-        x, weight = op.inputs
-        self._native.rms_norm(
-            node.barrier,
-            node.places[x].slot,  # type: ignore[index]
-            node.places[op.output].slot,
-            self._vector(weight),
-            op.attrs["eps"],
-            op.attrs["offset"],
-            self._rounding(op.output),
-        )
-
-    def _map(self, node: Node) -> None:
-        """add, scale, softcap and the gates."""
-        op = _op(node)
-        a, b = op.inputs[0], op.inputs[-1]
-        parameter = op.attrs.get("factor", op.attrs.get("cap", 0.0))
-        self._native.map(
-            node.barrier,
-            op.name,
-            node.places[a].slot,  # type: ignore[index]
-            node.places[b].slot,  # type: ignore[index]
-            node.places[op.output].slot,
-            parameter,
-            self._rounding(op.output),
-        )
-
-    def _select_rows(self, node: Node) -> None:
-        op = _op(node)
-        x = node.places[op.inputs[0]].slot  # type: ignore[index]
-        self._native.select_rows(node.barrier, x, node.places[op.output].slot)
-
-    def _rope(self, node: Node) -> None:
-        op = _op(node)
-        assert node.rotations is not None
-        self._native.rope(
-            node.barrier,
-            node.places[op.inputs[0]].slot,  # type: ignore[index]
-            node.rotations.slot,
-            node.places[op.output].slot,
-            op.attrs["head_dim"],
-            op.attrs["interleaved"],
-            self._rounding(op.output),
-        )
-
-    def _kv_write(self, node: Node) -> None:
-        op = _op(node)
-        k, v = op.inputs
-        self._native.kv_write(
-            node.barrier,
-            node.places[k].slot,  # type: ignore[index]
-            node.places[v].slot,  # type: ignore[index]
-            op.attrs["layer"],
-        )
-
-    def _attention(self, node: Node) -> None:
-        op = _op(node)
-        self._native.attention(
-            node.barrier,
-            node.places[op.inputs[0]].slot,  # type: ignore[index]
-            node.places[op.output].slot,
-            op.attrs["layer"],
-            op.attrs["num_heads"],
-            op.attrs["scale"],
-            op.attrs["window"],
-            op.attrs["softcap"],
-            None if op.inputs[2] is None else self._vector(op.inputs[2]),
-            self._rounding(op.output),
-        )
-
-    def _linear(self, node: Node) -> None:
-        step = node.step
-        assert step is not None
-        norm = step.norm
-        x = norm.inputs[0] if norm is not None else step.main[0].inputs[0]
-        form = self._backend.input_form(self._weight(step.main[0].inputs[1]))
-        if step.after is None:
-            outs = [node.places[op.output] for op in step.main]
-            epilogue, residual = "store", None
-        else:
-            outs = [node.places[step.after.output]] * len(step.main)
-            epilogue = "add" if step.residual is not None else step.after.name
-            residual = None if step.residual is None else node.places[step.residual].slot
-        paired = len(step.main) == 2 and step.after is not None  # gate and up, of equal rows
-        names = [self._program.handles[op.inputs[1]].name for op in step.main]  # type: ignore[index]
-        self._pack(names, paired)
-        entries = []
-        for op, out in zip(step.main, outs, strict=True):
-            bias = None if op.inputs[2] is None else self._vector(op.inputs[2])
-            entries.append(self._entries(op, bias, out.slot))
-        flat = _in_order(entries, paired)
-        self._native.linear(
-            node.barrier,
-            node.places[x].slot,  # type: ignore[index]
-            form,
-            None if norm is None else self._vector(norm.inputs[1]),
-            0.0 if norm is None else norm.attrs["eps"],
-            0.0 if norm is None else norm.attrs["offset"],
-            flat,
-            epilogue,
-            residual,
-            self._dtype,
-            self._rounding(step.outputs[0]),
-            self._weight(step.main[0].inputs[1]).parts[0].columns,
-        )
-
-    def _top_experts(self, node: Node) -> None:
-        op = _op(node)
-        logits = node.places[op.inputs[0]].slot  # type: ignore[index]
-        self._native.top_experts(node.barrier, logits, node.places[op.output].slot)
-
-    def _expert_weights(self, node: Node) -> None:
-        op = _op(node)
-        logits, experts = (node.places[i].slot for i in op.inputs)  # type: ignore[index]
-        self._native.expert_weights(
-            node.barrier,
-            logits,
-            experts,
-            node.places[op.output].slot,
-            op.attrs["renormalise"],
-            self._rounding(op.output),
-        )
-
-    def _expert_linear(self, node: Node) -> None:
-        step = node.step
-        assert step is not None
-        x, _, experts, _ = step.main[0].inputs
-        names = [self._program.handles[op.inputs[1]].name for op in step.main]  # type: ignore[index]
-        paired = step.after is not None
-        self._pack(names, paired)
-        biases = [self._vector(op.inputs[3]) for op in step.main if op.inputs[3] is not None]
-        self._native.expert_linear(
-            node.barrier,
-            node.places[x].slot,  # type: ignore[index]
-            node.places[experts].slot,  # type: ignore[index]
-            node.places[step.outputs[0]].slot,
-            self._backend.input_form(self._weight(step.main[0].inputs[1])),
-            _in_order([self._weights[name].tiles for name in names], paired),
-            biases,
-            "store" if step.after is None else step.after.name,
-            self._rounding(step.outputs[0]),
-        )
-
-    def _by_row(self, node: Node) -> None:
-        """expert_sum, sigmoid_scale: an operand and a number or several for each of its rows."""
-        op = _op(node)
-        x, numbers = (node.places[i].slot for i in op.inputs)  # type: ignore[index]
-        add = getattr(self._native, op.name)
-        add(node.barrier, x, numbers, node.places[op.output].slot, self._rounding(op.output))
-
-    _expert_sum = _sigmoid_scale = _by_row
-
-    def _entries(
-        self, op: Op, bias: np.ndarray | None, out: tuple[int, int, bool]
-    ) -> list[tuple[Any, np.ndarray | None, tuple[int, int, bool], int]]:
-        """(tiles, bias, result, first column) of each row range of one linear layer's weight."""
-        name = self._program.handles[op.inputs[1]].name  # type: ignore[index]
-        weight = self._weights[name]
-        entries, at = [], 0
-        for part, tiles in zip(weight.parts, weight.tiles, strict=True):
-            stop = at + part.shape[0]
-            entries.append((tiles, None if bias is None else bias[at:stop].copy(), out, at))
-            at = stop
-        return entries
-
-    def _pack(self, names: Sequence[str], paired: bool) -> None:
-        """Make the tiles of a linear layer's weights, of those that have none yet."""
-        new = [name for name in dict.fromkeys(names) if not self._weights[name].tiles]
-        paired = paired and len(new) == 2
-        parts = _in_order([self._weights[name].parts for name in new], paired)
-
-        def pack(parts: Sequence[RawWeight]) -> list[_native.PackedMatrix]:
-            return self._packed(parts, paired)
-
-        tiles = iter(pack(parts) if self._cache is None else self._cache.tiles(parts, pack))
-        made = {id(part): next(tiles) for part in parts}
-        for name in new:
-            self._weights[name].tiles[:] = [made[id(part)] for part in self._weights[name].parts]
-
-    def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
-        pool = self._backend._pool
-        rows = [as_tiles(part, pool.size) for part in parts]
-        matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
-        tiles = _native.pack_layer(pool, matrices, paired, self._backend._compact)
-        for part in parts:
-            for data in part.buffers.values():
-                _release_pages(data.view(np.ndarray))
-        return tiles
-
-
-def _in_order(groups: Sequence[Sequence[_T]], paired: bool) -> list[_T]:
-    """The parts of a layer's weights one after another or, of two, in pairs."""
-    return [part for group in (zip(*groups, strict=True) if paired else groups) for part in group]
-
-
-def _op(node: Node) -> Op:
-    assert node.step is not None
-    return node.step.main[0]
-
-
-def _values(part: RawWeight) -> np.ndarray:
-    out = np.empty(part.shape, np.float32)
-    _native.dequantise(part.format.name, part.data.view(np.ndarray), out.reshape(-1))
-    return out.reshape(-1)
-
-
-def _uses(program: Program) -> dict[str, set[str]]:
-    """Weight name -> the operations that read it."""
-    uses: dict[str, set[str]] = {}
-    for op in program:
-        for i in op.inputs:
-            if i is not None and program.handles[i].kind == "weight":
-                uses.setdefault(program.handles[i].name, set()).add(op.name)
-    return uses
-
-
-def _mixtures(program: Program) -> dict[str, int]:
-    """Weight name -> how many experts' rows it holds."""
-    return {
-        program.handles[op.inputs[1]].name: int(op.attrs["num_experts"])  # type: ignore[index,arg-type]
-        for op in program
-        if op.name == "expert_linear"
-    }
-
-
-def _by_expert(weight: CpuWeight, num_experts: int) -> CpuWeight:
-    """The weight with one part an expert. Errors: ValueError for an expert of several formats."""
-    groups = WeightGroup(weight.parts).split(num_experts)
-    for e, group in enumerate(groups):
-        if len(group.parts) > 1:
-            raise ValueError(
-                f"weight {weight.name!r}: expert {e} is {len(group.parts)} tensors or formats; "
-                "the CPU backend takes one an expert"
-            )
-    return CpuWeight(tuple(group.parts[0] for group in groups), weight.shape, weight.tiles)
-
-
-def _release_pages(data: np.ndarray) -> None:
-    """Let go of the mapped pages that lie wholly within `data`; they are read again if need be."""
-    mapping = mapping_of(data)
-    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    mapped, start = mapping
-    page = mmap.PAGESIZE
-    begin = -(-start // page) * page
-    end = (start + data.nbytes) // page * page
-    if end > begin:
-        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -17,6 +17,7 @@
 #include "bindings.hpp"
 #include "linear.hpp"
 #include "packed_matrix.hpp"
+#include "pages.hpp"
 #include "pool.hpp"
 
 namespace nb = nanobind;

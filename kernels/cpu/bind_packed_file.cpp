@@ -20,6 +20,7 @@
 #include "bindings.hpp"
 #include "dequant.hpp"
 #include "packed_matrix.hpp"
+#include "pages.hpp"
 
 namespace nb = nanobind;
 

@@ -16,6 +16,7 @@
 #include "bindings.hpp"
 #include "features.hpp"
 #include "pack.hpp"
+#include "pages.hpp"
 #include "pool.hpp"
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "isa/vec_generic.hpp"
 #include "quad.hpp"
 
 namespace engineroom {
@@ -124,19 +125,23 @@ void pack_compact(const std::uint8_t *from, int rows, const PackedWeight &layout
     *end = {kNoException, 0, 0};
 }
 
-std::uint16_t compact_bits(const PackedWeight &weight, int tile, int k, int n) {
-    const std::uint8_t *scales = weight.scales(tile);
-    const Exception *exception = reinterpret_cast<const Exception *>(scales + kTableBytes);
-    const std::uint32_t at = place_in_bf16(k, n);
-    while (exception->at < at) ++exception;
-    if (exception->at == at) return exception->bits;
-    const int half = k % kCompactColumns / 4, lane = n % 16;
-    const std::uint8_t *vector = weight.quants(tile) +
-                                 static_cast<std::ptrdiff_t>(k / kCompactColumns) * kCompactBytes +
-                                 n / 16 * kVectorBytes + lane / 4 * 16 + k % 4 / 2 * 8 +
-                                 lane % 4 * 2 + k % 2;
-    const int place = vector[128] >> (4 * half) & 15;
-    return static_cast<std::uint16_t>(scales[place] << 8 | vector[64 * half]);
+void unpack_compact(const PackedWeight &weight, int row, float *out) {
+    const int tile = row / kTileRows, n = row % kTileRows, lane = n % 16;
+    const std::uint8_t *table = weight.scales(tile);
+    const std::uint8_t *vector = weight.quants(tile) + n / 16 * kVectorBytes + lane / 4 * 16 + lane % 4 * 2;
+    for (int k = 0; k < weight.num_columns; k += kCompactColumns, vector += kCompactBytes)
+        for (int i = 0; i < kCompactColumns; ++i) {  // two halves of four columns
+            const std::uint8_t *at = vector + i % 4 / 2 * 8 + i % 2;
+            const std::uint32_t high = table[at[128] >> (i / 4 * 4) & 15];
+            out[k + i] = generic::float_of_bits(high << 24 | static_cast<std::uint32_t>(at[i / 4 * 64]) << 16);
+        }
+    const Exception *exception = reinterpret_cast<const Exception *>(table + kTableBytes);
+    for (; exception->at != kNoException; ++exception) {
+        const int pair = static_cast<int>(exception->at) / 2;  // see place_in_bf16
+        if (pair % kTileRows == n)
+            out[pair / kTileRows * 2 + static_cast<int>(exception->at % 2)] =
+                generic::float_of_bits(static_cast<std::uint32_t>(exception->bits) << 16);
+    }
 }
 
 }  // namespace engineroom

@@ -25,7 +25,7 @@ bool make_compact(PackedWeight &layout, const std::vector<CompactTile> &tiles);
 void pack_compact(const std::uint8_t *from, int rows, const PackedWeight &layout,
                   const CompactTile &how, std::uint8_t *to);
 
-// The bf16 bits of column k of output n of a tile.
-std::uint16_t compact_bits(const PackedWeight &weight, int tile, int k, int n);
+// fp32 values of one row, read back from its tile.
+void unpack_compact(const PackedWeight &weight, int row, float *out);
 
 }  // namespace engineroom

@@ -1,6 +1,6 @@
 """A Program as the native op list wants it: fused, its values placed in an arena, its barriers set.
 
-Pure bookkeeping over `kernels.fuse`; `backend.py` turns the result into a native StepProgram.
+Pure bookkeeping over `kernels.fuse`; `binder.py` turns the result into a native StepProgram.
 
 Barriers. Most operations work row by row, each thread on its own range of rows; such operations
 follow each other without waiting. One that reads what other threads wrote (a linear layer,

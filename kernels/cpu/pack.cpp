@@ -6,22 +6,13 @@
 #include "pack.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "compact.hpp"
 #include "dequant.hpp"
 #include "isa/vec_generic.hpp"
-#include "linear.hpp"
-#include "packed_matrix.hpp"
 #include "quad.hpp"
 
 namespace engineroom {
@@ -528,9 +519,6 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             std::memcpy(&x, q + k % 2 * 2, 2);
             return generic::float_of_bits(static_cast<std::uint32_t>(x) << 16);
         }
-        case Elements::kCompactBF16:
-            return generic::float_of_bits(
-                static_cast<std::uint32_t>(compact_bits(w, tile, k, n)) << 16);
         default: break;
     }
     const float value = static_cast<float>(quant_at(w.elements, q, k, n) - w.bias);
@@ -572,69 +560,7 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
     return value;
 }
 
-int rows_of(const PackedWeight &layout, int tile) {
-    return std::min(kTileRows, layout.num_rows - tile * kTileRows);
-}
-
-// A tile's rows among those of a bf16 checkpoint.
-const std::uint8_t *bf16_tile(const std::uint8_t *from, const PackedWeight &layout, int tile) {
-    return from + static_cast<std::size_t>(tile) * kTileRows * 2 *
-                      static_cast<std::size_t>(layout.num_columns);
-}
-
-// Memory of matrices that are packed one after another: the mapping in use and how much of it is
-// taken. It belongs to the matrices in it; this only remembers where the next one may lie.
-struct Shelf {
-    std::mutex mutex;
-    std::weak_ptr<Pages> pages;
-    std::size_t used = 0;
-};
-
-constexpr std::size_t kShelfBytes = std::size_t{64} << 20;
-
-std::shared_ptr<Pages> take_memory(std::size_t bytes, std::uint8_t **data) {
-    static Shelf shelf;
-    const std::lock_guard<std::mutex> lock(shelf.mutex);
-    std::shared_ptr<Pages> pages = shelf.pages.lock();
-    if (!pages || pages->size() - shelf.used < bytes) {
-        pages = std::make_shared<Pages>(std::max(bytes, kShelfBytes));
-        shelf.pages = pages;
-        shelf.used = 0;
-    }
-    *data = pages->data() + shelf.used;
-    shelf.used += padded(bytes);
-    return pages;
-}
-
 }  // namespace
-
-// ---------------------------------------------------------------------------------- memory
-
-Pages::Pages(std::size_t bytes) : size_(padded(std::max<std::size_t>(bytes, 1))) {
-#if defined(__linux__)
-    constexpr std::size_t kHuge = std::size_t{2} << 20;
-    mapped_ = size_ + kHuge;
-    mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-    const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(mapping_);
-    data_ = reinterpret_cast<std::uint8_t *>((start + kHuge - 1) / kHuge * kHuge);
-    madvise(data_, size_, MADV_HUGEPAGE);  // a wish: without it all works, slower
-#else
-    mapping_ = std::aligned_alloc(64, size_);
-    if (mapping_ == nullptr) throw std::bad_alloc();
-    data_ = static_cast<std::uint8_t *>(mapping_);
-    std::memset(data_, 0, size_);
-#endif
-}
-
-Pages::~Pages() {
-#if defined(__linux__)
-    munmap(mapping_, mapped_);
-#else
-    std::free(mapping_);
-#endif
-}
 
 // --------------------------------------------------------------------------------- packing
 
@@ -682,82 +608,9 @@ void pack_tiles(const char *format_name, const std::uint8_t *from, const PackedW
 }
 
 void unpack_row(const PackedWeight &weight, int row, float *out) {
+    if (weight.elements == Elements::kCompactBF16) return unpack_compact(weight, row, out);
     for (int k = 0; k < weight.num_columns; ++k)
         out[k] = value_at(weight, row / kTileRows, k, row % kTileRows);
-}
-
-std::vector<PackedMatrix> pack_layer(Pool &pool, const std::vector<RawMatrix> &matrices, bool paired,
-                                     bool compact) {
-    const std::size_t count = matrices.size();
-    std::vector<PackedWeight> weights;
-    for (const RawMatrix &m : matrices)
-        weights.push_back(packed_layout(m.format, m.num_rows, m.num_columns));
-    std::vector<LinearPart> parts(count);
-    std::size_t bytes = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-        parts[i].weight = &weights[i];
-        bytes += packed_bytes(weights[i]);
-    }
-    // A pool that is not pinned has no memory of its own to touch first: fresh threads, no more than
-    // are worth starting. Those of a pool, which begin at one moment, took 40% longer to fill new pages.
-    constexpr std::size_t kThreadBytes = std::size_t{128} << 10;
-    const bool pinned = !pool.places().empty();
-    const std::size_t size = static_cast<std::size_t>(pool.size());
-    const int threads = static_cast<int>(pinned ? size : std::min(size, bytes / kThreadBytes + 1));
-    const auto run = [&](auto job) {
-        if (pinned)
-            pool.run([&](int thread) { job(thread); });
-        else
-            on_threads(threads, job);
-    };
-    const auto each_tile = [&](int thread, auto use) {  // use(matrix, tile), the thread's
-        each_share(parts.data(), static_cast<int>(count), paired, thread, threads,
-                   [&](int part, Tiles mine) {
-                       for (int i = part; i <= part + paired; ++i)
-                           for (int tile = mine.begin; tile < mine.end; ++tile)
-                               use(static_cast<std::size_t>(i), tile);
-                   });
-    };
-    std::vector<std::vector<CompactTile>> tables(count);  // of those that may become compact
-    bool counts = false;
-    for (std::size_t i = 0; i < count; ++i) {
-        const PackedWeight &w = weights[i];
-        if (!compact || w.elements != Elements::kBF16 || w.num_columns % kCompactColumns != 0) continue;
-        tables[i].resize(static_cast<std::size_t>(w.num_tiles()));
-        counts = true;
-    }
-    if (counts)
-        run([&](int thread) {
-            each_tile(thread, [&](std::size_t i, int tile) {
-                const PackedWeight &w = weights[i];
-                if (!tables[i].empty())
-                    tables[i][static_cast<std::size_t>(tile)] = count_compact(
-                        bf16_tile(matrices[i].from, w, tile), rows_of(w, tile), w.num_columns);
-            });
-        });
-    std::vector<std::uint8_t *> to(count);
-    std::vector<std::shared_ptr<Pages>> pages(count);
-    for (std::size_t i = 0; i < count; ++i) {
-        if (!tables[i].empty()) make_compact(weights[i], tables[i]);
-        pages[i] = take_memory(packed_bytes(weights[i]), &to[i]);
-    }
-    run([&](int thread) {
-        each_tile(thread, [&](std::size_t i, int tile) {
-            const PackedWeight &w = weights[i];
-            if (w.elements == Elements::kCompactBF16)
-                pack_compact(bf16_tile(matrices[i].from, w, tile), rows_of(w, tile), w,
-                             tables[i][static_cast<std::size_t>(tile)],
-                             to[i] + static_cast<std::size_t>(tile) * w.tile_bytes);
-            else
-                pack_tiles(matrices[i].format, matrices[i].from, w, to[i], tile, tile + 1);
-        });
-    });
-    std::vector<PackedMatrix> packed;
-    for (std::size_t i = 0; i < count; ++i) {
-        weights[i].data = to[i];
-        packed.emplace_back(find_format(matrices[i].format).name, weights[i], std::move(pages[i]));
-    }
-    return packed;
 }
 
 }  // namespace engineroom

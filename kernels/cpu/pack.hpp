@@ -1,6 +1,7 @@
 // Repacks a checkpoint's blocks into tiles (kernels.hpp).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -8,26 +9,14 @@
 
 namespace engineroom {
 
-// Memory of whole pages, 64-byte aligned, zeroed, in huge pages where the system gives them.
-class Pages {
-  public:
-    explicit Pages(std::size_t bytes);
-    ~Pages();
-    Pages(const Pages &) = delete;
-    Pages &operator=(const Pages &) = delete;
-    std::uint8_t *data() const { return data_; }
-    std::size_t size() const { return size_; }
-
-  private:
-    std::uint8_t *data_ = nullptr;
-    std::size_t size_ = 0;
-    void *mapping_ = nullptr;
-    std::size_t mapped_ = 0;
-};
-
 // Elements, scaling, bias and sizes of a format (a key of kernels/weights.py FORMATS); data nullptr.
 // Errors: std::invalid_argument for an unknown format or columns that are not whole blocks.
 PackedWeight packed_layout(const char *format, int num_rows, int num_columns);
+
+// How many rows of the checkpoint a tile has: 48, of the last one what is left.
+inline int rows_of(const PackedWeight &layout, int tile) {
+    return std::min(kTileRows, layout.num_rows - tile * kTileRows);
+}
 
 // Bytes of all tiles.
 std::size_t packed_bytes(const PackedWeight &layout);

@@ -12,6 +12,7 @@
 #include "linear.hpp"
 #include "pack.hpp"
 #include "packed_matrix.hpp"
+#include "pages.hpp"
 #include "pool.hpp"
 
 namespace engineroom {

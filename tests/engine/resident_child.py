@@ -1,6 +1,7 @@
-"""Loads a model that is quantised on load and fills its cache; prints what memory it took, as JSON.
+"""Loads a quantised model and fills its cache; prints what memory it took, as JSON.
 
-Run: python -m tests.engine.resident_child METHOD TINY MODEL. TINY is loaded first, so that
+Run: python -m tests.engine.resident_child METHOD TINY MODEL. METHOD: how loading quantises it, or
+"none". TINY is loaded first, so that
 libraries and the engine's own structures are resident before the measurement begins. Sizes in
 bytes.
 """
@@ -27,7 +28,7 @@ def load(path: str, method: str) -> LLM:
     return LLM(
         path,
         device="cpu",
-        quantization=method,
+        quantization=None if method == "none" else method,
         threads=2,
         max_model_len=CONTEXT,
         max_num_seqs=1,

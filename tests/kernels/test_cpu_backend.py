@@ -486,8 +486,7 @@ def test_planned_memory_is_what_is_taken() -> None:
     vectors = {n: raw(w, name=n) for n, w in weights.items() if isinstance(w, np.ndarray)}
     planned = backend.weights_bytes(program, {**matrices, **vectors})
     tiles = sum(_native.packed_bytes(w.format.name, *w.shape) for w in matrices.values())
-    table = matrices["embed"].nbytes  # rows are read of it besides
-    assert planned == tiles + table + 4 * sum(
+    assert planned == tiles + 4 * sum(  # rows of the table are read of its tiles
         w.size for w in weights.values() if not isinstance(w, RawWeight)
     )
     small = packed_as(program, INT4, INT8)
@@ -538,6 +537,57 @@ def test_what_cannot_be_quantised_names_its_tensor(value: float) -> None:
     for backend in (CpuBackend(), ReferenceBackend()):
         with pytest.raises(WeightTooLarge, match=r"'blk.0.q': row 2 holds .* which INT4 cannot"):
             executable(program, weights, backend)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_table_that_is_the_head_too_is_held_once_with_the_files_values(fmt: Format) -> None:
+    """Beside the same rows as two weights, of which the table is read from the checkpoint."""
+    shape = (100, 2 * max(fmt.block_elements, 48))
+    table = raw(random_weights(one_table("table", shape))["table"])
+    table = blocks(np.random.default_rng(1), fmt, "table", shape) if not fmt.is_float else table
+    if fmt in (F16, BF16):
+        bits = table.data.view(np.float32)
+        half = bits.astype("<f2") if fmt is F16 else (bits.view(np.uint32) >> 16).astype("<u2")
+        table = RawWeight("table", fmt, shape, {"data": half.view(np.uint8)})
+    [step] = steps([{0: list(range(100))}])
+    got = []
+    for head in ("table", "head"):
+        program, backend = one_table(head, shape), CpuBackend(threads=2)
+        weights = dict.fromkeys(("table", head), table)
+        packed = {name: backend.pack(w) for name, w in weights.items()}
+        got.append(backend.lower(program, packed, None).run(step).numpy().view(np.uint32))
+        tiles = _native.packed_bytes(fmt.name, *shape)
+        beside = 0 if head == "table" else table.nbytes
+        assert backend.weights_bytes(program, weights) == tiles + beside
+    np.testing.assert_array_equal(got[0], got[1])
+
+
+def one_table(head: str, shape: tuple[int, int]) -> Program:
+    """The logits of `head` for the rows of a table."""
+    p = Program()
+    step = ops.StepHandles.of(p)
+    x = ops.embedding(p.weight("table", shape), step.token_ids)
+    return p.finish(ops.linear(ops.select_rows(x, step.logit_rows), p.weight(head, shape)))
+
+
+def test_a_program_without_the_head_reads_the_heads_tiles() -> None:
+    shape = (100, 64)
+    table = blocks(np.random.default_rng(2), Q8_0, "table", shape)
+    backend = CpuBackend(threads=2)
+    packed = {"table": backend.pack(table)}
+    [step] = steps([{0: list(range(100))}])
+    want = dequantise(table)[step.token_ids[step.logit_rows]].copy()
+    for tied in (False, True):
+        p = Program()
+        handles = ops.StepHandles.of(p)
+        rows = ops.embedding(p.weight("table", shape), handles.token_ids)
+        p.finish(ops.select_rows(rows, handles.logit_rows))
+        got = backend.lower(p, packed, None).run(step).numpy()
+        np.testing.assert_array_equal(got, want)
+        if not tied:
+            assert not packed["table"].tiles  # nothing multiplies by it yet
+            backend.lower(one_table("table", shape), packed, None)
+            table.data[:] = table.data[::-1].copy()  # the file is not read again
 
 
 def test_values_of_embeddings_are_the_formats_own() -> None:

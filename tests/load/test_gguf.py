@@ -157,7 +157,13 @@ def test_metadata_counts_without_decoding(tmp_path: Path) -> None:
         metadata.numbers("tokenizer.ggml.tokens")
     with pytest.raises(KeyError):
         metadata["tokenizer.ggml.token"]
-    assert metadata["tokenizer.ggml.tokens"] is metadata["tokenizer.ggml.tokens"]
+
+
+def test_arrays_are_decoded_anew_and_never_kept(tmp_path: Path) -> None:
+    metadata = GgufFile(write_gguf(tmp_path / "a.gguf", ARCH | VOCABULARY, {})).metadata
+    first = metadata["tokenizer.ggml.tokens"]
+    assert metadata["tokenizer.ggml.tokens"] == first
+    assert metadata["tokenizer.ggml.tokens"] is not first
     assert metadata.count("tokenizer.ggml.tokens") == 4
 
 

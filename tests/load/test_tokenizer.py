@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from engineroom.engine.core.detokenize import TextStream
 from engineroom.engine.load.pretokenizers import PRE_TOKENIZERS
 from engineroom.engine.load.tokenizer import Tokenizer, load_tokenizer
+from engineroom.engine.load.vocabulary import Spellings
 from tests.counts import count
 from tests.load.vocabularies import TEXTS, StubCheckpoint, gguf_stub, path_of, tokenizer_of
 from tests.load.vocabularies import tokenizer as tokenizer
@@ -415,3 +417,39 @@ def test_tokenizer_model_adds_a_space_after_special_tokens_only_in_legacy_files(
         assert ids[:2] == [1, 310]
         got[legacy] = b"".join(map(tokenizer.token_bytes, ids[2:]))
     assert got == {True: b" the", False: b"the"}
+
+
+SPELLED = [
+    "<s>",
+    None,
+    "",
+    "a\0b",
+    "été",
+    "\udce9t",
+    "\U0010ffff",
+    "x" * 300,
+    "été",
+    "\ud83d",
+    "\xff",
+]
+
+
+def test_spellings_are_the_texts_whatever_they_hold() -> None:
+    spellings = Spellings(SPELLED)
+    assert list(spellings) == SPELLED and len(spellings) == len(SPELLED)
+    assert spellings[2:5] == SPELLED[2:5] and spellings[-1] == SPELLED[-1]
+    for index in (len(SPELLED), -len(SPELLED) - 1):
+        with pytest.raises(IndexError):
+            spellings[index]
+    for i, text in enumerate(SPELLED):
+        if text is not None:
+            assert spellings.id_of(text) == (8 if i == 4 else i)  # spelled twice: the last
+    assert spellings.id_of("t") is spellings.id_of("a") is spellings.id_of("<s><s>") is None
+    assert list(Spellings([])) == [] and Spellings([]).id_of("") is None
+
+
+def test_spellings_take_a_fraction_of_the_texts_memory() -> None:
+    texts = [f"token {i}" for i in range(10000)]
+    spellings = Spellings(texts)
+    held = len(spellings._data) + spellings._starts.nbytes
+    assert held < sum(map(sys.getsizeof, texts)) / 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +12,15 @@ import numpy as np
 
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
 from ..program import Op, Program
-from ..weights import BF16, RawWeight, WeightGroup
+from ..weights import BF16, FP8, FP8_128, NF4, RawWeight, WeightGroup
 from . import _native
 from .lower import OPERATIONS, Lowered, Node, lower
 from .packed_cache import PackedCache, mapping_of
-from .quantise import as_tiles, tiles_format
+from .quantise import as_packed
 from .sampler import CpuLogits, CpuSampler
 
 ACTIVATIONS = ("auto", "int8", "float32")
+BFLOAT16 = (BF16, FP8, FP8_128)  # whose elements are bfloat16 numbers, before any scale
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
 
 
@@ -130,34 +130,39 @@ class CpuBackend:
                 total += 4 * weight.shape[0]
                 continue
             if "linear" in uses.get(name, ()):
-                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
+                total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in parts)
             if name in mixtures:
                 each = _by_expert(CpuWeight(parts, weight.shape), mixtures[name]).parts
-                total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in each)
+                total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in each)
             if "embedding" in uses.get(name, ()):
                 total += sum(p.nbytes for p in parts if p.is_as_stored)
         return total
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
-        """Which formats have no tiles of their own, and what their rounding to bf16 loses."""
-        kinds: Counter[str] = Counter()
-        for weight in weights.values():
-            for part in weight.parts if isinstance(weight, WeightGroup) else (weight,):
-                kinds[part.packed_format.name] += tiles_format(part) is not part.packed_format
-        return tuple(
-            f"{count} {name} weights are multiplied as bf16 on the CPU: a value moves by at most 1 "
-            "part in 512"
-            for name, count in kinds.items()
+        """What int8 activations cost NF4, whose table is no table of integers."""
+        parts = [
+            part
+            for weight in weights.values()
+            for part in (weight.parts if isinstance(weight, WeightGroup) else (weight,))
+        ]
+        count = sum(part.packed_format is NF4 for part in parts) if self._int8 else 0
+        return (
+            (
+                f"{count} NF4 weights are multiplied with their table rounded to 8 bits: a value "
+                "moves by at most 1 part in 353 of its block's largest (activations='float32' "
+                "takes the table as it is)",
+            )
             if count
+            else ()
         )
 
     def input_form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
         """How a linear layer's input is made ready for this weight: int8, bfloat16 or float32."""
         parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
-        formats = [tiles_format(p) for p in parts]
-        if self._int8 and not any(f.is_float for f in formats):
+        formats = [p.packed_format for p in parts]
+        if self._int8 and not any(f.is_float or f in BFLOAT16 for f in formats):
             return "int8"
-        if self._dtype == "bfloat16" and all(f is BF16 for f in formats):
+        if self._dtype == "bfloat16" and all(f in BFLOAT16 for f in formats):
             return "bfloat16"
         return "float32"
 
@@ -594,7 +599,7 @@ class _Binder:
 
     def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
         pool = self._backend._pool
-        rows = [as_tiles(part, pool.size) for part in parts]
+        rows = [as_packed(part, pool.size) for part in parts]
         matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
         tiles = _native.pack_layer(pool, matrices, paired, self._backend._compact)
         for part in parts:

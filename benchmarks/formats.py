@@ -3,10 +3,10 @@
     python benchmarks/formats.py [--model FOLDER] [--rounds 3] [--only NF4,bf16]
 
 FOLDER is a llama model of 16-bit safetensors; the default is the twin of SmolLM2 that `python -m
-benchmarks.peers prepare` makes. It is widened to rows of whole blocks of every format (zero columns,
-heads and rows, norms made up for it: the model's function stays), and its layers are written in each
-format, rounded to nearest, head and table left in bf16, as published checkpoints have them. All models
-are loaded at once and take turns. Prints a Markdown table: tokens a second, and the ratio to bf16.
+benchmarks.peers prepare` makes. It is widened to rows of whole blocks of every format (with zeros,
+and norms made up for them: the model's function stays), and its layers are written in each format,
+rounded to nearest, head and table left in bf16, as published checkpoints have them. All models are
+loaded at once and take turns. Prints a Markdown table: tokens a second, and the ratio to bf16.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from baseline import machine  # noqa: E402
+
+from benchmarks.peers.places import Places, default_folder  # noqa: E402
 from engineroom import LLM, SamplingParams, __version__  # noqa: E402
 from engineroom.engine.load.checkpoint import open_checkpoint  # noqa: E402
 from engineroom.engine.load.save import Tensor, write_checkpoint  # noqa: E402
 from engineroom.kernels.cpu.quantise import as_packed  # noqa: E402
 from engineroom.kernels.weights import F32, FORMATS, Format, RawWeight  # noqa: E402
-from engineroom.quant.gguf import block_dtype  # noqa: E402
 from engineroom.quant.ggml_rounding import quantise_ggml  # noqa: E402
+from engineroom.quant.gguf import block_dtype  # noqa: E402
 from engineroom.quant.groups import int4_rows, int8_rows, pack_nibbles  # noqa: E402
 from engineroom.quant.own import METHOD  # noqa: E402
 from engineroom.quant.rounding import Integers, e4m3_codes, round_to_nearest  # noqa: E402
 from engineroom.quant.values import dequantise  # noqa: E402
-
-from benchmarks.peers.places import Places, default_folder  # noqa: E402
 
 WIDTH = 256  # of the largest blocks
 BATCHES = (1, 8, 32)
@@ -255,7 +255,9 @@ def wide_tensors(model: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, 
 def write_models(model: Path, folder: Path, names: list[str]) -> dict[str, Path]:
     """A folder of each format, made once."""
     config = json.loads((model / "config.json").read_text())
-    copied = [p for p in model.glob("*.json") if p.name in ("tokenizer.json", "tokenizer_config.json")]
+    copied = [
+        p for p in model.glob("*.json") if p.name in ("tokenizer.json", "tokenizer_config.json")
+    ]
     out = {name: folder / name.replace(", ", "-") for name in names}
     for name, to in out.items():
         if to.exists():
@@ -334,7 +336,9 @@ def main() -> None:
     print(f"`python benchmarks/formats.py --rounds {args.rounds}`, medians\n")
     columns = list(found["BF16"][0])
     print(f"| tiles | of | bits | {' | '.join(columns)} |\n|{'---|' * (3 + len(columns))}")
-    mid = {n: {c: statistics.median(r[c] for r in rows) for c in columns} for n, rows in found.items()}
+    mid = {
+        n: {c: statistics.median(r[c] for r in rows) for c in columns} for n, rows in found.items()
+    }
     for name, row in mid.items():
         cells = [f"{row[c]:,.0f} ({row[c] / mid['BF16'][c]:.2f})" for c in columns]
         bits = FORMATS[name.split(",")[0]].bits_per_element

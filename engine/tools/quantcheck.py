@@ -133,7 +133,8 @@ def _allowed(w: np.ndarray, x: np.ndarray, form: str, weight: RawWeight) -> np.n
 
     A float32 sum of K products moves by at most K eps of the sum of their sizes. int8 inputs move
     by at most half a step, 1/254 of their group's largest, and NF4's values with them by 1/353 of
-    their block's scale. (Inputs are bfloat16 numbers, and the product is the program's result, not rounded.)
+    their block's scale. (Inputs are bfloat16 numbers, and the product is the program's result, not
+    rounded.)
     """
     size = np.abs(x).astype(np.float64)
     bound = 2 * _COLUMNS * _EPS * (size @ np.abs(w).T)

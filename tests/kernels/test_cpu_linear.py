@@ -71,7 +71,7 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
     data = blocks(name, rows, columns, 7)
     for field, values in fields_of(name, data, columns).items():
         each = values.reshape(-1, values.shape[-1])  # blocks, or headers of rows
-        if field in ("d", "m", "dmin", "absmax") or values.dtype.kind == "f" and field == "scale":
+        if field in ("d", "m", "dmin", "absmax") or (values.dtype.kind == "f" and field == "scale"):
             each[0::5] = 0
             each[3::11] = 60000
         elif field == "zero":
@@ -93,7 +93,7 @@ def weight_of(name: str, data: np.ndarray, rows: int, columns: int) -> np.ndarra
 
 
 def as_multiplied(name: str, form: str, data: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The weight's values as the form takes them: in the int8 form NF4's table in steps of 1/123.26."""
+    """The weight's values as the form takes them: NF4's table as int8 in steps of 1/123.26."""
     if (name, form) != ("NF4", "int8"):
         return weight_of(name, data, n, k)
     fields = fields_of(name, data, k)

@@ -782,20 +782,20 @@ struct StepE4M3 {
         const I low = i_and(codes, i_set_bytes(240));
         return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
     }
-    // Of any.
-    static P pairs(const std::uint8_t *w, int q) {
+    // Of any. Tables are loaded anew each time: kept, they would take registers that sums need.
+    static inline __attribute__((always_inline)) I of(const std::uint8_t *bytes, I places) {
+        __asm__ volatile("" : "+r"(bytes));
+        return i_lookup(i_bcast16(bytes), places);
+    }
+    static inline __attribute__((always_inline)) P pairs(const std::uint8_t *w, int q) {
         const I codes = i_load(w + q / 2 * 64);
         const I place = i_and(codes, i_set_bytes(15)), rest = i_high_nibbles(codes);
-        const auto of = [](const std::uint8_t *table, I places) {
-            return i_lookup(i_bcast16(table), places);
-        };
         const I is_least = of(kE4M3.is_least, place);
         const I low = i_or(i_and(codes, of(kE4M3.keeps, place)),
                            i_and(of(kE4M3.least_low, rest), is_least));
-        const I special = i_or(i_and(of(kE4M3.least_high, rest), is_least),
-                               i_and(of(kE4M3.most_high, rest), of(kE4M3.is_most, place)));
-        const I high = i_or(of(kE4M3.high, place), special);
-        return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
+        const I high = i_or(of(kE4M3.high, place), i_and(of(kE4M3.least_high, rest), is_least));
+        const I any = i_or(high, i_and(of(kE4M3.most_high, rest), of(kE4M3.is_most, place)));
+        return q % 2 ? p_zip_high(low, any) : p_zip_low(low, any);
     }
 
     template <int R>
@@ -1143,8 +1143,8 @@ static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activati
         }
         case Elements::kE4M3:
             if (a.form == Form::kBF16)
-                e4m3_tile<StepBF16, kBF16Rows, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0,
-                                                          rows, first, out, scratch);
+                e4m3_tile<StepBF16, least(kBF16Rows, 6), kBF16Rows>(  // more would spill
+                    w, tile, k0, k1, a.bf16, a.stride, row0, rows, first, out, scratch);
             else
                 e4m3_tile<StepWideBF16, least(kF32Rows, 4), kF32Rows>(
                     w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out, scratch);

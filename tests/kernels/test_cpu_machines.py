@@ -196,7 +196,9 @@ def test_tile_registers_in_software() -> None:
     assert lines[-1] == "all checks passed"
     same = [line for line in lines if re.match(r"amx +rows of \S+ as in avx512 +ok", line)]
     assert len(same) == 16, "one line for each format of integers"
-    of_bf16 = [line for line in lines if re.match(r"amx +rows of (BF16|FP8\S*) as in amx +ok", line)]
+    of_bf16 = [
+        line for line in lines if re.match(r"amx +rows of (BF16|FP8\S*) as in amx +ok", line)
+    ]
     assert len(of_bf16) == 3
 
 

@@ -142,9 +142,10 @@ FILE_FORMATS: Mapping[str, Format] = {
 }
 FORMATS: Mapping[str, Format] = {
     **FILE_FORMATS,
-    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32, NVFP4)},
+    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32, NVFP4, FP8, FP8_128, NF4)},
 }
-# Those that the CPU backend has no kernel for.
+# Codes of floats, made to be multiplied as the 16 bits that they stand for: results over them are
+# rounded to the checkpoint's own dtype, where those over integers stay float32.
 SMALL_FLOATS: Mapping[str, Format] = {f.name: f for f in (FP8, FP8_128, NF4)}
 
 

@@ -1,7 +1,7 @@
 """Folders of weights that were quantised on load: rows as the kernels' formats have them.
 
-Per module one tensor, `weight_int8` (or _int4, _fp8, _nf4): uint8 [N, bytes of a row], the rows of
-that format (kernels/weights.py; what they mean: quant/integers.py, quant/small_floats.py).
+Per module one tensor, `weight_int8` (or of any other format's name): uint8 [N, bytes of a row], the
+rows of that format (kernels/weights.py; quant/values.py knows what they mean).
 config.json: quantization_config has quant_method "engineroom", `scheme`, the option that they were
 made with, and `source`, the fingerprint of the checkpoint that they were made of.
 """
@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.weights import FP8, INT4, INT8, NF4, Format, RawWeight
+from ..kernels.weights import FORMATS, Format, RawWeight
 from .parts import FormatError, Layout, Options, Part
 
 METHOD = "engineroom"
-SUFFIXES: Mapping[str, Format] = {f"_{f.name.lower()}": f for f in (INT8, INT4, FP8, NF4)}
+SUFFIXES: Mapping[str, Format] = {
+    f"_{f.name.lower()}": f for f in FORMATS.values() if not f.is_float
+}
 
 
 class Own:

@@ -20,16 +20,16 @@ import numpy as np
 from ...kernels import ops
 from ...kernels.backend import StepInputs
 from ...kernels.cpu import _native
-from ...kernels.cpu.backend import UNVERIFIED, CpuBackend
+from ...kernels.cpu.backend import BFLOAT16, UNVERIFIED, CpuBackend
 from ...kernels.ops import StepHandles
 from ...kernels.program import Program
-from ...kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
+from ...kernels.weights import FORMATS, NF4, Format, RawWeight
 from ...quant.values import dequantise, row_dtype
 from .calibration import float_weight
 
 _ROWS, _OUTPUTS, _COLUMNS = 9, 101, 512  # no multiple of a tile's height; whole blocks of each
 _EPS = 2.0**-24
-_BF16 = 2.0**-9
+_NF4 = 1 / 353  # of a block's largest value: what rounding the table to 8 bits moves
 # How inputs may be multiplied: the backend's options for it.
 _FORMS: dict[str, dict[str, str]] = {
     "float32": {"activations": "float32"},
@@ -66,11 +66,11 @@ def check_formats() -> list[dict[str, Any]]:
 
 
 def _cases() -> Iterator[tuple[Format, str]]:
-    for fmt in {**FORMATS, **SMALL_FLOATS}.values():
+    for fmt in FORMATS.values():
         yield fmt, "float32"
-        if fmt.name == "BF16":
+        if fmt in BFLOAT16:
             yield fmt, "bfloat16"
-        if not fmt.is_float and fmt.name not in SMALL_FLOATS:
+        elif not fmt.is_float:
             yield fmt, "int8"
 
 
@@ -120,7 +120,7 @@ def _compare(
     together = np.array(executable.run(_step(np.arange(len(x)))).numpy())
     alone = [executable.run(_step(np.array([i]))).numpy()[0] for i in range(len(x))]
     wrong = np.abs(together - x.astype(np.float64) @ _wanted(weight).T)
-    share = float((wrong / _allowed(_wanted(weight), x, form, weight.format)).max())
+    share = float((wrong / _allowed(_wanted(weight), x, form, weight)).max())
     return share, np.array_equal(together, np.stack(alone))
 
 
@@ -128,20 +128,23 @@ def _wanted(weight: RawWeight) -> np.ndarray:
     return dequantise(weight).astype(np.float64)
 
 
-def _allowed(w: np.ndarray, x: np.ndarray, form: str, fmt: Format) -> np.ndarray:
+def _allowed(w: np.ndarray, x: np.ndarray, form: str, weight: RawWeight) -> np.ndarray:
     """The error bound of each product [rows, outputs].
 
     A float32 sum of K products moves by at most K eps of the sum of their sizes. int8 inputs move
-    by at most half a step, 1/254 of their group's largest; weights kept in bfloat16 by 2^-9 of
-    themselves. (Inputs are bfloat16 numbers, and the product is the program's result, not rounded.)
+    by at most half a step, 1/254 of their group's largest, and NF4's values with them by 1/353 of
+    their block's scale. (Inputs are bfloat16 numbers, and the product is the program's result, not
+    rounded.)
     """
     size = np.abs(x).astype(np.float64)
     bound = 2 * _COLUMNS * _EPS * (size @ np.abs(w).T)
     if form == "int8":
         largest = size.reshape(len(x), -1, 32).max(axis=2).repeat(32, axis=1)
         bound += (largest / 254) @ np.abs(w).T * 1.01
-    if fmt.name in SMALL_FLOATS:
-        bound += _BF16 * (size @ np.abs(w).T)
+    if form == "int8" and weight.format is NF4:
+        absmax = weight.data.view(row_dtype(NF4, _COLUMNS))["blocks"]["absmax"]
+        absmax = np.repeat(absmax.reshape(len(w), -1).astype(np.float64), 64, axis=1)
+        bound += _NF4 * 1.01 * (size @ absmax.T)  # of inputs that are rounded themselves
     return bound + 1e-30
 
 

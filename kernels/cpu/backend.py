@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Any
 
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
 from ..program import Program
-from ..weights import BF16, RawWeight, WeightGroup
+from ..weights import BF16, FP8, FP8_128, NF4, RawWeight, WeightGroup
 from . import _native
 from .binder import Binder
 from .lower import OPERATIONS, lower
 from .packed_cache import PackedCache
-from .quantise import tiles_format
 from .sampler import CpuLogits, CpuSampler
 from .tiles import CpuWeight, Packer, weights_bytes
 
 ACTIVATIONS = ("auto", "int8", "float32")
+BFLOAT16 = (BF16, FP8, FP8_128)  # whose elements are bfloat16 numbers, before any scale
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
 
 
@@ -101,25 +100,30 @@ class CpuBackend:
         return weights_bytes(program, weights)
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
-        """Which formats have no tiles of their own, and what their rounding to bf16 loses."""
-        kinds: Counter[str] = Counter()
-        for weight in weights.values():
-            for part in weight.parts if isinstance(weight, WeightGroup) else (weight,):
-                kinds[part.packed_format.name] += tiles_format(part) is not part.packed_format
-        return tuple(
-            f"{count} {name} weights are multiplied as bf16 on the CPU: a value moves by at most 1 "
-            "part in 512"
-            for name, count in kinds.items()
+        """What int8 activations cost NF4, whose table is no table of integers."""
+        parts = [
+            part
+            for weight in weights.values()
+            for part in (weight.parts if isinstance(weight, WeightGroup) else (weight,))
+        ]
+        count = sum(part.packed_format is NF4 for part in parts) if self._int8 else 0
+        return (
+            (
+                f"{count} NF4 weights are multiplied with their table rounded to 8 bits: a value "
+                "moves by at most 1 part in 353 of its block's largest (activations='float32' "
+                "takes the table as it is)",
+            )
             if count
+            else ()
         )
 
     def input_form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
         """How a linear layer's input is made ready for this weight: int8, bfloat16 or float32."""
         parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
-        formats = [tiles_format(p) for p in parts]
-        if self._int8 and not any(f.is_float for f in formats):
+        formats = [p.packed_format for p in parts]
+        if self._int8 and not any(f.is_float or f in BFLOAT16 for f in formats):
             return "int8"
-        if self._dtype == "bfloat16" and all(f is BF16 for f in formats):
+        if self._dtype == "bfloat16" and all(f in BFLOAT16 for f in formats):
             return "bfloat16"
         return "float32"
 

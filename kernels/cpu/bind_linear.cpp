@@ -57,9 +57,8 @@ std::string shape_of(std::size_t rows, std::size_t columns) {
 bool multiplies(Form form, const PackedWeight &weight) {
     switch (form) {
         case Form::kF32: return true;
-        case Form::kBF16:
-            return weight.elements == Elements::kBF16 || weight.elements == Elements::kCompactBF16;
-        case Form::kInt8: return weight.is_quantised();
+        case Form::kBF16: return weight.is_bf16();
+        case Form::kInt8: return weight.has_integers();
     }
     return false;
 }

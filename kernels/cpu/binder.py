@@ -103,7 +103,7 @@ class Binder:
         )
 
     def _map(self, node: Node) -> None:
-        """add, scale, softcap, silu_mul, gelu_tanh_mul."""
+        """add, scale, softcap and the gates."""
         op = _op(node)
         a, b = op.inputs[0], op.inputs[-1]
         parameter = op.attrs.get("factor", op.attrs.get("cap", 0.0))
@@ -156,6 +156,7 @@ class Binder:
             op.attrs["scale"],
             op.attrs["window"],
             op.attrs["softcap"],
+            None if op.inputs[2] is None else self._vector(op.inputs[2]),
             self._rounding(op.output),
         )
 
@@ -214,10 +215,11 @@ class Binder:
     def _expert_linear(self, node: Node) -> None:
         step = node.step
         assert step is not None
-        x, _, experts = step.main[0].inputs
+        x, _, experts, _ = step.main[0].inputs
         weights = [self._weight(op.inputs[1]) for op in step.main]
         paired = step.after is not None
         self._packer.pack(weights, paired)
+        biases = [self._vector(op.inputs[3]) for op in step.main if op.inputs[3] is not None]
         self._native.expert_linear(
             node.barrier,
             node.places[x].slot,  # type: ignore[index]
@@ -225,6 +227,7 @@ class Binder:
             node.places[step.outputs[0]].slot,
             self._form_of(self._weight(step.main[0].inputs[1])),
             in_order([w.tiles for w in weights], paired),
+            biases,
             "store" if step.after is None else step.after.name,
             self._rounding(step.outputs[0]),
         )

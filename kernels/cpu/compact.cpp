@@ -20,12 +20,6 @@ std::uint64_t load8(const std::uint8_t *p) {
     return x;
 }
 
-Bytes16 all_of(int byte) {
-    Bytes16 bytes;
-    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(byte);
-    return bytes;
-}
-
 // Where a table has which byte.
 struct Places {
     Bytes16 byte[kTableBytes], place[kTableBytes];

@@ -373,6 +373,8 @@ constexpr std::size_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 
 }  // namespace
 
+float e4m3_value(std::uint8_t code) { return float_of_e4m3(code); }
+
 const DequantFormat *find_dequant_format(const char *name) {
     for (const DequantFormat &format : kFormats) {
         if (std::strcmp(format.name, name) == 0) return &format;

@@ -21,28 +21,13 @@ struct DequantFormat {
     }
 };
 
-// NF4_CODEBOOK of kernels/weights.py.
-constexpr float kNf4[16] = {-1.0f,
-                            -0.6961928009986877f,
-                            -0.5250730514526367f,
-                            -0.39491748809814453f,
-                            -0.28444138169288635f,
-                            -0.18477343022823334f,
-                            -0.09105003625154495f,
-                            0.0f,
-                            0.07958029955625534f,
-                            0.16093020141124725f,
-                            0.24611230194568634f,
-                            0.33791524171829224f,
-                            0.44070982933044434f,
-                            0.5626170039176941f,
-                            0.7229568362236023f,
-                            1.0f};
-
 // The bits of 2^(code - 128), half of what an exponent byte of MXFP4 stands for.
 constexpr std::uint32_t e8m0_half_bits(std::uint8_t code) {
     return code < 2 ? 0x00200000u << code : (code - 1u) << 23;
 }
+
+// What a code of an 8-bit float (E4M3) stands for.
+float e4m3_value(std::uint8_t code);
 
 // The format of that name, or nullptr.
 const DequantFormat *find_dequant_format(const char *name);

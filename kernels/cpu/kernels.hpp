@@ -32,6 +32,8 @@ enum class Elements : std::uint8_t {
     kU6,    // per group of 32: 768 bytes as kU4, then bits of value 16, then bits of value 32
     kU8,    // [K/4][48][4] bytes
     kE2M1,  // codes of 4-bit floats where kU4 has its elements; kE2M1Units says what u is
+    kNF4,   // codes of NF4 where kU4 has its elements; kNf4Units says what u is
+    kE4M3,  // [K/8][3][2][64] bytes of 8-bit floats, see below; K is a multiple of 32
     kCompactBF16,  // kBF16 in 12 bits an element, see below; K is a multiple of 8
 };
 // Bit planes of kU5 and kU6: 192 bytes a plane and group. Bit 4n + i of word k4 (48 * 4 = 192 bits,
@@ -40,6 +42,36 @@ enum class Elements : std::uint8_t {
 // u of a 4-bit float (sign, 2 bits of exponent, 1 of significand): 12 and twice its value.
 constexpr std::uint8_t kE2M1Units[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                          12, 11, 10, 9,  8,  6,  4,  0};
+
+// NF4_CODEBOOK of kernels/weights.py.
+constexpr float kNf4[16] = {-1.0f,
+                            -0.6961928009986877f,
+                            -0.5250730514526367f,
+                            -0.39491748809814453f,
+                            -0.28444138169288635f,
+                            -0.18477343022823334f,
+                            -0.09105003625154495f,
+                            0.0f,
+                            0.07958029955625534f,
+                            0.16093020141124725f,
+                            0.24611230194568634f,
+                            0.33791524171829224f,
+                            0.44070982933044434f,
+                            0.5626170039176941f,
+                            0.7229568362236023f,
+                            1.0f};
+
+// u of an NF4 code: 128 and its value in steps of kNf4Step, to nearest. Of all steps with 127 at most on
+// either side this one moves the sixteen values least: by up to 0.0029. Form kF32 has the values.
+constexpr std::uint8_t kNf4Units[16] = {5,   42,  63,  79,  93,  105, 117, 128,
+                                        138, 148, 158, 170, 182, 197, 217, 251};
+constexpr float kNf4Step = static_cast<float>(1 / 123.26);
+
+// kE4M3: a step of 8 columns is, per vector of 16 outputs, 64 bytes of columns 0 to 3 and 64 of columns
+// 4 to 7, in the order of kCompactBF16's. A byte's low half is a float's sign and the upper three bits of
+// its exponent, by which a table knows the high byte of the bf16 that it is; its high half, the
+// exponent's last bit and the significand, are the low byte's upper half. That is so of normal numbers:
+// behind a tile's scales a byte for each step is 1 where the step has others, else 0.
 
 // kCompactBF16: the high byte of a bf16 (sign, seven bits of the exponent) is one of few in a trained
 // weight. A tile's scales are a table of its sixteen commonest high bytes, then its exceptions. Its
@@ -68,13 +100,15 @@ enum class Scaling : std::uint8_t {
     kSuperMin,     // [K/256] { half d[48], half dmin[48], 8 x { u8 sc[48], u8 mn[48] } }:
                    //   (d sc) u - (dmin mn) per 32.                 Q4_K Q5_K
     kSuperSigned,  // [K/256] { half d[48], 16 x { s8 sc[48] } }: (d sc)(u - 32) per 16.   Q6_K
-    kChannel,      // float d[48]. The kInt8 form multiplies by d last: FinishedTile.      INT8
+    kChannel,      // float d[48]. FinishedTile multiplies by it (channel_scale).     INT8 FP8
     kChannelMin,   // float d[48], float dmin[48], [K/32] { u8 sc[48], u8 mn[48] }:
                    //   (d sc) u - (dmin mn) per 32.                 INT4
     kZero32,       // [K/32] { float d[48], half zero[48] }: d (u - bias) - (d zero).   I4G32 I8G32
     kZero128,      // the same for each 128.                         I4G128
     kSingle32,     // [K/32][48] float d.                            MXFP4
     kSingle16,     // [K/16][48] float d: d (u - bias) per 16.       NVFP4
+    kSingle64,     // [K/64][48] float d, times the value of a code. NF4
+    kSingle128,    // [K/128][48] float d.                           FP8_128
 };
 
 // A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
@@ -92,15 +126,19 @@ struct PackedWeight {
     int num_tiles() const { return (num_rows + kTileRows - 1) / kTileRows; }
     const std::uint8_t *scales(int tile) const { return data + tile * tile_bytes; }
     const std::uint8_t *quants(int tile) const { return scales(tile) + scales_bytes; }
-    bool is_quantised() const { return scaling != Scaling::kNone; }
+    bool is_bf16() const {  // what it holds are bf16 numbers, maybe with a scale
+        return elements == Elements::kBF16 || elements == Elements::kCompactBF16 ||
+               elements == Elements::kE4M3;
+    }
+    bool has_integers() const { return scaling != Scaling::kNone && elements != Elements::kE4M3; }
 };
 
 // ------------------------------------------------------------------------------ activations
 
 enum class Form : std::uint8_t {
     kF32,   // multiplies any weight, dequantised to fp32
-    kBF16,  // multiplies kBF16 and kCompactBF16 weights: products of bf16 pairs, fp32 sums
-    kInt8,  // multiplies quantised weights: int8 dot products per group of 32 (or 16: Scaling)
+    kBF16,  // multiplies weights that are bf16 numbers: products of pairs, fp32 sums
+    kInt8,  // multiplies weights of integers: int8 dot products per group of 32 (or 16: Scaling)
 };
 
 // Rows ready to be multiplied. `stride` (elements, a multiple of 32, >= K) separates rows; elements

@@ -144,8 +144,9 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
 
 // --------------------------------------------------------------------------------- products
 
-const float *channel_scale(const PackedWeight &weight, int tile) {
-    return weight.scaling == Scaling::kChannel
+const float *channel_scale(const PackedWeight &weight, int tile, Form form) {
+    const bool is_left_out = form == Form::kInt8 || weight.elements == Elements::kE4M3;
+    return is_left_out && weight.scaling == Scaling::kChannel
                ? reinterpret_cast<const float *>(weight.scales(tile))
                : nullptr;
 }
@@ -201,7 +202,7 @@ struct Work {
             return of.bias != nullptr ? of.bias + at : nullptr;
         };
         const auto scale_of = [&](const LinearPart &of) {
-            return from.form == Form::kInt8 ? channel_scale(*of.weight, tile) : nullptr;
+            return channel_scale(*of.weight, tile, from.form);
         };
         FinishedTile t;
         multiply(*part.weight, tile, row0, rows, first);

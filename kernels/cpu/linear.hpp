@@ -86,8 +86,8 @@ void each_share(const LinearPart *parts, int num_parts, bool paired, int thread,
     }
 }
 
-// The scales of a tile that int8 products leave out, [48]: kChannel's; of any other weight nullptr.
-const float *channel_scale(const PackedWeight &weight, int tile);
+// The scales of a tile that products with this form leave out, [48]: kChannel's; else nullptr.
+const float *channel_scale(const PackedWeight &weight, int tile, Form form);
 
 // Second digits of rows [row0, row0 + rows), which may have up to rows * stride / 32; returns how
 // many they have. starts: stride / 32 + 1 integers of scratch.

@@ -116,6 +116,12 @@ void put_nibbles16(std::uint8_t *to, const std::uint8_t *q, std::size_t row_byte
     }
 }
 
+// The halves of each byte change places.
+template <class Word>
+Word swapped(Word w) {
+    return ((w >> 4) & kLow) | ((w & kLow) << 4);
+}
+
 // The low four nibbles of each word, one to a byte.
 template <class Word>
 Word spread_nibbles(Word w) {
@@ -123,12 +129,14 @@ Word spread_nibbles(Word w) {
     return (w | (w << 4)) & kLow;
 }
 
-// 16 bytes, byte j of which holds element 2j (low half) and element 2j + 1 (high half).
-template <class Word>
+// 16 bytes, byte j of which holds element 2j (low half) and element 2j + 1 (high half); where
+// kHighFirst, the other way round.
+template <class Word, bool kHighFirst = false>
 void put_ascending16(std::uint8_t *to, const std::uint8_t *q, std::size_t row_bytes) {
     Word w[4];
     load_words(q, row_bytes, w);
     for (int i = 0; i < 4; ++i, to += 4 * kTileRows) {
+        if (kHighFirst) w[i] = swapped(w[i]);
         const Word first = spread_nibbles<Word>(w[i] & 0xffffu);
         store_words(to, join(first, spread_nibbles<Word>(w[i] >> 16)));
     }
@@ -402,6 +410,83 @@ void pack_nvfp4(const TileJob &t) {
     }
 }
 
+// Blocks of a float, then 32 bytes of codes; byte j has element 2j in its high half.
+void pack_nf4(const TileJob &t) {
+    for (int block = 0; block < t.columns / 64; ++block) {
+        for (int n = 0; n < t.rows; ++n)
+            store4(t.scales + 4 * (static_cast<std::size_t>(block) * kTileRows + n),
+                   load4(t.row(n) + block * 36));
+        for (int half = 0; half < 2; ++half) {
+            std::uint8_t *to = t.quants + static_cast<std::size_t>(2 * block + half) * kNibbleBytes;
+            by_rows(t.rows, [&](int n, auto word) {
+                put_ascending16<decltype(word), true>(to + 4 * n, t.row(n) + block * 36 + 4 + 16 * half,
+                                                   t.row_bytes);
+            });
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------ 8-bit floats
+
+constexpr int kE4M3Columns = 8;
+constexpr int kE4M3Bytes = kE4M3Columns * kTileRows;  // of a step
+
+// Where a step has column k (of 8) of output n.
+int place_in_e4m3(int k, int n) {
+    return n / 16 * 128 + k / 4 * 64 + n % 16 / 4 * 16 + k % 4 / 2 * 8 + n % 4 * 2 + k % 2;
+}
+
+bool is_odd_e4m3(std::uint8_t code) { return (code & 0x78) == 0 || (code & 0x7f) == 0x7f; }
+
+// Four columns of one output or of four, of which the first is k of a step's and n; returns whether some
+// are subnormal numbers, zeros or NaN.
+bool put_e4m3(std::uint8_t *step, int k, int n, std::uint32_t word) {
+    bool is_odd = false;
+    for (int i = 0; i < 4; ++i) {
+        const std::uint8_t code = static_cast<std::uint8_t>(word >> 8 * i);
+        step[place_in_e4m3(k + i, n)] = static_cast<std::uint8_t>(code << 4 | code >> 4);
+        is_odd |= is_odd_e4m3(code);
+    }
+    return is_odd;
+}
+bool put_e4m3(std::uint8_t *step, int k, int n, Quad words) {
+    const Bytes16 codes = (Bytes16)words;
+    const Bytes16 odd = (Bytes16)((codes & all_of(0x78)) == 0) |
+                        (Bytes16)((codes & all_of(0x7f)) == all_of(0x7f));
+    const Quad halves = swapped(words);
+    store_words(step + place_in_e4m3(k, n),
+                ENGINEROOM_SHUFFLE(Bytes16, (Bytes16)halves, (Bytes16)halves, 0, 1, 4, 5, 8, 9, 12,
+                                   13, 2, 3, 6, 7, 10, 11, 14, 15));
+    std::uint64_t any[2];
+    std::memcpy(any, &odd, sizeof any);
+    return (any[0] | any[1]) != 0;
+}
+
+// Rows of a float and codes, or of blocks of a float and 128 codes.
+template <bool kBlocks>
+void pack_fp8(const TileJob &t) {
+    constexpr int kBlock = 128;
+    const int scales = kBlocks ? t.columns / kBlock : 1;
+    for (int i = 0; i < scales; ++i)
+        for (int n = 0; n < t.rows; ++n)
+            store4(t.scales + 4 * (static_cast<std::size_t>(i) * kTileRows + n),
+                   load4(t.row(n) + i * (4 + kBlock)));
+    std::uint8_t *odd = t.scales + static_cast<std::size_t>(scales) * kFloatBytes;
+    for (int k0 = 0; k0 < t.columns; k0 += 2 * kE4M3Columns) {
+        const int at = k0 + 4 * (kBlocks ? k0 / kBlock + 1 : 1);
+        std::uint8_t *to = t.quants + static_cast<std::size_t>(k0) * kTileRows;
+        bool is_odd[2] = {false, false};
+        by_rows(t.rows, [&](int n, auto word) {
+            decltype(word) words[4];
+            load_words(t.row(n) + at, t.row_bytes, words);
+            for (int i = 0; i < 4; ++i)
+                is_odd[i / 2] |= put_e4m3(to + i / 2 * kE4M3Bytes, i % 2 * 4, n, words[i]);
+        });
+        odd[k0 / kE4M3Columns] = is_odd[0];
+        odd[k0 / kE4M3Columns + 1] = is_odd[1];
+    }
+}
+
 // ---------------------------------------------------------------------------- the formats
 
 struct PackFormat {
@@ -432,6 +517,9 @@ const PackFormat kFormats[] = {
     {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
     {"MXFP4", 32, Elements::kE2M1, Scaling::kSingle32, 12, pack_mxfp4},
     {"NVFP4", 32, Elements::kE2M1, Scaling::kSingle16, 12, pack_nvfp4},
+    {"NF4", 64, Elements::kNF4, Scaling::kSingle64, 128, pack_nf4},
+    {"FP8", 32, Elements::kE4M3, Scaling::kChannel, 0, pack_fp8<false>},
+    {"FP8_128", 128, Elements::kE4M3, Scaling::kSingle128, 0, pack_fp8<true>},
 };
 
 const PackFormat &find_format(const char *name) {
@@ -451,7 +539,9 @@ std::size_t quants_bytes(Elements elements, std::size_t columns) {
         case Elements::kF16: return columns * kTileRows * 2;
         case Elements::kBF16: return (columns + 1) / 2 * kTileRows * 4;
         case Elements::kU4:
-        case Elements::kE2M1: return groups * kNibbleBytes;
+        case Elements::kE2M1:
+        case Elements::kNF4: return groups * kNibbleBytes;
+        case Elements::kE4M3: return columns * kTileRows;
         case Elements::kU5: return groups * (kNibbleBytes + kPlaneBytes);
         case Elements::kU6: return groups * (kNibbleBytes + 2 * kPlaneBytes);
         case Elements::kU8: return groups * kGroup * kTileRows;
@@ -473,8 +563,15 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kZero128: return columns / (4 * kGroup) * kZeroBytes;
         case Scaling::kSingle32: return columns / kGroup * kFloatBytes;
         case Scaling::kSingle16: return columns / kGroup * 2 * kFloatBytes;
+        case Scaling::kSingle64: return columns / 64 * kFloatBytes;
+        case Scaling::kSingle128: return columns / 128 * kFloatBytes;
     }
     return 0;
+}
+
+// Behind the scales.
+std::size_t marks_bytes(Elements elements, std::size_t columns) {
+    return elements == Elements::kE4M3 ? columns / kE4M3Columns : 0;
 }
 
 float half_at(const std::uint8_t *p, int i) {
@@ -489,7 +586,13 @@ float float_at(const std::uint8_t *p, int i) {
     return x;
 }
 
-// The integer of element k of output n.
+float e4m3_at(const std::uint8_t *quants, int k, int n) {
+    const std::uint8_t code =
+        quants[k / kE4M3Columns * kE4M3Bytes + place_in_e4m3(k % kE4M3Columns, n)];
+    return e4m3_value(static_cast<std::uint8_t>(code << 4 | code >> 4));
+}
+
+// The integer of element k of output n, or the code that it is.
 int quant_at(Elements elements, const std::uint8_t *quants, int k, int n) {
     if (elements == Elements::kU8)
         return quants[(static_cast<std::size_t>(k / 4) * kTileRows + n) * 4 + k % 4];
@@ -519,6 +622,11 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
             std::memcpy(&x, q + k % 2 * 2, 2);
             return generic::float_of_bits(static_cast<std::uint32_t>(x) << 16);
         }
+        case Elements::kE4M3:
+            return float_at(s + (w.scaling == Scaling::kChannel ? 0 : k / 128) * kFloatBytes, n) *
+                   e4m3_at(q, k, n);
+        case Elements::kNF4:
+            return float_at(s + k / 64 * kFloatBytes, n) * kNf4[quant_at(w.elements, q, k, n)];
         default: break;
     }
     const float value = static_cast<float>(quant_at(w.elements, q, k, n) - w.bias);
@@ -556,6 +664,8 @@ float value_at(const PackedWeight &w, int tile, int k, int n) {
         }
         case Scaling::kSingle32: return float_at(s + k / kGroup * kFloatBytes, n) * value;
         case Scaling::kSingle16: return float_at(s + k / 16 * kFloatBytes, n) * value;
+        case Scaling::kSingle64:
+        case Scaling::kSingle128: break;  // above
     }
     return value;
 }
@@ -582,7 +692,8 @@ PackedWeight packed_layout(const char *format_name, int num_rows, int num_column
     layout.num_rows = num_rows;
     layout.num_columns = num_columns;
     const std::size_t columns = static_cast<std::size_t>(num_columns);
-    layout.scales_bytes = padded(scales_bytes(format.scaling, columns));
+    layout.scales_bytes =
+        padded(scales_bytes(format.scaling, columns) + marks_bytes(format.elements, columns));
     layout.tile_bytes = layout.scales_bytes + padded(quants_bytes(format.elements, columns));
     return layout;
 }

@@ -25,7 +25,6 @@ import numpy as np
 
 from ..weights import RawWeight
 from . import _native
-from .quantise import tiles_format
 
 _MAGIC = b"engineroom tiles"
 _HEAD = struct.Struct("<16sQI")  # magic, bytes and CRC-32 of the header
@@ -164,7 +163,7 @@ def _name(part: RawWeight) -> str | None:
     mapping = mapping_of(next(iter(part.buffers.values())))
     if mapping is None:
         return None
-    return f"{part.name} {tiles_format(part).name} {list(part.shape)} at {mapping[1]}"
+    return f"{part.name} {part.packed_format.name} {list(part.shape)} at {mapping[1]}"
 
 
 def _up(num_bytes: int) -> int:

@@ -42,6 +42,12 @@ inline Bytes16 even_bytes(Quad a, Quad b) {
                               22, 24, 26, 28, 30);
 }
 
+inline Bytes16 all_of(int byte) {
+    Bytes16 bytes;
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(byte);
+    return bytes;
+}
+
 template <class Words>
 void store_words(std::uint8_t *to, Words words) {
     std::memcpy(to, &words, sizeof words);

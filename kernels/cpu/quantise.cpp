@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.hpp"
 #include "pool.hpp"
 #include "versions.hpp"
 

@@ -433,6 +433,9 @@ struct FormatInfo {
     int halves[2];  // where a block has its half-precision scales, or -1
     int floats = 0;             // scales that a block begins with
     bool has_exponent = false;  // it begins with one
+    bool has_fp8 = false;       // behind the floats; multiplied as bf16, not as int8
+
+    bool is_bf16() const { return has_fp8 || std::strcmp(name, "BF16") == 0; }
 };
 const FormatInfo kFormats[] = {
     {"F32", {-1, -1}}, {"F16", {-1, -1}}, {"BF16", {-1, -1}}, {"Q4_0", {0, -1}},
@@ -440,6 +443,7 @@ const FormatInfo kFormats[] = {
     {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
     {"INT4", {-1, -1}}, {"I4G32", {4, -1}, 1}, {"I4G128", {4, -1}, 1},
     {"I8G32", {4, -1}, 1}, {"MXFP4", {-1, -1}, 0, true}, {"NVFP4", {-1, -1}, 2},
+    {"NF4", {-1, -1}, 1}, {"FP8", {-1, -1}, 0, false, true}, {"FP8_128", {-1, -1}, 1, false, true},
 };
 
 // A weight of random blocks: as the checkpoint holds it, in tiles, and its values.
@@ -472,6 +476,18 @@ struct Weight {
         tiles = std::make_unique<Memory>(packed_bytes(packed), 0);
         pack_tiles(info.name, raw.data(), packed, tiles->data(), 0, packed.num_tiles());
         packed.data = tiles->data();
+    }
+
+    // Makes `values` what int8 rows multiply: NF4's are rounded.
+    void round_values() {
+        if (packed.elements != Elements::kNF4) return;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            float absmax;
+            std::memcpy(&absmax, raw.data() + i / 64 * 36, 4);
+            const std::uint8_t pair = raw[i / 64 * 36 + 4 + i % 64 / 2];
+            const int u = kNf4Units[i % 2 ? pair & 15 : pair >> 4];
+            values[i] = absmax * kNf4Step * static_cast<float>(u - 128);
+        }
     }
 
     // The same bf16 in 12 bits; K is a multiple of 8.
@@ -514,6 +530,8 @@ struct Weight {
             const float d = random.between(-1e-3f, 1e-2f);
             std::memcpy(block + 4 * i, &d, 4);
         }
+        for (std::size_t i = 4 * info.floats; info.has_fp8 && i < format.block_bytes; ++i)
+            if ((block[i] & 0x7f) == 0x7f) block[i] = 0;  // NaN
         if (info.has_exponent) block[0] = static_cast<std::uint8_t>(117 + random.below(8));
         for (int at : info.halves) {
             if (at < 0) continue;
@@ -576,17 +594,19 @@ const char *name_of(Form form) {
     return form == Form::kF32 ? "f32" : form == Form::kBF16 ? "bf16" : "int8";
 }
 
-// What follows the tiles of int8 rows: their second digits, and the scale that was left out.
-void finish_int8(const Kernels &k, const PackedWeight &w, int tile, const Activations &a, int row0,
-                 int rows, float *out) {
-    const std::size_t groups = static_cast<std::size_t>(a.stride) / kGroup;
-    std::vector<FineDigits> digits(groups * static_cast<std::size_t>(rows));
-    std::vector<std::int32_t> starts(groups + 1);
-    const int count = fine_digits(a, row0, rows, digits.data(), starts.data());
-    k.tile_fine(w, tile, a, row0, digits.data(), count, out);
+// What follows the tiles: second digits of int8 rows, and the scale that was left out.
+void finish(const Kernels &k, const PackedWeight &w, int tile, const Activations &a, int row0, int rows,
+            float *out) {
+    if (a.form == Form::kInt8) {
+        const std::size_t groups = static_cast<std::size_t>(a.stride) / kGroup;
+        std::vector<FineDigits> digits(groups * static_cast<std::size_t>(rows));
+        std::vector<std::int32_t> starts(groups + 1);
+        const int count = fine_digits(a, row0, rows, digits.data(), starts.data());
+        k.tile_fine(w, tile, a, row0, digits.data(), count, out);
+    }
     FinishedTile t;
     t.y = out;
-    t.scale = channel_scale(w, tile);
+    t.scale = channel_scale(w, tile, a.form);
     t.out = out;
     t.out_stride = kTileRows;
     t.rows = rows;
@@ -601,16 +621,18 @@ void check_tiles(const Kernels &k) {
         std::vector<int> columns;
         if (block == 1) columns = {1, 7, 40, 301};
         if (block == 32) columns = {32, 96, 544};
+        if (block == 64) columns = {64, 192, 576};
         if (block == 128) columns = {128, 384};
         if (block == 256) columns = {256, 768};
         std::vector<Form> forms = {Form::kF32};
-        if (std::strcmp(info.name, "BF16") == 0) forms.push_back(Form::kBF16);
-        if (block > 1) forms.push_back(Form::kInt8);
+        if (info.is_bf16()) forms.push_back(Form::kBF16);
+        if (block > 1 && !info.has_fp8) forms.push_back(Form::kInt8);
         for (Form form : forms) {
             Check check(k.name, std::string("tile ") + info.name + " x " + name_of(form), 3e-6);
             for (int num_columns : columns) {
                 const int num_rows = 48 + 1 + random.below(47), rows = 13;
-                const Weight w(info, num_rows, num_columns, random);
+                Weight w(info, num_rows, num_columns, random);
+                if (form == Form::kInt8) w.round_values();
                 std::vector<float> inputs = random.normals(rows * num_columns);
                 for (std::size_t i = 9; i < inputs.size(); i += 150) inputs[i] *= 30;
                 const Rows x(k, form, inputs, rows, num_columns);
@@ -619,8 +641,7 @@ void check_tiles(const Kernels &k) {
                     std::vector<float> all(rows * kTileRows, kNaN);
                     k.tile(w.packed, tile, 0, num_columns, x.ready, 0, rows, true, all.data(),
                            scratch.data());
-                    if (form == Form::kInt8)
-                        finish_int8(k, w.packed, tile, x.ready, 0, rows, all.data());
+                    finish(k, w.packed, tile, x.ready, 0, rows, all.data());
                     for (int r = 0; r < rows; ++r)
                         for (int n = 0; n < kTileRows; ++n) {
                             const int output = tile * kTileRows + n;
@@ -637,8 +658,7 @@ void check_tiles(const Kernels &k) {
                         for (int k0 = 0; k0 < num_columns; k0 += kSuper)
                             k.tile(w.packed, tile, k0, std::min(k0 + kSuper, num_columns), x.ready,
                                    begin, count, k0 == 0, some.data(), scratch.data());
-                        if (form == Form::kInt8)
-                            finish_int8(k, w.packed, tile, x.ready, begin, count, some.data());
+                        finish(k, w.packed, tile, x.ready, begin, count, some.data());
                         check.same_bits(some.data(), all.data() + begin * kTileRows,
                                         4 * some.size(), "rows apart and blocks of K", begin);
                         begin += count;
@@ -663,12 +683,12 @@ void check_numbers_of_rows(const Kernels &k, const Kernels &other) {
     Random random{8};
     for (const FormatInfo &info : kFormats) {
         const int block = static_cast<int>(find_dequant_format(info.name)->block_elements);
-        const bool is_bf16 = std::strcmp(info.name, "BF16") == 0;
+        const bool is_bf16 = info.is_bf16();
         if (block == 1 && !is_bf16) continue;
         const Kernels &oracle = is_bf16 ? k : other;
         Check check(k.name, std::string("rows of ") + info.name + " as in " + oracle.name);
-        for (int num_columns : {(is_bf16 ? 33 : 1) * block, (is_bf16 ? 64 : 3) * block,
-                                (is_bf16 ? 561 : 17) * block}) {
+        for (int num_columns : {(block == 1 ? 33 : 1) * block, (block == 1 ? 64 : 3) * block,
+                                (block == 1 ? 561 : 17) * block}) {
             constexpr int kMost = 67;
             const Weight w(info, 48 + 1 + random.below(47), num_columns, random);
             const Rows x(other, is_bf16 ? Form::kBF16 : Form::kInt8,

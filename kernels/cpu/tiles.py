@@ -13,7 +13,7 @@ from ..program import Program
 from ..weights import RawWeight, WeightGroup
 from . import _native
 from .packed_cache import PackedCache, mapping_of
-from .quantise import as_tiles, tiles_format
+from .quantise import as_packed
 
 _T = TypeVar("_T")
 
@@ -63,7 +63,7 @@ class Packer:
             w.tiles[:] = [made[id(part)] for part in w.parts]
 
     def _packed(self, parts: Sequence[RawWeight], paired: bool) -> list[_native.PackedMatrix]:
-        rows = [as_tiles(part, self._pool.size) for part in parts]
+        rows = [as_packed(part, self._pool.size) for part in parts]
         matrices = [(r.format.name, r.data.view(np.ndarray), r.shape[0], r.shape[1]) for r in rows]
         tiles = _native.pack_layer(self._pool, matrices, paired, self._compact)
         for part in parts:
@@ -88,10 +88,10 @@ def weights_bytes(program: Program, weights: Mapping[str, RawWeight | WeightGrou
         used = uses.get(name, set())
         from_tiles = "embedding" in used and rows_from_tiles(parts, "linear" in used)
         if "linear" in used or from_tiles:
-            total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in parts)
+            total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in parts)
         if name in mixtures:
             each = by_expert(CpuWeight(parts, weight.shape), mixtures[name]).parts
-            total += sum(_native.packed_bytes(tiles_format(p).name, *p.shape) for p in each)
+            total += sum(_native.packed_bytes(p.packed_format.name, *p.shape) for p in each)
         if "embedding" in used and not from_tiles:
             total += sum(p.nbytes for p in parts)
     return total
@@ -101,12 +101,11 @@ def rows_from_tiles(parts: Sequence[RawWeight], multiplied: bool) -> bool:
     """Whether an embedding reads its rows back from tiles instead of the checkpoint.
 
     So it is for a table that loading makes, and for one that linear layers multiply by as well (the
-    head that is tied to it), which is then held once. Tiles that are rounded to bf16 lack the
-    checkpoint's values, and its own rows are read.
+    head that is tied to it), which is then held once.
     """
     if not all(part.is_as_stored for part in parts):
         return True
-    return multiplied and all(tiles_format(part) is part.format for part in parts)
+    return multiplied and all(part.packed_format is part.format for part in parts)
 
 
 def uses_of(program: Program) -> dict[str, set[str]]:

@@ -98,7 +98,8 @@ def test_rows_of_another_width_are_named(suffix: str, tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     fmt = SUFFIXES[suffix]
-    rows = ("U8", (3, fmt.row_bytes(64) - 1), bytes(3 * (fmt.row_bytes(64) - 1)))
+    width = fmt.row_bytes(256) - 1
+    rows = ("U8", (3, width), bytes(3 * width))
     name = f"m.weight{suffix}"
     write_safetensors(tmp_path / "model.safetensors", {name: rows, "n": np.ones(2, np.float32)})
     with pytest.raises(CheckpointError, match=f"{name}.*no row of {fmt.name}") as error:

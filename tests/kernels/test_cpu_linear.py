@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from engineroom.kernels.cpu import _native
-from engineroom.kernels.weights import FORMATS, RawWeight
+from engineroom.kernels.weights import FORMATS, NF4_CODEBOOK, RawWeight
 from engineroom.quant.values import dequantise, row_dtype
 from tests.counts import count
 
 UNITS = _native.kernel_tables()
+AS_BF16 = ("BF16", "FP8", "FP8_128")
 FORMS = {
-    name: ["f32", "bf16"] if name == "BF16" else ["f32"] if fmt.is_float else ["f32", "int8"]
+    name: ["f32", "bf16"] if name in AS_BF16 else ["f32"] if fmt.is_float else ["f32", "int8"]
     for name, fmt in FORMATS.items()
 }
 CASES = [(name, form) for name, forms in FORMS.items() for form in forms]
@@ -55,6 +56,11 @@ def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
     for field, size in (("d", 1), ("m", 1), ("dmin", 1), ("zero", 8)):
         if field in fields:
             fields[field][:] = rng.uniform(-size, size, fields[field].shape)
+    for field in ("scale", "absmax"):
+        if field in fields and name != "INT4":
+            fields[field][:] = rng.uniform(-1, 1, fields[field].shape)
+    if "values" in fields:  # no NaN
+        fields["values"][(fields["values"] & 0x7F) == 0x7F] = 0x80
     if "exponent" in fields:
         fields["exponent"][:] = rng.integers(117, 128, fields["exponent"].shape)
     return data
@@ -65,13 +71,15 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
     data = blocks(name, rows, columns, 7)
     for field, values in fields_of(name, data, columns).items():
         each = values.reshape(-1, values.shape[-1])  # blocks, or headers of rows
-        if field in ("d", "m", "dmin"):
+        if field in ("d", "m", "dmin", "absmax") or (values.dtype.kind == "f" and field == "scale"):
             each[0::5] = 0
             each[3::11] = 60000
         elif field == "zero":
             each[1::5] = -8
         elif field == "exponent":
             each[0::5], each[3::11] = 0, 144
+        elif field == "values":  # largest, least, zeros of both signs, subnormals
+            each[1::5], each[2::5], each[3::5], each[4::5] = 0x7E, 0xFE, 0x80, 0x07
         else:
             each[1::5] = np.iinfo(values.dtype).max
             each[2::5] = np.iinfo(values.dtype).min
@@ -82,6 +90,17 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
 def weight_of(name: str, data: np.ndarray, rows: int, columns: int) -> np.ndarray:
     raw = RawWeight("w", FORMATS[name], (rows, columns), {"data": data})
     return dequantise(raw).astype(np.float64)
+
+
+def as_multiplied(name: str, form: str, data: np.ndarray, n: int, k: int) -> np.ndarray:
+    """The weight's values as the form takes them: NF4's table as int8 in steps of 1/123.26."""
+    if (name, form) != ("NF4", "int8"):
+        return weight_of(name, data, n, k)
+    fields = fields_of(name, data, k)
+    table = np.rint(np.array(NF4_CODEBOOK) * 123.26) * np.float64(np.float32(1 / 123.26))
+    assert np.abs(table - NF4_CODEBOOK).max() < 1 / 353
+    pairs = np.stack([fields["nibbles"] >> 4, fields["nibbles"] & 15], axis=-1)
+    return (fields["absmax"].astype(np.float64)[..., None] * table[pairs]).reshape(n, k)
 
 
 def pack(name: str, data: np.ndarray, rows: int, columns: int) -> _native.PackedMatrix:
@@ -156,7 +175,9 @@ def columns_of(name: str) -> list[int]:
     fmt = FORMATS[name]
     if fmt.is_float:
         return [1, 8, 33, 512]
-    return {256: [256, 512, 2304], 128: [128, 512, 2304]}.get(fmt.block_elements, [32, 64, 96, 512])
+    return {256: [256, 512, 2304], 128: [128, 512, 2304], 64: [64, 192, 512]}.get(
+        fmt.block_elements, [32, 64, 96, 512]
+    )
 
 
 # ------------------------------------------------------------------------------ against float64
@@ -171,7 +192,7 @@ def assert_close(
     that is the bound. In the int8 form minima are summed apart from the quants that they belong
     to, so there the magnitude of a weight is that of both parts.
     """
-    w, x = weight_of(name, data, n, k), activations(max(rows), k)
+    w, x = as_multiplied(name, form, data, n, k), activations(max(rows), k)
     exact = values_in(form, unit, x)
     parts = np.abs(w)
     fields = fields_of(name, data, k)
@@ -214,7 +235,7 @@ def test_hostile_blocks(unit: str, name: str) -> None:
 
 
 @units
-@pytest.mark.parametrize("name", [n for n in FORMATS if not FORMATS[n].is_float])
+@pytest.mark.parametrize("name", [n for n in FORMATS if "int8" in FORMS[n]])
 def test_largest_int8_products(unit: str, name: str) -> None:
     """Every quant and every activation at its end: where 16-bit sums would saturate."""
     fmt = FORMATS[name]
@@ -222,13 +243,13 @@ def test_largest_int8_products(unit: str, name: str) -> None:
     for fill in (0x00, 0x80, 0x7F, 0xFF):
         data = blocks(name, n, k, 1)
         for field, values in fields_of(name, data, k).items():
-            if field not in ("d", "m", "dmin", "zero", "scales", "exponent"):
+            if field not in ("d", "m", "dmin", "zero", "scales", "exponent", "absmax"):
                 values[:] = (
                     np.full(1, fill, np.uint8).view(values.dtype)
                     if (values.dtype.itemsize == 1)
                     else np.full(4, fill, np.uint8).view(values.dtype)
                 )
-        w = weight_of(name, data, n, k)
+        w = as_multiplied(name, "int8", data, n, k)
         for signs in (np.ones(k), np.where(np.arange(k) % 4 < 2, 1, -1)):
             x = np.tile(signs.astype(np.float32), (9, 1))
             for rows in (x, -x):
@@ -311,6 +332,36 @@ def test_compact_bf16_multiplies_as_plain_bf16_does(
     for m in every:
         assert_same_bits(run(unit, [compact], x[:m], form), want[:m])
     assert_same_bits(run(unit, [compact, plain], x, form, threads=3), want)
+
+
+@units
+@pytest.mark.parametrize("form", ["bf16", "f32"])
+def test_every_8_bit_float_is_multiplied_as_the_bf16_that_it_is(unit: str, form: str) -> None:
+    """Bit for bit: all 254 numbers, subnormal ones and zeros too, beside the same in bf16."""
+    n, k = 100, 512
+    for codes in (np.arange(n * k) % 256, np.random.default_rng(3).integers(8, 120, n * k)):
+        data = np.zeros(n * FORMATS["FP8"].row_bytes(k), np.uint8)
+        fields = fields_of("FP8", data, k)
+        fields["scale"][:] = 1
+        fields["values"][:] = codes.astype(np.uint8).reshape(fields["values"].shape)
+        fields["values"][(fields["values"] & 0x7F) == 0x7F] = 0
+        values = weight_of("FP8", data, n, k).astype(np.float32)
+        bits = (values.view(np.uint32) >> 16).astype("<u2").reshape(-1)
+        wide = pack("BF16", bits.view(np.uint8), n, k)
+        x = activations(13, k)
+        for m in (1, 3, 13):
+            got = run(unit, [pack("FP8", data, n, k)], x[:m], form)
+            assert_same_bits(got, run(unit, [wide], x[:m], form))
+
+
+@units
+def test_a_nan_among_8_bit_floats_reaches_its_output_alone(unit: str) -> None:
+    data = blocks("FP8_128", 50, 256, 1)
+    fields_of("FP8_128", data, 256)["values"][17, 1, 2] = 0xFF
+    for form in ("bf16", "f32"):
+        got = run(unit, [pack("FP8_128", data, 50, 256)], activations(9, 256), form)
+        assert np.isnan(got[:, 17]).all()
+        assert np.isfinite(np.delete(got, 17, axis=1)).all()
 
 
 @units
@@ -436,6 +487,8 @@ def test_refusals() -> None:
     refused(r"x is \[2, 31\], weight 0 is \[5, 32\]: K differs", rows=np.zeros((2, 31), np.float32))
     refused("bf16 rows do not multiply Q8_0 weights", form="bf16")
     refused("int8 rows do not multiply F32 weights", weights=(floats,), form="int8")
+    codes = pack("FP8", blocks("FP8", 5, 32, 0), 5, 32)
+    refused("int8 rows do not multiply FP8 weights", weights=(codes,), form="int8")
     refused(r"result 0 is \[2, 5\], outs has \[2, 4\]", outs=(np.zeros((2, 4), np.float32),))
     refused("2 biases for 1 weights", biases=[None, None])
     refused("bias 0 has 4 values for 5 outputs", biases=[np.zeros(4, np.float32)])

@@ -195,8 +195,11 @@ def test_tile_registers_in_software() -> None:
     assert first.split()[1:3] == ["amx", "avx512"]
     assert lines[-1] == "all checks passed"
     same = [line for line in lines if re.match(r"amx +rows of \S+ as in avx512 +ok", line)]
-    assert len(same) == 15, "one line for each quantised format"
-    assert any(re.match(r"amx +rows of BF16 as in amx +ok", line) for line in lines)
+    assert len(same) == 16, "one line for each format of integers"
+    of_bf16 = [
+        line for line in lines if re.match(r"amx +rows of (BF16|FP8\S*) as in amx +ok", line)
+    ]
+    assert len(of_bf16) == 3
 
 
 # ---------------------------------------------------------------------------------- other machines

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from engineroom.kernels.cpu import _native
-from engineroom.kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
+from engineroom.kernels.weights import FORMATS, Format, RawWeight
 from engineroom.quant.values import dequantise
 from tests.counts import count
-
-ALL = {**FORMATS, **SMALL_FLOATS}
 
 
 def elements_of(fmt: Format, data: np.ndarray) -> int:
@@ -37,7 +35,7 @@ def assert_same_values(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_array_equal(got.view(np.uint32)[~free], want.view(np.uint32)[~free])
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("blocks", [0, 1, 3, 37])
 def test_any_bytes(fmt: Format, blocks: int) -> None:
     """Uniform bytes: scales of every size, infinite and NaN ones too."""
@@ -50,7 +48,7 @@ def test_any_bytes(fmt: Format, blocks: int) -> None:
 
 @pytest.mark.parametrize("name", ["INT8", "INT4", "Q5_K", "FP8", "FP8_128", "NF4"])
 def test_rows_with_headers(name: str) -> None:
-    fmt, columns = ALL[name], 512
+    fmt, columns = FORMATS[name], 512
     data = np.random.default_rng(3).integers(0, 256, 7 * fmt.row_bytes(columns), np.uint8)
     out = np.empty(7 * columns, np.float32)
     _native.dequantise(name, data, out, columns)
@@ -66,7 +64,7 @@ def test_every_16_bit_float(name: str) -> None:
     assert_same_values(native(FORMATS[name], data), specification(FORMATS[name], data))
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_unaligned_and_read_only_bytes(fmt: Format, tmp_path: Path) -> None:
     """A tensor lies in the mapped file wherever the file says."""
     size = fmt.row_bytes(5 * fmt.block_elements)
@@ -82,7 +80,7 @@ def test_unaligned_and_read_only_bytes(fmt: Format, tmp_path: Path) -> None:
         del view
 
 
-@pytest.mark.parametrize("fmt", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_sizes_must_match(fmt: Format) -> None:
     data = np.zeros(fmt.row_bytes(2 * fmt.block_elements), np.uint8)
     out = np.zeros(2 * fmt.block_elements, np.float32)

@@ -13,7 +13,7 @@ import pytest
 from engineroom.kernels import ops
 from engineroom.kernels.backend import BackendUnavailable, KVSpec
 from engineroom.kernels.program import Program
-from engineroom.kernels.weights import F16, FORMATS, SMALL_FLOATS, RawWeight, WeightGroup
+from engineroom.kernels.weights import F16, FORMATS, RawWeight, WeightGroup
 from engineroom.quant.values import dequantise
 from tests.counts import FULL, count
 from tests.kernels import programs
@@ -34,7 +34,6 @@ from engineroom.kernels.triton import expert_linear, experts, graphs, linear  # 
 from engineroom.kernels.triton.quantised import LAYOUTS  # isort: skip
 
 RNG = np.random.default_rng(43)
-ALL = {**FORMATS, **SMALL_FLOATS}
 
 
 def table(width: int, spread: float = 1.0, rows: int = ROWS) -> np.ndarray:
@@ -148,10 +147,10 @@ def test_expert_linear_is_the_references(dtype: str, own: bool) -> None:
 @pytest.mark.parametrize("name", list(LAYOUTS) if FULL else ["Q4_K", "Q6_K", "NF4"])
 def test_quantised_experts(name: str) -> None:
     """Against float64 over the specification's values; with a row of x for each place."""
-    columns = max(ALL[name].block_elements, 96)
-    columns -= columns % ALL[name].block_elements
-    data = random_rows(RNG, ALL[name], 4 * 9, columns)
-    w = RawWeight(name, ALL[name], (4 * 9, columns), {"data": data})
+    columns = max(FORMATS[name].block_elements, 96)
+    columns -= columns % FORMATS[name].block_elements
+    data = random_rows(RNG, FORMATS[name], 4 * 9, columns)
+    w = RawWeight(name, FORMATS[name], (4 * 9, columns), {"data": data})
     logits, x = favourites(4, 2), table(2 * columns)
     got = run(routed(4, 2, 9, columns, True), {"logits": logits, "x": x, "w": w}, plain_step(18))
     values = dequantise(w).astype(np.float64).reshape(4, 9, columns)
@@ -188,8 +187,8 @@ def test_rows_do_not_depend_on_their_neighbours(name: str, activations: str, own
     if name == "F32":
         w = raw(table(columns, rows=num_experts * rows))
     else:
-        data = random_rows(RNG, ALL[name], num_experts * rows, columns)
-        w = RawWeight(name, ALL[name], (num_experts * rows, columns), {"data": data})
+        data = random_rows(RNG, FORMATS[name], num_experts * rows, columns)
+        w = RawWeight(name, FORMATS[name], (num_experts * rows, columns), {"data": data})
     logits, x = favourites(num_experts, top_k), table(columns * (top_k if own else 1))
     weights = {"logits": logits, "x": x, "w": w}
     whole = run(program, weights, plain_step(60), activations=activations)
@@ -249,8 +248,8 @@ def test_a_recorded_step_fits_every_choice(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_experts_that_cannot_be_multiplied_are_refused() -> None:
-    data = random_rows(RNG, ALL["Q6_K"], 4 * 3, 256)
-    w = RawWeight("experts", ALL["Q6_K"], (4 * 3, 256), {"data": data})
+    data = random_rows(RNG, FORMATS["Q6_K"], 4 * 3, 256)
+    w = RawWeight("experts", FORMATS["Q6_K"], (4 * 3, 256), {"data": data})
     weights = {"logits": table(4), "x": table(256), "w": w}
     with pytest.raises(BackendUnavailable, match="'experts' is Q6_K, which"):
         run(routed(4, 2, 3, 256, False), weights, plain_step(1), activations="int8")

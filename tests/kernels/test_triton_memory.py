@@ -11,7 +11,7 @@ import pytest
 
 from engineroom.kernels.backend import KVSpec
 from engineroom.kernels.program import Program
-from engineroom.kernels.weights import FORMATS, SMALL_FLOATS, RawWeight
+from engineroom.kernels.weights import FORMATS, RawWeight
 from tests.kernels import programs
 from tests.kernels.packed_steps import Paged, random_rows, raw
 from tests.kernels.triton_device import TritonBackend, interpreter, torch
@@ -20,7 +20,6 @@ from engineroom.engine.bench.gpu.launches import sampling_rows  # isort: skip
 from engineroom.kernels.triton import workspace  # isort: skip
 from engineroom.kernels.triton.executor import TritonLogits  # isort: skip
 
-ALL = {**FORMATS, **SMALL_FLOATS}
 LIMITS = (40, 12, 200)  # tokens and logit rows of a step, tokens of a sequence
 BLOCKS = 64
 
@@ -59,8 +58,8 @@ def weights_of(program: Program, fmt: str, *, ordered: bool) -> dict[str, RawWei
         if fmt == "F32" or values.ndim == 1 or name == "embed":
             continue
         rows, columns = values.shape
-        data = random_rows(rng, ALL[fmt], rows, columns)
-        weight = RawWeight(name, ALL[fmt], (rows, columns), {"data": data})
+        data = random_rows(rng, FORMATS[fmt], rows, columns)
+        weight = RawWeight(name, FORMATS[fmt], (rows, columns), {"data": data})
         if ordered:
             order = orders.setdefault(columns, rng.permutation(columns).astype(np.int32))
             weight = replace(weight, columns=order.copy())

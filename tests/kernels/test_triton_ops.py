@@ -20,7 +20,6 @@ from engineroom.kernels.weights import (
     F32,
     FORMATS,
     Q4_K,
-    SMALL_FLOATS,
     RawWeight,
     WeightGroup,
     WeightTooLarge,
@@ -132,12 +131,9 @@ def test_op_rows_do_not_depend_on_their_neighbours(name: str) -> None:
 # ------------------------------------------------------------------------------------- linear
 
 
-ALL = {**FORMATS, **SMALL_FLOATS}
-
-
 def quantised(name: str, rows: int, columns: int) -> RawWeight:
-    data = random_rows(RNG, ALL[name], rows, columns)
-    return RawWeight(name, ALL[name], (rows, columns), {"data": data})
+    data = random_rows(RNG, FORMATS[name], rows, columns)
+    return RawWeight(name, FORMATS[name], (rows, columns), {"data": data})
 
 
 def linear_program(rows: int, columns: int, bias: bool = False) -> Program:
@@ -168,14 +164,14 @@ def test_linear_of_floats(fmt, dtype: str) -> None:  # type: ignore[no-untyped-d
             assert_close(run(program, weights, step, dtype=dtype), want, dtype, 4e-6)
 
 
-QUANTISED = [name for name, fmt in ALL.items() if not fmt.is_float]
+QUANTISED = [name for name, fmt in FORMATS.items() if not fmt.is_float]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", QUANTISED)
 def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
     """Against float64 over the specification's values, in whole steps and in part of one."""
-    per_block = ALL[name].block_elements
+    per_block = FORMATS[name].block_elements
     for rows, blocks in ((1, 256 // per_block), (65, max(1, 96 // per_block))):
         columns = blocks * per_block
         w = quantised(name, rows, columns)
@@ -192,7 +188,7 @@ def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_embedding_has_the_specifications_bits(name: str) -> None:
-    columns = ALL[name].block_elements * 3
+    columns = FORMATS[name].block_elements * 3
     w = quantised(name, 20, columns)
     p = Program()
     step = ops.StepHandles.of(p)
@@ -244,7 +240,7 @@ def hostile_rows(columns: int) -> np.ndarray:
 @pytest.mark.parametrize("name,activations", IN_8_BITS)
 def test_linear_of_activations_in_8_bits(name: str, activations: str) -> None:
     """Against float64 over the specification's values, of weights and of rows."""
-    per_block = ALL[name].block_elements
+    per_block = FORMATS[name].block_elements
     for rows, blocks, dtype in ((65, max(1, 96 // per_block), "float32"), (1, 5, "float16")):
         columns = blocks * per_block
         w = quantised(name, rows, columns)
@@ -337,7 +333,7 @@ def test_linear_rows_do_not_depend_on_how_many_there_are(name: str, activations:
 )
 def test_act_order_multiplies_the_columns_that_a_weight_names(name: str, activations: str) -> None:
     """The bits of the same weight by an input whose columns were put in that order before."""
-    columns = max(128, ALL[name].block_elements)
+    columns = max(128, FORMATS[name].block_elements)
     order = RNG.permutation(columns).astype(np.int32)
     w, x = quantised(name, 20, columns), table(columns, 1.0)
     for p in (linear_program(20, columns), normed_program(20, columns, gated=False)):
@@ -435,7 +431,7 @@ def normed_rows(p: Program, step: ops.StepHandles, x: ops.Handle) -> ops.Handle:
 @pytest.mark.parametrize("name", QUANTISED)
 def test_hostile_weights(name: str) -> None:
     """Rows of zero bytes, of one bit, of every bit but a float's exponents."""
-    fmt = ALL[name]
+    fmt = FORMATS[name]
     columns = fmt.block_elements
     data = np.zeros((4, fmt.row_bytes(columns)), np.uint8)
     data[1, -1] = 1
@@ -452,7 +448,7 @@ def test_hostile_weights(name: str) -> None:
 @pytest.mark.parametrize("target", ["INT8", "INT4"])
 def test_quantising_on_load_has_the_references_weights(target: str) -> None:
     """Of a table that is also a layer, and of a layer of its own."""
-    w = RawWeight("w", F32, (70, 96), raw(table(96, 1.0, 70)).buffers, ALL[target])
+    w = RawWeight("w", F32, (70, 96), raw(table(96, 1.0, 70)).buffers, FORMATS[target])
     program = linear_program(70, 96)
     weights = {"x": table(96, 1.0), "w": w}
     want = run_reference(program, weights, plain_step(18)).astype(np.float64)
@@ -463,7 +459,7 @@ def test_quantising_on_load_has_the_references_weights(target: str) -> None:
     assert executable.weights_bytes == backend.weights_bytes(program, raws)
     values = table(96, 1.0, 70)
     values[3, 5] = np.nan
-    bad = RawWeight("w", F32, (70, 96), raw(values).buffers, ALL[target])
+    bad = RawWeight("w", F32, (70, 96), raw(values).buffers, FORMATS[target])
     with pytest.raises(WeightTooLarge, match="row 3 holds a NaN"):
         run(program, {"x": table(96, 1.0), "w": bad}, plain_step(1))
 

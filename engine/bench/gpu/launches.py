@@ -16,14 +16,12 @@ from ....kernels.triton.device import loads_ahead
 from ....kernels.triton.inputs import scratch_width
 from ....kernels.triton.quantised import Matrix
 from ....kernels.triton.rms_norm import Norm
-from ....kernels.weights import FORMATS, SMALL_FLOATS, Format, RawWeight
+from ....kernels.weights import FORMATS, Format, RawWeight
 from .card import Launch
 
 # Every format that the GPU backend multiplies.
 WEIGHTS = tuple(
-    fmt
-    for fmt in (*FORMATS.values(), *SMALL_FLOATS.values())
-    if fmt in quantised.FLOATS or fmt.name in quantised.LAYOUTS
+    fmt for fmt in FORMATS.values() if fmt in quantised.FLOATS or fmt.name in quantised.LAYOUTS
 )
 
 

@@ -7,6 +7,8 @@
 // same way. What varies with the number of rows (unpacking first or on the
 // way, how many rows share registers, blocks of K) leaves them as they are. A scale that all of K
 // shares (kChannel) is left out of t: finish multiplies by it.
+#include <type_traits>
+
 namespace engineroom {
 namespace ER_ISA {
 
@@ -44,7 +46,9 @@ ER_INLINE void fetch_step(Fetch &fetch) {
 
 struct QuantsU8 {
     static constexpr int kBytes = kGroup * kTileRows;
+    static constexpr bool kIsBytes = true;
     static constexpr bool kSmall = false;
+    static constexpr const float *kValues = nullptr;
     static constexpr int kDirectRows = 8;
     static constexpr int kDistance = kAhead;
     static constexpr int kRows = kInt8Rows;
@@ -61,7 +65,9 @@ struct QuantsUnpacked : QuantsU8 {
 template <int kPlanes>
 struct QuantsNibbles {
     static constexpr int kBytes = kNibbles + kPlanes * kPlane;
+    static constexpr bool kIsBytes = false;
     static constexpr bool kSmall = true;
+    static constexpr const float *kValues = nullptr;  // of codes, for the kF32 form
     static constexpr int kDirectRows =
         kPlanes == 0 && kVectors == kTileVectors ? INT32_MAX : 32 >> kPlanes;
     static constexpr int kDistance = kAheadNibbles;
@@ -82,6 +88,14 @@ struct QuantsE2M1 : QuantsNibbles<0> {
     static constexpr int kRows = least(kInt8Rows, 3);
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
         return i_lookup(i_bcast16(kE2M1Units), QuantsNibbles<0>::word(group, k4, v));
+    }
+};
+
+struct QuantsNF4 : QuantsE2M1 {
+    static constexpr bool kSmall = false;
+    static constexpr const float *kValues = kNf4;
+    ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
+        return i_lookup(i_bcast16(kNf4Units), QuantsNibbles<0>::word(group, k4, v));
     }
 };
 
@@ -189,6 +203,20 @@ struct ScaleSingle {
     static constexpr int kBytes = 4 * kParts * kTileRows;
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
         return f_load(floats(s) + part * kTileRows + 16 * v);
+    }
+};
+
+// For the kInt8 form in steps of the table, for the kF32 form as it is.
+struct ScaleNF4 {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = false;
+    static constexpr bool kLast = false;
+    static constexpr int kBytes = 2 * kTileRows;
+    ER_INLINE F of_values(const std::uint8_t *s, int group, int v) {
+        return f_load(floats(s) + group / 2 * kTileRows + 16 * v);
+    }
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_mul(of_values(s, group, v), f_set(kNf4Step));
     }
 };
 
@@ -386,7 +414,7 @@ static __attribute__((noinline)) void unpack_groups(const std::uint8_t *quants,
                 f_store(ready + 16 * v, Scale::minimum(scales, g, v));
             ready += kTileRows;
         }
-        if constexpr (Quants::kSmall) {
+        if constexpr (!Quants::kIsBytes) {
             const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
 #pragma GCC unroll 8
             for (int k4 = 0; k4 < 8; ++k4, to += kWordBytes)
@@ -417,7 +445,7 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         const int c1 = least(c0 + chunk, k1);
         const std::uint8_t *group =
             quants + static_cast<std::ptrdiff_t>(c0 / kGroup) * Quants::kBytes;
-        if constexpr (Quants::kSmall || !Scale::kLast)
+        if constexpr (!Quants::kIsBytes || !Scale::kLast)
             unpack_groups<Quants, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, unpacked, ready);
         // The next chunk follows this one in memory; behind the last lies the next tile.
         const std::uint8_t *next = group + (c1 - c0) / kGroup * Quants::kBytes;
@@ -425,9 +453,9 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
                           (c1 - c0) / kGroup * Quants::kBytes / 64};
         const std::uint8_t *from = reinterpret_cast<const std::uint8_t *>(ready);
         const bool sets = first && c0 == k0;
-        if constexpr (Quants::kSmall)
-            int8_blocks<QuantsUnpacked, Ready, false>(unpacked, from, 0, c0, c1, w.bias, a, row0,
-                                                      rows, sets, out, fetch);
+        if constexpr (!Quants::kIsBytes)
+            int8_blocks<std::conditional_t<Quants::kSmall, QuantsUnpacked, QuantsU8>, Ready, false>(
+                unpacked, from, 0, c0, c1, w.bias, a, row0, rows, sets, out, fetch);
         else if constexpr (Scale::kLast)
             int8_blocks<QuantsU8, Scale, false>(group, scales, 0, c0, c1, w.bias, a, row0, rows,
                                                 sets, out, fetch);
@@ -717,6 +745,88 @@ struct StepCompact {
     }
 };
 
+// What a nibble of kE4M3 stands for. By place, the low half: the high byte of a normal bf16, and which
+// bits of the low one are in the other half; of numbers below 2^-5 the sign alone, and they are to be
+// looked up by the high half. NaN is exponent and significand of ones.
+struct TablesE4M3 {
+    std::uint8_t normal[16] = {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195};
+    std::uint8_t high[16] = {0, 61, 62, 63, 64, 65, 66, 67, 128, 189, 190, 191, 192, 193, 194, 195};
+    std::uint8_t is_least[16] = {255, 0, 0, 0, 0, 0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0};
+    std::uint8_t is_most[16] = {0, 0, 0, 0, 0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0, 255};
+    std::uint8_t keeps[16] = {0,   240, 240, 240, 240, 240, 240, 240,
+                              0,   240, 240, 240, 240, 240, 240, 240};
+    std::uint8_t least_high[16] = {0,  59, 59, 59, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60};
+    std::uint8_t least_low[16] = {0,   0,   128, 192, 0,   32,  64,  96,
+                                  128, 144, 160, 176, 192, 208, 224, 240};
+    std::uint8_t most_high[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 127};
+};
+static constexpr TablesE4M3 kE4M3;
+
+// kE4M3 as the bf16 numbers that they are, unpacked in registers and multiplied as StepCompact does it.
+template <class Plain, bool kKeeps>
+struct StepE4M3 {
+    using X = typename Plain::X;
+    static constexpr int kColumns = 8;
+    static constexpr int kStepBytes = kColumns * kTileRows;
+    static constexpr int kDistance = kAheadNibbles;
+    static constexpr int kUnaidedRows = 2;
+    I table;
+    const std::uint8_t *is_odd;  // of the steps to come
+    std::uint8_t *unpacked;
+
+    // From column k0 on of a tile that has these marks of steps.
+    StepE4M3(const std::uint8_t *marks, int k0, std::uint8_t *to)
+        : table(i_bcast16(kE4M3.normal)), is_odd(marks + k0 / kColumns), unpacked(to) {}
+
+    // Columns 2 q and 2 q + 1 of a step of normal numbers.
+    static inline __attribute__((always_inline)) P normal_pairs(const std::uint8_t *w, int q, I table) {
+        const I codes = i_load(w + q / 2 * 64);
+        const I high = i_lookup(table, i_and(codes, i_set_bytes(15)));
+        const I low = i_and(codes, i_set_bytes(240));
+        return q % 2 ? p_zip_high(low, high) : p_zip_low(low, high);
+    }
+    // Of any. Tables are loaded anew each time: kept, they would take registers that sums need.
+    static inline __attribute__((always_inline)) I of(const std::uint8_t *bytes, I places) {
+        __asm__ volatile("" : "+r"(bytes));
+        return i_lookup(i_bcast16(bytes), places);
+    }
+    static inline __attribute__((always_inline)) P pairs(const std::uint8_t *w, int q) {
+        const I codes = i_load(w + q / 2 * 64);
+        const I place = i_and(codes, i_set_bytes(15)), rest = i_high_nibbles(codes);
+        const I is_least = of(kE4M3.is_least, place);
+        const I low = i_or(i_and(codes, of(kE4M3.keeps, place)),
+                           i_and(of(kE4M3.least_low, rest), is_least));
+        const I high = i_or(of(kE4M3.high, place), i_and(of(kE4M3.least_high, rest), is_least));
+        const I any = i_or(high, i_and(of(kE4M3.most_high, rest), of(kE4M3.is_most, place)));
+        return q % 2 ? p_zip_high(low, any) : p_zip_low(low, any);
+    }
+
+    template <int R>
+    inline __attribute__((always_inline)) void add(F (&f)[R][kVectors], const std::uint8_t *w,
+                                                   int v0, const X *x, std::ptrdiff_t stride) {
+        if (__builtin_expect(*is_odd++, 0)) {
+            for (int v = 0; v < kTileVectors; ++v)
+                for (int q = 0; q < kColumns / 2; ++q)
+                    i_store(unpacked + q * kWordBytes + 64 * v, pairs(w + 128 * v, q));
+            for (int q = 0; q < kColumns / 2; ++q)
+                Plain::template add<R>(f, unpacked + q * kWordBytes, v0, x + 2 * q, stride);
+        } else {
+#pragma GCC unroll 4
+            for (int q = 0; q < kColumns / 2; ++q) {
+                if (R * kVectors > 21) __asm__("" : "+r"(w));  // as in StepCompact
+                P p[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v) {
+                    p[v] = normal_pairs(w + 128 * (v0 + v), q, table);
+                    if (kKeeps) i_store(unpacked + q * kWordBytes + 64 * (v0 + v), p[v]);
+                }
+                Plain::template add_pairs<R>(f, p, x + 2 * q, stride);
+            }
+        }
+        if (kKeeps) unpacked += kColumns / 2 * kWordBytes;
+    }
+};
+
 // out [R][48] from `steps` steps. Weights that come from memory are fetched ahead, but not where
 // kUnaidedRows says so and one pass reads all of a tile; for later rows of the same weights `fetch`
 // says what is fetched instead.
@@ -789,6 +899,32 @@ static void float_blocks(const Step &step, const std::uint8_t *w, int columns,
     }
 }
 
+// Four columns before they are scaled: integers less their bias, or the values of codes.
+template <class Quants>
+ER_INLINE void value_columns(const std::uint8_t *group, int k4, int v, F zero_point, F (&column)[4]) {
+    if constexpr (Quants::kValues != nullptr) {
+        const I codes = QuantsNibbles<0>::word(group, k4, v);
+        column[0] = f_lookup(Quants::kValues, i_byte<0>(codes));
+        column[1] = f_lookup(Quants::kValues, i_byte<1>(codes));
+        column[2] = f_lookup(Quants::kValues, i_byte<2>(codes));
+        column[3] = f_lookup(Quants::kValues, i_byte<3>(codes));
+    } else {
+        const I word = Quants::word(group, k4, v);
+        column[0] = f_sub(f_of_i(i_byte<0>(word)), zero_point);
+        column[1] = f_sub(f_of_i(i_byte<1>(word)), zero_point);
+        column[2] = f_sub(f_of_i(i_byte<2>(word)), zero_point);
+        column[3] = f_sub(f_of_i(i_byte<3>(word)), zero_point);
+    }
+}
+
+template <class Quants, class Scale>
+ER_INLINE F scale_of_values(const std::uint8_t *s, int part, int v) {
+    if constexpr (Quants::kValues != nullptr)
+        return Scale::of_values(s, part, v);
+    else
+        return Scale::scale(s, part, v);
+}
+
 // Groups [g0, g1) of a quantised tile as fp32 [columns][48]: the values of unpack_row.
 template <class Quants, class Scale>
 static __attribute__((noinline)) void dequantise_groups(const std::uint8_t *quants,
@@ -800,17 +936,16 @@ static __attribute__((noinline)) void dequantise_groups(const std::uint8_t *quan
         for (int v = 0; v < kTileVectors; ++v) {
             F d[Scale::kParts];
             for (int part = 0; part < Scale::kParts; ++part)
-                d[part] = Scale::scale(scales, g * Scale::kParts + part, v);
+                d[part] = scale_of_values<Quants, Scale>(scales, g * Scale::kParts + part, v);
             F m = f_zero();
             if constexpr (Scale::kHasMinimum) m = Scale::minimum(scales, g, v);
 #pragma GCC unroll 8
             for (int k4 = 0; k4 < 8; ++k4) {
-                const I word = Quants::word(group, k4, v);
-                const F column[4] = {f_of_i(i_byte<0>(word)), f_of_i(i_byte<1>(word)),
-                                     f_of_i(i_byte<2>(word)), f_of_i(i_byte<3>(word))};
+                F column[4];
+                value_columns<Quants>(group, k4, v, zero_point, column);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
-                    F x = f_mul(d[k4 * Scale::kParts / 8], f_sub(column[i], zero_point));
+                    F x = f_mul(d[k4 * Scale::kParts / 8], column[i]);
                     if (Scale::kHasMinimum) x = f_add(x, m);
                     f_store(to + (4 * k4 + i) * kTileRows + 16 * v, x);
                 }
@@ -875,6 +1010,7 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
             else
                 use(QuantsE2M1{}, ScaleSingle<2>{});
             break;
+        case Elements::kNF4: use(QuantsNF4{}, ScaleNF4{}); break;
         default: break;
     }
 }
@@ -923,25 +1059,59 @@ static void float_tile(const Step &step, const PackedWeight &w, int tile, int k0
 }
 
 // Up to kFirst rows unpack in registers. Of more, the first do so too and leave what they unpacked to
-// the others.
-template <class Plain, int kFirst, int kRows>
-static void compact_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Plain::X *x,
-                         std::ptrdiff_t stride, int row0, int rows, bool first, float *out,
-                         std::uint8_t *scratch) {
-    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+// the others. head: what Step needs of the tile besides its elements.
+template <template <class, bool> class Step, class Plain, int kFirst, int kRows>
+static void unpacked_tile(const PackedWeight &w, const std::uint8_t *head, int tile, int k0, int k1,
+                          const typename Plain::X *x, std::ptrdiff_t stride, int row0, int rows,
+                          bool first, float *out, std::uint8_t *scratch) {
+    using Keeping = Step<Plain, true>;
     if (rows <= kFirst) {
-        float_tile<StepCompact<Plain, false>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x,
-                                                     stride, row0, rows, first, out);
+        float_tile<Step<Plain, false>, kFirst>({head, k0, scratch}, w, tile, k0, k1, x, stride, row0,
+                                               rows, first, out);
         return;
     }
     const int some = rows / ((rows + kFirst - 1) / kFirst);
-    float_tile<StepCompact<Plain, true>, kFirst>({scales, k0, scratch}, w, tile, k0, k1, x, stride,
-                                                row0, some, first, out);
-    const int bytes = (k1 - k0) / kCompactColumns * kCompactBytes;
-    const std::uint8_t *next = scales + w.scales_bytes + k1 / kCompactColumns * kCompactBytes;
+    float_tile<Keeping, kFirst>({head, k0, scratch}, w, tile, k0, k1, x, stride, row0, some, first,
+                                out);
+    const int bytes = (k1 - k0) / Keeping::kColumns * Keeping::kStepBytes;
+    const std::uint8_t *next = w.data + tile * w.tile_bytes + w.scales_bytes +
+                               k1 / Keeping::kColumns * Keeping::kStepBytes;
     float_blocks<Plain, kRows>(Plain{}, scratch, k1 - k0, x + (row0 + some) * stride + k0, stride,
                                rows - some, false, first, out + some * kTileRows,
                                Fetch{next, bytes / 64});
+}
+
+// kE4M3. A scale of 128 columns multiplies their sum; that of a channel is left to FinishedTile.
+template <class Plain, int kFirst, int kRows>
+static void e4m3_tile(const PackedWeight &w, int tile, int k0, int k1, const typename Plain::X *x,
+                      std::ptrdiff_t stride, int row0, int rows, bool first, float *out,
+                      std::uint8_t *scratch) {
+    constexpr int kBlock = 128, kMost = 64;  // columns; rows whose sums stay in the L1
+    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
+    if (w.scaling == Scaling::kChannel) {
+        unpacked_tile<StepE4M3, Plain, kFirst, kRows>(w, scales + kWordBytes, tile, k0, k1, x, stride,
+                                                      row0, rows, first, out, scratch);
+        return;
+    }
+    const std::uint8_t *marks = scales + w.num_columns / kBlock * kWordBytes;
+    float *sums = reinterpret_cast<float *>(scratch);
+    std::uint8_t *rest = scratch + kMost * kTileRows * sizeof(float);
+    for (int begin = 0; begin < rows; begin += kMost) {
+        const int count = least(kMost, rows - begin);
+        for (int c0 = k0; c0 < k1; c0 += kBlock) {
+            unpacked_tile<StepE4M3, Plain, kFirst, kRows>(w, marks, tile, c0, c0 + kBlock, x, stride,
+                                                          row0 + begin, count, true, sums, rest);
+            F d[kTileVectors];
+            for (int v = 0; v < kTileVectors; ++v)
+                d[v] = f_load(floats(scales + c0 / kBlock * kWordBytes) + 16 * v);
+            for (int r = 0; r < count; ++r)
+                for (int v = 0; v < kTileVectors; ++v) {
+                    float *to = out + (begin + r) * kTileRows + 16 * v;
+                    const F before = first && c0 == k0 ? f_zero() : f_load(to);
+                    f_store(to, f_fma(f_load(sums + r * kTileRows + 16 * v), d[v], before));
+                }
+        }
+    }
 }
 
 static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
@@ -963,12 +1133,22 @@ static void tile(const PackedWeight &w, int tile, int k0, int k1, const Activati
                 float_tile<StepWideBF16, kF32Rows>(StepWideBF16{}, w, tile, k0, k1, a.f32, a.stride,
                                                    row0, rows, first, out);
             break;
-        case Elements::kCompactBF16:
+        case Elements::kCompactBF16: {
+            const std::uint8_t *scales = w.data + tile * w.tile_bytes;
             if (a.form == Form::kBF16)
-                compact_tile<StepBF16, kBF16Rows, kBF16Rows>(w, tile, k0, k1, a.bf16, a.stride, row0,
-                                                             rows, first, out, scratch);
+                unpacked_tile<StepCompact, StepBF16, kBF16Rows, kBF16Rows>(
+                    w, scales, tile, k0, k1, a.bf16, a.stride, row0, rows, first, out, scratch);
             else
-                compact_tile<StepWideBF16, least(kF32Rows, 4), kF32Rows>(
+                unpacked_tile<StepCompact, StepWideBF16, least(kF32Rows, 4), kF32Rows>(
+                    w, scales, tile, k0, k1, a.f32, a.stride, row0, rows, first, out, scratch);
+            break;
+        }
+        case Elements::kE4M3:
+            if (a.form == Form::kBF16)
+                e4m3_tile<StepBF16, least(kBF16Rows, 6), kBF16Rows>(  // more would spill
+                    w, tile, k0, k1, a.bf16, a.stride, row0, rows, first, out, scratch);
+            else
+                e4m3_tile<StepWideBF16, least(kF32Rows, 4), kF32Rows>(
                     w, tile, k0, k1, a.f32, a.stride, row0, rows, first, out, scratch);
             break;
         default: quantised_tile(w, tile, k0, k1, a, row0, rows, first, out, scratch); break;

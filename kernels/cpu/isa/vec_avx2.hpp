@@ -281,6 +281,16 @@ ER_INLINE I i_dot8(I acc, I w, I a) {
     return {dot8(acc.lo, w.lo, a.lo), dot8(acc.hi, w.hi, a.hi)};
 }
 ER_INLINE F f_of_i(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+// Of sixteen floats those at places 0 to 15.
+ER_INLINE __m256 lookup8(F table, __m256i places) {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(places, 28));  // by their bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, places),
+                            _mm256_permutevar8x32_ps(table.hi, places), upper);
+}
+ER_INLINE F f_lookup(const float *table, I places) {
+    const F all = f_load(table);
+    return {lookup8(all, places.lo), lookup8(all, places.hi)};
+}
 ER_INLINE __m128i load8_bytes(const void *p) {
     return _mm_loadl_epi64(static_cast<const __m128i *>(p));
 }

@@ -251,6 +251,12 @@ ER_INLINE I i_dot8(I acc, I w, I a) {
 }
 ER_INLINE I i_dot_small(I acc, I w, I a) { return i_dot8(acc, w, a); }
 ER_INLINE F f_of_i(I a) { return __builtin_convertvector(a, F); }
+// Of sixteen floats those at places 0 to 15.
+ER_INLINE F f_lookup(const float *table, I places) {
+    F x;
+    for (int i = 0; i < 16; ++i) x[i] = table[places[i]];
+    return x;
+}
 ER_INLINE F f_load_u8(const std::uint8_t *p) {
     F x;
     for (int i = 0; i < 16; ++i) x[i] = static_cast<float>(p[i]);

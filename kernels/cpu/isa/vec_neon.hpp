@@ -256,6 +256,14 @@ ER_INLINE I i_dot8(I acc, I w, I a) {
     return i_dot_small(acc, ER_MAP2(I, veorq_s32, w, i_set_bytes(0x80)), a);
 }
 ER_INLINE F f_of_i(I x) { return ER_MAP1(F, vcvtq_f32_s32, x); }
+// Of sixteen floats those at places 0 to 15.
+ER_INLINE F f_lookup(const float *table, I places) {
+    std::int32_t at[16];
+    i_store(at, places);
+    float x[16];
+    for (int i = 0; i < 16; ++i) x[i] = table[at[i]];
+    return f_load(x);
+}
 // Byte `byte` of every lane, unsigned, as int32.
 template <int byte>
 ER_INLINE I i_byte(I x) {

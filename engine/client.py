@@ -7,6 +7,7 @@ RequestOutput and, exactly once, with an ending: an output with finished=True, o
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import logging
@@ -183,6 +184,10 @@ class EngineClient(ABC):
     @abstractmethod
     def start(self) -> EngineInfo:
         """Load, and return when ready; again: the same answer. Errors: EngineStartError."""
+
+    def read_on(self, loop: asyncio.AbstractEventLoop) -> None:  # noqa: B027
+        """From now on sinks are best called on this running loop; call it there, as often as you
+        like. A client that may choose where it reads does so, and saves a hop for every token."""
 
     @abstractmethod
     def abort(self, request_id: str) -> None:

@@ -299,8 +299,9 @@ class _Server:
                 frames = [wire.encode(_refused(EngineError(why), request_id=rid))]
         return frames
 
-    @staticmethod
-    def _frame(message: wire.ToParent) -> bytes:
+    def _frame(self, message: wire.ToParent) -> bytes:
+        if isinstance(message, wire.Refused):
+            self._sent.pop(message.request_id, None)  # its id is free again
         try:
             return wire.encode(message)
         except wire.WireError as exc:

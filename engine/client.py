@@ -109,6 +109,13 @@ Sink = Callable[[RequestOutput | EngineError], None]
 Messages = Sequence[Mapping[str, Any]]
 
 
+class Added(Protocol):
+    """The part of AddedRequest that a client uses."""
+
+    @property
+    def displaced(self) -> Sequence[str]: ...
+
+
 class EngineLike(Protocol):
     """The part of Engine that a client uses.
 
@@ -136,7 +143,7 @@ class EngineLike(Protocol):
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
-    ) -> object: ...
+    ) -> Added: ...
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
     def is_prepared(self, params: SamplingParams) -> bool: ...

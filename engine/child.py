@@ -158,9 +158,9 @@ class _Server:
         match message:
             case wire.Submit():
                 self._submit(client, message)
-            case wire.Abort(request_id):
+            case wire.Abort(request_id=request_id):
                 client.abort(request_id)
-            case wire.Ping(ticket):
+            case wire.Ping(ticket=ticket):
                 self._outbox.message(wire.Pong(ticket=ticket, stalled_s=client.stalled_s))
             case (
                 wire.RenderChat()
@@ -170,7 +170,7 @@ class _Server:
                 | wire.Facts()
             ):
                 self._spawn(self._answer, client, message)
-            case wire.Shutdown(drain):
+            case wire.Shutdown(drain=drain):
                 self._spawn(self._shut_down, client, drain)
 
     @staticmethod
@@ -316,11 +316,11 @@ class _Server:
 def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:
     ticket = message.ticket
     match message:
-        case wire.RenderChat(_, messages, options):
+        case wire.RenderChat(messages=messages, options=options):
             ids = client.render_chat(messages, **options)
-        case wire.Tokenize(_, text, special):
+        case wire.Tokenize(text=text, add_special_tokens=special):
             ids = client.tokenize(text, add_special_tokens=special)
-        case wire.Detokenize(_, token_ids, skip):
+        case wire.Detokenize(token_ids=token_ids, skip_special_tokens=skip):
             text = client.detokenize(token_ids, skip_special_tokens=skip)
             return wire.Text(ticket=ticket, text=text)
         case wire.Stats():

@@ -460,15 +460,15 @@ class _Link:
             case wire.Refused():
                 self._refused(message)
             case (
-                wire.Rendered(ticket, result)
-                | wire.Text(ticket, result)
-                | wire.StatsReply(ticket, result)
-                | wire.FactsReply(ticket, result)
+                wire.Rendered(ticket=ticket, token_ids=result)
+                | wire.Text(ticket=ticket, text=result)
+                | wire.StatsReply(ticket=ticket, stats=result)
+                | wire.FactsReply(ticket=ticket, facts=result)
             ):
                 self._answer(ticket, result)
-            case wire.Log(level, name, text):
+            case wire.Log(level=level, logger=name, text=text):
                 logging.getLogger(name).log(level, "%s", text)
-            case wire.Progress(text):
+            case wire.Progress(text=text):
                 self._progress(text)
             case wire.Ready():
                 info = EngineInfo(

@@ -288,13 +288,13 @@ class _Turner:
                 match command:
                     case Submission():
                         self._receive(engine, command)
-                    case _Prepared(submission, error):
+                    case _Prepared(submission=submission, error=error):
                         self._prepared(engine, submission, error)
-                    case _Abort(request_id) if request_id in self._preparing:
+                    case _Abort(request_id=request_id) if request_id in self._preparing:
                         self._preparing[request_id] = True
-                    case _Abort(request_id):
+                    case _Abort(request_id=request_id):
                         engine.abort(request_id)
-                    case _Call(function, future):
+                    case _Call(function=function, future=future):
                         if future.set_running_or_notify_cancel():
                             try:
                                 future.set_result(function(engine))

@@ -4,8 +4,8 @@ Three things can end the child: close(), its own failure, and ours. Its death cl
 is noticed at once; a child that hangs misses its heartbeats for `watchdog` seconds and is killed.
 Should this process die, the child sees the socket close and ends by itself.
 
-A thread reads the socket and watches over the child. Where requests come from an event loop, the loop
-reads it instead (read_on()), so that a token needs no hop between threads; the thread goes on
+A thread reads the socket and watches over the child. Where requests come from an event loop, the
+loop reads it instead (read_on()), so that a token needs no hop between threads; the thread goes on
 watching, sees the child's end, and reads again where the loop has left something lying for a tick.
 """
 

@@ -43,8 +43,8 @@ _EXIT_SECONDS = 5.0  # what the interpreter's end waits for a step
 PREPARE_SECONDS = 10.0  # what a request may take to compile, its wait for others' included
 _MAX_PREPARING = 64
 _DISPLACED = (
-    "the queue is full and this key has the most requests waiting: the newest of them gave its place "
-    "to another key's; try again later"
+    "the queue is full and this key has the most requests waiting: the newest of them gave its "
+    "place to another key's; try again later"
 )
 
 

@@ -7,9 +7,9 @@ tenant that comes back after a pause is lifted to those that wait, so that idlen
 Only the order of admission is decided here: work-conserving, and no output depends on it. With one
 tenant it is first come, first served.
 
-The waiting room is shared by the same weights. While it has room anybody may fill it; once it is full,
-who has fewer waiting than another displaces the newest of the one with the most, so that a flood of
-one tenant's is refused to that tenant.
+The waiting room is shared by the same weights. While it has room anybody may fill it; once it is
+full, who has fewer waiting than another displaces the newest of the one with the most, so that a
+flood of one tenant's is refused to that tenant.
 """
 
 from __future__ import annotations

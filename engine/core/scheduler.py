@@ -118,8 +118,11 @@ class Scheduler:
     # ---------------------------------------------------------------------------- at the door
 
     def add(self, *requests: Request) -> list[str]:
-        """Accept all of these new requests, of one tenant, or none; the ids of waiting requests that
-        were aborted to make room (see fairness.py). Errors: AdmissionError with the numbers."""
+        """Accept all of these new requests, of one tenant, or none.
+
+        Returns the ids of waiting requests that were aborted to make room (see fairness.py).
+        Errors: AdmissionError with the numbers.
+        """
         account = self._shares.account(requests[0].tenant, requests[0].weight)
         displaced = self._room_for(len(requests), account)
         keys = set()

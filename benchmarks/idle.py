@@ -1,7 +1,7 @@
 """What a server costs that nobody asks anything of: processor time of all its processes.
 
-`python benchmarks/idle.py [--model smollm2] [--seconds 60]` serves a model, waits until it is ready and
-its start is over, and reads /proc; 1 where it is half a percent of a core or more.
+`python benchmarks/idle.py [--model smollm2] [--seconds 60]` serves a model, waits until it is ready
+and its start is over, and reads /proc; 1 where it is half a percent of a core or more.
 """
 
 from __future__ import annotations

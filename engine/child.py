@@ -10,6 +10,7 @@ import argparse
 import collections
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -51,7 +52,11 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.RLock())  # a log record may come from inside
+        self._lock = threading.RLock()  # a log record may come from inside
+        # What take() sleeps on, one token at most: in C, where a Condition takes a new lock and
+        # a dozen lines of Python for each of a stream's tokens.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._woken = False
         self._outputs: dict[str, RequestOutput] = {}
         self._others: collections.deque[wire.ToParent] = collections.deque()
         self._logs = 0
@@ -59,34 +64,41 @@ class Outbox:
         self._ending = False
 
     def output(self, output: RequestOutput) -> None:
-        with self._changed:
+        with self._lock:
             rid = output.request_id
             self._outputs[rid] = merge(self._outputs.get(rid), output)
-            self._changed.notify()
+            self._wake()
 
     def message(self, message: wire.ToParent) -> None:
-        with self._changed:
+        with self._lock:
             if isinstance(message, wire.Log):
                 if self._logs >= _MAX_LOGS:
                     self._lost_logs += 1
                     return
                 self._logs += 1
             self._others.append(message)
-            self._changed.notify()
+            self._wake()
 
     def end(self) -> None:
         """take() returns what is left, and then None."""
-        with self._changed:
+        with self._lock:
             self._ending = True
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._wakes.put(None)
 
     def take(self) -> tuple[list[RequestOutput], list[wire.ToParent]] | None:
         """Everything that waits, when something does."""
-        with self._changed:
-            while not (self._outputs or self._others):
-                if self._ending:
+        self._wakes.get()
+        with self._lock:
+            self._woken = False
+            if self._ending:
+                self._wake()  # for the next call, which is the last
+                if not (self._outputs or self._others):
                     return None
-                self._changed.wait()
             outputs, others = list(self._outputs.values()), list(self._others)
             if self._lost_logs:
                 text = f"{self._lost_logs} log records were lost: the parent reads too slowly"

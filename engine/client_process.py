@@ -61,7 +61,7 @@ FIRST_WORD_SECONDS = 60.0  # for the child's interpreter to start
 MAX_QUEUED = 256 << 20  # bytes on their way to a child that does not read
 _EXIT_SECONDS = 3.0
 _REAP_SECONDS = 5.0  # for the kernel to take a killed process down
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16  # a buffer of this size is made for every read
 _QUOTED_LINES = 20  # of the child's stderr in the message that tells its death
 
 

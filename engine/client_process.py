@@ -293,7 +293,7 @@ class _Link:
         if self._on_loop is None or self._on_loop.loop is not loop:
             self._leave_loop()
             with self.sinks.lock:
-                if self._sock is not None:
+                if self._sock is not None and self._reason is None:
                     self._on_loop = _OnLoop(loop, self._sock, self._pump)
 
     def _leave_loop(self) -> None:
@@ -437,6 +437,7 @@ class _Link:
             finally:
                 self._pumper = 0
             if self._reason is not None:
+                self._leave_loop()  # it would find the end again and again
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread that watches
             return True

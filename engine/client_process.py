@@ -495,7 +495,7 @@ class _Link:
 
     def _output(self, message: wire.Output) -> None:
         rid = message.request_id
-        if rid not in self.sinks:
+        if rid not in self.sinks.live:
             self._sent.pop(rid, None)
             return
         output = wire.apply(self._sent.get(rid), message)

@@ -1,17 +1,19 @@
 """What serving and batches cost: the same requests over HTTP, from a file, and by LLM.generate().
 
-`python benchmarks/serving.py [--model smollm2]` runs the forms in turn (A B A B), prints medians.
-The client reads bare sockets and counts events, so that little of what is measured is its own; it
-shares the machine's cores with the server all the same.
+`python benchmarks/serving.py [--model smollm2] [--rounds 4]` runs the forms in turn (A B A B) and
+prints medians. The client reads bare sockets and counts events, so that little of what is measured
+is its own; it shares the machine's cores with the server all the same, and what it and the server's
+process (not the engine's) used of them for a token is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
+import selectors
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -37,28 +39,40 @@ def body(prompt: list[int]) -> dict[str, object]:
     return {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 
 
-async def stream(model: str, prompt: list[int]) -> None:
-    """One streamed request, on a connection of its own."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+def ask(model: str, prompt: list[int]) -> socket.socket:
+    """A connection of its own on which one streamed request was sent."""
     data = json.dumps({"model": model, **body(prompt), "stream": True}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    parts = 0
-    while received := await reader.read(1 << 16):
-        parts += received.count(b"data: {")
-    writer.close()
-    if not parts:
-        raise RuntimeError("the server sent no event; is another one on the port?")
+    sock = socket.create_connection(("127.0.0.1", PORT))
+    sock.sendall(head.encode() + data)
+    return sock
 
 
 def over_http(model: str, many: Prompts) -> None:
-    """All at once."""
+    """All at once, read to their ends as the parts come."""
+    buffer = bytearray(1 << 16)
+    events = 0
+    with selectors.DefaultSelector() as selector:
+        for prompt in many:
+            selector.register(ask(model, prompt), selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                sock = key.fileobj
+                assert isinstance(sock, socket.socket)  # registered above
+                received = sock.recv_into(buffer)
+                events += buffer.count(b"data: {", 0, received)
+                if not received:
+                    selector.unregister(sock)
+                    sock.close()
+    if not events:
+        raise RuntimeError("the server sent no event; is another one on the port?")
 
-    async def run() -> None:
-        await asyncio.gather(*(stream(model, p) for p in many))
 
-    asyncio.run(run())
+def processor_seconds(pid: int) -> float:
+    """What a process has used, all its threads together."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks)
 
 
 def from_file(llm: LLM, many: Prompts, folder: Path) -> None:
@@ -96,7 +110,9 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
-    model = parser.parse_args().model
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    model = args.model
     rng = random.Random(5)
     flags = ["--max-model-len", "512", "--no-enable-prefix-caching", "--port", str(PORT)]
     command = [sys.executable, "-m", "engineroom", "serve", model, *flags]
@@ -114,13 +130,21 @@ def main() -> None:
             time.sleep(5)  # it loads
             generate(2)
             over_http(model, prompts(2, rng))
-            for count, rounds in ((32, 4), (1, 6)):
+            for count, rounds in ((32, args.rounds), (1, 2 * args.rounds)):
                 compare(
                     f"{count} clients over HTTP, streamed",
                     count,
                     rounds,
                     lambda n=count: generate(n),  # type: ignore[misc]
                     lambda n=count: over_http(model, prompts(n, rng)),  # type: ignore[misc]
+                )
+                before, own = processor_seconds(server.pid), time.process_time()
+                over_http(model, prompts(count, rng))
+                own = time.process_time() - own
+                used = processor_seconds(server.pid) - before
+                tokens = count * TOKENS / 1000
+                print(
+                    f"  processor: server {used / tokens:.3f} ms a token, client {own / tokens:.3f}"
                 )
             compare(
                 "96 requests from a file",

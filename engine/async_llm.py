@@ -324,7 +324,9 @@ class OutputStream(AsyncIterator[RequestOutput]):
         prompt = await self._ready()
         if self._over:  # closed meanwhile
             raise StopAsyncIteration
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        mailbox = _Mailbox(loop)
+        self._client.read_on(loop)
         self._client.submit(
             self.request_id,
             prompt,
@@ -345,35 +347,40 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
 
 class _Mailbox:
-    """Between the client's thread and the loop: at most one output, merged, and one error."""
+    """Between the client and the loop: at most one output, merged, and one error."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On the loop."""
         self._loop = loop
+        self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._output: RequestOutput | None = None
         self._error: EngineError | None = None
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._waking = False
         self._closed = False
 
     def put(self, item: RequestOutput | EngineError) -> None:
-        """From any thread."""
+        """From any thread; from the loop's own the cheapest."""
+        here = threading.get_ident() == self._thread
         with self._lock:
             if self._closed:
                 return
             if isinstance(item, RequestOutput):
-                self._output = merge(self._output, item)
+                self._output = item if self._output is None else merge(self._output, item)
             else:
                 self._error = item
             if self._waking:
                 return
-            self._waking = True
-        self._loop.call_soon_threadsafe(self._wake)
+            self._waking = not here
+        if here:
+            self.wake()
+        else:
+            self._loop.call_soon_threadsafe(self._wake)
 
     async def take(self) -> RequestOutput | EngineError:
         """On the loop."""
         while True:
-            self._arrived.clear()
             with self._lock:
                 if self._closed:
                     raise StopAsyncIteration
@@ -382,7 +389,8 @@ class _Mailbox:
                     return output
                 if self._error is not None:
                     return self._error
-            await self._arrived.wait()
+                self._waiter = self._loop.create_future()
+            await self._waiter
 
     def close(self) -> None:
         """From any thread, and without the lock: a collector may run in its holder."""
@@ -390,12 +398,13 @@ class _Mailbox:
 
     def wake(self) -> None:
         """On the loop."""
-        self._arrived.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _wake(self) -> None:
         with self._lock:
             self._waking = False
-        self._arrived.set()
+        self.wake()
 
 
 __all__ = [

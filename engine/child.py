@@ -10,6 +10,7 @@ import argparse
 import collections
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -51,7 +52,11 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.RLock())  # a log record may come from inside
+        self._lock = threading.RLock()  # a log record may come from inside
+        # What take() sleeps on, one token at most: in C, where a Condition takes a new lock and
+        # a dozen lines of Python for each of a stream's tokens.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._woken = False
         self._outputs: dict[str, RequestOutput] = {}
         self._others: collections.deque[wire.ToParent] = collections.deque()
         self._logs = 0
@@ -59,34 +64,41 @@ class Outbox:
         self._ending = False
 
     def output(self, output: RequestOutput) -> None:
-        with self._changed:
+        with self._lock:
             rid = output.request_id
             self._outputs[rid] = merge(self._outputs.get(rid), output)
-            self._changed.notify()
+            self._wake()
 
     def message(self, message: wire.ToParent) -> None:
-        with self._changed:
+        with self._lock:
             if isinstance(message, wire.Log):
                 if self._logs >= _MAX_LOGS:
                     self._lost_logs += 1
                     return
                 self._logs += 1
             self._others.append(message)
-            self._changed.notify()
+            self._wake()
 
     def end(self) -> None:
         """take() returns what is left, and then None."""
-        with self._changed:
+        with self._lock:
             self._ending = True
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._wakes.put(None)
 
     def take(self) -> tuple[list[RequestOutput], list[wire.ToParent]] | None:
         """Everything that waits, when something does."""
-        with self._changed:
-            while not (self._outputs or self._others):
-                if self._ending:
+        self._wakes.get()
+        with self._lock:
+            self._woken = False
+            if self._ending:
+                self._wake()  # for the next call, which is the last
+                if not (self._outputs or self._others):
                     return None
-                self._changed.wait()
             outputs, others = list(self._outputs.values()), list(self._others)
             if self._lost_logs:
                 text = f"{self._lost_logs} log records were lost: the parent reads too slowly"
@@ -158,9 +170,9 @@ class _Server:
         match message:
             case wire.Submit():
                 self._submit(client, message)
-            case wire.Abort(request_id):
+            case wire.Abort(request_id=request_id):
                 client.abort(request_id)
-            case wire.Ping(ticket):
+            case wire.Ping(ticket=ticket):
                 self._outbox.message(wire.Pong(ticket=ticket, stalled_s=client.stalled_s))
             case (
                 wire.RenderChat()
@@ -170,7 +182,7 @@ class _Server:
                 | wire.Facts()
             ):
                 self._spawn(self._answer, client, message)
-            case wire.Shutdown(drain):
+            case wire.Shutdown(drain=drain):
                 self._spawn(self._shut_down, client, drain)
 
     @staticmethod
@@ -299,8 +311,9 @@ class _Server:
                 frames = [wire.encode(_refused(EngineError(why), request_id=rid))]
         return frames
 
-    @staticmethod
-    def _frame(message: wire.ToParent) -> bytes:
+    def _frame(self, message: wire.ToParent) -> bytes:
+        if isinstance(message, wire.Refused):
+            self._sent.pop(message.request_id, None)  # its id is free again
         try:
             return wire.encode(message)
         except wire.WireError as exc:
@@ -315,11 +328,11 @@ class _Server:
 def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:
     ticket = message.ticket
     match message:
-        case wire.RenderChat(_, messages, options):
+        case wire.RenderChat(messages=messages, options=options):
             ids = client.render_chat(messages, **options)
-        case wire.Tokenize(_, text, special):
+        case wire.Tokenize(text=text, add_special_tokens=special):
             ids = client.tokenize(text, add_special_tokens=special)
-        case wire.Detokenize(_, token_ids, skip):
+        case wire.Detokenize(token_ids=token_ids, skip_special_tokens=skip):
             text = client.detokenize(token_ids, skip_special_tokens=skip)
             return wire.Text(ticket=ticket, text=text)
         case wire.Stats():

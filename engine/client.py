@@ -7,6 +7,7 @@ RequestOutput and, exactly once, with an ending: an output with finished=True, o
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import logging
@@ -108,6 +109,13 @@ Sink = Callable[[RequestOutput | EngineError], None]
 Messages = Sequence[Mapping[str, Any]]
 
 
+class Added(Protocol):
+    """The part of AddedRequest that a client uses."""
+
+    @property
+    def displaced(self) -> Sequence[str]: ...
+
+
 class EngineLike(Protocol):
     """The part of Engine that a client uses.
 
@@ -135,7 +143,7 @@ class EngineLike(Protocol):
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
-    ) -> object: ...
+    ) -> Added: ...
     def step(self) -> Sequence[RequestOutput]: ...
     def abort(self, request_id: str) -> object: ...
     def is_prepared(self, params: SamplingParams) -> bool: ...
@@ -183,6 +191,10 @@ class EngineClient(ABC):
     @abstractmethod
     def start(self) -> EngineInfo:
         """Load, and return when ready; again: the same answer. Errors: EngineStartError."""
+
+    def read_on(self, loop: asyncio.AbstractEventLoop) -> None:  # noqa: B027
+        """From now on sinks are best called on this running loop; call it there, as often as you
+        like. A client that may choose where it reads does so, and saves a hop for every token."""
 
     @abstractmethod
     def abort(self, request_id: str) -> None:
@@ -308,13 +320,13 @@ class Sinks:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a finalizer may run in any line of its holder
         self.over: str | None = None  # why nothing more is accepted
-        self._live: dict[str, Sink] = {}
+        self.live: dict[str, Sink] = {}  # to look into; what changes it is below
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._live
+        return request_id in self.live
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self.live)
 
     def check(self) -> None:
         """Errors: EngineDeadError, saying why. Call with the lock held."""
@@ -324,39 +336,41 @@ class Sinks:
     def add(self, request_id: str, sink: Sink) -> None:
         """Errors: EngineDeadError; AdmissionError("duplicate_id"). Call with the lock held."""
         self.check()
-        if request_id in self._live:
+        if request_id in self.live:
             raise AdmissionError(
                 "duplicate_id",
                 f"a request with the id {request_id!r} is running; ids are free again when a "
                 "request has ended",
             )
-        self._live[request_id] = sink
+        self.live[request_id] = sink
 
     def output(self, output: RequestOutput) -> bool:
         """Pass an output on. False where its sink failed: nobody reads, so it may be aborted."""
-        with self.lock:
-            take = self._live.pop if output.finished else self._live.get
-            sink = take(output.request_id, None)
+        if output.finished:
+            with self.lock:
+                sink = self.live.pop(output.request_id, None)
+        else:
+            sink = self.live.get(output.request_id)
         return sink is None or self._call(sink, output)
 
     def end(self, request_id: str, error: EngineError) -> None:
         """End a request with an error."""
         with self.lock:
-            sink = self._live.pop(request_id, None)
+            sink = self.live.pop(request_id, None)
         if sink is not None:
             self._call(sink, error)
 
     def mute(self, request_id: str) -> None:
         """Call this request's sink no more; its id stays taken until its ending."""
         with self.lock:
-            if request_id in self._live:
-                self._live[request_id] = _ignore
+            if request_id in self.live:
+                self.live[request_id] = _ignore
 
     def end_all(self, reason: str) -> None:
         """Accept nothing more, and end every live request with EngineDeadError."""
         with self.lock:
             self.over = self.over or reason
-            live, self._live = self._live, {}
+            live, self.live = self.live, {}
         for sink in live.values():
             self._call(sink, EngineDeadError(reason))
 

@@ -3,18 +3,24 @@
 Three things can end the child: close(), its own failure, and ours. Its death closes the socket and
 is noticed at once; a child that hangs misses its heartbeats for `watchdog` seconds and is killed.
 Should this process die, the child sees the socket close and ends by itself.
+
+A thread reads the socket and watches over the child. Where requests come from an event loop, the
+loop reads it instead (read_on()), so that a token needs no hop between threads; the thread goes on
+watching, sees the child's end, and reads again where the loop has left something lying for a tick.
 """
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
 import os
 import queue
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -41,6 +47,7 @@ from .client import (
     Sink,
     Sinks,
     Submission,
+    describe,
 )
 from .config import EngineConfig
 from .core.request import AdmissionError, ParameterError, RequestOutput
@@ -54,7 +61,7 @@ FIRST_WORD_SECONDS = 60.0  # for the child's interpreter to start
 MAX_QUEUED = 256 << 20  # bytes on their way to a child that does not read
 _EXIT_SECONDS = 3.0
 _REAP_SECONDS = 5.0  # for the kernel to take a killed process down
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16  # a buffer of this size is made for every read
 _QUOTED_LINES = 20  # of the child's stderr in the message that tells its death
 
 
@@ -100,6 +107,9 @@ class ProcessClient(EngineClient):
     @property
     def stalled_s(self) -> float:
         return self._link.stalled_s
+
+    def read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._link.read_on(loop)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._link.sinks:
@@ -204,6 +214,13 @@ class _Link:
         self._fatal: wire.Fatal | None = None
         self._abandoned = False  # close() would wait no longer
         self._buried = False
+        self._sock: socket.socket | None = None  # from begin() to _bury()
+        self._frames = wire.Frames()
+        self._reading = threading.Lock()  # of the socket's input, _frames and what they lead to
+        self._pumper = 0  # the thread in _pump()
+        self._on_loop: _OnLoop | None = None  # reads in the thread's stead
+        self._spoken = False
+        self._reason: str | None = None  # why nothing more is read
         self._reader: threading.Thread | None = None
         self._writer: threading.Thread | None = None
         # The heart: monotonic seconds.
@@ -248,6 +265,7 @@ class _Link:
                 target=self._write, args=(ours,), name="engineroom-writer", daemon=True
             )
             self._writer.start()
+            self._sock = ours
             self._reader = threading.Thread(
                 target=self._read, args=(ours,), name="engineroom-reader", daemon=True
             )
@@ -270,6 +288,19 @@ class _Link:
         with self.sinks.lock:
             if not self._buried:
                 self._put(message)
+
+    def read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._on_loop is None or self._on_loop.loop is not loop:
+            self._leave_loop()
+            with self.sinks.lock:
+                if self._sock is not None and self._reason is None:
+                    self._on_loop = _OnLoop(loop, self._sock, self._pump)
+
+    def _leave_loop(self) -> None:
+        with self.sinks.lock:
+            left, self._on_loop = self._on_loop, None
+        if left is not None:
+            left.leave()
 
     def call(self, message: Callable[[int], wire.ToChild]) -> Future[Any]:
         """Send a message that has an answer. Errors: EngineDeadError; ParameterError."""
@@ -294,8 +325,8 @@ class _Link:
 
     def close(self, drain: bool, timeout: float) -> None:
         self.ask_to_end(drain)
-        reader = self._reader
-        if reader is None or reader is threading.current_thread():
+        reader, here = self._reader, threading.get_ident()
+        if reader is None or here in (reader.ident, self._pumper):
             return
         reader.join(timeout if drain else min(timeout, CLOSE_SECONDS))
         if reader.is_alive():
@@ -340,58 +371,85 @@ class _Link:
         process = self.process
         assert process is not None and process.stdout is not None  # ours: begin() made both
         try:
-            reason = self._listen(sock, process.stdout.fileno())
-        except wire.WireError as exc:
-            reason = f"sent what cannot be understood: {exc}"
-        except OSError as exc:
-            reason = f"cannot be read from: {exc}"
+            reason = self._watch(sock, process.stdout.fileno())
         except BaseException as exc:  # ours; requests must not wait for ever
-            log.exception("reading from the engine's process failed")
-            reason = f"was given up: {type(exc).__name__}: {exc}"
+            log.exception("watching the engine's process failed")
+            reason = f"was given up: {describe(exc)}"
         self._bury(process, sock, reason)
 
-    def _listen(self, sock: socket.socket, stderr: int) -> str:
-        """Serve messages until the child is over; why it is."""
-        frames = wire.Frames()
+    def _watch(self, sock: socket.socket, stderr: int) -> str:
+        """Serve the child until it is over; why it is."""
         text = b""
         tick = min(1.0, self._watchdog / 4)
         next_ping = 0.0
-        spoken = False
         os.set_blocking(stderr, False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            selector.register(stderr, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select(tick):
-                    if key.fileobj is sock:
-                        try:
-                            data = sock.recv(_CHUNK)
-                        except ConnectionError:  # it left what we sent unread
-                            data = b""
-                        if not data:
-                            return "ended"
-                        spoken = True
-                        self._heard = time.monotonic()
-                        for payload in frames.feed(data):
-                            if (over := self._handle(wire.decode_to_parent(payload))) is not None:
-                                return over
-                    elif data := os.read(stderr, _CHUNK):
-                        *lines, text = (text + data).split(b"\n")
-                        text = text[-_CHUNK:]
-                        self._keep(lines)
-                    else:
-                        selector.unregister(stderr)
-                        self._keep([text] if text else [])
-                now = time.monotonic()
-                if now - self._ticked > 2 * tick + 1.0:
-                    self._heard = now  # it is we who slept: stopped by hand, or starved
-                self._ticked = now
-                limit = self._watchdog if spoken else max(self._watchdog, FIRST_WORD_SECONDS)
-                if now - self._heard > limit:
-                    return f"hangs: no heartbeat for {now - self._heard:.1f} s"
-                if now >= next_ping:
-                    next_ping = now + tick
-                    self._queue(wire.encode(wire.Ping(ticket=0)))
+        poll = select.poll()
+        poll.register(stderr, select.POLLIN)
+        while True:
+            # Where a loop reads, only the end is of interest here, and that is always reported.
+            poll.register(sock, 0 if self._on_loop is not None else select.POLLIN)
+            ready = [fd for fd, _ in poll.poll(1000 * tick)]
+            now = time.monotonic()
+            late = self._on_loop is not None and now - self._heard > 1.5 * tick
+            if (sock.fileno() in ready or late) and self._pump() and late:
+                self._leave_loop()  # it is blocked, or runs no more
+            if self._reason is not None:
+                return self._reason
+            if stderr in ready:
+                if data := os.read(stderr, _CHUNK):
+                    *lines, text = (text + data).split(b"\n")
+                    text = text[-_CHUNK:]
+                    self._keep(lines)
+                else:
+                    poll.unregister(stderr)
+                    self._keep([text] if text else [])
+            if now - self._ticked > 2 * tick + 1.0:
+                self._heard = now  # it is we who slept: stopped by hand, or starved
+            self._ticked = now
+            limit = self._watchdog if self._spoken else max(self._watchdog, FIRST_WORD_SECONDS)
+            if now - self._heard > limit:
+                return f"hangs: no heartbeat for {now - self._heard:.1f} s"
+            if now >= next_ping:
+                next_ping = now + tick
+                self._queue(wire.encode(wire.Ping(ticket=0)))
+
+    def _pump(self) -> bool:
+        """Serve what has arrived; False where nothing has. The last of it sets `_reason`."""
+        with self._reading:
+            sock = self._sock
+            if sock is None or self._reason is not None:
+                return False
+            self._pumper = threading.get_ident()
+            try:
+                data = sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+                self._reason = self._serve(data) if data else "ended"
+            except BlockingIOError:
+                return False  # another thread was faster
+            except ConnectionError:  # the child left what we sent unread
+                self._reason = "ended"
+            except wire.WireError as exc:
+                self._reason = f"sent what cannot be understood: {exc}"
+            except OSError as exc:
+                self._reason = f"cannot be read from: {exc}"
+            except BaseException as exc:  # ours; requests must not wait for ever
+                log.exception("reading from the engine's process failed")
+                self._reason = f"was given up: {describe(exc)}"
+            finally:
+                self._pumper = 0
+            if self._reason is not None:
+                self._leave_loop()  # it would find the end again and again
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread that watches
+            return True
+
+    def _serve(self, data: bytes) -> str | None:
+        """Handle the messages that `data` completes; why they are the last, where they are."""
+        self._spoken = True
+        self._heard = time.monotonic()
+        for payload in self._frames.feed(data):
+            if (over := self._handle(wire.decode_to_parent(payload))) is not None:
+                return over
+        return None
 
     def _handle(self, message: wire.ToParent) -> str | None:
         """One message; a text where it is the last."""
@@ -403,15 +461,15 @@ class _Link:
             case wire.Refused():
                 self._refused(message)
             case (
-                wire.Rendered(ticket, result)
-                | wire.Text(ticket, result)
-                | wire.StatsReply(ticket, result)
-                | wire.FactsReply(ticket, result)
+                wire.Rendered(ticket=ticket, token_ids=result)
+                | wire.Text(ticket=ticket, text=result)
+                | wire.StatsReply(ticket=ticket, stats=result)
+                | wire.FactsReply(ticket=ticket, facts=result)
             ):
                 self._answer(ticket, result)
-            case wire.Log(level, name, text):
+            case wire.Log(level=level, logger=name, text=text):
                 logging.getLogger(name).log(level, "%s", text)
-            case wire.Progress(text):
+            case wire.Progress(text=text):
                 self._progress(text)
             case wire.Ready():
                 info = EngineInfo(
@@ -437,7 +495,7 @@ class _Link:
 
     def _output(self, message: wire.Output) -> None:
         rid = message.request_id
-        if rid not in self.sinks:
+        if rid not in self.sinks.live:
             self._sent.pop(rid, None)
             return
         output = wire.apply(self._sent.get(rid), message)
@@ -530,6 +588,9 @@ class _Link:
         self._outbox.put(None)
         if self._writer is not None:
             self._writer.join(1.0)  # what it was sending has no reader any more
+        with self.sinks.lock:
+            self._sock = None
+        self._leave_loop()
         sock.close()
         for future in calls.values():
             if future.set_running_or_notify_cancel():
@@ -557,6 +618,29 @@ class _Link:
         if self._stderr:
             text += "; it said last:\n  " + "\n  ".join(self._stderr)
         return text
+
+
+class _OnLoop:
+    """An event loop's own handle of the socket: closed by that loop, which alone may forget it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, pump: Callable[[], object]
+    ) -> None:
+        """On the loop."""
+        self.loop = loop
+        self._sock = sock.dup()
+        loop.add_reader(self._sock, pump)
+
+    def leave(self) -> None:
+        """From any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self._leave)
+        except RuntimeError:  # the loop is closed, its selector with it
+            self._sock.close()
+
+    def _leave(self) -> None:
+        self.loop.remove_reader(self._sock)
+        self._sock.close()
 
 
 def _options(config: EngineConfig) -> dict[str, Any]:

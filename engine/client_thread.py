@@ -42,6 +42,10 @@ _NOT_LOADED = "the engine is not loaded: call start() first"
 _EXIT_SECONDS = 5.0  # what the interpreter's end waits for a step
 PREPARE_SECONDS = 10.0  # what a request may take to compile, its wait for others' included
 _MAX_PREPARING = 64
+_DISPLACED = (
+    "the queue is full and this key has the most requests waiting: the newest of them gave its "
+    "place to another key's; try again later"
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class _Turner:
         self._factory = factory
         self._thread: threading.Thread | None = None
         self._running: set[str] = set()  # accepted by the engine, not ended
+        self._displaced: set[str] = set()  # of them, those whose end will be a refusal
         self._preparing: dict[str, bool] = {}  # what they need is compiled: aborted meanwhile?
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="engineroom-prepare")
         self._closing: _Close | None = None
@@ -283,13 +288,13 @@ class _Turner:
                 match command:
                     case Submission():
                         self._receive(engine, command)
-                    case _Prepared(submission, error):
+                    case _Prepared(submission=submission, error=error):
                         self._prepared(engine, submission, error)
-                    case _Abort(request_id) if request_id in self._preparing:
+                    case _Abort(request_id=request_id) if request_id in self._preparing:
                         self._preparing[request_id] = True
-                    case _Abort(request_id):
+                    case _Abort(request_id=request_id):
                         engine.abort(request_id)
-                    case _Call(function, future):
+                    case _Call(function=function, future=future):
                         if future.set_running_or_notify_cancel():
                             try:
                                 future.set_result(function(engine))
@@ -347,7 +352,7 @@ class _Turner:
     def _admit(self, engine: EngineLike, command: Submission) -> None:
         rid = command.request_id
         try:
-            engine.add_request(
+            added = engine.add_request(
                 rid,
                 command.prompt,
                 command.params,
@@ -362,6 +367,7 @@ class _Turner:
             self._refuse(rid, exc)
         else:
             self._running.add(rid)
+            self._displaced.update(added.displaced)
 
     def _refuse(self, rid: str, exc: BaseException) -> None:
         if isinstance(exc, ValueError):
@@ -377,6 +383,10 @@ class _Turner:
         for output in outputs:
             if output.finished:
                 self._running.discard(output.request_id)
+                if output.request_id in self._displaced:
+                    self._displaced.remove(output.request_id)
+                    self._refuse(output.request_id, AdmissionError("queue_full", _DISPLACED))
+                    continue
             if not self.sinks.output(output) and not output.finished:
                 self.sinks.mute(output.request_id)
                 engine.abort(output.request_id)

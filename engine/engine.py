@@ -47,11 +47,15 @@ _RECENT_STEPS = 512  # that stats() sums up
 
 @dataclass(frozen=True)
 class AddedRequest:
-    """What admission settled: the seed that replays the request, and its prompt's length."""
+    """What admission settled: the seed that replays the request, and its prompt's length.
+
+    `displaced`: waiting requests of another tenant that were aborted for it, in a full queue.
+    """
 
     request_id: str
     seed: int
     num_prompt_tokens: int
+    displaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,14 @@ class Engine:
             final_only=final_only or embed,
             embedding=None if pool is None else pool.embedding,
         )
-        self.scheduler.add(*samples)
+        displaced = tuple(self.scheduler.add(*samples))
         self._groups[request_id] = group
         if pool is not None:
             self._runner.pooling.pools[samples[0].key] = pool
         if observer is not None:
             self._runner.observers[samples[0].key] = observer
         self._num_prompt_tokens += len(ids)
-        return AddedRequest(request_id, seed, len(ids))
+        return AddedRequest(request_id, seed, len(ids), displaced)
 
     def is_prepared(self, params: SamplingParams) -> bool:
         """Whether add_request() has nothing to compile for these parameters. From any thread."""

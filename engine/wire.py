@@ -299,8 +299,8 @@ ToParent = (
 # ------------------------------------------------------------------------------------------ framing
 
 _encoder = msgspec.msgpack.Encoder()
-_to_child = msgspec.msgpack.Decoder(ToChild)
-_to_parent = msgspec.msgpack.Decoder(ToParent)
+_to_child: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)
+_to_parent: msgspec.msgpack.Decoder[ToParent] = msgspec.msgpack.Decoder(ToParent)
 
 
 def encode(message: ToChild | ToParent) -> bytes:
@@ -331,19 +331,22 @@ def encode_to_child(message: ToChild) -> bytes:
 
 def decode_to_child(payload: bytes) -> ToChild:
     """A message that only a parent sends. Errors: WireError."""
-    return typing.cast(ToChild, _decode(_to_child, payload))
+    try:
+        return _to_child.decode(payload)
+    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+        raise _no_message(payload, exc) from exc
 
 
 def decode_to_parent(payload: bytes) -> ToParent:
     """A message that only a child sends. Errors: WireError."""
-    return typing.cast(ToParent, _decode(_to_parent, payload))
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes) -> Any:
     try:
-        return decoder.decode(payload)
-    except (ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
-        raise WireError(f"{len(payload)} bytes are no message of ours: {exc}") from exc
+        return _to_parent.decode(payload)
+    except (ValueError, RecursionError) as exc:
+        raise _no_message(payload, exc) from exc
+
+
+def _no_message(payload: bytes, exc: Exception) -> WireError:
+    return WireError(f"{len(payload)} bytes are no message of ours: {exc}")
 
 
 class Frames:

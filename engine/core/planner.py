@@ -154,6 +154,7 @@ class Planner:
         if table is None:
             return False
         self._waiting.pop(request)
+        request.account.num_waiting -= 1
         if request.num_preemptions == 0:
             request.num_cached_tokens = start
             self.num_cached_tokens += start
@@ -222,6 +223,7 @@ class Planner:
             self._blocks.release(victim.block_ids)
             victim.fall_back(now)
             self._waiting.push(victim)
+            victim.account.num_waiting += 1
             draft.preempted.append(victim)
             self.num_preemptions += 1
         del self._running[cut:]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .blocks import BlockManager, IntegrityError
-from .fairness import Shares
+from .fairness import Account, Shares, fullest, may_displace
 from .integrity import check_books
 from .limits import SchedulerConfig, check_fits
 from .plan import DECODE, Share, StepOutcome, StepPlan, TokenLogprob
@@ -95,15 +95,14 @@ class Scheduler:
 
     # ---------------------------------------------------------------------------- at the door
 
-    def add(self, *requests: Request) -> None:
-        """Accept all of these new requests, or none. Errors: AdmissionError with the numbers."""
-        room = self.config.max_waiting - self.num_waiting
-        if len(requests) > room:
-            raise AdmissionError(
-                "queue_full",
-                f"{self.num_waiting} requests are waiting and {len(requests)} more do not fit in "
-                f"the queue of max_waiting={self.config.max_waiting}; try again later",
-            )
+    def add(self, *requests: Request) -> list[str]:
+        """Accept all of these new requests, of one tenant, or none.
+
+        Returns the ids of waiting requests that were aborted to make room (see fairness.py).
+        Errors: AdmissionError with the numbers.
+        """
+        account = self._shares.account(requests[0].tenant, requests[0].weight)
+        displaced = self._room_for(len(requests), account)
         keys = set()
         for request in requests:
             check_fits(request, self.config)
@@ -116,10 +115,13 @@ class Scheduler:
                     "already running; ids must be unique while in use",
                 )
             keys.add(request.key)
+        for request_id in displaced:
+            self.abort(request_id)
         now = self._clock()
         for request in requests:
             self._num_accepted += 1
-            request.account = self._shares.account(request.tenant, request.weight)
+            request.account = account
+            account.num_waiting += 1
             request.accept(self._num_accepted, now)
             self._live.setdefault(request.request_id, {})[request.sample_index] = request
             leader = request.leader
@@ -128,6 +130,31 @@ class Scheduler:
                 self._num_parked += 1
             else:
                 self._waiting.push(request)
+        return displaced
+
+    def _room_for(self, coming: int, account: Account) -> list[str]:
+        """Whom to displace, that so many may wait. Errors: AdmissionError("queue_full")."""
+        short = self.num_waiting + coming - self.config.max_waiting
+        found: list[str] = []
+        freed = 0
+        if short > 0 and self.num_waiting:
+            other = fullest(self._shares)
+            for request_id, samples in reversed(self._live.items()):
+                if freed >= short or other is account:
+                    break
+                first = samples.get(0)  # it runs before the others: none has shown anything
+                if first is not None and first.account is other and _has_not_run(first):
+                    found.append(request_id)
+                    freed += len(samples)
+            if freed >= short and may_displace(account, coming, other, freed):
+                return found
+        if short > 0:
+            raise AdmissionError(
+                "queue_full",
+                f"{self.num_waiting} requests are waiting and {coming} more do not fit in "
+                f"the queue of max_waiting={self.config.max_waiting}; try again later",
+            )
+        return found
 
     def _worth_waiting_for(self, leader: Request) -> bool:
         """True while blocks are still to come that another sample of its prompt would hit."""
@@ -365,8 +392,10 @@ class Scheduler:
         request.finish(reason, now, stop_reason=stop_reason, error=error)
         if was_running:
             del self._running[index_of(self._running, request)]
-        elif not self._take_from_parked(request):
-            self._waiting.one_ended()
+        else:
+            request.account.num_waiting -= 1
+            if not self._take_from_parked(request):
+                self._waiting.one_ended()
         self._unpark(request)
         samples = self._live[request.request_id]
         del samples[request.sample_index]
@@ -444,6 +473,12 @@ class Scheduler:
         )
         if self.num_waiting != len([*self._waiting]) + sum(map(len, self._parked.values())):
             raise IntegrityError("the waiting are miscounted")
+        if self.num_waiting != sum(account.num_waiting for account in self._shares):
+            raise IntegrityError("the waiting of the tenants are miscounted")
+
+
+def _has_not_run(request: Request) -> bool:
+    return request.state is RequestState.WAITING and request.num_preemptions == 0
 
 
 def _whole_text(request: Request, token_ids: Sequence[int], reason: FinishReason) -> str:

@@ -78,13 +78,13 @@ class Answer:
         """This answer with more parts of it."""
         for part in parts:
             match part:
-                case Text(text):
+                case Text(text=text):
                     self.text += text
-                case Reasoning(text):
+                case Reasoning(text=text):
                     self.reasoning += text
-                case CallBegin(name):
+                case CallBegin(name=name):
                     self.calls = [*(self.calls or []), Call(name)]
-                case CallArguments(text):
+                case CallArguments(text=text):
                     assert self.calls is not None  # a call has begun
                     self.calls[-1].arguments += text
         return self

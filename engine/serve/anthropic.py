@@ -174,20 +174,20 @@ class _Blocks:
     def add(self, part: Part) -> Iterator[bytes]:
         """The events of one part."""
         match part:
-            case Text(text):
+            case Text(text=text):
                 yield from self._start(AnswerText, AnswerText(text=""))
                 yield self._delta({"type": "text_delta", "text": text})
-            case Reasoning(text):
+            case Reasoning(text=text):
                 yield from self._start(AnswerThinking, AnswerThinking(thinking=""))
                 yield self._delta({"type": "thinking_delta", "thinking": text})
-            case CallBegin(name):
+            case CallBegin(name=name):
                 call_id = _call_id(self._reader, self._num_calls)
                 self._num_calls += 1
                 yield from self._stop()
                 yield from self._start(
                     AnswerToolUse, AnswerToolUse(id=call_id, name=name, input={})
                 )
-            case CallArguments(text):
+            case CallArguments(text=text):
                 yield self._delta({"type": "input_json_delta", "partial_json": text})
 
     def end(self) -> Iterator[bytes]:

@@ -35,7 +35,7 @@ from .requests import CHAT_NAMES, template_messages
 from .responses import PATH as RESPONSES
 from .responses import Responses
 from .service import NOBODY, Caller, Service
-from .sse import Disconnected, EventStream, begun, dump, event, unless_gone
+from .sse import Disconnected, EventStream, dump, event, unless_gone
 from .storage_routes import StorageRoutes
 from .tracing import TRACEPARENT
 
@@ -97,8 +97,10 @@ class Routes(StorageRoutes):
         body: schema.Common | anthropic.MessagesRequest | responses_schema.ResponsesRequest,
     ) -> Any:
         if body.stream:
-            events = await unless_gone(request.receive, begun(call.events()))
-            return EventStream(events, functools.partial(_failure_event, request.scope["path"]))
+            events = call.events()
+            first = await unless_gone(request.receive, anext(events))
+            failure = functools.partial(_failure_event, request.scope["path"])
+            return EventStream(first, events, failure)
         return _json(await unless_gone(request.receive, call.whole()))
 
     async def embeddings(self, request: Request) -> Response:

@@ -210,11 +210,11 @@ def _deltas(reader: Reader, parts: Sequence[Part], num_calls: int) -> list[schem
     deltas = []
     for part in parts:
         match part:
-            case Text(text):
+            case Text(text=text):
                 delta = schema.Delta(content=text)
-            case Reasoning(text):
+            case Reasoning(text=text):
                 delta = schema.Delta(reasoning_content=text, reasoning=text)
-            case CallBegin(name):
+            case CallBegin(name=name):
                 call = schema.ToolCallDelta(
                     index=num_calls,
                     id=reader.call_id(num_calls),
@@ -223,7 +223,7 @@ def _deltas(reader: Reader, parts: Sequence[Part], num_calls: int) -> list[schem
                 )
                 delta = schema.Delta(tool_calls=[call])
                 num_calls += 1
-            case CallArguments(text):
+            case CallArguments(text=text):
                 function = schema.FunctionDelta(arguments=text)
                 piece = schema.ToolCallDelta(index=num_calls - 1, function=function)
                 delta = schema.Delta(tool_calls=[piece])

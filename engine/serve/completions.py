@@ -51,7 +51,8 @@ class Completions:
 
     async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         async for prompt, output in _together([self._service.run(w) for w in self._works]):
-            if prompt not in self._first_texts and _echoes(self._request, output):
+            echoes = self._request.echo and output.prompt_logprobs is not None
+            if echoes and prompt not in self._first_texts:
                 llm = self._service.keeper.llm
                 self._first_texts[prompt] = await llm.detokenize(output.prompt_token_ids[:1])
             yield prompt, output
@@ -120,18 +121,21 @@ class Completions:
         output: RequestOutput,
         first: bool = True,
     ) -> schema.CompletionChoice:
-        echoed = first and _echoes(self._request, output)
-        return schema.CompletionChoice(
-            index=prompt * self._params.n + completion.index,
-            text=text,
-            logprobs=answers.completion_logprobs(
+        logprobs = None
+        if completion.logprobs is not None:
+            echoed = first and self._request.echo and output.prompt_logprobs is not None
+            logprobs = answers.completion_logprobs(
                 completion,
                 start,
                 self._request.logprobs or 0,
                 offset=len(completion.text) - len(text),
                 prompt=(output.prompt_token_ids, output.prompt_logprobs or ()) if echoed else None,
                 first_text=self._first_texts.get(prompt, ""),
-            ),
+            )
+        return schema.CompletionChoice(
+            index=prompt * self._params.n + completion.index,
+            text=text,
+            logprobs=logprobs,
             finish_reason=completion.finish_reason if finished else None,
             stop_reason=completion.stop_reason if finished else UNSET,
             seed=completion.seed if finished else UNSET,
@@ -157,11 +161,6 @@ class Completions:
             timings=timings,  # type: ignore[arg-type]
             receipt=receipt,
         )
-
-
-def _echoes(request: schema.CompletionRequest, output: RequestOutput) -> bool:
-    """True where an answer's logprobs begin with the prompt's."""
-    return bool(request.echo) and output.prompt_logprobs is not None
 
 
 async def _together(

@@ -204,23 +204,23 @@ class _Items:
     def add(self, part: Part) -> Iterator[schema.ResponsesEvent]:
         """The events of one part. They show the items as they are when they are made."""
         match part:
-            case Text(text):
+            case Text(text=text):
                 if not self._is_open(schema.OutputMessage):
                     yield from self._begin_message()
                 message = self.items[-1]
                 assert isinstance(message, schema.OutputMessage)
                 message.content[0].text += text
                 yield self._at("response.output_text.delta", delta=text, logprobs=[], content=True)
-            case Reasoning(text):
+            case Reasoning(text=text):
                 if not self._is_open(schema.OutputReasoning):
                     yield from self._begin_reasoning()
                 thoughts = self.items[-1]
                 assert isinstance(thoughts, schema.OutputReasoning)
                 thoughts.content[0].text += text
                 yield self._at("response.reasoning_text.delta", delta=text, content=True)
-            case CallBegin(name):
+            case CallBegin(name=name):
                 yield from self._begin_call(name)
-            case CallArguments(text):
+            case CallArguments(text=text):
                 call = self.items[-1]
                 assert isinstance(call, schema.OutputCall)
                 call.arguments += text

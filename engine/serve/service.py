@@ -164,7 +164,7 @@ class Service:
         try:
             with naming(work.form_field):
                 async for output in stream:
-                    last = deadline.over(output)
+                    last = deadline.over(output) if deadline.late else output
                     yield last
                     _raise_failure(last)
         finally:
@@ -200,16 +200,14 @@ class _Deadline:
     def __init__(self, llm: AsyncLLM, request_id: str, timeout_ms: int | None) -> None:
         self._llm = llm
         self._request_id = request_id
-        self._late = False
+        self.late = False
         self._timer = None
         if timeout_ms is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(timeout_ms / 1000.0, self._expire)
 
     def over(self, output: RequestOutput) -> RequestOutput:
-        """The output as the caller should see it."""
-        if not self._late:
-            return output
+        """The output of a late request as the caller should see it."""
         if not output.finished:
             self._abort()  # it began after its time
         outputs = tuple(
@@ -223,7 +221,7 @@ class _Deadline:
             self._timer.cancel()
 
     def _expire(self) -> None:
-        self._late = True
+        self.late = True
         self._abort()
 
     def _abort(self) -> None:

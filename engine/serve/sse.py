@@ -52,19 +52,21 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
 class EventStream:
     """An ASGI response of events, whose source is closed as soon as nobody reads any more.
 
-    `events` has begun: what it has to refuse was refused by a status. A failure later is told by
-    `failure`, whose event is the last. A slow reader holds up nothing but its own source, which
-    merges what it has not sent.
+    `first` was taken of `events`: what it has to refuse was refused by a status. A failure later is
+    told by `failure`, whose event is the last. A slow reader holds up nothing but its own source,
+    which merges what it has not sent.
     """
 
     status_code = 200
 
     def __init__(
         self,
+        first: bytes,
         events: AsyncGenerator[bytes, None],
         failure: Callable[[Exception], bytes],
         headers: dict[str, str] | None = None,
     ) -> None:
+        self._first = first
         self._events = events
         self._failure = failure
         self._headers = {
@@ -90,27 +92,13 @@ class EventStream:
 
     async def _send(self, send: Send) -> None:
         try:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
             async for part in self._events:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as error:
             last = self._failure(error)
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def begun(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The same events, the first of which is there: what fails before it is raised here."""
-    first = await anext(events)
-
-    async def whole() -> AsyncGenerator[bytes, None]:
-        try:
-            yield first
-            async for part in events:
-                yield part
-        finally:
-            await events.aclose()
-
-    return whole()
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
@@ -126,7 +114,6 @@ __all__ = [
     "DONE",
     "Disconnected",
     "EventStream",
-    "begun",
     "dump",
     "event",
     "gone",

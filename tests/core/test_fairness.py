@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engineroom.engine.core.request import FinishReason, ParameterError
+from engineroom.engine.core.request import AdmissionError, FinishReason, ParameterError
 from tests.core.test_scheduler import Bench
 from tests.counts import count
 
@@ -117,3 +117,70 @@ def test_what_the_cache_had_and_what_is_computed_again_is_not_charged() -> None:
 def test_a_weight_that_is_none(weight: Any) -> None:
     with pytest.raises(ParameterError, match="weight must be"):
         Bench().request(weight=weight)
+
+
+def waiting(bench: Bench) -> dict[str, int]:
+    shares = bench.scheduler._shares
+    return {account.tenant: account.num_waiting for account in shares if account.num_waiting}
+
+
+def test_a_full_queue_refuses_the_one_who_filled_it() -> None:
+    bench = Bench(max_waiting=6)
+    for i in range(6):
+        bench.add(f"flood{i}", tenant="flood")
+    for i in range(3):  # up to an equal share, the newest of the others first
+        calm = bench.request(f"calm{i}", tenant="calm")
+        assert bench.scheduler.add(calm) == [f"flood{5 - i}"]
+        bench.scheduler.check_integrity()
+    assert waiting(bench) == {"flood": 3, "calm": 3}
+    for tenant in ("flood", "calm"):
+        with pytest.raises(AdmissionError, match="max_waiting=6"):
+            bench.add("more", tenant=tenant)
+    ended = [update.request.request_id for update in bench.scheduler.drain_finished()]
+    assert ended == ["flood5", "flood4", "flood3"]
+
+
+def test_what_has_run_keeps_its_place_in_a_full_queue() -> None:
+    """Its caller has seen a part of the answer."""
+    bench = Bench(max_waiting=2, max_num_seqs=3, num_blocks=9)
+    for name in ("old", "new", "newest"):
+        bench.add(name, 4, tenant="flood", max_tokens=12)
+        bench.step()
+    while bench.scheduler.num_waiting < 2:
+        bench.step()
+    assert waiting(bench) == {"flood": 2}
+    with pytest.raises(AdmissionError, match="max_waiting=2"):
+        bench.add("calm", 4, tenant="calm")
+
+
+@pytest.mark.parametrize("seed", range(count(reduced=10, full=500)))
+def test_a_full_queue_is_shared_by_weight(seed: int) -> None:
+    """Whoever asks how often, with requests of several samples: nobody who is displaced is left
+    with less than his share by the one who comes, and the books stay right."""
+    rng = random.Random(seed)
+    bench = Bench(max_waiting=24, **ROOM)
+    weights = {"a": 1.0, "b": 1.0, "c": 2.0}
+    for turn in range(400):
+        tenant = rng.choices("abc", [20, 2, 2])[0]
+        group = [
+            bench.request(
+                f"{tenant}{turn}", 4, sample_index=i, tenant=tenant, weight=weights[tenant]
+            )
+            for i in range(rng.choice([1, 1, 3]))
+        ]
+        try:
+            displaced = bench.scheduler.add(*group)
+        except AdmissionError as error:
+            assert error.code == "queue_full"
+            now = waiting(bench)
+            share = (now.get(tenant, 0) + len(group)) / weights[tenant]
+            assert share > max(n / weights[t] for t, n in now.items()) - 5  # by whole requests
+        else:
+            now = waiting(bench)
+            for other in {name[0] for name in displaced}:
+                assert now[other] / weights[other] >= now[tenant] / weights[tenant]
+        if rng.random() < 0.2:
+            bench.step()
+        bench.scheduler.drain_finished()
+        bench.scheduler.check_integrity()
+        assert bench.scheduler.num_waiting <= 24

@@ -142,9 +142,14 @@ class FakeEngine:
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
-    ) -> None:
+    ) -> SimpleNamespace:
+        """The word "displace" and a request's id aborts that one, as a full queue does."""
         self._weights[tenant] = weight
+        displaced: list[str] = []
         match _word(prompt):
+            case "displace":
+                displaced = [str(prompt).split(":")[1]]
+                self.abort(displaced[0])
             case "refuse":
                 raise AdmissionError("context_length", "9000 tokens exceed the 4096 of this model")
             case "vast":
@@ -194,6 +199,7 @@ class FakeEngine:
             final_only=final_only or embed,
             embed=embed,
         )
+        return SimpleNamespace(displaced=displaced)
 
     def step(self) -> list[RequestOutput]:
         self.steps += 1

@@ -261,6 +261,19 @@ def test_a_sink_that_fails_ends_its_request_alone(
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_displaced_request_is_refused_as_the_door_would(make: Make, form: str) -> None:
+    client = make(form)
+    waits = submit(client, "waits", params=LONG)
+    waits.wait_first()
+    assert submit(client, "comes", "displace:waits").output().outputs[0].token_ids
+    refused = waits.wait()
+    assert isinstance(refused, RequestRefused) and isinstance(refused.error, AdmissionError)
+    assert refused.error.code == "queue_full" and "most requests waiting" in str(refused)
+    assert waits.endings == 1
+    assert submit(client, "waits").output().finished  # the id is free again
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_failed_step_ends_everybody_with_the_reason(make: Make, form: str) -> None:
     client = make(form)
     neighbour = submit(client, "neighbour", params=LONG)

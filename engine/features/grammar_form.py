@@ -194,8 +194,11 @@ class GrammarForm(Form):
         return found if found is not None and len(found) <= left else None
 
     def _drop_ends(self, words: np.ndarray) -> None:
+        ends = [t for t in self._vocabulary.eos_token_ids if int(words[t >> 5]) >> (t & 31) & 1]
+        if not ends:
+            return
         rest = words.copy()
-        for token in self._vocabulary.eos_token_ids:
+        for token in ends:
             rest[token >> 5] &= ~np.uint32(1 << (token & 31))
         if rest.any():
             words[:] = rest

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
@@ -257,6 +259,25 @@ def test_words_are_spelled_in_the_fewest_tokens() -> None:
     assert words.spell(b"ab") == (1,)
     assert words.spell(b"") == ()
     assert words.spell(b"abx") is None
+
+
+@given(
+    words=st.sets(st.text("abc", min_size=1, max_size=5).map(str.encode), max_size=12),
+    text=st.text("abc", max_size=14).map(str.encode),
+)
+@settings(max_examples=count(reduced=50, full=2000), deadline=None)
+def test_no_spelling_has_fewer_tokens(words: set[bytes], text: bytes) -> None:
+    found = Words({word: i for i, word in enumerate(sorted(words))}).spell(text)
+    fewest = [0] + [len(text) + 1] * len(text)  # tokens of each beginning
+    for end in range(1, len(text) + 1):
+        for word in words:
+            if text[:end].endswith(word):
+                fewest[end] = min(fewest[end], fewest[end - len(word)] + 1)
+    assert (None if found is None else len(found)) == (
+        None if fewest[-1] > len(text) else fewest[-1]
+    )
+    if found is not None:
+        assert b"".join(sorted(words)[i] for i in found) == text
 
 
 def test_a_search_stops_when_its_effort_is_spent(grammars: Grammars) -> None:

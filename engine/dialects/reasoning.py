@@ -27,6 +27,7 @@ REASONING_FORMATS = {
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
+        ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>"),
     )
 }
 

@@ -18,6 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 END: Final = 256  # the byte grammar's end-of-text token
+# No UTF-8 text has these bytes: each stands for a special token that a grammar asks for.
+TOKENS: Final = range(0xF8, 0x100)
 _MANY = 24  # ways at one place: more of them are text
 _REFINED = 3  # forks behind another way that are looked at before it is judged
 _MAX_WORD = 48  # bytes
@@ -40,6 +42,10 @@ class Words:
         self._lengths = {key: tuple(sorted(lens, reverse=True)) for key, lens in found.items()}
         # Outputs of a form end in much the same way, whatever they hold.
         self._known = lru_cache(maxsize=_KEPT)(self._spell)
+
+    def beside(self, more: Mapping[bytes, int]) -> Words:
+        """These, and more."""
+        return Words({**self._ids, **more}) if more else self
 
     def spell(self, text: bytes) -> tuple[int, ...] | None:
         """The fewest tokens whose bytes are `text`; None where a byte is in no token."""
@@ -193,7 +199,10 @@ def _ways(mask: bytes) -> bytes:
     found = [b for b in allowed_ids(mask) if b < END]
     order = _BETWEEN if 10 in found else _WITHIN
     solid = [b for b in found if b not in _SPACES]
+    tokens = [b for b in found if b in TOKENS]
     if len(solid) > _MANY:
+        if tokens:
+            return bytes(tokens)  # text, which such a token ends
         if order is _WITHIN and order[0] in solid:
             return order[:1]  # text that may end
         solid = list({_kind(b): b for b in reversed(solid)}.values())[::-1]
@@ -218,4 +227,4 @@ def allowed_ids(mask: bytes) -> list[int]:
     return ids
 
 
-__all__ = ["END", "Effort", "Words", "allowed_ids", "find_ending"]
+__all__ = ["END", "TOKENS", "Effort", "Words", "allowed_ids", "find_ending"]

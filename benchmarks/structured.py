@@ -2,7 +2,8 @@
 
 `python benchmarks/structured.py [--model smollm2]` alternates the two (A B A B), prints medians.
 The form is a list of objects; with `max_tokens` of 100 every token is settled against the reserve,
-with 400 the first part of them is not.
+with 400 the first part of them is not. Outputs with a form end where it does, each at its own
+length: the requests without are cut to the same lengths, so that both fill their steps alike.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from engineroom import LLM, SamplingParams
@@ -36,23 +38,22 @@ FORMS = {
     "1,000 choices": StructuredOutput(choice=tuple(f"value {i}" for i in range(1000))),
 }
 LIST = StructuredOutput(json_schema=json.dumps({"type": "array", "items": ITEM}))
-ROUNDS = 3
+ROUNDS = 5
 
 
-def rate(llm: LLM, streams: int, tokens: int, form: StructuredOutput | None, first: int) -> float:
-    """Tokens a second of `streams` requests that come at once, seeds from `first` on."""
+def run(llm: LLM, lengths: Sequence[int], form: StructuredOutput | None) -> tuple[float, list[int]]:
+    """Seconds that requests take which come at once, at most so many tokens each, and how many
+    tokens each has."""
     prompt = [{"role": "user", "content": "List people as JSON."}]
     ids = llm.engine.render_chat(prompt)
     params = [
-        SamplingParams(
-            temperature=0.8, seed=first + i, max_tokens=tokens, ignore_eos=True, structured=form
-        )
-        for i in range(streams)
+        SamplingParams(temperature=0.8, seed=i, max_tokens=length, ignore_eos=True, structured=form)
+        for i, length in enumerate(lengths)
     ]
     started = time.perf_counter()
-    outputs = llm.generate([ids] * streams, params, use_tqdm=False)
+    outputs = llm.generate([ids] * len(lengths), params, use_tqdm=False)
     seconds = time.perf_counter() - started
-    return sum(len(out.outputs[0].token_ids) for out in outputs) / seconds
+    return seconds, [len(out.outputs[0].token_ids) for out in outputs]
 
 
 def main() -> None:
@@ -64,17 +65,17 @@ def main() -> None:
         llm.engine.prepare(SamplingParams(structured=form, max_tokens=512))
         print(f"compiling {name}: {1000 * (time.perf_counter() - started):.0f} ms", flush=True)
     llm.engine.prepare(SamplingParams(structured=LIST, max_tokens=512))
-    rate(llm, 1, 32, None, 0)
     for streams in (1, 32):
         for tokens in (100, 400):
+            _, lengths = run(llm, [tokens] * streams, LIST)  # warms up, too
             plain, formed = [], []
-            for round_ in range(ROUNDS):
-                plain.append(rate(llm, streams, tokens, None, 100 * round_))
-                formed.append(rate(llm, streams, tokens, LIST, 100 * round_))
-            a, b = statistics.median(plain), statistics.median(formed)
+            for _ in range(ROUNDS):
+                plain.append(run(llm, lengths, None)[0])
+                formed.append(run(llm, [tokens] * streams, LIST)[0])
+            a, b = (sum(lengths) / statistics.median(times) for times in (plain, formed))
             print(
-                f"{streams} streams of at most {tokens} tokens: {b:.0f} tok/s with the form, "
-                f"{a:.0f} without, ratio {b / a:.2f}",
+                f"{streams} streams of at most {tokens} tokens, {sum(lengths)} in all: "
+                f"{b:.0f} tok/s with the form, {a:.0f} without, ratio {b / a:.2f}",
                 flush=True,
             )
     llm.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from .parts import SPACE, CallArguments, CallBegin, Parser, Steps, Text, held_back
@@ -240,7 +240,11 @@ class JsonCalls(CallParser):
     def _header(self) -> Steps[str]:
         """`{"name": "…", "arguments":`; "" where anything else stands."""
         name = ""
-        steps = ("{",), ('"name"',), (":",), ('"',), (), ('"',), (",",)
+        steps = ('"name"', '"tool_name"'), (":",), ('"',), (), ('"',), (",",)
+        yield from self._skip_space()
+        if not (yield from self._expect("{")):
+            return ""
+        yield from self._skip_id()
         for step in (*steps, ('"arguments"', '"parameters"'), (":",)):
             if not step:
                 name = yield from self._word()
@@ -251,6 +255,19 @@ class JsonCalls(CallParser):
                 return ""
         yield from self._skip_space()
         return name
+
+    def _skip_id(self) -> Steps[None]:
+        """`"tool_call_id": "…",`, which Cohere's models put first."""
+        start = self._at
+        for step in ('"tool_call_id"', ":", '"', "", '"', ","):
+            if step:
+                yield from self._skip_space()
+                found = yield from self._expect(step)
+            else:
+                found = yield from self._word()
+            if not found:
+                self._at = start
+                return
 
     def _whole(self, end: str, names: Collection[str]) -> Steps[bool]:
         """A call in any other order, or with arguments as a string: read when it is complete."""
@@ -284,7 +301,7 @@ def _calls(text: str) -> list[tuple[str, str]] | None:
 def _named(call: Any) -> tuple[str, str]:
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]
-    name = call.get("name") if isinstance(call, dict) else None
+    name = call.get("name", call.get("tool_name")) if isinstance(call, dict) else None
     if not isinstance(name, str) or not _WORD.fullmatch(name):
         raise ValueError
     arguments = call.get("arguments", call.get("parameters"))
@@ -335,70 +352,4 @@ class NamedCalls(JsonCalls):
         return True
 
 
-class XmlCalls(CallParser):
-    """`<function=NAME><parameter=KEY>VALUE</parameter>…</function>`: Qwen3-Coder and its like.
-
-    Values are text; `tools`, name -> JSON schema of its parameters, says which are something else.
-    """
-
-    def __init__(self, wrapper: tuple[str, str], tools: Mapping[str, Any]) -> None:
-        self._wrapper = wrapper
-        self._tools = tools
-        super().__init__((wrapper[0], "<function="))
-
-    def _call(self, marker: str) -> Steps[bool]:
-        if marker == self._wrapper[0]:
-            yield from self._skip_space()
-            if not (yield from self._expect("<function=")):
-                return False
-        name = yield from self._word()
-        if not name or not (yield from self._expect(">")):
-            return False
-        self._begin(name)
-        self._argue("{")
-        separator = ""
-        while True:
-            yield from self._skip_space()
-            got = yield from self._ending("<parameter=", "</function>")
-            if got != "<parameter=":
-                break
-            yield from self._parameter(name, separator)
-            separator = ", "
-        if got == "</function>" or (yield from self._peek()):  # else it was cut, and shows it
-            self._argue("}")
-        yield from self._closing(self._wrapper[1], True)
-        return True
-
-    def _parameter(self, name: str, separator: str) -> Steps[None]:
-        """Pass on one parameter, whose marker was read."""
-        self._read()
-        yield from self._find(">")
-        key = self._read()
-        yield from self._expect(">")
-        self._read()
-        end = yield from self._find("</parameter>", "<parameter=", "</function>")
-        text = self._read()
-        if end == "</parameter>":
-            yield from self._expect(end)
-        text = text.removeprefix("\n").removesuffix("\n")
-        value = typed(text, self._schema(name, key))
-        self._argue(f"{separator}{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-
-    def _schema(self, name: str, key: str) -> Any:
-        properties = (self._tools.get(name) or {}).get("properties")
-        return properties.get(key) if isinstance(properties, dict) else None
-
-
-def typed(text: str, schema: Any) -> Any:
-    """A parameter's text as what its schema wants; the text itself where it is no such value."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    kinds = kind if isinstance(kind, list) else [kind]
-    if "string" in kinds or (kind is None and not isinstance(schema, dict)):
-        return text
-    try:
-        return json.loads(text.lower() if kinds == ["boolean"] else text)
-    except (ValueError, RecursionError):
-        return text
-
-
-__all__ = ["CallParser", "JsonCalls", "JsonScan", "NamedCalls", "XmlCalls", "typed"]
+__all__ = ["CallParser", "JsonCalls", "JsonScan", "NamedCalls"]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import harmony
-from .calls import CallParser, JsonCalls, NamedCalls, XmlCalls
+from .calls import CallParser, JsonCalls, NamedCalls
+from .parameters import ArgCalls, Fields, PythonCalls, XmlCalls
 
 Tools = Mapping[str, Any]  # a tool's name -> the JSON schema of its parameters
 
@@ -21,17 +22,18 @@ Tools = Mapping[str, Any]  # a tool's name -> the JSON schema of its parameters
 class ToolFormat:
     """How a family writes calls. A template that has all of `has` and none of `lacks` is of it.
 
-    `shape`: text before a call's name, between name and arguments, behind them; None where the
-    arguments are no JSON. `around`: text before and behind all calls; `between`: two of them.
-    `markers`: what of these may be special tokens. `short_ids`: ids of calls are nine letters and
-    digits, as Mistral's templates demand.
+    `shape`: text before a call's name, between name and arguments, behind them. `around`: text
+    before and behind all calls; `between`: two of them. `fields`: how arguments are written where
+    they are no JSON object. `markers`: what of these may be special tokens. `short_ids`: ids of
+    calls are nine letters and digits, as Mistral's templates demand.
     """
 
     name: str
     has: tuple[str, ...]
     parser: Callable[[Tools], CallParser]
     markers: tuple[str, ...]
-    shape: tuple[str, str, str] | None = None
+    shape: tuple[str, str, str]
+    fields: Fields | None = None
     between: str = "\n"
     around: tuple[str, str] = ("", "")
     lacks: tuple[str, ...] = ()
@@ -40,15 +42,14 @@ class ToolFormat:
     @property
     def marker(self) -> str:
         """What a call, or the first of several, begins with; "" where it is a whole text."""
-        first = self.around[0] + (self.shape[0] if self.shape else "")
+        first = self.around[0] + self.shape[0]
         return next((m for m in self.markers if first.startswith(m)), "")
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """Calls as a model of the family would write them."""
-        if self.shape is None:
-            raise ValueError(f"{self.name} has no shape")
         before, middle, after = self.shape
-        texts = [f"{before}{n}{middle}{json.dumps(a)}{after}" for n, a in calls]
+        written = self.fields.write if self.fields else json.dumps
+        texts = [f"{before}{n}{middle}{written(a)}{after}" for n, a in calls]
         return self.around[0] + self.between.join(texts) + self.around[1]
 
 
@@ -67,6 +68,17 @@ _KIMI = (
     "<|tool_call_begin|>",
     "<|tool_call_end|>",
     "<|tool_call_argument_begin|>",
+)
+_LFM = ("<|tool_call_start|>", "<|tool_call_end|>")
+# The last two stand around an answer's text.
+_COMMAND = ("<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
+_PARAMETERS = Fields(
+    "<parameter=",
+    ">\n",
+    pad="\n",
+    end="</parameter>",
+    tail="\n",
+    stops=("<parameter=", "</function>"),
 )
 _MISTRAL = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 _NAME = r"(?P<name>[\w.:/-]{1,128})"
@@ -141,12 +153,63 @@ TOOL_FORMATS = {
             ("<seed:tool_call>", "<function="),
             lambda tools: XmlCalls(_SEED, tools),
             _SEED,
+            ("<seed:tool_call>\n<function=", ">\n", "</function>\n</seed:tool_call>"),
+            _PARAMETERS,
         ),
         ToolFormat(  # Qwen3-Coder, Nemotron 3, Step 3.5
             "qwen3_coder",
             ("<function=", "<parameter="),
             lambda tools: XmlCalls(_HERMES, tools),
             _HERMES,
+            ("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>"),
+            _PARAMETERS,
+        ),
+        ToolFormat(  # GLM-4.5, 4.6
+            "glm45",
+            ("<tool_call>{function-name}\n<arg_key>",),
+            lambda tools: ArgCalls(_HERMES, tools),
+            _HERMES,
+            ("<tool_call>", "\n", "</tool_call>"),
+            Fields(
+                "<arg_key>",
+                "</arg_key>\n<arg_value>",
+                end="</arg_value>",
+                tail="\n",
+                stops=("<arg_key>", "</tool_call>"),
+            ),
+        ),
+        ToolFormat(  # GLM-4.7
+            "glm47",
+            ("<arg_key>", "<arg_value>"),
+            lambda tools: ArgCalls(_HERMES, tools),
+            _HERMES,
+            ("<tool_call>", "", "</tool_call>"),
+            Fields(
+                "<arg_key>",
+                "</arg_key><arg_value>",
+                end="</arg_value>",
+                stops=("<arg_key>", "</tool_call>"),
+            ),
+            between="",
+        ),
+        ToolFormat(  # LFM2, LFM2.5
+            "lfm2",
+            ("List of tools: ", "<|im_start|>"),
+            lambda tools: PythonCalls(_LFM, tools),
+            _LFM,
+            ("", "(", ")"),
+            Fields("", "=", between=", ", quoted=True),
+            between=", ",
+            around=(f"{_LFM[0]}[", f"]{_LFM[1]}"),
+        ),
+        ToolFormat(  # Command R7B, Command A
+            "command",
+            ("<|START_ACTION|>", '"tool_name"'),
+            lambda tools: JsonCalls(("<|START_ACTION|>",), "<|END_ACTION|>", drops=_COMMAND[2:]),
+            _COMMAND,
+            ('{"tool_call_id": "0", "tool_name": "', '", "parameters": ', "}"),
+            between=",\n    ",
+            around=("<|START_ACTION|>[\n    ", "\n]<|END_ACTION|>"),
         ),
         ToolFormat(  # gpt-oss
             "harmony",

@@ -52,6 +52,7 @@ REASONING_FORMATS = {
         ReasoningFormat(
             "harmony", "<|channel|>analysis<|message|>", "<|end|>", messages=True, key="thinking"
         ),
+        ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>"),
     )
 }
 

@@ -10,16 +10,20 @@ grammar and output have the same ending everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
 
 END: Final = 256  # the byte grammar's end-of-text token
+# No UTF-8 text has these bytes: each stands for a special token that a grammar asks for.
+TOKENS: Final = range(0xF8, 0x100)
 _MANY = 24  # ways at one place: more of them are text
 _REFINED = 3  # forks behind another way that are looked at before it is judged
 _MAX_WORD = 48  # bytes
+_KEPT = 1024  # spelled texts, and masks of bytes
 _SPACES = frozenset(b" \t\n\r")
 # What ends soonest first. Only between JSON's values may a newline stand: elsewhere it is text.
 _BETWEEN = b'}],"0123456789ntf:'
@@ -31,15 +35,30 @@ class Words:
 
     def __init__(self, words: Mapping[bytes, int]) -> None:
         self._ids = {word: i for word, i in words.items() if 0 < len(word) <= _MAX_WORD}
-        self._longest = max(map(len, self._ids), default=0)
+        found: dict[bytes, set[int]] = {}
+        for word in self._ids:
+            found.setdefault(word[:2], set()).add(len(word))
+        # By the first two bytes: the lengths of such words, the longest first.
+        self._lengths = {key: tuple(sorted(lens, reverse=True)) for key, lens in found.items()}
+        # Outputs of a form end in much the same way, whatever they hold.
+        self._known = lru_cache(maxsize=_KEPT)(self._spell)
+
+    def beside(self, more: Mapping[bytes, int]) -> Words:
+        """These, and more."""
+        return Words({**self._ids, **more}) if more else self
 
     def spell(self, text: bytes) -> tuple[int, ...] | None:
         """The fewest tokens whose bytes are `text`; None where a byte is in no token."""
-        ids, longest = self._ids, self._longest
-        fewest: list[tuple[int, int]] = [(0, 0)] * (len(text) + 1)  # (tokens to the end, length)
-        for start in range(len(text) - 1, -1, -1):
-            best = (len(text) + 1, 0)
-            for length in range(min(longest, len(text) - start), 0, -1):
+        return self._known(text)
+
+    def _spell(self, text: bytes) -> tuple[int, ...] | None:
+        ids, lengths, size = self._ids, self._lengths, len(text)
+        fewest: list[tuple[int, int]] = [(0, 0)] * (size + 1)  # (tokens to the end, length)
+        for start in range(size - 1, -1, -1):
+            best = (size + 1, 0)
+            for length in (*lengths.get(text[start : start + 2], ()), 1):
+                if start + length > size:
+                    continue
                 rest = fewest[start + length][0] + 1
                 if rest < best[0] and text[start : start + length] in ids:
                     best = (rest, length)
@@ -143,7 +162,7 @@ class _Search:
             self.effort.left -= 1
             step = matcher.compute_ff_bytes()
             if not step:
-                ways = _ways(allowed_ids(matcher.compute_bitmask()))
+                ways = _ways(matcher.compute_bitmask())
                 if len(ways) > 1:
                     forks.append((len(text), ways))
                 step = ways[:1]
@@ -173,12 +192,17 @@ def find_ending(
     return None
 
 
-def _ways(allowed: Iterable[int]) -> bytes:
-    """The bytes to try, the most promising first; white space where there is nothing else."""
-    found = [b for b in allowed if b < END]
+@lru_cache(maxsize=_KEPT)
+def _ways(mask: bytes) -> bytes:
+    """The bytes of a mask to try, the most promising first; white space where there is nothing
+    else."""
+    found = [b for b in allowed_ids(mask) if b < END]
     order = _BETWEEN if 10 in found else _WITHIN
     solid = [b for b in found if b not in _SPACES]
+    tokens = [b for b in found if b in TOKENS]
     if len(solid) > _MANY:
+        if tokens:
+            return bytes(tokens)  # text, which such a token ends
         if order is _WITHIN and order[0] in solid:
             return order[:1]  # text that may end
         solid = list({_kind(b): b for b in reversed(solid)}.values())[::-1]
@@ -203,4 +227,4 @@ def allowed_ids(mask: bytes) -> list[int]:
     return ids
 
 
-__all__ = ["END", "Effort", "Words", "allowed_ids", "find_ending"]
+__all__ = ["END", "TOKENS", "Effort", "Words", "allowed_ids", "find_ending"]

@@ -8,16 +8,17 @@ limits here are what one request may take of it.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ..core.parameter import ParameterError
 from ..core.structured import FIELD, StructuredOutput
-from .endings import END, Effort, Words, find_ending
+from .endings import END, TOKENS, Effort, Words, find_ending
 
 MAX_KEPT: Final = 128  # compiled grammars
 MAX_ENDING: Final = 1 << 14  # bytes of the shortest output that is looked for
@@ -55,12 +56,15 @@ class Tokens(Protocol):
 class Compiled:
     """A grammar at its start. The matchers are copied, never moved.
 
-    ending: the shortest output, as tokens; None where the search found none.
+    ending: the shortest output, as tokens; None where the search found none. words: what endings
+    are spelled in. stands: of each special token that it asks for, the byte in `byte_matcher`.
     """
 
     kind: str
     matcher: Any  # over the model's tokens
     byte_matcher: Any
+    words: Words
+    stands: Mapping[int, bytes]
     ending: tuple[int, ...] | None
 
 
@@ -131,9 +135,14 @@ class _Vocabulary:
         self.tokens = self._tokenizer(
             texts, apart, ends, tokenizer.bos_token_id, _encoder(tokenizer)
         )
-        single = [bytes([b]) for b in range(256)]
+        single = [b"<%d>" % b if b in TOKENS else bytes([b]) for b in range(256)]
         self.bytes = self._tokenizer(
-            [*single, b"<end>"], [END], [END], None, lambda text: list(text.encode()), slices=[]
+            [*single, b"<end>"],
+            [*TOKENS, END],
+            [END],
+            None,
+            lambda text: list(text.encode()),
+            slices=[],
         )
         plain = {texts[i]: i for i in range(size - 1, -1, -1) if i not in special}
         self.words = Words(plain)
@@ -206,18 +215,50 @@ def _compile(form: StructuredOutput, vocabulary: _Vocabulary) -> Compiled:
         text = _grammar(form, library.LLMatcher)
     except ValueError as error:
         raise _refusal(form, str(error)) from None
+    over_bytes, stands = _over_bytes(form, text, vocabulary)
+    words = vocabulary.words.beside({byte: token for token, byte in stands.items()})
     made = []
-    for tokens in (vocabulary.tokens, vocabulary.bytes):
-        matcher = library.LLMatcher(tokens, text, log_level=0, limits=limits)
+    for tokens, said in ((vocabulary.tokens, text), (vocabulary.bytes, over_bytes)):
+        matcher = library.LLMatcher(tokens, said, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         made.append(matcher)
-    ending = find_ending(made[1], vocabulary.words, Effort(_EFFORT), MAX_ENDING)
+    ending = find_ending(made[1], words, Effort(_EFFORT), MAX_ENDING)
     if ending is None and form.kind in ("json_schema", "json_object", "choice"):
         raise _refusal(
             form, f"no output that satisfies it was found within {MAX_ENDING} bytes; simplify it"
         )
-    return Compiled(form.kind, made[0], made[1], ending)
+    return Compiled(form.kind, made[0], made[1], words, stands, ending)
+
+
+# Of a Lark grammar: what is skipped (texts, expressions, comments), and a token by its id.
+_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|<\[(\d+)\]>')
+
+
+def _over_bytes(
+    form: StructuredOutput, text: str, vocabulary: _Vocabulary
+) -> tuple[str, dict[int, bytes]]:
+    """The grammar for the byte vocabulary, and the byte that stands for each token it asks for.
+
+    Errors: ParameterError for an id that is no token, and for more of them than there are bytes.
+    """
+    stands: dict[int, bytes] = {}
+
+    def replaced(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0]
+        token = int(match[1])
+        if token not in vocabulary.special:
+            raise _refusal(form, f"{match[0]} is not the id of a special token of this model")
+        if token not in stands and len(stands) == len(TOKENS):
+            raise _refusal(form, f"it asks for more than {len(TOKENS)} special tokens")
+        stands.setdefault(token, bytes([TOKENS[len(stands) % len(TOKENS)]]))
+        return f"<[{stands[token][0]}]>"
+
+    if form.grammar is None:
+        return text, {}
+    changed = _TOKEN.sub(replaced, form.grammar)
+    return (vocabulary.library.LLMatcher.grammar_from_lark(changed) if stands else text), stands
 
 
 def _grammar(form: StructuredOutput, matcher: Any) -> str:

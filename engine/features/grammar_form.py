@@ -9,6 +9,7 @@ its reserve ends whole, wherever max_tokens cuts it. All of it depends on the to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -51,6 +52,8 @@ class GrammarForm(Form):
         self.cut = False
         self.error: str | None = None
         self._vocabulary = vocabulary
+        self._words = compiled.words
+        self._stands = compiled.stands
         self._matcher = compiled.matcher.deep_copy()
         self._byte_matcher = compiled.byte_matcher
         self._behind: list[int] = []  # tokens that the byte matcher has not been given
@@ -164,10 +167,9 @@ class GrammarForm(Form):
             wanted = [token_id, *ending, end]
             if self._matcher.validate_tokens(wanted) == len(wanted):
                 return ending
-        texts = self._vocabulary.texts
-        text = b"".join([texts[t] for t in ending])
-        if text.startswith(texts[token_id]):  # the same text in other tokens
-            rest = self._vocabulary.words.spell(text[len(texts[token_id]) :])
+        text, taken = self._bytes_of(ending), self._bytes_of((token_id,))
+        if text.startswith(taken):  # the same text in other tokens
+            rest = self._words.spell(text[len(taken) :])
             if rest is not None and len(rest) <= left:
                 return rest
         return self._search((token_id,), left, effort)
@@ -176,9 +178,8 @@ class GrammarForm(Form):
         self, token_ids: tuple[int, ...], left: int, effort: Effort
     ) -> tuple[int, ...] | None:
         """An ending of at most `left` tokens behind these, from here."""
-        texts = self._vocabulary.texts
         if self._behind:
-            new = b"".join(texts[t] for t in self._behind)
+            new = self._bytes_of(self._behind)
             self._behind = []
             self._byte_matcher = self._byte_matcher.deep_copy()
             if not self._byte_matcher.consume_tokens(list(new)):
@@ -186,16 +187,22 @@ class GrammarForm(Form):
         matcher = self._byte_matcher
         if token_ids:
             matcher = matcher.deep_copy()
-            if not matcher.consume_tokens(list(b"".join(texts[t] for t in token_ids))):
+            if not matcher.consume_tokens(list(self._bytes_of(token_ids))):
                 return None
-        found = find_ending(
-            matcher, self._vocabulary.words, effort, 16 * (left + 1), enough=left // 2
-        )
+        found = find_ending(matcher, self._words, effort, 16 * (left + 1), enough=left // 2)
         return found if found is not None and len(found) <= left else None
 
+    def _bytes_of(self, token_ids: Sequence[int]) -> bytes:
+        """As the byte matcher takes them."""
+        texts, stands = self._vocabulary.texts, self._stands
+        return b"".join([stands.get(t) or texts[t] for t in token_ids])
+
     def _drop_ends(self, words: np.ndarray) -> None:
+        ends = [t for t in self._vocabulary.eos_token_ids if int(words[t >> 5]) >> (t & 31) & 1]
+        if not ends:
+            return
         rest = words.copy()
-        for token in self._vocabulary.eos_token_ids:
+        for token in ends:
             rest[token >> 5] &= ~np.uint32(1 << (token & 31))
         if rest.any():
             words[:] = rest

@@ -199,7 +199,9 @@ class Routes(StorageRoutes):
         return Response(page, headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
-        return Response(document(self._service.version), media_type="application/json")
+        service = self._service
+        size = service.info.model.vocab_size if service.keeper.is_ready else None
+        return Response(document(service.version, size), media_type="application/json")
 
 
 # ------------------------------------------------------------------------------------- the door

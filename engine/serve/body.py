@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -29,10 +29,24 @@ async def read(request: Request, kind: type[_Body], settings: ServeConfig) -> _B
             raise ApiError("body_too_large", f"the body exceeds {limit} bytes")
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+        try:
+            return msgspec.convert(_whole(msgspec.json.decode(body)), type=kind)
+        except (msgspec.ValidationError, RecursionError):
+            raise error from None
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise ApiError("invalid_json", f"the body is no JSON: {error}") from None
+
+
+def _whole(value: Any) -> Any:
+    """The value with floats without a fraction as integers: 1.0 is one by JSON Schema."""
+    if isinstance(value, dict):
+        return {name: _whole(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 __all__ = ["read"]

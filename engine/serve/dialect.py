@@ -188,7 +188,7 @@ class Dialect:
             self.reasoning = REASONING_FORMATS[settings.reasoning_format]
         self._reads_tools: bool | None = None
         self._form: tuple[bool, bool] | None = None
-        self._special: frozenset[str] | None = None
+        self._special: dict[str, int] | None = None
         self._inside: dict[tuple[int, ...], bool] = {}
         log.info(
             "tool calls are read as %s, reasoning as %s",
@@ -211,8 +211,6 @@ class Dialect:
         held = use.constrained or bool(use.offered and params.structured)
         # An output of another form than text has no thoughts before it.
         reasoning = self.reasoning if params.structured is None or held else None
-        if held and reasoning is not None and reasoning.end in await self._special_markers(llm):
-            reasoning = None
         inside = reasoning is not None and await self._is_inside(llm, reasoning, prompt)
         format = self.tools if use.offered else None
         if held:
@@ -338,26 +336,12 @@ class Dialect:
         format = self.tools
         param = use.param if use.required else "tools"
         content = params.structured
-        if format is None or format.shape is None:
-            raise ApiError(
-                "unsupported",
-                f"{param}: calls of the format {format.name if format else 'none'} are not JSON, "
-                "so no grammar can hold the model to them; use tool_choice auto without strict",
-                param=param,
-            )
+        assert format is not None  # render() has refused tools without one
         if content is not None and content.kind not in ("json_schema", "json_object"):
             raise ApiError(
                 "unsupported",
                 f"{param}: beside tools the answer's form is a JSON schema or any JSON object, not "
                 f"a {content.kind}",
-                param=param,
-            )
-        if not use.required and format.marker in await self._special_markers(llm):
-            raise ApiError(
-                "unsupported",
-                f"{param}: this model begins a call with the special token {format.marker}, which "
-                "no grammar can offer beside text; use tool_choice required, or tools without "
-                "strict",
                 param=param,
             )
         if not use.required and content is not None and not format.marker:
@@ -367,25 +351,29 @@ class Dialect:
                 "answer; leave out the tools or the answer's form",
                 param=param,
             )
-        return call_grammar(
-            use.callable,
-            format,
-            required=use.required,
-            content=None if content is None else content.json_schema or '{"type": "object"}',
-            parallel=use.parallel,
-            reasoning=reasoning,
-            inside=inside,
-        )
+        try:
+            return call_grammar(
+                use.callable,
+                format,
+                required=use.required,
+                content=None if content is None else content.json_schema or '{"type": "object"}',
+                parallel=use.parallel,
+                reasoning=reasoning,
+                inside=inside,
+                special=await self._special_markers(llm),
+            )
+        except ValueError as error:
+            raise ApiError("unsupported", f"{param}: {error}", param=param) from None
 
-    async def _special_markers(self, llm: AsyncLLM) -> frozenset[str]:
-        """Markers that are special tokens, which leave no text; no grammar can ask for those."""
+    async def _special_markers(self, llm: AsyncLLM) -> dict[str, int]:
+        """Markers that are special tokens, which leave no text, and their ids."""
         if self._special is None:
-            found = set()
+            found = {}
             for marker in (*(self.tools.markers if self.tools else ()), *_markers(self.reasoning)):
                 ids = await llm.tokenize(marker, add_special_tokens=False)
                 if len(ids) == 1 and not await llm.detokenize(ids):
-                    found.add(marker)
-            self._special = frozenset(found)
+                    found[marker] = ids[0]
+            self._special = found
         return self._special
 
 

@@ -19,6 +19,7 @@ from typing import BinaryIO, Literal, Protocol, TypeVar
 import msgspec
 
 from .errors import ApiError
+from .strict import Strict
 
 _ID = re.compile(r"file-[0-9a-f]{24}")
 _CHUNK = 1 << 20
@@ -46,7 +47,7 @@ class _HasId(Protocol):
 _Row = TypeVar("_Row", bound=_HasId)
 
 
-class FileUpload(msgspec.Struct, kw_only=True):
+class FileUpload(Strict, kw_only=True):
     """POST /v1/files, as multipart/form-data."""
 
     file: bytes

@@ -146,8 +146,8 @@ OPERATIONS = (
 
 
 @functools.cache
-def document(version: str) -> bytes:
-    """OpenAPI 3.1 as JSON."""
+def document(version: str, vocab_size: int | None = None) -> bytes:
+    """OpenAPI 3.1 as JSON. `vocab_size`: of the served model, where it is known already."""
     kinds = {
         kind for op in OPERATIONS for kind in (op.body, op.answer, op.part) if kind is not None
     }
@@ -158,6 +158,10 @@ def document(version: str) -> bytes:
         {"required": [name], "properties": {name: {"type": kind}}}
         for name, kind in (("prompt", "string"), ("messages", "array"))
     ]
+    components["BatchRequest"]["properties"]["endpoint"]["enum"] = list(batches.ENDPOINTS)
+    if vocab_size is not None:
+        for component in components.values():
+            _bound_token_ids(component, vocab_size)
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS:
         paths.setdefault(op.path.replace(":path", ""), {})[op.method.lower()] = _operation(op)
@@ -177,6 +181,17 @@ def document(version: str) -> bytes:
     return msgspec.json.encode(whole)
 
 
+def _bound_token_ids(value: Any, vocab_size: int) -> None:
+    """Say in every schema of a token id within `value` what the model's last one is."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(value, dict) and value == _TOKEN_ID:
+        value["maximum"] = vocab_size - 1
+    elif isinstance(inner, list):
+        for child in inner:
+            _bound_token_ids(child, vocab_size)
+
+
+_TOKEN_ID = msgspec.json.schema(schema.TokenId)
 _ERROR = {
     "type": "object",
     "required": ["error"],

@@ -24,21 +24,23 @@ TOOLS = {
 }
 GOOD: tuple[str, dict[str, Any]] = ("weather", {"city": "Rome", "day": "mon"})
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("weather", {"city": 5}),
-    ("weather", {}),
     ("weather", {"city": "x", "day": "sun"}),
+    ("weather", {}),
+    ("weather", {"city": 5}),  # where parameters are written as they are, a text like any other
 ]
-WRITTEN = [f for f in TOOL_FORMATS.values() if f.shape is not None]
+WRITTEN = list(TOOL_FORMATS.values())
 THINK = REASONING_FORMATS["think"]
 
 
-def accepts(grammar: str, text: str) -> bool:
-    """Whether the text is one whole output."""
+def accepts(grammar: str, text: str, special: tuple[str, int] = ("", 0)) -> bool:
+    """Whether the text is one whole output, in which a marker is one token."""
     tokenizer = llguidance.LLTokenizer("byte")
     refused = llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
     assert not refused, refused
     matcher = llguidance.LLMatcher(tokenizer, grammar)
-    ids = tokenizer.tokenize_str(text)
+    before, marker, after = text.partition(special[0]) if special[0] else (text, "", "")
+    ids = tokenizer.tokenize_str(before) + [special[1]] * bool(marker)
+    ids += tokenizer.tokenize_str(after)
     return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
 
 
@@ -46,8 +48,9 @@ def accepts(grammar: str, text: str) -> bool:
 def test_required_calls(format: ToolFormat) -> None:
     grammar = call_grammar(TOOLS, format, required=True, parallel=True)
     assert accepts(grammar, format.write([GOOD]))
-    assert accepts(grammar, format.write([GOOD, ("time", {"a": [1, {"b": None}]})]))
-    for bad in (*BAD, ("other", {})):
+    assert accepts(grammar, format.write([GOOD, ("time", {"a": [1, {"b": 2}]})]))
+    texts_as_they_are = format.fields is not None and not format.fields.quoted
+    for bad in (*BAD[: 2 if texts_as_they_are else 3], ("other", {})):
         assert not accepts(grammar, format.write([bad]))
     assert not accepts(grammar, "Hello")
     single = call_grammar(TOOLS, format, required=True, parallel=False)
@@ -85,3 +88,79 @@ def test_thoughts_before_a_call(format: ToolFormat) -> None:
     assert not accepts(grammar, "<think>a</think>\n\nHello")
     inside = call_grammar(TOOLS, format, required=True, parallel=True, reasoning=THINK, inside=True)
     assert accepts(inside, f"Hm.\n</think>\n\n{call}") and not accepts(inside, call)
+
+
+@pytest.mark.parametrize("format", [f for f in WRITTEN if f.marker], ids=lambda f: f.name)
+def test_a_marker_that_is_one_token(format: ToolFormat) -> None:
+    special = (format.marker, 256)
+    single = {"special": {format.marker: 256}, "parallel": False}
+    required = call_grammar(TOOLS, format, required=True, **single)  # type: ignore[arg-type]
+    call = format.write([GOOD])
+    assert accepts(required, call, special) and not accepts(required, call)
+    strict = call_grammar(TOOLS, format, required=False, **single)  # type: ignore[arg-type]
+    for text in ("Hello <there>", call, f"Let me see.\n{call}"):
+        assert accepts(strict, text, special)
+    assert not accepts(strict, format.write([BAD[0]]), special)
+
+
+def test_thoughts_that_end_with_one_token() -> None:
+    format, special = TOOL_FORMATS["hermes"], ("</think>", 256)
+    grammar = call_grammar(
+        TOOLS, format, required=True, parallel=True, reasoning=THINK, special=dict([special])
+    )
+    text = f"<think>Hm</think>{format.write([GOOD])}"
+    assert accepts(grammar, text, special) and not accepts(grammar, text)
+
+
+WIDE = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 3},
+        "kind": {"type": "string", "enum": ["x y", "z"]},
+        "code": {"type": "string", "pattern": "^[a-c]/[0-9]+$", "maxLength": 6},
+        "on": {"type": "boolean"},
+        "list": {"type": "array", "items": {"type": "string"}, "maxItems": 1},
+    },
+    "required": ["kind"],
+    "additionalProperties": False,
+}
+FIELDS = [f for f in WRITTEN if f.fields is not None]
+
+
+@pytest.mark.parametrize("format", FIELDS, ids=lambda f: f.name)
+def test_parameters_written_one_behind_the_other(format: ToolFormat) -> None:
+    grammar = call_grammar({"f": WIDE}, format, required=True, parallel=True)
+    whole = {"a": 3, "kind": "x y", "code": "b/12", "on": True, "list": ["é"]}
+    for good in (whole, {"kind": "z"}, {"kind": "z", "on": False}, {"a": 7, "kind": "z"}):
+        assert accepts(grammar, format.write([("f", good)]))
+    bad: list[dict[str, Any]] = [
+        {},
+        {"a": 3},
+        {"a": 2, "kind": "z"},
+        {"kind": "y"},
+        {"kind": "z", "code": "d/1"},
+        {"kind": "z", "code": "a/12345"},
+        {"kind": "z", "on": 1},
+        {"kind": "z", "list": ["a", "b"]},
+        {"kind": "z", "more": 1},
+        {"on": True, "kind": "z"},  # not in the schema's order
+    ]
+    for arguments in bad:
+        assert not accepts(grammar, format.write([("f", arguments)])), arguments
+
+
+@pytest.mark.parametrize("format", FIELDS, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"anyOf": [{"type": "object"}]}, "anyOf"),
+        ({"type": "string"}, "type 'string'"),
+        ({"properties": {"a<b>\n": {}}}, "cannot name f's parameter"),
+        ({"properties": {}, "required": ["x"]}, "f requires x"),
+    ],
+)
+def test_parameters_that_no_such_call_can_be_held_to(
+    format: ToolFormat, schema: Any, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        call_grammar({"f": schema}, format, required=True, parallel=True)

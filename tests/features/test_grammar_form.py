@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
@@ -251,12 +253,68 @@ def test_an_ending_is_found_behind_text_of_any_length(
     assert ending is not None and least <= len(ending) <= least + 15
 
 
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_special_token_that_a_grammar_asks_for(grammars: Grammars, optional: bool) -> None:
+    tool = max(SmallTokens().special_ids)  # <|tool|>
+    call = f"<[{tool}]> %json {json.dumps({'type': 'object', 'required': ['a']})}"
+    start = f"TEXT ({call})?" if optional else f"TEXT {call}"
+    output = StructuredOutput(grammar=f"start: {start}\nTEXT: /(.|\\n)*/\n")
+    compiled = grammars.compile(output)
+    assert compiled.ending == (() if optional else (tool, *compiled.ending[1:]))  # type: ignore[index]
+    called = 0
+    for seed in range(count(reduced=6, full=100)):
+        for most in (20, 40):
+            form = make_form(grammars, output, most)
+            size = grammars.vocabulary.size
+            rng = np.random.default_rng(seed)
+            rows = rng.normal(size=(most, size)).astype(np.float32)
+            rows[:, tool] += 3 * (seed % 2)
+            ids = play(form, most, rows.__getitem__)
+            assert form.complete
+            assert ids.count(tool) <= 1
+            if tool in ids:
+                called += 1
+                assert "a" in json.loads(text_of(SmallTokens(), ids[ids.index(tool) + 1 :]))
+    assert called if optional else called == 2 * count(reduced=6, full=100)
+
+
+@pytest.mark.parametrize("token", [5, 100_000])
+def test_an_id_that_is_no_special_token_is_refused(grammars: Grammars, token: int) -> None:
+    with pytest.raises(ParameterError, match=rf"<\[{token}\]> is not the id of a special token"):
+        grammars.compile(StructuredOutput(grammar=f'start: "a" <[{token}]>\n'))
+
+
+def test_an_id_in_a_text_is_text(grammars: Grammars) -> None:
+    output = StructuredOutput(grammar='start: "<[5]>" /<\\[6\\]>/ // <[7]>\n')
+    ending = grammars.compile(output).ending
+    assert ending is not None and text_of(SmallTokens(), ending) == "<[5]><[6]>"
+
+
 def test_words_are_spelled_in_the_fewest_tokens() -> None:
     words = Words({b"a": 0, b"ab": 1, b"abc": 2, b"cd": 3, b"d": 4, b"b": 5})
     assert words.spell(b"abcd") == (2, 4)
     assert words.spell(b"ab") == (1,)
     assert words.spell(b"") == ()
     assert words.spell(b"abx") is None
+
+
+@given(
+    words=st.sets(st.text("abc", min_size=1, max_size=5).map(str.encode), max_size=12),
+    text=st.text("abc", max_size=14).map(str.encode),
+)
+@settings(max_examples=count(reduced=50, full=2000), deadline=None)
+def test_no_spelling_has_fewer_tokens(words: set[bytes], text: bytes) -> None:
+    found = Words({word: i for i, word in enumerate(sorted(words))}).spell(text)
+    fewest = [0] + [len(text) + 1] * len(text)  # tokens of each beginning
+    for end in range(1, len(text) + 1):
+        for word in words:
+            if text[:end].endswith(word):
+                fewest[end] = min(fewest[end], fewest[end - len(word)] + 1)
+    assert (None if found is None else len(found)) == (
+        None if fewest[-1] > len(text) else fewest[-1]
+    )
+    if found is not None:
+        assert b"".join(sorted(words)[i] for i in found) == text
 
 
 def test_a_search_stops_when_its_effort_is_spent(grammars: Grammars) -> None:

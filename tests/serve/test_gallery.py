@@ -130,6 +130,7 @@ def test_every_error_is_met_and_documented(
     assert (answer.status, answer.error["code"]) == (row.status, row.code), answer.body
     assert answer.error["type"] == row.type and len(answer.error["message"]) > 10
     assert set(answer.error) == {"message", "type", "param", "code"}
+    assert (row.code in RETRY_AFTER_S) == (row.status in (429, 503))
     expected = str(RETRY_AFTER_S[row.code]) if row.code in RETRY_AFTER_S else None
     assert answer.headers.get("retry-after") == expected
     page = (ROOT / "docs" / "server.md").read_text("utf-8")

@@ -216,6 +216,7 @@ def test_a_strict_tool_is_held_to_as_well(hermes: Running) -> None:
 
 BAD_NAME = {"type": "function", "function": {"name": "a b"}}
 CHOICE = {"choice": ["a", "b"]}
+ODD = {"type": "function", "function": {"name": "odd", "parameters": {"anyOf": [SCHEMA]}}}
 NAMED = {"type": "function", "function": {"name": "nobody"}}
 
 
@@ -224,7 +225,7 @@ NAMED = {"type": "function", "function": {"name": "nobody"}}
     [
         ("fake", {"tools": [TOOL]}, "unsupported", "tools"),
         ("toolless", {"tools": [TOOL]}, "unsupported", "tools"),
-        ("coder", {"tools": [TOOL], "tool_choice": "required"}, "unsupported", "tool_choice"),
+        ("coder", {"tools": [ODD], "tool_choice": "required"}, "unsupported", "tool_choice"),
         ("hermes", {"tools": [TOOL], "structured_outputs": CHOICE}, "unsupported", "tools"),
         ("hermes", {"tool_choice": "required"}, "invalid_value", "tool_choice"),
         ("hermes", {"tools": [TOOL], "tool_choice": "some"}, "invalid_value", "tool_choice"),

@@ -23,7 +23,7 @@ from .http import chat
 pytestmark = pytest.mark.torch
 TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}{% endif %}"
-    "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>{# <tool_call> #}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>{# MARKERS #}"
 )
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOLS = [
@@ -43,13 +43,17 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "markers", ["<tool_call>", "<function= <parameter=", "<arg_key><arg_value>"]
+)
 def test_a_required_call_is_one_whatever_the_model_would_say(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
+    tmp_path_factory: pytest.TempPathFactory, markers: str, seed: int
 ) -> None:
     pytest.importorskip("llguidance")
     model = golden.write(tmp_path_factory.mktemp("golden"))
-    message = asyncio.run(answer(model, tools=TOOLS, tool_choice="required", seed=seed))
+    template = TEMPLATE.replace("MARKERS", markers)
+    message = asyncio.run(answer(model, template, tools=TOOLS, tool_choice="required", seed=seed))
     assert message.content is None and message.tool_calls
     for call in message.tool_calls:
         arguments = json.loads(call.function.arguments)
@@ -59,9 +63,9 @@ def test_a_required_call_is_one_whatever_the_model_would_say(
             assert (call.function.name, arguments) == ("get", {})
 
 
-async def answer(model: Path, **fields: Any) -> Any:
+async def answer(model: Path, template: str, **fields: Any) -> Any:
     """The message of one chat completion."""
-    keeper = Keeper(lambda: AsyncLLM(str(model), chat_template=TEMPLATE))
+    keeper = Keeper(lambda: AsyncLLM(str(model), chat_template=template))
     service = Service(keeper, ServeConfig(), "fake")
     body = chat(parallel_tool_calls=False, max_tokens=200, **fields)
     await keeper.start()

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engineroom.engine.load.checkpoint import GgufCheckpoint, open_checkpoint
 from engineroom.engine.load.save import Tensor, write_checkpoint
 from engineroom.engine.load.save_gguf import GgufTensor, write_gguf
 from engineroom.engine.tools.texts import calibration_text, evaluation_text
-from engineroom.kernels.weights import BF16
+from engineroom.kernels.weights import BF16, F32
 from engineroom.quant.rounding import to_bfloat16
 from engineroom.quant.values import dequantise
 
@@ -101,7 +102,9 @@ def sixteen_bits(file: Path, work: Path) -> tuple[Path, Path]:
     assert isinstance(source, GgufCheckpoint)
     tensors = dict(noised(source))
     entries = [
-        GgufTensor(name, BF16, values.shape, lambda values=values: bits(values))  # type: ignore[misc]
+        GgufTensor(name, F32, values.shape, values.tobytes)  # norms: llama.cpp wants them wide
+        if values.ndim == 1
+        else GgufTensor(name, BF16, values.shape, partial(bits, values))
         for name, values in tensors.items()
     ]
     made.unlink(missing_ok=True)

@@ -189,7 +189,9 @@ class RawWeight:
 
     @property
     def data(self) -> np.ndarray:
-        return self.buffers["data"] if self.make is None else self.make(0, self.shape[0])
+        if self.make is None:
+            return self.buffers["data"]
+        return self.make(0, self.num_rows if len(self.shape) > 1 else self.shape[0])
 
     def made(self) -> RawWeight:
         """The same weight with its rows as they are in `format`."""

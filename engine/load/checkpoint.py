@@ -119,7 +119,8 @@ class GgufCheckpoint:
         self.metadata = self._file.metadata
         self.architecture: str = self.metadata["general.architecture"]
         self.generation_config: Mapping[str, Any] = {}
-        self.tensor_names = tuple(self._file.tensors)
+        hidden = self._file.hidden()
+        self.tensor_names = tuple(name for name in self._file.tensors if name not in hidden)
         self.notes: tuple[str, ...] = ()
         tensors = self._file.tensors.values()
         self.total_bytes = sum(t.nbytes for t in tensors)

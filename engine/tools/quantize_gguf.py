@@ -55,6 +55,13 @@ def quantize_gguf(config: QuantizeConfig, text: Text) -> dict[str, Any]:
                 f"{source.path} is a folder of safetensors; {config.format} is made from a GGUF "
                 "file (llama.cpp's convert_hf_to_gguf.py makes one of 16 bits)",
             )
+        repacked = [n for n in checkpoint.tensor_names if checkpoint.tensor(n).make is not None]
+        if repacked:
+            raise ConfigError(
+                "model",
+                f"{source.path} has {len(repacked)} tensors of 4 bits that cannot be written as "
+                f"they are (such as {repacked[0]}); take the model's 16-bit file",
+            )
         importance, names, samples = _importance(config, checkpoint, text)
         tensors = [
             _tensor(checkpoint.tensor(name), _format(config, checkpoint, name, names), importance)

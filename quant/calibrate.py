@@ -86,17 +86,32 @@ def _inverse_factor(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
     diagonal = np.diag(h).copy()
     damp = _DAMP * diagonal.mean() or 1.0
     h[np.diag_indices_from(h)] = np.where(diagonal > 0, diagonal, 1.0) + damp
-    lower = np.linalg.cholesky(h)
-    del h
-    _invert_lower(lower)
-    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+    _factor_lower(h)
+    _invert_lower(h)
+    return np.ascontiguousarray(h[::-1, ::-1], np.float32)
+
+
+def _factor_lower(h: np.ndarray) -> None:
+    """A positive definite matrix becomes its lower Cholesky factor, where it is."""
+    for i in range(len(h)):
+        h[i, i + 1 :] = 0
+    for start in range(0, len(h), _BLOCK):
+        here = slice(start, start + _BLOCK)
+        corner, below = h[here, here], h[start + _BLOCK :, here]
+        corner[:] = np.linalg.cholesky(corner)
+        below[:] = below @ np.linalg.inv(corner).T
+        for at in range(start + _BLOCK, len(h), _BLOCK):
+            strip = h[at:, here] @ h[at : at + _BLOCK, here].T
+            square = h[at : at + _BLOCK, at : at + _BLOCK]
+            square -= np.tril(strip[: len(square)])
+            h[at + _BLOCK :, at : at + _BLOCK] -= strip[len(square) :]
 
 
 def _invert_lower(lower: np.ndarray) -> None:
     """A lower triangular matrix becomes its inverse, where it is."""
     half = len(lower) // 2
     if half < _BLOCK:
-        lower[:] = np.tril(np.linalg.inv(lower))
+        lower[:] = np.tril(np.linalg.inv(lower))  # whose upper triangle is 0, but for rounding
         return
     first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
     _invert_lower(first)

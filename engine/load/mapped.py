@@ -64,7 +64,10 @@ class MappedFile:
         """What tells this file from others and from itself changed: its size, its time of change
         and a SHA-256 of 64 pages spread over it."""
         pages = range(0, self.size, max(4096, self.size // 64))
-        digest = hashlib.sha256(b"".join(self.buffer[at : at + 4096] for at in pages))
+        digest = hashlib.sha256()
+        for at in pages:
+            digest.update(self.buffer[at : at + 4096])
+            release_pages(self.view(0, self.size))  # a page may bring 2 MiB around it
         return f"{self.size}.{self._changed_ns}.{digest.hexdigest()}"
 
     def close(self) -> None:

@@ -183,8 +183,8 @@ def render(report: dict[str, Any]) -> str:
     experts = report["experts"]
     if experts is not None and experts["few_tokens"]:
         lines.append(
-            f"{experts['few_tokens']} of {experts['of']} experts saw too few tokens to be "
-            "calibrated and were rounded to nearest; a longer text, or more --samples, has more"
+            f"{experts['few_tokens']} of {experts['of']} matrices of experts saw too few tokens to "
+            "be calibrated and were rounded to nearest; take a longer text, or more --samples"
         )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from ..runtime.assemble import linear_weights
 from ..runtime.load import open_model, raw_weights
 from .calibration import Weights
 
-_CHUNK = 1 << 20  # elements of a matrix that are float32 at a time, about
+_CHUNK = 1 << 18  # elements of a matrix that are float32 at a time, about
 _ROWS = 128  # runs are whole multiples of it, as FP8's blocks are
 
 

@@ -26,7 +26,8 @@ _FIELDS = ("q", "scale", "zero")
 @dataclass(frozen=True, eq=False)
 class Tapped:
     """A tap's matrices rounded, by key; what their columns were multiplied by [K] where not by 1,
-    by `key_of("", expert)`; relative errors of layers; experts that saw too few tokens."""
+    by `key_of("", expert)`; relative errors of layers; matrices of experts that saw too few
+    tokens."""
 
     rounded: Mapping[str, Rounded]
     by: Mapping[str, np.ndarray] = field(default_factory=dict)

@@ -47,8 +47,8 @@ class Calibrated:
     """What there is to write.
 
     rounded: gives a matrix by key; norms: values of tensors with factors folded in; divided: by
-    key, what a matrix's rows are divided by [N]; errors of layers' outputs; few: experts that saw
-    too few tokens.
+    key, what a matrix's rows are divided by [N]; errors of layers' outputs; few: matrices of
+    experts that saw too few tokens.
     """
 
     rounded: Callable[[str], Rounded]
@@ -155,14 +155,14 @@ def solve(method: str, model: Model, grid: Integers, tap: Tap, given: Given) -> 
         each = [model.matrices[key] for key in keys]
         rows = given.rows if expert is None else given.of(expert)
         if expert is not None and len(rows) * _FEW < rows.shape[1]:
-            few += 1
+            few += len(keys)
             rounded |= {key: nearest(matrix, grid) for key, matrix in zip(keys, each, strict=True)}
             continue
         hessian, by = moments(rows), None
         if method == "awq":
             by = _awq_factors(model, tap, each, hessian, rows, grid)
         one = _rounder(method, hessian, grid, by)
-        hessian = hessian.astype(np.float32)
+        hessian = hessian.astype(np.float32)  # of which errors are made
         whole = wrong = 0.0
         for key, matrix in zip(keys, each, strict=True):
             parts = []

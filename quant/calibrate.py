@@ -136,7 +136,8 @@ def awq_scales(
         for i, by in enumerate(factors):
             made = round_to_nearest(values * by, grid, second / by**2).values() / by
             errors[i] += energy(values - made, h)
-    return factors[int(errors.argmin())]
+    best: np.ndarray = factors[int(errors.argmin())]
+    return best
 
 
 def awq(values: np.ndarray, second: np.ndarray, grid: Integers, by: np.ndarray) -> Rounded:

@@ -52,12 +52,14 @@ def layout(
     num_rows: int, columns: int, scheme: Scheme, grid: Integers | None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of the tensors of one module, by suffix, before they are made."""
-    whole = (num_rows, columns)
+    whole: tuple[int, ...] = (num_rows, columns)
     if grid is None:
-        scales = (-(-num_rows // _BLOCK), -(-columns // _BLOCK)) if scheme.block else (num_rows, 1)
+        scales: tuple[int, ...] = (num_rows, 1)
+        if scheme.block:
+            scales = (-(-num_rows // _BLOCK), -(-columns // _BLOCK))
         return {".weight": ("F8_E4M3", whole), ".weight_scale": ("BF16", scales)}
     groups = grid.groups(columns)
-    found = {".weight_scale": ("BF16", (num_rows, groups))}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {".weight_scale": ("BF16", (num_rows, groups))}
     if scheme.form == "int-quantized":
         return found | {".weight": ("I8", whole)}
     per_word = 32 // grid.bits

@@ -102,11 +102,10 @@ def quantize(config: QuantizeConfig, text: Text, *, restart: bool = False) -> di
         key = _key(config, checkpoint, text, grid)
         work = Path(f"{out}.work")
         if config.method == "rtn":
-            made = Calibrated(lambda name: nearest(model.matrices[name], grid))
+            made = Calibrated(lambda name: nearest(model.matrices[name], _required(grid)))
         else:
-            assert grid is not None
             parts = Parts(work, key, restart)
-            made = calibrated(_calibration(config), model, grid, text, parts)
+            made = calibrated(_calibration(config), model, _required(grid), text, parts)
         write(out, model, config.format, grid, made, key)
         shutil.rmtree(work, ignore_errors=True)
         size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
@@ -128,6 +127,11 @@ def quantize(config: QuantizeConfig, text: Text, *, restart: bool = False) -> di
         }
     finally:
         checkpoint.close()
+
+
+def _required(grid: Integers | None) -> Integers:
+    assert grid is not None  # FP8 has none, and is made of the tensors themselves
+    return grid
 
 
 def _calibration(config: QuantizeConfig) -> Calibration:

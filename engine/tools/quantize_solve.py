@@ -244,7 +244,8 @@ def _as_read(tapped: Tapped, name: str, expert: int | None, grid: Integers) -> R
         rows = rounded.rows(start, stop)
         if by is None:
             return int8_rows(rows.q, rows.scale, rows.zero, groups)
-        return (rows.values() / by).reshape(-1).view(np.uint8)
+        values: np.ndarray = rows.values() / by
+        return values.reshape(-1).view(np.uint8)
 
     fmt = I8G32 if by is None else F32
     return RawWeight(key_of(name, expert), fmt, rounded.q.shape, {}, make=make)

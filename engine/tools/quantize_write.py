@@ -55,7 +55,8 @@ class _Tensors:
             weight = self._model.checkpoint.tensor(name)
             if name in self._small:
                 module = name.removesuffix(".weight")
-                shapes = layout(*weight.shape, self._scheme, self._grid)
+                num_rows, columns = weight.shape
+                shapes = layout(num_rows, columns, self._scheme, self._grid)
                 for suffix, (dtype, shape) in shapes.items():
                     yield Tensor(module + suffix, dtype, shape, partial(self._take, name, suffix))
             elif name in self._made.norms:

@@ -48,6 +48,28 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+def layout(
+    num_rows: int, columns: int, scheme: Scheme, grid: Integers | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of the tensors of one module, by suffix, before they are made."""
+    whole: tuple[int, ...] = (num_rows, columns)
+    if grid is None:
+        scales: tuple[int, ...] = (num_rows, 1)
+        if scheme.block:
+            scales = (-(-num_rows // _BLOCK), -(-columns // _BLOCK))
+        return {".weight": ("F8_E4M3", whole), ".weight_scale": ("BF16", scales)}
+    groups = grid.groups(columns)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {".weight_scale": ("BF16", (num_rows, groups))}
+    if scheme.form == "int-quantized":
+        return found | {".weight": ("I8", whole)}
+    per_word = 32 // grid.bits
+    found[".weight_packed"] = ("I32", (num_rows, -(-columns // per_word)))
+    found[".weight_shape"] = ("I64", (2,))
+    if not grid.symmetric:
+        found[".weight_zero_point"] = ("I32", (-(-num_rows // per_word), groups))
+    return found
+
+
 def integer_tensors(rounded: Rounded, grid: Integers, form: str) -> dict[str, Stored]:
     """The tensors of one module, by suffix."""
     num_rows, columns = rounded.q.shape
@@ -76,13 +98,12 @@ def pack_rows(q: np.ndarray, bits: int) -> np.ndarray:
     The last word's missing integers are 0.
     """
     per_word = 32 // bits
-    words = -(-q.shape[1] // per_word)
-    codes = np.zeros((len(q), words * per_word), np.uint32)
-    codes[:, : q.shape[1]] = q.astype(np.int32) + (1 << (bits - 1))
-    shift = np.arange(0, 32, bits, dtype=np.uint32)
-    shifted = codes.reshape(len(q), words, per_word) << shift
-    packed: np.ndarray = np.bitwise_or.reduce(shifted, axis=2).view(np.int32)
-    return packed
+    codes = q.view(np.uint8) + np.uint8(1 << (bits - 1))
+    packed = np.zeros((len(q), -(-q.shape[1] // per_word)), np.uint32)
+    for i in range(per_word):
+        part = codes[:, i::per_word]
+        packed[:, : part.shape[1]] |= part.astype(np.uint32) << np.uint32(i * bits)
+    return packed.view(np.int32)
 
 
 def quantization_config(
@@ -124,6 +145,7 @@ __all__ = [
     "Stored",
     "fp8_tensors",
     "integer_tensors",
+    "layout",
     "pack_rows",
     "quantization_config",
 ]

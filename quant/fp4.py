@@ -116,18 +116,27 @@ class Mxfp4:
 
 
 class ModelOpt:
-    """quant_method "modelopt": NVFP4, or FP8 with a scale a tensor.
+    """quant_method "modelopt": NVFP4, or FP8 with a scale a tensor. Its options stand in
+    config.json, of older versions under other names in a file beside it.
 
     Errors: FormatError for another algorithm or an option that is not known.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        where = "quantization_config"
-        options = Options(config, where)
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        where: str = "quantization_config",
+        file: str = "config.json",
+    ) -> None:
+        options = Options(config, where, file)
         options.take("quant_method")
         self._is_four = options.one_of("quant_algo", ("NVFP4", "FP8")) == "NVFP4"
         groups = options.take("config_groups", {})
-        options.finish(("ignore", "kv_cache_scheme", "kv_cache_quant_algo", "producer"))
+        size = _SCALED if self._is_four else None
+        options.one_of("group_size", (size,), size)
+        options.finish(
+            ("ignore", "exclude_modules", "kv_cache_scheme", "kv_cache_quant_algo", "producer")
+        )
         for name, group in groups.items() if isinstance(groups, dict) else ():
             self._check(group.get("weights") or {}, f"{where}.config_groups.{name}.weights")
         names = {"weight": ".weight", "scale": ".weight_scale"}

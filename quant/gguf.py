@@ -87,13 +87,13 @@ def _bf16(b: np.ndarray) -> np.ndarray:
 
 def _q4_0(b: np.ndarray) -> np.ndarray:
     """d * (q - 8), q of 4 bits."""
-    q = _nibbles(b["nibbles"], 16).astype(np.int8) - np.int8(8)
+    q = halves_of_bytes(b["nibbles"], 16).astype(np.int8) - np.int8(8)
     return _float(b["d"]) * _float(q)
 
 
 def _q4_1(b: np.ndarray) -> np.ndarray:
     """d * q + m, q of 4 bits."""
-    return _float(b["d"]) * _float(_nibbles(b["nibbles"], 16)) + _float(b["m"])
+    return _float(b["d"]) * _float(halves_of_bytes(b["nibbles"], 16)) + _float(b["m"])
 
 
 def _q5_0(b: np.ndarray) -> np.ndarray:
@@ -113,13 +113,13 @@ def _q8_0(b: np.ndarray) -> np.ndarray:
 
 def _q4_k(b: np.ndarray) -> np.ndarray:
     """(d * scale) * q - (dmin * min), 8 groups of 32 elements, q of 4 bits."""
-    q = _nibbles(b["nibbles"], 32).reshape(-1, 8, 32)
+    q = halves_of_bytes(b["nibbles"], 32).reshape(-1, 8, 32)
     return _scaled_groups(b, q)
 
 
 def _q5_k(b: np.ndarray) -> np.ndarray:
     """As Q4_K with a fifth bit: bit g of high byte j belongs to element j of group g."""
-    low = _nibbles(b["nibbles"], 32).reshape(-1, 8, 32)
+    low = halves_of_bytes(b["nibbles"], 32).reshape(-1, 8, 32)
     group = np.arange(8, dtype=np.uint8)[:, None]
     high = (b["high_bits"][:, None, :] >> group) & np.uint8(1)
     return _scaled_groups(b, low | (high << np.uint8(4)))
@@ -132,7 +132,7 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     low nibbles of the 64 bytes come first, then the upper ones; high byte j holds, from its lowest
     bits up, the two bits of elements j, j + 32, j + 64 and j + 96.
     """
-    low = _nibbles(b["low_nibbles"], 64).reshape(-1, 2, 4, 32)
+    low = halves_of_bytes(b["low_nibbles"], 64).reshape(-1, 2, 4, 32)
     shift = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = (b["high_bits"].reshape(-1, 2, 1, 32) >> shift) & np.uint8(3)
     q = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
@@ -145,14 +145,14 @@ def _mxfp4(b: np.ndarray) -> np.ndarray:
     code = b["exponent"].astype(np.uint32)
     small, normal = np.uint32(0x00200000) << (code & 1), (code - 1) << np.uint32(23)
     d = np.where(code < 2, small, normal).view(np.float32)
-    return d * _float(E2M1_DOUBLED[_nibbles(b["nibbles"], 16)])
+    return d * _float(E2M1_DOUBLED[halves_of_bytes(b["nibbles"], 16)])
 
 
 def _float(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:
+def halves_of_bytes(packed: np.ndarray, run: int) -> np.ndarray:
     """[n, bytes] -> [n, 2 * bytes]: per run of bytes, their low nibbles, then their high ones."""
     runs = packed.reshape(len(packed), -1, 1, run)
     shift = np.array([0, 4], np.uint8)[:, None]
@@ -162,7 +162,7 @@ def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:
 def _five_bits(b: np.ndarray) -> np.ndarray:
     """Q5_0 and Q5_1: bit j of `high_bits` is the fifth bit of element j."""
     high = (b["high_bits"] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    return _nibbles(b["nibbles"], 16) | (high.astype(np.uint8) << np.uint8(4))
+    return halves_of_bytes(b["nibbles"], 16) | (high.astype(np.uint8) << np.uint8(4))
 
 
 def _scaled_groups(b: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -201,4 +201,11 @@ _UNPACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "MXFP4": _mxfp4,
 }
 
-__all__ = ["E2M1_DOUBLED", "block_dtype", "dequantise", "dequantise_rows", "row_dtype"]
+__all__ = [
+    "E2M1_DOUBLED",
+    "block_dtype",
+    "dequantise",
+    "dequantise_rows",
+    "halves_of_bytes",
+    "row_dtype",
+]

@@ -110,6 +110,7 @@ class Options:
 
     config: Mapping[str, Any]
     where: str
+    file: str = "config.json"
     _left: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class Options:
         known = ", ".join(repr(v) for v in values)
         return FormatError(
             f"{self.where}.{key}",
-            f"config.json: {self.where}.{key} is {repr(value)[:80]}, which is not supported "
+            f"{self.file}: {self.where}.{key} is {repr(value)[:80]}, which is not supported "
             f"(supported: {known})",
         )
 
@@ -143,7 +144,7 @@ class Options:
         if unknown:
             raise FormatError(
                 f"{self.where}.{unknown[0]}",
-                f"config.json: {self.where}.{unknown[0]} = {repr(self._left[unknown[0]])[:80]} is "
+                f"{self.file}: {self.where}.{unknown[0]} = {repr(self._left[unknown[0]])[:80]} is "
                 "not known here, and may change what the weights mean",
             )
 

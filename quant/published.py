@@ -15,6 +15,7 @@ from .own import METHOD, Own
 from .parts import FormatError, Options, Part, Reader
 
 QUANTISATION_KEYS = ("quantization_config", "compression_config")  # of config.json
+MODELOPT_FILE = "hf_quant_config.json"  # beside a config.json that has none of them
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], Reader]] = {
     "gptq": Gptq,
     "awq": Awq,
@@ -40,6 +41,20 @@ def reader_of(config: Mapping[str, Any]) -> Reader | None:
         raise FormatError(key, f"config.json: one object is expected of {' and '.join(given)}")
     method = Options(settings, key).one_of("quant_method", METHODS)
     return METHODS[method](settings)
+
+
+def reader_of_modelopt(config: Mapping[str, Any]) -> Reader:
+    """The reader of a folder whose MODELOPT_FILE alone says how it was quantised.
+
+    Errors: FormatError for another writer, or an algorithm or an option that is not supported.
+    """
+    given, producer = config.get("quantization"), config.get("producer")
+    if not isinstance(given, dict) or not isinstance(producer, dict):
+        raise FormatError(
+            "quantization", f"{MODELOPT_FILE}: objects are expected of producer and quantization"
+        )
+    Options(producer, "producer", MODELOPT_FILE).one_of("name", ("modelopt",))
+    return ModelOpt(given, "quantization", MODELOPT_FILE)
 
 
 def find_weights(reader: Reader, names: Collection[str]) -> dict[str, tuple[str, dict[str, str]]]:
@@ -73,10 +88,12 @@ def find_weights(reader: Reader, names: Collection[str]) -> dict[str, tuple[str,
 
 __all__ = [
     "METHODS",
+    "MODELOPT_FILE",
     "QUANTISATION_KEYS",
     "FormatError",
     "Part",
     "Reader",
     "find_weights",
     "reader_of",
+    "reader_of_modelopt",
 ]

@@ -8,6 +8,7 @@ its importance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,13 @@ class Rounded:
 
     def rows(self, start: int, stop: int) -> Rounded:
         return Rounded(self.q[start:stop], self.scale[start:stop], self.zero[start:stop])
+
+
+def join(parts: Sequence[Rounded]) -> Rounded:
+    """Rows after rows."""
+    return Rounded(
+        *(np.concatenate([getattr(p, f) for p in parts]) for f in ("q", "scale", "zero"))
+    )
 
 
 def fit(
@@ -158,6 +166,7 @@ __all__ = [
     "fit",
     "fp8_blocks",
     "fp8_rows",
+    "join",
     "round_to_nearest",
     "to_bfloat16",
 ]

@@ -10,19 +10,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ...kernels.weights import SMALL_FLOATS, Format, RawWeight
 from ...quant.published import (
+    MODELOPT_FILE,
     QUANTISATION_KEYS,
     FormatError,
     Part,
     Reader,
     find_weights,
     reader_of,
+    reader_of_modelopt,
 )
 from .gguf import GgufFile
 from .mapped import CheckpointError, no_such_tensor, read_small, shown
@@ -123,7 +125,8 @@ class GgufCheckpoint:
         self.metadata = self._file.metadata
         self.architecture: str = self.metadata["general.architecture"]
         self.generation_config: Mapping[str, Any] = {}
-        self.tensor_names = tuple(self._file.tensors)
+        hidden = self._file.hidden()
+        self.tensor_names = tuple(name for name in self._file.tensors if name not in hidden)
         self.notes: tuple[str, ...] = ()
         tensors = self._file.tensors.values()
         self.total_bytes = sum(t.nbytes for t in tensors)
@@ -172,6 +175,10 @@ class SafetensorsCheckpoint:
         self.metadata = _read_json(folder / "config.json")
         self.architecture = _architecture(self.metadata)
         self._reader = _reader(self.metadata)
+        self._beside: Mapping[str, Any] = {}  # how it was quantised, where config.json has no word
+        if self._reader is None and MODELOPT_FILE in names:
+            self._beside = _read_json(folder / MODELOPT_FILE)
+            self._reader = _reader(self._beside, reader_of_modelopt)
         self.generation_config: Mapping[str, Any] = (
             _read_json(folder / "generation_config.json")
             if "generation_config.json" in names
@@ -230,7 +237,8 @@ class SafetensorsCheckpoint:
         if self._reader is None:
             return files
         # What the same bytes mean stands in config.json.
-        settings = [self.metadata.get(key) for key in QUANTISATION_KEYS]
+        settings: list[Any] = [self.metadata.get(key) for key in QUANTISATION_KEYS]
+        settings += [self._beside] if self._beside else []
         meaning = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"{files} {meaning[:16]}"
 
@@ -330,9 +338,11 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return first
 
 
-def _reader(config: Mapping[str, Any]) -> Reader | None:
+def _reader(
+    config: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Reader | None] = reader_of
+) -> Reader | None:
     try:
-        return reader_of(config)
+        return read(config)
     except FormatError as error:
         raise CheckpointError(
             error.field,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels.weights import FILE_FORMATS, Format, RawWeight
+from ...quant.gguf_repacked import REPACKED
 from .mapped import CheckpointError, MappedFile, no_such_tensor, shown
 
 MAX_KEYS = 1 << 16
@@ -57,8 +58,11 @@ _TENSOR_TYPE_NAMES = """
     IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16
 """
 _TENSOR_TYPES = dict(enumerate(_TENSOR_TYPE_NAMES.split()))
-_TENSOR_TYPES |= {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+_TENSOR_TYPES |= {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}
+_FORMATS = {**FILE_FORMATS, **{name: kind.stored for name, kind in REPACKED.items()}}
 TENSOR_NUMBERS = {name: number for number, name in _TENSOR_TYPES.items()}
+
+_NVFP4 = _FORMATS["NVFP4"]
 
 # The types that known keys must have: int8 "scores" read as float32 were a real hole elsewhere.
 _EXPECTED: dict[str, tuple[str, ...]] = {
@@ -213,7 +217,30 @@ class GgufFile:
         if info is None:
             raise no_such_tensor(self.file.name, name, self.tensors)
         data = self.file.view(info.offset, info.nbytes)
-        return RawWeight(name, info.format, info.shape, {"data": data})
+        kind = REPACKED.get(info.format.name)
+        if kind is None:
+            return RawWeight(name, info.format, info.shape, {"data": data})
+        return kind.weight(name, info.shape, data, self._factors(info))
+
+    def hidden(self) -> frozenset[str]:
+        """Tensors that belong to others: scales of NVFP4 weights, and of what those multiply."""
+        four = [n.removesuffix("weight") for n, t in self.tensors.items() if t.format is _NVFP4]
+        beside = {name + kind for name in four for kind in ("scale", "input_scale")}
+        return frozenset(beside.intersection(self.tensors))
+
+    def _factors(self, info: TensorInfo) -> np.ndarray | None:
+        """What an NVFP4 tensor's scales are multiplied by. Errors: CheckpointError."""
+        scale = self.tensors.get(f"{info.name.removesuffix('weight')}scale")
+        if info.format is not _NVFP4 or scale is None:
+            return None
+        experts = info.shape[0] if len(info.shape) == 3 else 1
+        if scale.format.name != "F32" or scale.shape not in ((1,), (experts,)):
+            raise CheckpointError(
+                scale.name,
+                f"tensor {scale.name!r} is {scale.format.name} of shape {list(scale.shape)}; the "
+                f"scale of {info.name!r} is a number in F32, or one for each of its experts",
+            )
+        return self.file.view(scale.offset, scale.nbytes).view("<f4")
 
     @property
     def pairs(self) -> bytes:
@@ -447,12 +474,12 @@ class _Header:
             raise self.fail(f"{name} dims", f"{list(shape)} has a dimension of 0")
         number = self.u32(f"{name} type")
         kind = _TENSOR_TYPES.get(number, f"number {number}")
-        if kind not in FILE_FORMATS:
+        if kind not in _FORMATS:
             raise self.fail(
                 f"{name} type",
-                f"tensor type {kind} is not supported (supported: {', '.join(FILE_FORMATS)})",
+                f"tensor type {kind} is not supported (supported: {', '.join(_FORMATS)})",
             )
-        fmt = FILE_FORMATS[kind]
+        fmt = _FORMATS[kind]
         try:
             nbytes = math.prod(shape[:-1]) * fmt.row_bytes(shape[-1])
         except ValueError as error:

@@ -64,7 +64,10 @@ class MappedFile:
         """What tells this file from others and from itself changed: its size, its time of change
         and a SHA-256 of 64 pages spread over it."""
         pages = range(0, self.size, max(4096, self.size // 64))
-        digest = hashlib.sha256(b"".join(self.buffer[at : at + 4096] for at in pages))
+        digest = hashlib.sha256()
+        for at in pages:
+            digest.update(self.buffer[at : at + 4096])
+            release_pages(self.view(0, self.size))  # a page may bring 2 MiB around it
         return f"{self.size}.{self._changed_ns}.{digest.hexdigest()}"
 
     def let_go(self) -> None:
@@ -80,6 +83,22 @@ class MappedFile:
                 mapped.close()
             except BufferError:
                 pass  # views are alive; the map goes with the last of them
+
+
+def release_pages(data: np.ndarray) -> None:
+    """Let go of a mapped file's pages that lie wholly within `data`; they are read again if need
+    be. Does nothing to what is no view of a map."""
+    base: object = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = np.frombuffer(mapped, np.uint8, 1).ctypes.data
+    start, page = data.ctypes.data - first, mmap.PAGESIZE
+    begin, end = -(-start // page) * page, (start + data.nbytes) // page * page
+    if end > begin:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def shown(name: str, most: int = 120) -> str:

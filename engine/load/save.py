@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .mapped import CheckpointError
+import numpy as np
+
+from .mapped import CheckpointError, release_pages
 from .safetensors import STORED
 
 SHARD_BYTES = 1 << 31  # of the tensors in a file
+_PIECE = 1 << 24  # bytes of a tensor that are written at a time
 _ALIGNMENT = 8  # of the first tensor: a view of any type may lie there
 
 
@@ -159,7 +162,7 @@ def _write_shard(
         with open(growing, "wb") as file:
             file.write(header)
             for tensor in tensors:
-                file.write(tensor.bytes())
+                _write_released(file, tensor.bytes())
                 if progress is not None:
                     progress(tensor)
             _sync(file)
@@ -167,6 +170,14 @@ def _write_shard(
     elif progress is not None:
         for tensor in tensors:
             progress(tensor)
+
+
+def _write_released(file: Any, data: memoryview) -> None:
+    """Write in pieces, so that of a view of another file no more than one is resident."""
+    for start in range(0, len(data), _PIECE):
+        piece = data[start : start + _PIECE]
+        file.write(piece)
+        release_pages(np.frombuffer(piece, np.uint8))
 
 
 def _holds(path: Path, header: bytes, nbytes: int) -> bool:

@@ -1,9 +1,10 @@
 """Running a model over a text piece by piece, to see what its linear layers are given.
 
-A tap is a value that linear layers multiply. `Taps` goes through them in the program's order; its
-caller may replace the weights at each, and later values are those of the replaced weights. A piece
-is a Program of its own: what it starts from are rows of tables, looked up like embeddings, so that
-any backend runs it. Memory holds the values that later pieces read, float32, and nothing else.
+A tap is a value that linear layers multiply, those of a mixture's experts among them. `Taps` goes
+through them in the program's order; its caller may replace the weights at each, and later values
+are those of the replaced weights. A piece is a Program of its own: what it starts from are rows of
+tables, looked up like embeddings, so that any backend runs it. Memory holds the values that later
+pieces read, float32, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ...kernels.weights import F32, RawWeight, WeightGroup
 _BLOCK = 16  # tokens of a block of the cache
 _MOMENT_ROWS = 4096  # that are multiplied in float32 before they are added in float64
 
+_LINEAR = ("linear", "expert_linear")
+
 Weights = dict[str, RawWeight | WeightGroup]
 
 
@@ -29,13 +32,42 @@ Weights = dict[str, RawWeight | WeightGroup]
 class Tap:
     """One value and the linear layers that multiply it, by their weights' canonical names.
 
-    maker: the operation that makes it; alone: whether nothing else reads it.
+    maker: the operation that makes it; alone: whether nothing else reads it; routing: where some
+    of the layers are experts'.
     """
 
     value: int
     weights: tuple[str, ...]
     maker: Op
     alone: bool
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows go to the experts of the best top_k of `logits`, each with columns of its own or not."""
+
+    logits: int
+    top_k: int
+    own_columns: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The rows of a tap, float32 [n, K]; of a mixture the experts [n, k] that each goes to, and
+    rows [n, k*K] where an expert gets columns of its own."""
+
+    rows: np.ndarray
+    experts: np.ndarray | None = None
+    own_columns: bool = False
+
+    def of(self, expert: int) -> np.ndarray:
+        """The rows that an expert gets, in their order."""
+        assert self.experts is not None
+        token, place = np.nonzero(self.experts == expert)
+        if not self.own_columns:
+            return self.rows[token]
+        return self.rows.reshape(*self.experts.shape, -1)[token, place]
 
 
 def taps(program: Program, weights: Collection[str]) -> list[Tap]:
@@ -49,13 +81,25 @@ def taps(program: Program, weights: Collection[str]) -> list[Tap]:
     found: dict[int, Tap] = {}
     for op in program:
         x = op.inputs[0]
-        if op.name != "linear" or x is None or x in found:
+        if op.name not in _LINEAR or x is None or x in found:
             continue
-        names = [_weight(program, o) for o in readers[x] if o.name == "linear" and o.inputs[0] == x]
-        wanted = tuple(name for name in names if name in weights)
-        if wanted:
-            found[x] = Tap(x, wanted, made_by[x], len(wanted) == len(readers[x]))
+        ops = [o for o in readers[x] if o.name in _LINEAR and o.inputs[0] == x]
+        ops = [o for o in ops if _weight(program, o) in weights]
+        if not ops:
+            continue
+        names = tuple(_weight(program, o) for o in ops)
+        mixed = [_routing(program, o) for o in ops if o.name == "expert_linear"]
+        alone = len(ops) == len(readers[x])
+        found[x] = Tap(x, names, made_by[x], alone, mixed[0] if mixed else None)
     return list(found.values())
+
+
+def _routing(program: Program, op: Op) -> Routing:
+    x, weight, experts = op.inputs
+    (best,) = (o for o in program if o.output == experts)
+    assert x is not None and weight is not None and best.inputs[0] is not None
+    own = program.handles[x].shape[1] != program.handles[weight].shape[1]
+    return Routing(best.inputs[0], int(best.attrs["top_k"]), own)  # type: ignore[arg-type]
 
 
 def _weight(program: Program, op: Op) -> str:
@@ -81,19 +125,34 @@ class Taps:
         self._backend = backend
         self._ids = np.asarray(sequences, np.int32)
         self._known: dict[int, np.ndarray] = {}
-        self._last = program.last_use()
+        self._last = dict(program.last_use())
         self._at = {op.output: index for index, op in enumerate(program.ops)}
+        for op in program:  # ids cannot be kept: where they are read, they are made of logits anew
+            if op.name == "top_experts":
+                logits, read = op.inputs[0], self._last.pop(op.output)
+                assert logits is not None
+                self._last[logits] = max(self._last[logits], read)
 
-    def go(self, found: Sequence[Tap]) -> Iterator[tuple[Tap, np.ndarray]]:
-        """Each tap with its rows, float32 [sequences * length, K]."""
+    def go(self, found: Sequence[Tap]) -> Iterator[tuple[Tap, Given]]:
+        """Each tap with its rows, those of all sequences one after another."""
         for tap in found:
             first = min(
                 index
                 for index, op in enumerate(self._program.ops)
-                if op.name == "linear" and op.inputs[0] == tap.value
+                if op.name in _LINEAR and op.inputs[0] == tap.value
             )
             self._advance(tap.value, first)
-            yield tap, self._known[tap.value]
+            yield tap, self._given(tap)
+
+    def _given(self, tap: Tap) -> Given:
+        rows, routing = self._known[tap.value], tap.routing
+        if routing is None:
+            return Given(rows)
+        if routing.logits not in self._known:
+            self._known[routing.logits] = self._run(routing.logits)
+        # By descending logit, ties to the lower id, as ops.top_experts says.
+        order = np.argsort(-self._known[routing.logits], axis=1, kind="stable")
+        return Given(rows, order[:, : routing.top_k], routing.own_columns)
 
     def _advance(self, tap: int, first: int) -> None:
         """Compute what is made before operation `first` and read from there on."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import numpy as np
 from ...kernels.backend import choose, create
 from ...kernels.weights import FILE_FORMATS, Format, RawWeight
 from ...quant.ggml_rounding import quantise_ggml
-from ...quant.values import dequantise
 from .. import models
 from ..config import ConfigError
 from ..load.checkpoint import GgufCheckpoint, open_checkpoint
@@ -28,7 +28,9 @@ from ..load.source import resolve
 from ..runtime.assemble import linear_weights
 from ..runtime.load import open_model, raw_weights
 from .calibration import Taps, taps
-from .quantize import QuantizeConfig, sequences
+from .quantize import QuantizeConfig
+from .quantize_model import chunks
+from .quantize_solve import sequences
 from .texts import Text
 
 _FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18}  # llama.cpp's numbers; Q4_K_S
@@ -53,6 +55,13 @@ def quantize_gguf(config: QuantizeConfig, text: Text) -> dict[str, Any]:
                 f"{source.path} is a folder of safetensors; {config.format} is made from a GGUF "
                 "file (llama.cpp's convert_hf_to_gguf.py makes one of 16 bits)",
             )
+        repacked = [n for n in checkpoint.tensor_names if checkpoint.tensor(n).make is not None]
+        if repacked:
+            raise ConfigError(
+                "model",
+                f"{source.path} has {len(repacked)} tensors of 4 bits that cannot be written as "
+                f"they are (such as {repacked[0]}); take the model's 16-bit file",
+            )
         importance, names, samples = _importance(config, checkpoint, text)
         tensors = [
             _tensor(checkpoint.tensor(name), _format(config, checkpoint, name, names), importance)
@@ -65,6 +74,7 @@ def quantize_gguf(config: QuantizeConfig, text: Text) -> dict[str, Any]:
             "method": config.method,
             "format": config.format,
             "group_size": None,
+            "experts": None,
             "weights": sum(t.format is not checkpoint.tensor(t.name).format for t in tensors),
             "bytes_before": checkpoint.total_bytes,
             "bytes": sum(t.nbytes for t in tensors),
@@ -101,14 +111,14 @@ def _importance(
         threads=config.threads,
         activations="float32",
     )
-    ids = sequences(config, checkpoint, text)
+    ids = sequences(config.samples, config.context, checkpoint, text)
     found = taps(program, layers)
     running = Taps(program, weights, backend, ids).go(found)
     importance: dict[str, np.ndarray] = {}
-    for tap, rows in tqdm(
+    for tap, given in tqdm(
         running, total=len(found), desc="calibrating", disable=not sys.stderr.isatty()
     ):
-        mean = np.square(rows).mean(axis=0)
+        mean = np.square(given.rows).mean(axis=0)
         importance |= {tensor: mean for name in tap.weights for tensor in sources[name]}
     return importance, names, len(ids)
 
@@ -135,8 +145,9 @@ def _tensor(weight: RawWeight, fmt: Format, importance: dict[str, np.ndarray]) -
     def made() -> bytes:
         if fmt is weight.format:
             return weight.data.tobytes()
-        values = dequantise(weight).reshape(-1, weight.shape[-1])
-        return quantise_ggml(values, fmt, importance.get(weight.name))
+        of = importance.get(weight.name)
+        rows = replace(weight, shape=(weight.num_rows, weight.shape[-1]))
+        return b"".join(quantise_ggml(values, fmt, of) for _, values in chunks(rows))
 
     return GgufTensor(weight.name, fmt, weight.shape, made)
 

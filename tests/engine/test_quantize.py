@@ -16,7 +16,7 @@ from engineroom.engine.config import ConfigError
 from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.runtime.assemble import linear_weights
 from engineroom.engine.runtime.load import open_model, raw_weights
-from engineroom.engine.tools import quantize as quantising
+from engineroom.engine.tools import quantize_solve as quantising
 from engineroom.engine.tools.calibration import Taps, cut_piece, taps
 from engineroom.engine.tools.quantize import QuantizeConfig, quantize
 from engineroom.engine.tools.quantize_gguf import quantize_gguf
@@ -125,9 +125,9 @@ def test_what_awq_multiplies_columns_by_is_divided_out_again(
     """Powers of two fold into norms and up layers exactly; what is left is rounding to 4 bits."""
     asked = []
 
-    def scales(values: np.ndarray, *rest: Any) -> np.ndarray:
-        asked.append(values.shape[1])
-        return factors(values.shape[1])
+    def scales(parts: Any, hessian: np.ndarray, *rest: Any) -> np.ndarray:
+        asked.append(len(hessian))
+        return factors(len(hessian))
 
     def factors(count: int) -> np.ndarray:
         return np.exp2(np.arange(count) % 3 - 1).astype(np.float32)
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(
 ) -> None:
     made(folder, tmp_path / "whole", method="awq")
     solved = []
-    solve = quantising._solve
+    solve = quantising.solve
 
     def dies(*arguments: Any) -> Any:
         if len(solved) == 5:
@@ -165,12 +165,12 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(
         solved.append(1)
         return solve(*arguments)
 
-    monkeypatch.setattr(quantising, "_solve", dies)
+    monkeypatch.setattr(quantising, "solve", dies)
     with pytest.raises(KeyboardInterrupt):
         made(folder, tmp_path / "out", method="awq")
     assert not (tmp_path / "out").exists()
     counted = []
-    monkeypatch.setattr(quantising, "_solve", lambda *a: counted.append(1) or solve(*a))
+    monkeypatch.setattr(quantising, "solve", lambda *a: counted.append(1) or solve(*a))
     with pytest.raises(ConfigError, match="begun with other options"):
         made(folder, tmp_path / "out", method="gptq")
     made(folder, tmp_path / "out", method="awq")
@@ -228,7 +228,7 @@ def test_a_tap_is_the_value_of_the_whole_model_bit_for_bit(folder: Path) -> None
     assert [len(t.weights) for t in found] == [3, 1, 2, 1] * config.num_layers
     at, table = np.arange(40, dtype=np.int32), np.arange(3, dtype=np.int32)[None]
     spec = KVSpec(1, config.num_kv_heads, config.head_dim, 16, "float32")
-    for tap, rows in Taps(program, weights, backend, ids).go(found):
+    for tap, given in Taps(program, weights, backend, ids).go(found):
         whole, tables = cut_piece(program, tap.value, {}, 0)
         assert not tables
         packed = {name: backend.pack(weights[name]) for name in whole.weights}
@@ -236,7 +236,9 @@ def test_a_tap_is_the_value_of_the_whole_model_bit_for_bit(folder: Path) -> None
         ends = np.array([0, 40], np.int32)
         for i, sequence in enumerate(ids):
             step = StepInputs(sequence, at, ends, ends[1:], table, at, at)
-            np.testing.assert_array_equal(executable.run(step).numpy(), rows[40 * i : 40 * i + 40])
+            np.testing.assert_array_equal(
+                executable.run(step).numpy(), given.rows[40 * i : 40 * i + 40]
+            )
 
 
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "Q4_K", "Q6_K"])

@@ -26,6 +26,7 @@ GGUF_TYPES = {
 }
 GGUF_TENSOR_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8}
 GGUF_TENSOR_TYPES |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "BF16": 30}
+GGUF_TENSOR_TYPES |= {"IQ4_NL": 20, "IQ4_XS": 23, "NVFP4": 40}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,18 @@
 
 compressed-tensors compresses random and hostile weights, and what it decompresses is compared
 element for element. bitsandbytes is held so in double quantisation and
-LLM.int8() (its NF4 packing: test_small_floats.py), gguf in test_gguf_dequantise.py.
+LLM.int8() (its NF4 packing: test_small_floats.py), gguf in test_gguf_dequantise.py. GPTQModel and
+AutoAWQ pack and dequantise on the CPU; their modules are asked for by themselves, because neither
+package's requirements (newer torch; older transformers) agree with the other libraries'.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +22,19 @@ import pytest
 
 from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.quant.values import dequantise
-from tests.load.published import ct
+from tests.load.published import ct, gptq_config
 from tests.load.writers import write_safetensors
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="the libraries need torch")
 
 _DTYPES = {"torch.uint8": "U8", "torch.int8": "I8", "torch.int32": "I32", "torch.int64": "I64"}
-_DTYPES |= {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float8_e4m3fn": "F8_E4M3"}
+_DTYPES |= {
+    "torch.float16": "F16",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+}
 
 
 def hostile(rows: int, columns: int) -> Any:
@@ -165,4 +176,92 @@ def test_llm_int8_of_bitsandbytes(columns: int, tmp_path: Path) -> None:
     settings = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     got = read(tmp_path / "m", settings, {"weight": codes, "SCB": largest})
     want = codes.float() * (largest.float() / 127)[:, None]
+    np.testing.assert_array_equal(got, want.numpy())
+
+
+def grids(x: Any, index: Any, bits: int) -> tuple[Any, Any]:
+    """Scale (float16 numbers) and zero point [N, G] of the groups that columns `index` are of."""
+    most = (1 << bits) - 1
+    groups = range(int(index.max()) + 1)
+    low = torch.stack([x[:, index == g].amin(1) for g in groups], 1).clamp(max=0)
+    high = torch.stack([x[:, index == g].amax(1) for g in groups], 1).clamp(min=0)
+    scale = ((high - low) / most * 1.001).clamp(min=1e-4).half().float()
+    return scale, (-low / scale).round().clamp(0, most)
+
+
+def linear_of(x: Any) -> Any:
+    linear = torch.nn.Linear(x.shape[1], x.shape[0], bias=False)
+    linear.weight.data = x.clone()
+    return linear
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_of_gptqmodel(
+    bits: int, group: int, act_order: bool, version: int, tmp_path: Path
+) -> None:
+    """Zero points of 0 are among them, which version 1 stores as what borrows from the next."""
+    reason = "gptqmodel is not installed"
+    theirs = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason=reason)
+    convert = importlib.import_module("gptqmodel.utils.model")
+    x = hostile(64, 384)
+    index = torch.zeros(384, dtype=torch.int32) if group == -1 else torch.arange(384) // group
+    if act_order:
+        index = index[torch.from_numpy(np.random.default_rng(7).permutation(384))]
+    index = index.to(torch.int32)
+    scale, zero = grids(x, index, bits)
+    assert (zero == 0).any()
+    assert (zero > 0).any()
+    module = theirs.TorchLinear(
+        bits=bits, group_size=group, sym=False, desc_act=act_order, in_features=384,
+        out_features=64, bias=False, pack_dtype=torch.int32,
+    )  # fmt: skip
+    module.pack_original(linear_of(x), scale, zero.to(torch.int32), index)
+    if version == 1:
+        convert.convert_gptq_v2_to_v1_format_module(module, types.SimpleNamespace(
+            bits=bits, pack_dtype=torch.int32
+        ))  # fmt: skip
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    packed = {name: getattr(module, name).clone() for name in names}
+    if version == 1:
+        convert.convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    module.scales = module.scales.float()  # so that their product is not rounded to float16
+    module.post_init()
+    want = module.dequantize_weight().T.float()
+    name = "gptq" if version == 1 else "gptq_v2"
+    settings = gptq_config(bits, group, checkpoint_format=name)
+    np.testing.assert_array_equal(read(tmp_path / "m", settings, packed), want.numpy())
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("columns", [384, 640])
+def test_integers_of_autoawq(
+    group: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its __init__ needs an older transformers, so that its packing is imported around it."""
+    try:
+        place = importlib.util.find_spec("awq")
+    except ValueError:
+        place = None
+    if place is None or not place.submodule_search_locations:
+        pytest.skip("autoawq is not installed")
+    root = Path(next(iter(place.submodule_search_locations)))
+    for name in ("awq", "awq.modules", "awq.modules.linear", "awq.utils"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, package)
+    gemm = importlib.import_module("awq.modules.linear.gemm")
+    x = hostile(64, columns)
+    index = torch.arange(columns) // group
+    scale, zero = grids(x, index, 4)
+    module = gemm.WQLinear_GEMM.from_linear(
+        linear_of(x), 4, group, scales=scale.T.contiguous(), zeros=zero.T.contiguous()
+    )
+    packed = {name: getattr(module, name) for name in ("qweight", "qzeros", "scales")}
+    settings = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+    got = read(tmp_path / "m", {**settings, "group_size": group}, packed)
+    wide = module.scales.float()  # so that their product is not rounded to float16
+    want = gemm.dequantize_gemm(module.qweight, module.qzeros, wide, 4, group).T
     np.testing.assert_array_equal(got, want.numpy())

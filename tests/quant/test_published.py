@@ -124,6 +124,67 @@ def test_options_that_are_not_known(settings: Any, field: str, words: str, tmp_p
     assert error.value.field.endswith(field)
 
 
+def modelopt_alone(folder: Path, kind: str, quantization: Any, name: str = "modelopt") -> Path:
+    """What ModelOpt wrote before config.json said it too."""
+    _, make, _ = KINDS[kind]
+    tensors, _ = make(np.random.default_rng(1), N, K)
+    write(folder, None, tensors)
+    settings = {"producer": {"name": name, "version": "0.23.0"}, "quantization": quantization}
+    (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+MODELOPT = {
+    "NVFP4, ModelOpt": {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"},
+    "FP8 of tensors, ModelOpt": {"quant_algo": "FP8", "kv_cache_quant_algo": None},
+}
+
+
+@pytest.mark.parametrize("kind", MODELOPT)
+def test_a_folder_whose_hf_quant_config_alone_says_how_it_was_quantised(
+    kind: str, tmp_path: Path
+) -> None:
+    _, make, fmt = KINDS[kind]
+    _, want = make(np.random.default_rng(1), N, K)
+    alone = modelopt_alone(
+        tmp_path / "m", kind, MODELOPT[kind] | {"exclude_modules": ["lm_head", "*norm*"]}
+    )
+    c = open_checkpoint(alone)
+    assert c.quantised
+    weight = c.tensor("m.q_proj.weight")
+    assert weight.format.name == fmt
+    np.testing.assert_array_equal(dequantise(weight), want)
+    before = c.fingerprint()
+    (alone / "hf_quant_config.json").write_text(
+        (alone / "hf_quant_config.json").read_text().replace("0.23.0", "0.24.0")
+    )
+    assert open_checkpoint(alone).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name", "field", "words"),
+    [
+        ({"quant_algo": "W4A8_AWQ"}, "modelopt", "quant_algo", "hf_quant_config.json: .*W4A8_AWQ"),
+        ({"quant_algo": "NVFP4", "group_size": 32}, "modelopt", "group_size", "32"),
+        (
+            {"quant_algo": "FP8", "pre_quant_scale": True},
+            "modelopt",
+            "pre_quant_scale",
+            "not known",
+        ),
+        ({"quant_algo": "FP8"}, "another", "producer.name", "another"),
+        (["FP8"], "modelopt", "quantization", "objects are expected"),
+    ],
+)
+def test_an_hf_quant_config_that_is_not_known(
+    quantization: Any, name: str, field: str, words: str, tmp_path: Path
+) -> None:
+    folder = modelopt_alone(tmp_path / "m", "NVFP4, ModelOpt", quantization, name)
+    with pytest.raises(CheckpointError, match=words) as error:
+        open_checkpoint(folder)
+    assert error.value.field.endswith(field)
+
+
 def test_groups_that_are_no_whole_number_of_32_columns(tmp_path: Path) -> None:
     settings, make, _ = KINDS["gptq 4 bits, 128, act-order"]
     tensors, _ = make(np.random.default_rng(1), N, K)

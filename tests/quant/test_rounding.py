@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engineroom.quant.calibrate import (
+    Factor,
     awq,
     awq_scales,
     folded_norm,
@@ -81,7 +82,7 @@ def test_gptq_is_nearer_than_rounding_on_what_it_was_calibrated_for(grid: Intege
     w, x = layer()
     hessian = (x.T @ x).astype(np.float64)
     nearest = relative_error(w, round_to_nearest(w, grid).values(), hessian)
-    solved = relative_error(w, gptq(w, hessian, grid).values(), hessian)
+    solved = relative_error(w, gptq(w, Factor.of(hessian), grid).values(), hessian)
     assert solved < 0.5 * nearest
 
 
@@ -89,16 +90,16 @@ def test_gptq_of_inputs_that_are_alike_is_rounding_to_nearest() -> None:
     """With H = 1 no column can make up for another."""
     w, _ = layer()
     grid = Integers(4, 32, True)
-    solved = gptq(w, np.eye(w.shape[1]), grid)
+    solved = gptq(w, Factor.of(np.eye(w.shape[1])), grid)
     np.testing.assert_array_equal(solved.values(), round_to_nearest(w, grid).values())
 
 
 def test_gptq_survives_columns_that_are_never_used() -> None:
     w, x = layer()
     x[:, 10:30] = 0
-    made = gptq(w, (x.T @ x).astype(np.float64), GRIDS[0])
+    made = gptq(w, Factor.of((x.T @ x).astype(np.float64)), GRIDS[0])
     assert not made.values()[:, 10:30].any()
-    made = gptq(w, np.zeros((w.shape[1],) * 2), GRIDS[0])
+    made = gptq(w, Factor.of(np.zeros((w.shape[1],) * 2)), GRIDS[0])
     assert np.isfinite(made.values()).all()
 
 
@@ -106,9 +107,9 @@ def test_awq_is_nearer_than_rounding_where_a_few_columns_are_large() -> None:
     w, x = layer()
     hessian = (x.T @ x).astype(np.float64)
     grid = Integers(4, 32, True)
-    by = awq_scales(w, hessian, np.abs(x).mean(axis=0), grid)
+    by = awq_scales([w], hessian, np.abs(x).mean(axis=0), grid)
     nearest = relative_error(w, round_to_nearest(w, grid).values(), hessian)
-    scaled = relative_error(w, awq(w, hessian, grid, by).values() / by, hessian)
+    scaled = relative_error(w, awq(w, np.diag(hessian), grid, by).values() / by, hessian)
     assert by.std() > 0
     assert scaled < 0.7 * nearest
 
@@ -155,7 +156,8 @@ def test_rows_are_rounded_alone() -> None:
     hessian = (x.T @ x).astype(np.float64)
     grid = replace(GRIDS[0])
     np.testing.assert_array_equal(
-        gptq(w, hessian, grid).values()[:16], gptq(w[:16], hessian, grid).values()
+        gptq(w, Factor.of(hessian), grid).values()[:16],
+        gptq(w[:16], Factor.of(hessian), grid).values(),
     )
 
 
@@ -175,6 +177,6 @@ def test_gptq_is_the_method_of_its_paper() -> None:
         q[:, column] = np.clip(np.rint(left[:, column] / s), grid.low, grid.high)
         error = (left[:, column] - s * q[:, column]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0]
-    made = gptq(w, hessian, grid)
+    made = gptq(w, Factor.of(hessian), grid)
     assert not zero.any()
     assert (made.q == q).mean() > 0.98

@@ -451,8 +451,7 @@ struct Attend {
             in_pieces<kGroupsAtOnce>(groups, 1, [&](int g, auto at_once) {
                 for (int i = row; i < row + N; ++i)
                     take_grouped(i, visible(rows, i / rows.group, split), g, at_once.value, first, end);
-                constexpr int kAheadLines = Keys::kGroups ? 1 : 2;
-                weigh_groups<N, at_once.value, kAheadLines>(tiles, next, n, groups, g, dim, weight, to);
+                weigh_groups<N, at_once.value>(tiles, next, n, groups, g, dim, weight, to);
             });
         } else {
             weigh_tiles<Values, N>(tiles, next, n, dim, weights + row * kSplit + first * kTileKeys, to);

@@ -399,9 +399,8 @@ static void score_groups(const std::uint8_t *const *keys, const std::uint8_t *co
         for (int j = 0; j < kTiles; ++j) f_store(out + i * kSplit + j * kTileKeys, total[i][j]);
 }
 
-// Groups group .. group + kGroups - 1 of codes of 4 bits, whose scales the weights have in them. For
-// every line read, kAheadLines are asked for: tiles of keys may be larger.
-template <int kRows, int kGroups, int kAheadLines>
+// Groups group .. group + kGroups - 1 of codes of 4 bits, whose scales the weights have in them.
+template <int kRows, int kGroups>
 static void weigh_groups(const std::uint8_t *const *values, const std::uint8_t *const *ahead,
                          int tiles, int groups, int group, int head_dim, const Grouped &weight,
                          float *out) {
@@ -416,9 +415,7 @@ static void weigh_groups(const std::uint8_t *const *values, const std::uint8_t *
 #pragma GCC unroll 6
             for (int g = 0; g < kGroups; ++g) {
                 const int at = 64 * (step * groups + group + g);
-                if (kRows <= kPrefetchRows)
-                    for (int i = 0; i < kAheadLines; ++i)
-                        prefetch(ahead[t] + kAheadLines * at + 64 * i);
+                if (kRows <= kPrefetchRows) prefetch(ahead[t] + at);
                 for_pairs(i_load(values[t] + at), [&](int n, C codes) __attribute__((always_inline)) {
                     const int j = 2 * g + n % 2, key = n / 2 * 2;
 #pragma GCC unroll 6

@@ -157,7 +157,9 @@ class KVCache:
         halves = []
         for part in spec.parts:
             rows = ROWS[part]
-            data, scales = (torch.zeros(*shape, len(x), dtype=x.dtype) for x in rows.empty(spec.head_dim))
+            data, scales = (
+                torch.zeros(*shape, len(x), dtype=x.dtype) for x in rows.empty(spec.head_dim)
+            )
             halves.append(Half(rows, data, scales))
         return cls(spec, *halves)
 

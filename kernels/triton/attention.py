@@ -41,6 +41,7 @@ class Shape:
     head_dim: int
     product: str  # a key of DTYPE_BYTES
     ahead: bool  # device.loads_ahead
+    grouped: bool = False  # whether keys or values are of int4: a tile is fp32 before its product
 
     @property
     def shared(self) -> int:
@@ -63,7 +64,7 @@ class Shape:
         tensor_cores = self.product != "float32" and torch.version.hip is None
         least = NARROW
         if wide and tensor_cores and self.padded <= 128:
-            least = WIDE if self.ahead else WIDE // 2
+            least = WIDE if self.ahead and not self.grouped else WIDE // 2
         return max(least, next_power_of_two(self.shared))
 
     def scratch_bytes(self, num_pairs: int) -> int:
@@ -99,10 +100,10 @@ def options(shape: Shape) -> dict[str, Any]:
     shared memory and registers that cards before compute capability 9 do not have, nor any for
     heads of more than 128. No bit depends on it.
     """
-    if shape.product != "float32":
-        ahead = shape.ahead and shape.padded <= 128
-        return OPTIONS | {"num_stages": 2 if ahead else 1, "num_warps": 8}
     plain = OPTIONS | {"num_stages": 1, "num_warps": 8}
+    if shape.product != "float32" and not shape.grouped:
+        ahead = shape.ahead and shape.padded <= 128
+        return plain | {"num_stages": 2 if ahead else 1}
     # All that a thread may have: left to choose, NVIDIA's assembler stops at 64 or 128 and spills.
     return plain if torch.version.hip is not None else plain | {"maxnreg": 255}
 
@@ -252,7 +253,7 @@ def launch(
     """See ops.attention.  q, out [T, num_heads*head_dim], slopes, sinks fp32 [num_heads]."""
     more = options(shape)
     places = (work.table.stride(0), cache.spec.num_layers, layer, scale, softcap or 1.0, window)
-    flags = {"K_CODES": cache.keys.codes, "V_CODES": cache.values.codes}
+    flags = dict(zip(("K_CODES", "V_CODES"), cache.codes, strict=True))
     flags |= {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0, "HAS_SLOPES": slopes is not None}
     # What is absent is not read: any tensor stands for it.
     slope = work.position if slopes is None else slopes

@@ -62,7 +62,8 @@ def _tile(
         block = tl.load(table_ptr + key // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
         row = block * block_rows + key % BLOCK_SIZE
     k, k_scale = read(k_ptr, k_scales_ptr, row, exists, K_CODES, q.dtype, TILE, D, D_PAD)
-    v, v_scale = read(v_ptr, v_scales_ptr, row, exists, V_CODES, q.dtype, TILE, D, D_PAD)
+    if V_CODES != "int4":
+        v, v_scale = read(v_ptr, v_scales_ptr, row, exists, V_CODES, q.dtype, TILE, D, D_PAD)
     if K_CODES != "":
         scale = (k_scale * scale)[:, None]
     score = tl.dot(k, q, input_precision="ieee")
@@ -81,6 +82,8 @@ def _tile(
     p = tl.exp2(score - new_top[None, :])
     keep = tl.exp2(top - new_top)
     total = total * keep + tl.sum(p, 0)
+    if V_CODES == "int4":  # only now: decoding takes registers that the keys' product needs
+        v, v_scale = read(v_ptr, v_scales_ptr, row, exists, V_CODES, q.dtype, TILE, D, D_PAD)
     if V_CODES != "":  # where a value's scale is NaN, rows that do not see it shall not
         p = tl.where(seen, p * v_scale[:, None], 0.0)
     acc = tl.dot(tl.trans(v), p.to(q.dtype), acc * keep[None, :], input_precision="ieee")

@@ -199,8 +199,9 @@ class Binder:
 
     def _attention(self, node: Node) -> list[Launch]:
         op, around = _op(node), self._around
-        q, shape, cache = op.inputs[0], shape_of(op, around.product), around.kv
+        q, cache = op.inputs[0], around.kv
         assert cache is not None
+        shape = shape_of(op, around.product, cache)
         names = ("layer", "scale", "window", "softcap")
         attrs: dict[str, Any] = {name: op.attrs[name] for name in names}
         slopes: Any = op.attrs["alibi_slopes"]

@@ -1,8 +1,8 @@
 """The paged KV cache in device memory, in its logical order, and the bytes of a cache in codes.
 
-Codes become floats by operations on bits and exactly, those of 8 bits in units of 1 / unit(CODES): a
-conversion from integers runs at a quarter of the rate or less, and one from e4m3 exists on few cards.
-So caches in codes run wherever the kernels do. ops.kv_write says what they hold.
+Codes become floats by operations on bits and exactly, those of 8 bits in units of 1 / unit(CODES):
+a conversion from integers runs at a quarter of the rate or less, and one from e4m3 exists on few
+cards. So caches in codes run wherever the kernels do. ops.kv_write says what they hold.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -23,11 +23,11 @@ from .numerics import TORCH_DTYPES
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """The cached keys or values: data [num_blocks, layer, kv head, slot in block, elements of a row].
+    """The cached keys or values: data [num_blocks, layer, kv head, slot in block, row's elements].
 
-    In codes data is bytes: of int8 and fp8 one a dim, and scales is fp32 [num_blocks, layer, kv head,
-    slot, 1]. Of int4 byte i of a group's 16 has the codes of its dims i (the low half) and i + 16, and
-    scales has the bits of bfloat16 (int16) [..., 2 * groups]: scales, then offsets.
+    In codes data is bytes: of int8 and fp8 one a dim, and scales is fp32 [num_blocks, layer, kv
+    head, slot, 1]. Of int4 byte i of a group's 16 has the codes of its dims i (the low half) and
+    i + 16, and scales has the bits of bfloat16 (int16) [..., 2 * groups]: scales, then offsets.
     """
 
     codes: str  # the kernels' CODES: a dtype of codes, or nothing for floats
@@ -85,6 +85,16 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def codes(self) -> tuple[str, str]:
+        """The kernels' K_CODES and V_CODES."""
+        return self.keys.codes, self.values.codes
+
+    @property
+    def grouped(self) -> bool:
+        """Whether keys or values have scales of groups of dims."""
+        return "int4" in self.codes
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:
@@ -214,8 +224,8 @@ def read(
     """Rows `row` [ROWS] of keys or values, zeros where they do not exist: what is multiplied, DTYPE
     [ROWS, D_PAD], and by what its products are multiplied afterwards, fp32 [ROWS], 1 of floats.
 
-    Of int4 the values themselves are multiplied, rounded to DTYPE, and the factor is 1; where one of
-    a row's groups is NaN the row is 0 and the factor NaN, which can be hidden.
+    Of int4 the values themselves are multiplied, rounded to DTYPE, and the factor is 1; where one
+    of a row's groups is NaN the row is 0 and the factor NaN, which can be hidden.
     """
     d = tl.arange(0, D_PAD)
     inside = exists[:, None] & (d < D)[None, :]
@@ -234,7 +244,9 @@ def read(
         there = exists[:, None] & (g < GROUPS)[None, :]
         scale = _of_bits(tl.load(at, mask=there, other=0))
         offset = _of_bits(tl.load(at + GROUPS, mask=there, other=0))
-        good = tl.min(tl.where(scale == scale, 1.0, 0.0), 1) > 0.0  # scale and offset are NaN at once
+        good = (
+            tl.min(tl.where(scale == scale, 1.0, 0.0), 1) > 0.0
+        )  # scale and offset are NaN at once
         x = tl.fma(code, _spread(scale, ROWS, D_PAD), _spread(offset, ROWS, D_PAD))
         if tl.float16 == DTYPE:  # an offset is rounded down
             x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)

@@ -81,7 +81,7 @@ class TritonExecutable:
         same = kv is not None and kv.serves(dtype)
         product = str(dtype).removeprefix("torch.") if same else "float32"
         layers = [op for op in program if op.name == "attention"]
-        self._shapes = {shape_of(op, product) for op in layers}
+        self._shapes = {shape_of(op, product, kv) for op in layers}
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         self._vocab = min(
             (int(program.handles[i].shape[0]) for i in tables if i is not None), default=0

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..program import Op, Program
 from . import attention, experts
+from .cache import KVCache
 from .device import loads_ahead
 from .upload import room
 
@@ -48,11 +49,12 @@ def tables_width(program: Program) -> tuple[int, ...]:
     return tuple(2 * len(inv_freq) for inv_freq, _ in tables)
 
 
-def shape_of(op: Op, product: str) -> attention.Shape:
-    """The heads of an attention operation whose products are of dtype `product`."""
+def shape_of(op: Op, product: str, kv: KVCache | None) -> attention.Shape:
+    """The heads of an attention operation whose products with `kv` are of dtype `product`."""
     attrs: Mapping[str, Any] = op.attrs
     heads, kv_heads, head_dim = attrs["num_heads"], attrs["num_kv_heads"], attrs["head_dim"]
-    return attention.Shape(heads, kv_heads, head_dim, product, loads_ahead())
+    grouped = kv is not None and kv.grouped
+    return attention.Shape(heads, kv_heads, head_dim, product, loads_ahead(), grouped)
 
 
 def metadata_size(

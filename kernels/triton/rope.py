@@ -193,8 +193,8 @@ def _put_grouped(
     F: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Store HEADS heads from `first` on as int4, rotated where ROTATED: a row of this tile is a group
-    of 32 dims, the two halves of which share bytes. dst_ptr, scale_ptr: of head 0's slot."""
+    """Store HEADS heads from `first` on as int4, rotated where ROTATED: a row of this tile is a
+    group of 32 dims, the two halves of which share bytes. dst_ptr, scale_ptr: of head 0's slot."""
     GROUPS: tl.constexpr = (D + 31) // 32
     G_PAD: tl.constexpr = (D_PAD + 31) // 32
     r = tl.arange(0, HEADS * G_PAD)
@@ -318,38 +318,38 @@ def rope_kernel(
             head = first + tl.arange(0, HEADS)
             mask = head < KV_HEADS
             stride: tl.constexpr = BLOCK_SIZE * D  # from head to head
-            block = (slot // BLOCK_SIZE).to(tl.int64) * num_layers + layer
-            row = block * (KV_HEADS * BLOCK_SIZE) + slot % BLOCK_SIZE  # of head 0
+            number = (slot // BLOCK_SIZE).to(tl.int64) * num_layers + layer
+            row = number * (KV_HEADS * BLOCK_SIZE) + slot % BLOCK_SIZE  # of head 0
             if part == 1:
-                page = v_cache_ptr + row * row_of(V_CODES, D)
-                scale = v_scales_ptr + row * scales_of(V_CODES, D)
-                src = v_ptr + t * v_stride
+                v_page = v_cache_ptr + row * row_of(V_CODES, D)
+                v_scale = v_scales_ptr + row * scales_of(V_CODES, D)
+                v_src = v_ptr + t * v_stride
                 if V_CODES == "int4":
                     _put_grouped(
-                        src, page, scale, table_ptr, k_norm_ptr, first, k_eps, k_offset, False, False,
-                        KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
+                        v_src, v_page, v_scale, table_ptr, k_norm_ptr, first, k_eps, k_offset,
+                        False, False, KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
                     )  # fmt: skip
                 else:
-                    scale += head * BLOCK_SIZE
-                    _copy(src, page, scale, head, mask, stride, V_CODES, D, D_PAD)
+                    v_scale += head * BLOCK_SIZE
+                    _copy(v_src, v_page, v_scale, head, mask, stride, V_CODES, D, D_PAD)
             else:
-                page = k_cache_ptr + row * row_of(K_CODES, D)
-                scale = k_scales_ptr + row * scales_of(K_CODES, D)
-                src = k_ptr + t * k_stride
+                k_page = k_cache_ptr + row * row_of(K_CODES, D)
+                k_scale = k_scales_ptr + row * scales_of(K_CODES, D)
+                k_src = k_ptr + t * k_stride
                 if K_CODES == "int4":
                     _put_grouped(
-                        src, page, scale, table_ptr, k_norm_ptr, first, k_eps, k_offset, ROTATE_K,
-                        K_NORM, KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
+                        k_src, k_page, k_scale, table_ptr, k_norm_ptr, first, k_eps, k_offset,
+                        ROTATE_K, K_NORM, KV_HEADS, HEADS, BLOCK_SIZE, D, D_PAD, F, INTERLEAVED,
                     )  # fmt: skip
                 elif ROTATE_K:
-                    scale += head * BLOCK_SIZE
+                    k_scale += head * BLOCK_SIZE
                     _rotate(
-                        src, page, scale, table_ptr, k_norm_ptr, head, mask, stride, k_eps, k_offset,
-                        K_NORM, K_CODES, D, D_PAD, F, F_PAD, INTERLEAVED,
+                        k_src, k_page, k_scale, table_ptr, k_norm_ptr, head, mask, stride, k_eps,
+                        k_offset, K_NORM, K_CODES, D, D_PAD, F, F_PAD, INTERLEAVED,
                     )  # fmt: skip
                 else:
-                    scale += head * BLOCK_SIZE
-                    _copy(src, page, scale, head, mask, stride, K_CODES, D, D_PAD)
+                    k_scale += head * BLOCK_SIZE
+                    _copy(k_src, k_page, k_scale, head, mask, stride, K_CODES, D, D_PAD)
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ def launch(
     kv_heads = 0 if kv is None else kv[0].shape[1] // head_dim
     k, v = (some, some) if kv is None else kv
     f = 0 if rotation is None else rotation.table.shape[-1]
-    codes = ("", "") if cache is None else (cache.keys.codes, cache.values.codes)
+    codes = ("", "") if cache is None else cache.codes
     pointers = (some,) * 4 if cache is None else cache.pointers
     q_norm, k_norm = norms
     options = tile(head_dim, f, max(q_heads, kv_heads), any(codes))

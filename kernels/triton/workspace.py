@@ -75,7 +75,7 @@ def plan(
     tokens, rows = aligned(max_tokens), aligned(max_rows)
     most = max(tokens, rows)
     mixed = mixtures(program)
-    shapes = {shape_of(op, dtype) for op in program if op.name == "attention"}
+    shapes = {shape_of(op, dtype, None) for op in program if op.name == "attention"}
     pairs = attention.scratch_pairs(context)
     tables, block_size = tables_width(lowered.program), 1 if kv is None else kv.block_size
     metadata = metadata_size(tables, len(shapes), max_tokens, max_rows, context, block_size)

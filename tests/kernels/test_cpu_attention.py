@@ -10,8 +10,8 @@ keys of bfloat16 and int4). What is left, with values v of a row's keys:
   split, which is at most max|v| / 127. 256 errors of up to half a step, independent and evenly
   spread, have the deviation 16 * 0.29 / 32258 = 1.4e-4 max|v|; four of them. q in steps of 1/32258
   of its largest element moves a score, and so a weight, by less.
-* int4: weights in 8 bits again, of up to 15 scales above an offset, which is twice max|v| at most: q is
-  rounded as for bfloat16. k8v4: int8's scores with int4's values.
+* int4: weights in 8 bits again, of up to 15 scales above an offset, which is twice max|v| at most:
+  q is rounded as for bfloat16. k8v4: int8's scores with int4's values.
 """
 
 from __future__ import annotations
@@ -332,8 +332,8 @@ def written(
 def rows_of(
     halves: np.ndarray, part: int, block_size: int, row: int, order: Sequence[int] = (0, 1, 2, 3)
 ) -> np.ndarray:
-    """The bytes [slot, head, row] of k (part 0) or v, of `row` a slot, by kernels.hpp. order: of four
-    slots of values."""
+    """The bytes [slot, head, row] of k (part 0) or v, of `row` a slot, by kernels.hpp. order: of
+    four slots of values."""
     blocks = len(halves)
     elements = halves[:, :, part, : block_size * row]
     if block_size % 16 == 0 and row % 4 == 0:

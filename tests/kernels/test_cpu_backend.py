@@ -163,10 +163,12 @@ def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
     got = logits(executable(program, weights, CpuBackend(isa=isa), kv_dtype), inputs)
     # A 16-bit cache rounds q and the softmax weights to bf16 as well on this backend.
     # A last bit of k or v that differs may round to the next of 127 steps of an int8 cache, and of
-    # 15 of an int4 cache.
-    tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3}
+    # 15 of an int4 cache, which rounding q and the weights to bf16 in the first layer does to some
+    # of the second's: a few logits move by much, the others as beside a bf16 cache.
+    tolerance = {"float32": 2e-5, "bfloat16": 0.1, "float16": 5e-3, "int4": 0.3, "k8v4": 0.2}
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance.get(kv_dtype, 0.1))
+        assert np.sqrt(np.mean(np.square(a - b))) < 0.05
 
 
 CPU_KV_DTYPES = tuple(dtype for dtype in KV_DTYPES if dtype != "fp8")

@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engineroom.kernels.backend import KVSpec
 from engineroom.kernels.fuse import GATES
 from engineroom.kernels.triton import (
     attention,
@@ -76,23 +77,41 @@ class Configuration:
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
+def _cache(
+    kind: str, pointer: str, keys: str, values: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Types of a cache's pointers, whose tensors are named so, and its constants.
+
+    kind: of KV_CODES, or nothing for floats of `pointer`.
+    """
+    types, constants = {}, {}
+    for part, name, letter in zip(
+        KVSpec(1, 1, 8, 1, kind).parts, (keys, values), "kv", strict=True
+    ):
+        types[f"{name}_ptr"] = "*i8" if part else pointer
+        types[f"{letter}_scales_ptr"] = "*i16" if part == "int4" else "*fp32"
+        constants[f"{letter.upper()}_CODES"] = part
+    return types, constants
+
+
 def _attention(
     shape: attention.Shape, block: int, codes: str = "", has_sinks: bool = False, **has: bool
 ) -> Iterator[Any]:
     dtype = shape.product
     pointer = _POINTERS[dtype]
     flags: dict[str, Any] = {"HAS_CAP": False, "HAS_WINDOW": False, "HAS_SLOPES": False} | has
-    flags["CODES"] = codes
+    cache, kinds = _cache(codes, pointer, "k", "v")
+    flags |= kinds
+    shape = replace(shape, grouped="int4" in kinds.values())
     sinks = {"HAS_SINKS": has_sinks}
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
     named = (f" {k.removeprefix('HAS_').lower()}" for k, v in (has | sinks).items() if v)
     more = (f" {codes}" if codes else "") + "".join(named)
     metadata = {"item_ptr": "*i32", "position_ptr": "*i32", "table_ptr": "*i32"}
-    metadata |= {"scales_ptr": "*fp32", "slope_ptr": "*fp32", "sink_ptr": "*fp32"}
-    cache = "*i8" if codes else pointer
+    metadata |= {"slope_ptr": "*fp32", "sink_ptr": "*fp32"}
     converts = () if has.get("HAS_SLOPES") else ("I2F",)
     scratch = {"acc_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
-    plain = ("layer", "table_width", "window")
+    plain = ("layer", "num_layers", "table_width", "window")
     tensor = {"sm_90": ("HGMMA",), "sm_80": ("HMMA",)} if dtype != "float32" else {}
     older = replace(shape, ahead=False)
     tiles: dict[int, list[str]] = {}  # rows -> targets
@@ -104,7 +123,7 @@ def _attention(
         yield Configuration(
             f"attention walk {dtype} {heads} page {block} rows {rows}{more}",
             attention.walk_kernel,
-            {"q_ptr": pointer, "out_ptr": pointer, "cache_ptr": cache, **metadata},
+            {"q_ptr": pointer, "out_ptr": pointer, **cache, **metadata},
             attention.tile(shape, block, rows) | flags | sinks,
             attention.options(shape),
             plain,
@@ -118,7 +137,7 @@ def _attention(
     yield Configuration(
         f"attention split {dtype} {heads} page {block} rows {shape.rows(False)}{more}",
         attention.split_kernel,
-        {"q_ptr": pointer, "cache_ptr": cache, "pair_ptr": "*i32", **metadata, **scratch},
+        {"q_ptr": pointer, "pair_ptr": "*i32", **cache, **metadata, **scratch},
         constants | flags,
         attention.options(shape),
         plain,
@@ -283,8 +302,8 @@ def _small(dtype: str) -> Iterator[Configuration]:
             (),
             ("eps", "offset"),
         )
-    rotated = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "cache_ptr")
-    read = {"table_ptr": "*fp32", "slot_ptr": "*i32", "scales_ptr": "*fp32"}
+    rotated = ("q_ptr", "k_ptr", "v_ptr", "q_out_ptr")
+    read = {"table_ptr": "*fp32", "slot_ptr": "*i32"}
     read |= {"q_norm_ptr": "*fp32", "k_norm_ptr": "*fp32"}
     for heads, kv_heads, rotate, codes, norm in (
         (32, 8, True, "", False),
@@ -292,16 +311,19 @@ def _small(dtype: str) -> Iterator[Configuration]:
         (32, 8, True, "int8", False),
         (32, 8, True, "fp8", False),
         (32, 8, True, "fp8", True),
+        (32, 8, True, "k8v4", False),
+        (32, 8, True, "int4", True),
         (32, 0, False, "", False),
         (0, 8, False, "", False),
     ):
         more = (" " + codes if codes else "") + " with norms" * norm
+        cache, kinds = _cache(codes, pointer, "k_cache", "v_cache")
         yield Configuration(
             f"rope {dtype} {heads}+{kv_heads} heads of 128{more}",
             rope.rope_kernel,
-            dict.fromkeys(rotated, pointer) | read | ({"cache_ptr": "*i8"} if codes else {}),
-            {
-                "CODES": codes,
+            dict.fromkeys(rotated, pointer) | read | cache,
+            kinds
+            | {
                 "Q_NORM": norm,
                 "K_NORM": norm,
                 "Q_HEADS": heads,
@@ -310,9 +332,9 @@ def _small(dtype: str) -> Iterator[Configuration]:
                 "BLOCK_SIZE": 16,
                 "INTERLEAVED": False,
             }
-            | rope.tile(128, 64 if heads else 0, max(heads, kv_heads), codes),
+            | rope.tile(128, 64 if heads else 0, max(heads, kv_heads), bool(codes)),
             OPTIONS,
-            ("layer",),
+            ("layer", "num_layers"),
             ("q_eps", "q_offset", "k_eps", "k_offset"),
             without=("I2F",),
         )
@@ -501,6 +523,12 @@ def configurations() -> Iterator[Configuration]:
     yield from _attention(shape(8, 4, 256, "bfloat16"), 16, "int8")
     yield from _attention(shape(32, 8, 128, "float32"), 16, "int8")
     yield from _attention(shape(32, 8, 128, "float32"), 16, "fp8")
+    for codes in ("k8v4", "int4"):
+        yield from _attention(shape(32, 8, 128, "bfloat16"), 16, codes)
+    yield from _attention(shape(9, 3, 64, "float16"), 64, "k8v4")
+    yield from _attention(shape(32, 32, 80, "bfloat16"), 16, "int4")
+    yield from _attention(shape(8, 4, 256, "bfloat16"), 16, "k8v4")
+    yield from _attention(shape(32, 8, 128, "float32"), 16, "int4")
     yield from _attention(shape(32, 32, 128, "bfloat16"), 16, HAS_SLOPES=True)
     yield from _attention(shape(64, 8, 64, "bfloat16"), 16, has_sinks=True, HAS_WINDOW=True)
     yield from _attention(shape(32, 8, 128, "float32"), 16)

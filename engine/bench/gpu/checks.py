@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ....kernels.backend import KV_CODES, KV_GROUP
 from ....kernels.cpu.sampler import CpuLogits, CpuSampler
 from ....kernels.triton import TritonBackend, quantised
 from ....kernels.triton import device as dev
@@ -187,14 +188,31 @@ def _gated(
 
 def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:
     """x [rows, width] through "int8" or "fp8" codes with a scale for each of `heads` equal parts of
-    a row, fp64: see ops.kv_write, and of whole rows linear.activations_kernel."""
+    a row, or "int4" with two for each 32 of a part, fp64: see ops.kv_write, and of whole rows
+    linear.activations_kernel."""
     parts = x.float().view(len(x), heads, -1)
+    if kind == "int4":
+        return torch.cat([_in_4_bits(g) for g in parts.split(KV_GROUP, -1)], -1).view(len(x), -1)
     most = 127.0 if kind == "int8" else 448.0
     largest = parts.abs().amax(-1, keepdim=True)
     top = torch.full_like(largest, most)  # of a plain number torch takes the reciprocal
     codes = (parts * (top / largest)).clamp(-most, most)
     codes = codes.round() if kind == "int8" else codes.to(torch.float8_e4m3fn)
     return (codes.double() * (largest / top).double()).view(len(x), -1)
+
+
+def _in_4_bits(group: torch.Tensor) -> torch.Tensor:
+    def towards(x: torch.Tensor, up: bool) -> torch.Tensor:  # 8 significant bits
+        fraction, exponent = torch.frexp(x.double())
+        whole = fraction * 256
+        return torch.ldexp(whole.ceil() if up else whole.floor(), exponent - 8).float()
+
+    low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+    offset = towards(low, up=False)
+    scale = towards((high - offset) / torch.full_like(low, 15.0), up=True)
+    factor = torch.ones_like(scale) / scale
+    codes = ((group - offset) * factor).round().clamp(max=15)
+    return codes.double() * scale.double() + offset.double()
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -244,8 +262,14 @@ def filled_cache(
     width = heads.num_kv_heads * heads.head_dim
     k, v = (torch.randn(sum(lengths), width, device=card.device).to(dtype) for _ in range(2))
     launches.write(cache, k, v, torch.from_numpy(step.slot).to(card.device))()
-    if cache.scales is not None:
-        k, v = (codes_of(x, kind, heads.num_kv_heads) for x in (k, v))
+
+    def read(x: torch.Tensor, part: str) -> torch.Tensor:
+        if part not in KV_CODES:
+            return x
+        codes = codes_of(x, part, heads.num_kv_heads)
+        return codes.to(dtype).double() if part == "int4" else codes  # multiplied rounded to dtype
+
+    k, v = (read(x, part) for x, part in zip((k, v), cache.spec.parts, strict=True))
     return cache, list(torch.split(k, list(lengths))), list(torch.split(v, list(lengths)))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ....kernels.backend import KV_CODES, KVSpec, SamplingInputs, StepInputs
 from ....kernels.triton import attention, elementwise, embedding, linear, quantised, rms_norm, rope
-from ....kernels.triton.cache import KVCache
+from ....kernels.triton.cache import Half, KVCache
 from ....kernels.triton.device import loads_ahead
 from ....kernels.triton.inputs import scratch_width
 from ....kernels.triton.quantised import Matrix
@@ -230,7 +230,7 @@ def attend(
     """attention.launch with its plan made; split_programs: see attention.plan."""
     product = str(q.dtype).removeprefix("torch.") if cache.serves(q.dtype) else "float32"
     shape = attention.Shape(
-        heads.num_heads, heads.num_kv_heads, heads.head_dim, product, loads_ahead()
+        heads.num_heads, heads.num_kv_heads, heads.head_dim, product, loads_ahead(), cache.grouped
     )
     last = np.where(step.slot >= 0, step.positions, -1).astype(np.int32)
     plan = attention.plan(step, shape, last, split_programs)

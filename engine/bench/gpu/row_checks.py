@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from ....kernels.backend import KV_CODES, KV_GROUP
 from ....kernels.fuse import GATES
 from ....kernels.triton.rms_norm import Norm
 from . import launches
@@ -141,6 +142,7 @@ def _rope(
         for x, norm in zip((q, k), norms, strict=True)
     )
     slots = launches.slots(cache)
+    keys, values = cache.spec.parts
     kept = slot >= 0
     written = slots[torch.from_numpy(slot[kept]).to(card.device).long()]
     rest = np.setdiff1d(np.arange(len(slots)), slot[kept])
@@ -153,19 +155,29 @@ def _rope(
         # What is normed is rounded before it is rotated.
         return want.abs() * half_step(dtype) + size * (2.0**-20 + normed * 1.01 * half_step(dtype))
 
-    def stored(want: torch.Tensor) -> torch.Tensor:
+    def stored(want: torch.Tensor, part: str) -> torch.Tensor:
         """What the cache's own rounding adds: nothing where it holds the activations' dtype."""
-        if cache.scales is None:
+        if part not in KV_CODES:
             return torch.zeros_like(want)
-        parts = want.view(len(want), heads.num_kv_heads, -1).abs()
-        unit = parts.amax(-1, keepdim=True) / (127 if kind == "int8" else 448)
-        half = unit * 0.5 if kind == "int8" else torch.maximum(parts * 2.0**-4, unit * 2.0**-10)
+        parts = want.view(len(want), heads.num_kv_heads, -1)
+        if part == "int4":  # scale and offset have 8 bits, rounded so that nothing is outside
+            groups = parts.split(KV_GROUP, -1)
+            least = [g.amin(-1, keepdim=True) for g in groups]
+            span = [g.amax(-1, keepdim=True) - low for g, low in zip(groups, least, strict=True)]
+            scale = [
+                (s + low.abs() * 2.0**-7) / 15 * 1.01 for s, low in zip(span, least, strict=True)
+            ]
+            half = torch.cat([s.expand_as(g) / 2 for s, g in zip(scale, groups, strict=True)], -1)
+        else:
+            size = parts.abs()
+            unit = size.amax(-1, keepdim=True) / (127 if part == "int8" else 448)
+            half = unit * 0.5 if part == "int8" else torch.maximum(size * 2.0**-4, unit * 2.0**-10)
         return (half.expand_as(parts) * 1.01).reshape(want.shape)
 
     return max(
         worst(out.result(), want_q, bound(want_q, size_q)),
-        worst(written[:, 0], want_k, bound(want_k, size_k) + stored(want_k)),
-        worst(written[:, 1], want_v, stored(want_v)),
+        worst(written[:, 0], want_k, bound(want_k, size_k) + stored(want_k, keys)),
+        worst(written[:, 1], want_v, stored(want_v, values)),
     )
 
 

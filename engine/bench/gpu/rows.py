@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....kernels.backend import KV_CODES
+from ....kernels.backend import KV_CODES, KVSpec
 from ....kernels.triton import TritonBackend
 from ....kernels.triton import device as dev
 from ....kernels.triton.executor import TritonLogits
@@ -192,9 +192,8 @@ def figures(
 
 def _decode(card: Card, sizes: Sizes, batch: int, context: int, kind: str) -> Case:
     heads, dtype = sizes.attention, sizes.dtype
-    coded = kind in KV_CODES
-    row = heads.head_dim + 4 if coded else heads.head_dim * dtype.itemsize  # codes and a scale
-    size = 2 * batch * context * heads.num_kv_heads * row
+    spec = KVSpec(1, heads.num_kv_heads, heads.head_dim, sizes.block_size, kind)
+    size = batch * context * spec.bytes_per_token
     rng = np.random.default_rng(2)
     lengths = [context] * batch
     case = Case([], size + 2 * batch * heads.q_width * dtype.itemsize)

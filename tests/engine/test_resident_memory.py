@@ -56,7 +56,7 @@ def matrices(layers: int, hidden: int, ffn: int) -> dict[str, tuple[int, int]]:
 def write_llama(
     tokenizer: Path, folder: Path, layers: int, hidden: int, ffn: int, kind: str = ""
 ) -> Path:
-    """A random Llama in bfloat16 or of a kind of published.KINDS, its vocabulary the tokenizer's."""
+    """A random Llama in bfloat16 or as published.KINDS has it, with this vocabulary."""
     rng = np.random.default_rng(5)
     config: dict[str, Any] = json.loads((tokenizer / "config.json").read_text())
     config |= {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}

@@ -42,6 +42,14 @@ def loaded(code: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+def test_a_model_on_a_cpu_needs_no_email_package() -> None:
+    """importlib.metadata brings it in, with 2 MiB."""
+    assert not loaded("import engineroom.engine.llm, engineroom.kernels.cpu.backend") & {
+        "email.message",
+        "importlib.metadata",
+    }
+
+
 def third_party(modules: set[str]) -> set[str]:
     return {name for name in modules if name.split(".")[0] in THIRD_PARTY}
 

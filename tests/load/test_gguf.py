@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from engineroom.engine.load.checkpoint import open_checkpoint
 from engineroom.engine.load.gguf import GgufFile
 from engineroom.engine.load.mapped import CheckpointError
 from engineroom.kernels.weights import FILE_FORMATS
@@ -397,3 +398,24 @@ def test_a_real_model_is_read_as_the_package_reads_it(name: str) -> None:
         assert len(mine) == len(field.data)
         for i in range(0, len(mine), 997):  # the package is slow on whole vocabularies
             assert mine[i] == field.contents(i), (key, i)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="resident pages as Linux tells")
+def test_pages_let_go_are_no_longer_resident_and_read_again(tmp_path: Path) -> None:
+    values = np.arange(1 << 20, dtype="<f4")
+    tensor = {"w": ("F32", values.shape, values.tobytes())}
+    path = write_gguf(tmp_path / "let-go.gguf", ARCH, tensor)
+    checkpoint = open_checkpoint(path)
+    data = checkpoint.tensor("w").data
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(path.name))
+        return next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+
+    want = data.sum()  # reads all of it
+    assert resident() >= 4096
+    checkpoint.let_go()
+    assert resident() == 0
+    assert data.sum() == want
+    checkpoint.close()

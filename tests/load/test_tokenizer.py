@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engineroom.engine.core.detokenize import TextStream
+from engineroom.engine.load.mapped import CheckpointError
 from engineroom.engine.load.pretokenizers import PRE_TOKENIZERS
 from engineroom.engine.load.tokenizer import Tokenizer, load_tokenizer
+from engineroom.engine.load.tokenizer_gguf import _Merges
 from engineroom.engine.load.vocabulary import Spellings
 from tests.counts import count
 from tests.load.vocabularies import TEXTS, StubCheckpoint, gguf_stub, path_of, tokenizer_of
@@ -453,3 +455,12 @@ def test_spellings_take_a_fraction_of_the_texts_memory() -> None:
     spellings = Spellings(texts)
     held = len(spellings._data) + spellings._starts.nbytes
     assert held < sum(map(sys.getsizeof, texts)) / 3
+
+
+def test_merges_are_pairs_made_as_they_are_asked_for() -> None:
+    merges = _Merges(["a b", "Ġ t", "th e"])
+    assert list(merges) == [("a", "b"), ("Ġ", "t"), ("th", "e")]
+    assert merges[1] == ("Ġ", "t") and merges[:2] == [("a", "b"), ("Ġ", "t")] and len(merges) == 3
+    for wrong in ("ab", "a b c"):
+        with pytest.raises(CheckpointError, match=f"merge 1 is '{wrong}'; it must be two tokens"):
+            _Merges(["a b", wrong])

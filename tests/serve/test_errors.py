@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -155,3 +157,18 @@ def test_the_document_knows_every_route(server: Running) -> None:
     assert document["openapi"] == "3.1.0" and "/v1/models/{model}" in document["paths"]
     references = json.dumps(document).split('"#/components/schemas/')[1:]
     assert {r.partition('"')[0] for r in references} <= set(document["components"]["schemas"])
+
+
+def test_a_waiting_request_that_gave_its_place_to_another_key_s(
+    serving: Callable[..., Running],
+) -> None:
+    running, answers = serving(), []
+    waits = completion("slow: it waits", max_tokens=4000, request_id="waits")
+    thread = threading.Thread(target=lambda: answers.append(post(running, PLAIN, waits)))
+    thread.start()
+    running.wait_until(lambda: running.service.num_live == 1)
+    assert post(running, PLAIN, completion("displace:cmpl-waits", max_tokens=1)).status == 200
+    thread.join(10)
+    (answer,) = answers
+    assert (answer.status, answer.error["code"]) == (429, "queue_full")
+    assert "retry-after" in answer.headers

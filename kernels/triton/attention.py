@@ -253,7 +253,7 @@ def launch(
     """See ops.attention.  q, out [T, num_heads*head_dim], slopes, sinks fp32 [num_heads]."""
     more = options(shape)
     places = (work.table.stride(0), cache.spec.num_layers, layer, scale, softcap or 1.0, window)
-    flags = dict(zip(("K_CODES", "V_CODES"), cache.codes, strict=True))
+    flags: dict[str, Any] = dict(zip(("K_CODES", "V_CODES"), cache.codes, strict=True))
     flags |= {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0, "HAS_SLOPES": slopes is not None}
     # What is absent is not read: any tensor stands for it.
     slope = work.position if slopes is None else slopes

@@ -156,7 +156,7 @@ def _rope(
             return torch.zeros_like(want)
         parts = want.view(len(want), heads.num_kv_heads, -1)
         if part == "int4":  # scale and offset have 8 bits, rounded so that nothing is outside
-            groups = parts.split(KV_GROUP, -1)
+            groups = torch.split(parts, KV_GROUP, -1)
             least = [g.amin(-1, keepdim=True) for g in groups]
             span = [g.amax(-1, keepdim=True) - low for g, low in zip(groups, least, strict=True)]
             scale = [

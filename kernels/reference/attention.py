@@ -84,7 +84,7 @@ class Grouped:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
         packed = codes.view(torch.uint8)
-        halves = packed.view(*packed.shape[:-1], -1, KV_GROUP // 2)
+        halves = packed.reshape(*packed.shape[:-1], -1, KV_GROUP // 2)
         each = torch.cat([halves & 15, halves >> 4], -1).flatten(-2)[..., :dim].float()
         scale, offset = (
             half.float().repeat_interleave(KV_GROUP, -1)[..., :dim] for half in scales.chunk(2, -1)

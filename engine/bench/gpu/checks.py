@@ -192,7 +192,9 @@ def codes_of(x: torch.Tensor, kind: str, heads: int) -> torch.Tensor:
     linear.activations_kernel."""
     parts = x.float().view(len(x), heads, -1)
     if kind == "int4":
-        return torch.cat([_in_4_bits(g) for g in torch.split(parts, KV_GROUP, -1)], -1).view(len(x), -1)
+        return torch.cat([_in_4_bits(g) for g in torch.split(parts, KV_GROUP, -1)], -1).view(
+            len(x), -1
+        )
     most = 127.0 if kind == "int8" else 448.0
     largest = parts.abs().amax(-1, keepdim=True)
     top = torch.full_like(largest, most)  # of a plain number torch takes the reciprocal

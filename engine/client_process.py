@@ -290,17 +290,19 @@ class _Link:
                 self._put(message)
 
     def read_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._on_loop is None or self._on_loop.loop is not loop:
+        on_loop = self._on_loop
+        if on_loop is not None and on_loop.loop is loop:
+            return
+        with self.sinks.lock:
             self._leave_loop()
-            with self.sinks.lock:
-                if self._sock is not None and self._reason is None:
-                    self._on_loop = _OnLoop(loop, self._sock, self._pump)
+            if self._sock is not None and self._reason is None:
+                self._on_loop = _OnLoop(loop, self._sock, self._pump)
 
     def _leave_loop(self) -> None:
         with self.sinks.lock:
             left, self._on_loop = self._on_loop, None
-        if left is not None:
-            left.leave()
+            if left is not None:
+                left.leave()
 
     def call(self, message: Callable[[int], wire.ToChild]) -> Future[Any]:
         """Send a message that has an answer. Errors: EngineDeadError; ParameterError."""

@@ -421,8 +421,8 @@ def rows_test(
     """One row-wise operation on one row, for tests.
 
     `op`: rms_norm (weight y, eps a, offset b), add, scale (a), softcap (a), silu_mul,
-    gelu_tanh_mul, clamped_silu_mul, or the dtype to round to. Errors: ValueError for an unknown unit
-    or operation, or lengths that differ.
+    gelu_tanh_mul, clamped_silu_mul, or the dtype to round to. Errors: ValueError for an unknown
+    unit or operation, or lengths that differ.
     """
 
 def rope_test(

@@ -129,6 +129,7 @@ class _Vocabulary:
         # An id without bytes must never be allowed: it counts as special.
         apart = sorted(special | {i for i, text in enumerate(texts) if not text})
         self.size = size
+        self.apart: Sequence[int] = apart
         self.texts: Sequence[bytes] = texts
         self.special: Collection[int] = special
         self.eos_token_ids = frozenset(ends)

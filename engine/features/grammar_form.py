@@ -81,6 +81,11 @@ class GrammarForm(Form):
             self._fail()
             return words
         words[: len(found)] = found[: self._num_words]
+        if self._stands:  # llguidance lets tokens without bytes through beside those asked for
+            asked = self._stands.keys() | self._vocabulary.eos_token_ids
+            for token in self._vocabulary.apart:
+                if token not in asked:
+                    words[token >> 5] &= ~np.uint32(1 << (token & 31))
         if self._ignore_eos:
             self._drop_ends(words)
         if self._ending is not None and 0 < self._left <= len(self._ending):

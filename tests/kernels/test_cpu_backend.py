@@ -31,10 +31,12 @@ from engineroom.kernels.weights import (
     FORMATS,
     INT4,
     INT8,
+    NF4,
     Q4_0,
     Q4_1,
     Q4_K,
     Q8_0,
+    SMALL_FLOATS,
     Format,
     RawWeight,
     WeightTooLarge,
@@ -87,6 +89,12 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
     """Random blocks of a quantised format whose values have the size 1/sqrt(K), centred on zero."""
     rows, columns = shape
     count = rows * columns // fmt.block_elements
+    if fmt.name in SMALL_FLOATS:
+        weight = RawWeight(name, fmt, shape, {"data": random_rows(rng, fmt, rows, columns).copy()})
+        fields = weight.data.view(row_dtype(fmt, columns))
+        scales = (fields if fmt.header else fields["blocks"])["absmax" if fmt is NF4 else "scale"]
+        scales /= float(dequantise(weight).std()) * columns**0.5
+        return weight
     if fmt.header:
         made_of = RawWeight(name, fmt, shape, {"data": random_rows(rng, fmt, rows, columns).copy()})
         for field in ("d", "dmin"):

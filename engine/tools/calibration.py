@@ -95,7 +95,7 @@ def taps(program: Program, weights: Collection[str]) -> list[Tap]:
 
 
 def _routing(program: Program, op: Op) -> Routing:
-    x, weight, experts = op.inputs
+    x, weight, experts, _ = op.inputs
     (best,) = (o for o in program if o.output == experts)
     assert x is not None and weight is not None and best.inputs[0] is not None
     own = program.handles[x].shape[1] != program.handles[weight].shape[1]

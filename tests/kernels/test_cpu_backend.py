@@ -218,8 +218,8 @@ def sunk(kv_dtype: str, window: int) -> tuple[Any, list[int], np.ndarray]:
 def test_sinks_are_their_formula_and_added_once(isa: str, kv_dtype: str, window: int) -> None:
     """Over splits that threads share: in one step, and in chunks."""
     shape, tokens, want = sunk(kv_dtype, window)
-    # Of bf16 q and weights are rounded too: scores to 20 are off by a few hundredths.
-    loose = {"bfloat16": 1e-1, "int8": 1e-2, "int4": 1e-2}.get(kv_dtype, 2e-5)
+    # Of bf16 and 4 bits q and weights are rounded too: scores to 20 are off by a few hundredths.
+    loose = {"bfloat16": 1e-1, "int8": 1e-2, "int4": 1e-1, "k8v4": 1e-1}.get(kv_dtype, 2e-5)
     made = []
     for threads, chunks in ((1, [530]), (2, [530]), (3, [255, 3, 270, 1, 1])):
         backend = CpuBackend(isa=isa, threads=threads)

@@ -322,7 +322,7 @@ ER_INLINE I i_byte(I a) {
 }
 // Nibble `nibble` of every lane, the lowest first, as int32.
 template <int nibble>
-ER_INLINE I i_nibble(I a) {
+ER_INLINE I nibble_of(I a) {
     const __m256i mask = _mm256_set1_epi32(15);
     return {_mm256_and_si256(_mm256_srli_epi32(a.lo, 4 * nibble), mask),
             _mm256_and_si256(_mm256_srli_epi32(a.hi, 4 * nibble), mask)};
@@ -334,7 +334,7 @@ struct C {
 };
 template <int n>
 ER_INLINE C c_pair(I a) {
-    return {f_of_i(i_nibble<n>(a)), f_of_i(i_nibble<n + 4>(a))};
+    return {f_of_i(nibble_of<n>(a)), f_of_i(nibble_of<n + 4>(a))};
 }
 ER_INLINE F c_dot(F acc, C codes, P a) {
     return f_fma(codes.odd, f_odd(a), f_fma(codes.even, f_even(a), acc));

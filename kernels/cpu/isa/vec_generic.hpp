@@ -281,7 +281,7 @@ ER_INLINE I i_byte(I a) {
 }
 // Nibble `nibble` of every lane, the lowest first, as int32.
 template <int nibble>
-ER_INLINE I i_nibble(I a) {
+ER_INLINE I nibble_of(I a) {
     return (a >> (4 * nibble)) & 15;
 }
 // Pairs of codes of 4 bits, as c_dot multiplies them: nibble n, 0 to 3, of the low and of the high
@@ -291,7 +291,7 @@ struct C {
 };
 template <int n>
 ER_INLINE C c_pair(I a) {
-    return {f_of_i(i_nibble<n>(a)), f_of_i(i_nibble<n + 4>(a))};
+    return {f_of_i(nibble_of<n>(a)), f_of_i(nibble_of<n + 4>(a))};
 }
 ER_INLINE F c_dot(F acc, C codes, P a) {
     return f_fma(codes.odd, f_odd(a), f_fma(codes.even, f_even(a), acc));

@@ -330,7 +330,7 @@ ER_INLINE F p_dot(F acc, P a, P b) {
 }
 // Nibble `nibble` of every lane, the lowest first, as int32.
 template <int nibble>
-ER_INLINE I i_nibble(I x) {
+ER_INLINE I nibble_of(I x) {
     I y = x;
     if constexpr (nibble > 0)
         y = I{vshrq_n_s32(x.a, 4 * nibble), vshrq_n_s32(x.b, 4 * nibble),
@@ -344,7 +344,7 @@ struct C {
 };
 template <int n>
 ER_INLINE C c_pair(I a) {
-    return {f_of_i(i_nibble<n>(a)), f_of_i(i_nibble<n + 4>(a))};
+    return {f_of_i(nibble_of<n>(a)), f_of_i(nibble_of<n + 4>(a))};
 }
 ER_INLINE F c_dot(F acc, C codes, P a) {
     return f_fma(codes.odd, f_odd(a), f_fma(codes.even, f_even(a), acc));

@@ -119,6 +119,11 @@ class Program:
             at = op.inputs[0] if op is not None and op.name in ("scale", "softcap") else None
         return frozenset(kept)
 
+    def matrices(self) -> list[int]:
+        """The weights that linear layers multiply by."""
+        linear = (op.inputs[1] for op in self if op.name in ("linear", "expert_linear"))
+        return [i for i in dict.fromkeys(linear) if i is not None]
+
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 

@@ -127,10 +127,22 @@ class CpuBackend:
             return "bfloat16"
         return "float32"
 
-    def _input(self, weight: CpuWeight) -> tuple[str, bytes]:
-        """What linear layers that share their input must agree on: its form and its order."""
-        order = weight.parts[0].columns
-        return self.input_form(weight), b"" if order is None else order.tobytes()
+    def _rounded_head(self, program: Program, weights: Mapping[str, CpuWeight]) -> CpuWeight | None:
+        """The head where it is of bf16 and the layers before it multiply int8 activations.
+
+        Its input is then rounded too, to the head's own type: half of what fp32 takes of the time.
+        """
+        names = [program.handles[i].name for i in program.matrices()]
+        if all(self.input_form(weights[name]) != "int8" for name in names):
+            return None
+        by_output = {op.output: op for op in program}
+        op = by_output[program.result.id] if program.result is not None else None
+        while op is not None and op.name in ("softcap", "scale"):
+            op = by_output.get(op.inputs[0])  # type: ignore[arg-type]
+        if op is None or op.name != "linear" or op.inputs[1] is None:
+            return None
+        head = weights[program.handles[op.inputs[1]].name]
+        return head if all(part.packed_format in BFLOAT16 for part in head.parts) else None
 
     # ----------------------------------------------------------------------------------- cache
 
@@ -223,7 +235,17 @@ class CpuBackend:
                     "backend does not compute; use device='cuda' or device='reference'"
                 )
         check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
-        lowered = lower(program, lambda name: self._input(weights[name]))
+        head = self._rounded_head(program, weights)
+
+        def form_of(weight: CpuWeight) -> str:
+            return "bfloat16" if weight is head else self.input_form(weight)
+
+        def input_of(name: str) -> tuple[str, bytes]:
+            """What linear layers that share their input must agree on: its form and its order."""
+            order = weights[name].parts[0].columns
+            return form_of(weights[name]), b"" if order is None else order.tobytes()
+
+        lowered = lower(program, input_of)
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         vocab = min((program.handles[i].shape[0] for i in tables if i is not None), default=1)
         native = _native.StepProgram(
@@ -240,7 +262,7 @@ class CpuBackend:
             path, key = self._packed_cache
             cache = PackedCache(path, key if self._compact else f"{key} bf16 in full")
         packer = Packer(self._pool, self._compact, cache)
-        Binder(lowered, weights, native, packer, self._dtype, self.input_form).bind()
+        Binder(lowered, weights, native, packer, self._dtype, form_of).bind()
         if cache is not None:
             cache.save()
         return CpuExecutable(native)

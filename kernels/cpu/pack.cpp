@@ -10,21 +10,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "compact.hpp"
 #include "dequant.hpp"
-#include "isa/vec_generic.hpp"
 #include "quad.hpp"
+#include "tile_bytes.hpp"
 
 namespace engineroom {
 namespace {
 
-constexpr int kNibbleBytes = kGroup / 2 * kTileRows;     // a group's nibbles in a tile
-constexpr int kPlaneBytes = kGroup * kTileRows / 8;      // a group's bits of one plane
-constexpr int kHalfBytes = 2 * kTileRows;                // one half per output
-constexpr int kSuperMinBytes = 2 * kHalfBytes + 16 * kTileRows;
-constexpr int kSuperSignedBytes = kHalfBytes + 16 * kTileRows;
-constexpr int kFloatBytes = 4 * kTileRows;               // one float per output
-constexpr int kZeroBytes = kFloatBytes + kHalfBytes;     // a scale and a zero point per output
 constexpr std::uint32_t kLow = 0x0f0f0f0fu;
 
 std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -428,14 +420,6 @@ void pack_nf4(const TileJob &t) {
 
 // ------------------------------------------------------------------------------ 8-bit floats
 
-constexpr int kE4M3Columns = 8;
-constexpr int kE4M3Bytes = kE4M3Columns * kTileRows;  // of a step
-
-// Where a step has column k (of 8) of output n.
-int place_in_e4m3(int k, int n) {
-    return n / 16 * 128 + k / 4 * 64 + n % 16 / 4 * 16 + k % 4 / 2 * 8 + n % 4 * 2 + k % 2;
-}
-
 bool is_odd_e4m3(std::uint8_t code) { return (code & 0x78) == 0 || (code & 0x7f) == 0x7f; }
 
 // Four columns of one output or of four, of which the first is k of a step's and n; returns whether some
@@ -574,102 +558,6 @@ std::size_t marks_bytes(Elements elements, std::size_t columns) {
     return elements == Elements::kE4M3 ? columns / kE4M3Columns : 0;
 }
 
-float half_at(const std::uint8_t *p, int i) {
-    std::uint16_t half;
-    std::memcpy(&half, p + 2 * i, 2);
-    return generic::float_of_half(half);
-}
-
-float float_at(const std::uint8_t *p, int i) {
-    float x;
-    std::memcpy(&x, p + 4 * i, 4);
-    return x;
-}
-
-float e4m3_at(const std::uint8_t *quants, int k, int n) {
-    const std::uint8_t code =
-        quants[k / kE4M3Columns * kE4M3Bytes + place_in_e4m3(k % kE4M3Columns, n)];
-    return e4m3_value(static_cast<std::uint8_t>(code << 4 | code >> 4));
-}
-
-// The integer of element k of output n, or the code that it is.
-int quant_at(Elements elements, const std::uint8_t *quants, int k, int n) {
-    if (elements == Elements::kU8)
-        return quants[(static_cast<std::size_t>(k / 4) * kTileRows + n) * 4 + k % 4];
-    const int planes = elements == Elements::kU6 ? 2 : elements == Elements::kU5;
-    const std::uint8_t *group =
-        quants + static_cast<std::size_t>(k / kGroup) * (kNibbleBytes + planes * kPlaneBytes);
-    const int in_group = k % kGroup;
-    const std::uint8_t byte = group[(in_group / 8 * kTileRows + n) * 4 + k % 4];
-    int value = in_group / 4 % 2 ? byte >> 4 : byte & 15;
-    for (int p = 0; p < planes; ++p) {
-        const int bit = in_group / 4 * 4 * kTileRows + 4 * n + k % 4;
-        const std::uint8_t *plane = group + kNibbleBytes + p * kPlaneBytes;
-        value |= ((plane[bit / 8] >> (bit % 8)) & 1) << (4 + p);
-    }
-    return elements == Elements::kE2M1 ? kE2M1Units[value] : value;
-}
-
-float value_at(const PackedWeight &w, int tile, int k, int n) {
-    const std::uint8_t *q = w.quants(tile), *s = w.scales(tile);
-    const std::size_t at = static_cast<std::size_t>(k) * kTileRows + n;
-    switch (w.elements) {
-        case Elements::kF32: return float_at(q + 4 * at, 0);
-        case Elements::kF16: return half_at(q + 2 * at, 0);
-        case Elements::kBF16: {
-            std::uint16_t x;
-            q += 4 * (static_cast<std::size_t>(k / 2) * kTileRows + n);
-            std::memcpy(&x, q + k % 2 * 2, 2);
-            return generic::float_of_bits(static_cast<std::uint32_t>(x) << 16);
-        }
-        case Elements::kE4M3:
-            return float_at(s + (w.scaling == Scaling::kChannel ? 0 : k / 128) * kFloatBytes, n) *
-                   e4m3_at(q, k, n);
-        case Elements::kNF4:
-            return float_at(s + k / 64 * kFloatBytes, n) * kNf4[quant_at(w.elements, q, k, n)];
-        default: break;
-    }
-    const float value = static_cast<float>(quant_at(w.elements, q, k, n) - w.bias);
-    switch (w.scaling) {
-        case Scaling::kNone: break;
-        case Scaling::kHalf: return half_at(s + k / kGroup * kHalfBytes, n) * value;
-        case Scaling::kHalfMin:
-            s += k / kGroup * 2 * kHalfBytes;
-            return half_at(s, n) * value + half_at(s + kHalfBytes, n);
-        case Scaling::kSuperMin: {
-            s += k / kSuper * kSuperMinBytes;
-            const std::uint8_t *small = s + 2 * kHalfBytes + n;
-            small += k % kSuper / kGroup * 2 * kTileRows;
-            const float scale = half_at(s, n) * static_cast<float>(small[0]);
-            return scale * value -
-                   half_at(s + kHalfBytes, n) * static_cast<float>(small[kTileRows]);
-        }
-        case Scaling::kSuperSigned: {
-            s += k / kSuper * kSuperSignedBytes;
-            const std::uint8_t small = s[kHalfBytes + k % kSuper / 16 * kTileRows + n];
-            return half_at(s, n) * static_cast<float>(static_cast<std::int8_t>(small)) * value;
-        }
-        case Scaling::kChannel: return float_at(s, n) * value;
-        case Scaling::kChannelMin: {
-            const std::uint8_t *small = s + 2 * kFloatBytes + k / kGroup * 2 * kTileRows + n;
-            const float scale = float_at(s, n) * static_cast<float>(small[0]);
-            return scale * value -
-                   float_at(s + kFloatBytes, n) * static_cast<float>(small[kTileRows]);
-        }
-        case Scaling::kZero32:
-        case Scaling::kZero128: {
-            s += k / (w.scaling == Scaling::kZero32 ? kGroup : 4 * kGroup) * kZeroBytes;
-            const float scale = float_at(s, n);
-            return scale * value - scale * half_at(s + kFloatBytes, n);
-        }
-        case Scaling::kSingle32: return float_at(s + k / kGroup * kFloatBytes, n) * value;
-        case Scaling::kSingle16: return float_at(s + k / 16 * kFloatBytes, n) * value;
-        case Scaling::kSingle64:
-        case Scaling::kSingle128: break;  // above
-    }
-    return value;
-}
-
 }  // namespace
 
 // --------------------------------------------------------------------------------- packing
@@ -716,12 +604,6 @@ void pack_tiles(const char *format_name, const std::uint8_t *from, const PackedW
         format.pack(TileJob{from + static_cast<std::size_t>(tile) * kTileRows * row_bytes,
                             row_bytes, rows, layout.num_columns, at, at + layout.scales_bytes});
     }
-}
-
-void unpack_row(const PackedWeight &weight, int row, float *out) {
-    if (weight.elements == Elements::kCompactBF16) return unpack_compact(weight, row, out);
-    for (int k = 0; k < weight.num_columns; ++k)
-        out[k] = value_at(weight, row / kTileRows, k, row % kTileRows);
 }
 
 }  // namespace engineroom

@@ -28,6 +28,7 @@ from engineroom.kernels.program import Program
 from engineroom.kernels.weights import (
     BF16,
     F16,
+    F32,
     FORMATS,
     INT4,
     INT8,
@@ -177,6 +178,24 @@ def test_logits_equal_the_references(isa: str, kv_dtype: str) -> None:
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance.get(kv_dtype, 0.1))
         assert np.sqrt(np.mean(np.square(a - b))) < 0.05
+
+
+def test_a_bf16_head_behind_int8_activations_takes_bf16(isa: str) -> None:
+    """As the layers before it round more; with activations as they are it rounds nothing."""
+    program = two_layers(hidden=256, heads=4, kv_heads=2, ffn=512)
+    weights = quantised(program, Q8_0)
+    head = raw(random_weights(program)["embed"], BF16, "embed")
+    as_fp32 = raw(dequantise(head), F32, "embed")
+    inputs = steps([PROMPTS])
+
+    def run(activations: str, head: RawWeight) -> np.ndarray:
+        backend = CpuBackend(isa=isa, activations=activations)
+        return logits(executable(program, weights | {"embed": head}, backend), inputs)[0]
+
+    rounded, whole = run("auto", head), run("auto", as_fp32)
+    error = np.abs(rounded - whole).max() / np.abs(whole).max()
+    assert 0 < error < 2.0**-7
+    np.testing.assert_allclose(run("float32", head), run("float32", as_fp32), rtol=0, atol=1e-5)
 
 
 CPU_KV_DTYPES = tuple(dtype for dtype in KV_DTYPES if dtype != "fp8")

@@ -161,7 +161,7 @@ ROOMY = {"max_num_seqs": 16, "max_num_batched_tokens": 24}
 @pytest.mark.parametrize("options", [TIGHT, ROOMY], ids=["tight", "roomy"])
 def test_the_answers_are_the_plain_loops(options: dict, make_late: Any, plain: LLM) -> None:
     llm = make_late(**options)
-    for seed in range(count(reduced=25, full=300)):
+    for seed in range(count(reduced=15, full=300)):
         rng = random.Random(seed)
         asked = draw(rng)
         want = answers(plain, asked, aborts=False)

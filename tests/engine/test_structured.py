@@ -177,9 +177,9 @@ def test_an_output_is_the_same_on_a_backend_that_overlaps(llm: LLM, late: LLM, s
 def test_a_tight_budget_is_kept_on_a_backend_that_overlaps(llm: LLM, late: LLM) -> None:
     params = [
         SamplingParams(temperature=2.0, seed=i, max_tokens=20 + i % 6, structured=FORMS[0])
-        for i in range(8)
+        for i in range(count(reduced=4, full=8))
     ]
-    prompts = [[i] for i in range(8)]
+    prompts = [[i] for i in range(len(params))]
     plain = llm.generate(prompts, params, use_tqdm=False)
     for out, twin in zip(late.generate(prompts, params, use_tqdm=False), plain, strict=True):
         assert bits(out) == bits(twin) and out.outputs[0].complete

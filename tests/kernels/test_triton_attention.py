@@ -133,7 +133,7 @@ def test_rows_do_not_depend_on_chunking_or_block_size(name: str, dtype: str, kv_
     whole = Layer(shape, **more).feed_new(tokens)
     ways = ((8, (SPLIT - 1, 1, 1, 4)), (24, (SPLIT // 2 + 3, SPLIT // 2, 2)))
     more_ways = ((64, (SPLIT, 5)), (128, (SPLIT + 5,)))
-    for block_size, chunks in (*ways, *more_ways) if FULL else ways:
+    for block_size, chunks in (*ways, *more_ways) if FULL else ways[:1]:
         num_blocks = 1 + len(tokens) // block_size
         layer = Layer(shape, block_size=block_size, num_blocks=num_blocks, **more)
         sequence, done = layer.pages.add(), 0
@@ -166,7 +166,7 @@ def test_splits_side_by_side_are_splits_one_after_the_other(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "kv_dtype"), [("gqa 3", "float32", "float32"), *LAYERS[2:]]
+    ("name", "dtype", "kv_dtype"), [("gqa 3", "float32", "float32"), *LAYERS[2 if FULL else 3 :]]
 )
 def test_rows_do_not_depend_on_neighbours(name: str, dtype: str, kv_dtype: str) -> None:
     shape = SHAPES[name]

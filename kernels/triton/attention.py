@@ -95,13 +95,13 @@ def tile(shape: Shape, block_size: int, rows: int) -> dict[str, Any]:
     }
 
 
-def options(shape: Shape) -> dict[str, Any]:
+def options(shape: Shape, has_slopes: bool = False) -> dict[str, Any]:
     """Launch options. To load ahead is to load the next split of K and V during a product; it takes
     shared memory and registers that cards before compute capability 9 do not have, nor any for
-    heads of more than 128. No bit depends on it.
+    heads of more than 128, or beside ALiBi's slopes. No bit depends on it.
     """
     plain = OPTIONS | {"num_stages": 1, "num_warps": 8}
-    if shape.product != "float32" and not shape.grouped:
+    if shape.product != "float32" and not (shape.grouped or has_slopes):
         ahead = shape.ahead and shape.padded <= 128
         return plain | {"num_stages": 2 if ahead else 1}
     # All that a thread may have: left to choose, NVIDIA's assembler stops at 64 or 128 and spills.
@@ -251,7 +251,7 @@ def launch(
     sinks: torch.Tensor | None,
 ) -> None:
     """See ops.attention.  q, out [T, num_heads*head_dim], slopes, sinks fp32 [num_heads]."""
-    more = options(shape)
+    more = options(shape, slopes is not None)
     places = (work.table.stride(0), cache.spec.num_layers, layer, scale, softcap or 1.0, window)
     flags: dict[str, Any] = dict(zip(("K_CODES", "V_CODES"), cache.codes, strict=True))
     flags |= {"HAS_CAP": softcap > 0, "HAS_WINDOW": window > 0, "HAS_SLOPES": slopes is not None}

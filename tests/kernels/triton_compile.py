@@ -125,12 +125,12 @@ def _attention(
             attention.walk_kernel,
             {"q_ptr": pointer, "out_ptr": pointer, **cache, **metadata},
             attention.tile(shape, block, rows) | flags | sinks,
-            attention.options(shape),
+            attention.options(shape, flags["HAS_SLOPES"]),
             plain,
             ("scale", "cap"),
             tensor if shape.padded >= 64 else {},
             converts,
-            older=attention.options(older),
+            older=attention.options(older, flags["HAS_SLOPES"]),
             targets=tuple(targets),
         )
     constants = attention.tile(shape, block, shape.rows(False))
@@ -139,12 +139,12 @@ def _attention(
         attention.split_kernel,
         {"q_ptr": pointer, "pair_ptr": "*i32", **cache, **metadata, **scratch},
         constants | flags,
-        attention.options(shape),
+        attention.options(shape, flags["HAS_SLOPES"]),
         plain,
         ("scale", "cap"),
         tensor if shape.padded >= 64 else {},
         converts,
-        older=attention.options(older),
+        older=attention.options(older, flags["HAS_SLOPES"]),
     )
     if not more or has_sinks:
         kept = ("KV_HEADS", "SHARED", "ROWS", "ITEM", "D", "D_PAD")

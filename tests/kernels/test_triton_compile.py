@@ -37,7 +37,7 @@ def compile_all(targets: list[str], *only: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.triton_compile", "--targets", *targets]
     done = subprocess.run(
-        [*command, "--only", *only],
+        [*command, *(("--only", *only) if only else ())],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ...kernels.backend import BackendUnavailable, choose
+from ...kernels.backend import BackendUnavailable
+from ...kernels.choose import choose
 from ..config import EngineConfig
 from ..tools.options import add_engine_flags, engine_config
 from .timing import Repeats

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...kernels.backend import Backend, Choice, KVSpec, choose, create, preload
+from ...kernels.backend import Backend, KVSpec
+from ...kernels.choose import Choice, choose, create, preload
 from ...kernels.program import Program
 from ...kernels.weights import RawWeight, WeightGroup, WeightTooLarge
 from ...quant.policy import NothingToQuantise, quantise

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ...kernels.backend import choose
+from ...kernels.choose import choose
 from ...kernels.weights import RawWeight, WeightGroup
 from ..config import QUANTIZATIONS, ConfigError, EngineConfig, show_bytes
 from ..load.checkpoint import open_checkpoint

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...kernels.backend import Backend, BackendUnavailable, choose, create
+from ...kernels.backend import Backend, BackendUnavailable
+from ...kernels.choose import choose, create
 from ..config import show_bytes
 from ..load.fetch import models_dir
 from ..runtime.memory import available_memory

@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from ...kernels.backend import choose
+from ...kernels.choose import choose
 from ..config import EngineConfig, ModelConfig, show_bytes
 from ..load.checkpoint import Checkpoint, open_checkpoint
 from ..load.source import resolve

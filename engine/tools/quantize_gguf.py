@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels.backend import choose, create
+from ...kernels.choose import choose, create
 from ...kernels.weights import FILE_FORMATS, Format, RawWeight
 from ...quant.ggml_rounding import quantise_ggml
 from .. import models

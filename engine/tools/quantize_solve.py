@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...kernels.backend import choose, create
+from ...kernels.choose import choose, create
 from ...kernels.program import Op, Program
 from ...kernels.weights import F32, I8G32, RawWeight, WeightGroup
 from ...quant import calibrate

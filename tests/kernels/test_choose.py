@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engineroom.kernels import backend
-from engineroom.kernels.backend import BackendUnavailable, choose, create
+from engineroom.kernels import choose as choosing
+from engineroom.kernels.backend import BackendUnavailable
+from engineroom.kernels.choose import choose, create
 
 
 @pytest.fixture
@@ -22,10 +23,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
         if gpu:
             node.touch()
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(backend, "_GPU_NODES", (str(node),))
-        monkeypatch.setattr(backend, "_installed", lambda name: name in packages.split())
+        monkeypatch.setattr(choosing, "_GPU_NODES", (str(node),))
+        monkeypatch.setattr(choosing, "_installed", lambda name: name in packages.split())
         monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
-        monkeypatch.setattr(backend, "_driver_refuses", lambda: refuses)
+        monkeypatch.setattr(choosing, "_driver_refuses", lambda: refuses)
 
     return make
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....kernels.backend import choose, create
+from ....kernels.choose import choose, create
 from ....kernels.weights import BF16, F16, F32, RawWeight
 from ... import models
 from ...config import EngineConfig
@@ -25,9 +25,9 @@ from ...runtime.assemble import load_model
 from ...runtime.memory import DoesNotFit, activation_dtype, kv_spec, plan_memory
 from ...runtime.runner import Flight, Runner
 from .card import Card
+from .case import Target
 from .law2 import verdict
 from .probe import Probe
-from .rows import Target
 from .sizes import LLAMA, QWEN3, Sizes
 
 _ONE_STREAM_TOKENS = 129  # generated: 128 steps between the first and the last

@@ -8,16 +8,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .card import Card, Launch
+from .case import Case
 from .launches import Heads
-
-if TYPE_CHECKING:
-    from .rows import Case
 
 
 def installed(package: str) -> bool:

@@ -16,9 +16,10 @@ from ..tables import Column, Report, Table
 from ..timing import Budget
 from . import checks, engine_rows, law2
 from .card import Card
+from .case import Target
 from .interpreter import mend
 from .probe import Check, Probe, run_probe
-from .rows import Row, Target, figures
+from .rows import Row, figures
 from .rows import rows as timed_rows
 from .sizes import FULL, TINY, Sizes
 

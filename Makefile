@@ -99,7 +99,7 @@ lint: $(VENV)/.test
 	@mkdir -p $(TYPED)
 	@for f in __init__.py __main__.py py.typed; do ln -sfn "$(CURDIR)/src/engineroom/$$f" $(TYPED)/$$f; done
 	@for d in engine kernels quant; do ln -sfn "$(CURDIR)/$$d" $(TYPED)/$$d; done
-	MYPYPATH=build/typed $(PY) -m mypy -p engineroom
+	MYPYPATH=build/typed $(PY) -m mypy --num-workers 2 -p engineroom
 
 format: $(VENV)/.test
 	$(PY) -m ruff format .

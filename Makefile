@@ -8,6 +8,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?=
 # Extra arguments for pytest, for example PYTEST_ARGS="-k tokenizer -x".
 PYTEST_ARGS ?=
+# Processes that the tests are spread over: a number, or one a core.
+JOBS ?= logical
 
 SHELL := /bin/bash
 PY := $(VENV)/bin/python
@@ -86,7 +88,7 @@ test-all: lint
 run-tests: $(VENV)/.test
 	@$(VENV)/bin/engineroom models --fetch smollm2 \
 	  || echo 'make: smollm2 could not be fetched; the tests that need it are skipped'
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 	$(PY) -O -m pytest -q -W ignore::pytest.PytestConfigWarning tests/core
 
 # mypy follows no import hooks, so it reads the package as it will be installed: a tree of links.
@@ -97,7 +99,7 @@ lint: $(VENV)/.test
 	@mkdir -p $(TYPED)
 	@for f in __init__.py __main__.py py.typed; do ln -sfn "$(CURDIR)/src/engineroom/$$f" $(TYPED)/$$f; done
 	@for d in engine kernels quant; do ln -sfn "$(CURDIR)/$$d" $(TYPED)/$$d; done
-	MYPYPATH=build/typed $(PY) -m mypy -p engineroom
+	MYPYPATH=build/typed $(PY) -m mypy --num-workers 2 -p engineroom
 
 format: $(VENV)/.test
 	$(PY) -m ruff format .

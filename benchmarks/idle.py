@@ -7,25 +7,15 @@ and its start is over, and reads /proc; 1 where it is half a percent of a core o
 from __future__ import annotations
 
 import argparse
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.request import urlopen
+
+from served import family, serving
 
 PORT = 8145
 _SETTLE = 10.0  # seconds after the start
 _LIMIT = 0.5  # percent of a core
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that it started."""
-    found = [pid]
-    for process in found:
-        lists = Path(f"/proc/{process}/task").glob("*/children")
-        found += [int(child) for path in lists for child in path.read_text().split()]
-    return found
 
 
 def used(pid: int) -> tuple[float, int]:
@@ -38,39 +28,22 @@ def used(pid: int) -> tuple[float, int]:
     return seconds, wakes
 
 
-def ready(server: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        try:
-            with urlopen(f"http://127.0.0.1:{PORT}/health/ready", timeout=5):
-                return
-        except OSError:
-            if server.poll() is not None:
-                raise SystemExit("the server ended before it was ready") from None
-            time.sleep(0.1)
-    raise SystemExit("the server was not ready within a minute")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "engineroom", "serve", args.model, "--port", str(PORT)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
-        try:
-            ready(server)
-            time.sleep(_SETTLE)
-            processes = family(server.pid)
-            before = [used(pid) for pid in processes]
-            time.sleep(args.seconds)
-            after = [used(pid) for pid in processes]
-        finally:
-            server.send_signal(signal.SIGTERM)
+    with serving(args.model, PORT) as server:
+        time.sleep(_SETTLE)
+        processes = family(server)
+        before = [used(pid) for pid in processes]
+        time.sleep(args.seconds)
+        after = [used(pid) for pid in processes]
     total = 0.0
     for pid, (s0, w0), (s1, w1) in zip(processes, before, after, strict=True):
         percent = 100 * (s1 - s0) / args.seconds
         total += percent
-        name = "server" if pid == server.pid else "below it"
+        name = "server" if pid == server else "below it"
         print(
             f"{name}: {percent:.3f}% of a core, woken {(w1 - w0) / args.seconds:.1f} times a second"
         )

@@ -12,13 +12,13 @@ import argparse
 import asyncio
 import random
 import re
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
+
+from served import family, serving
 
 from engineroom.engine.bench.serve.client import Target, ask, fetch
 from engineroom.engine.bench.serve.traffic import Lengths, Load, plan
@@ -28,11 +28,9 @@ _LEAK = 1.0  # MiB an hour and process above which memory is said to grow, besid
 
 
 def resident(pid: int) -> dict[int, float]:
-    """MiB of a process and of its children."""
+    """MiB of a process and of those below it."""
     found = {}
-    lists = Path(f"/proc/{pid}/task").glob("*/children")  # of every thread
-    children = [int(child) for path in lists for child in path.read_text().split()]
-    for process in (pid, *children):
+    for process in family(pid):
         status = Path(f"/proc/{process}/status").read_text()
         found[process] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
     return found
@@ -95,7 +93,7 @@ async def soak(port: int, pid: int, minutes: float, clients: int) -> bool:
     for process, points in readings.items():
         half = points[len(points) // 2 :]
         rise, error = slope(half)
-        name = "server" if process == pid else "engine"
+        name = "server" if process == pid else "below it"
         print(
             f"{name}: {half[0][1]:.1f} MiB at half time, {half[-1][1]:.1f} at the end, slope "
             f"{rise:+.2f} MiB an hour (standard error {error:.2f})"
@@ -116,30 +114,13 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=48)
     parser.add_argument("--port", type=int, default=8143)
     args = parser.parse_args()
-    flags = ["--port", str(args.port), "--max-model-len", "1024", "--max-num-seqs", "16"]
+    flags = ["--max-model-len", "1024", "--max-num-seqs", "16"]
     flags += ["--max-waiting", str(2 * args.clients)]
     # A cache that is used to its last block within a minute: its pages grow no more.
     flags += ["--num-blocks", "1200"]
-    command = [sys.executable, "-m", "engineroom", "serve", args.model, *flags]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
-        try:
-            _ready(args.port, server)
-            steady = asyncio.run(soak(args.port, server.pid, args.minutes, args.clients))
-        finally:
-            server.send_signal(signal.SIGTERM)
+    with serving(args.model, args.port, *flags) as server:
+        steady = asyncio.run(soak(args.port, server, args.minutes, args.clients))
     return 0 if steady else 1
-
-
-def _ready(port: int, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5):
-                return
-        except OSError:
-            if server.poll() is not None:
-                raise SystemExit("the server ended before it was ready") from None
-            time.sleep(0.1)
-    raise SystemExit("the server was not ready within a minute")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ class Messages:
 async def count_tokens(service: Service, request: CountTokensRequest) -> InputTokens:
     """Tokens of the prompt that the conversation becomes. Errors: ApiError, the template's."""
     service.check_model(request.model)
+    of_config(request.output_config)  # what a request for an answer is refused for
     messages, use, options = _conversation(request, service.dialect)
     ids = await service.dialect.render(service.keeper.llm, messages, use, options)
     return InputTokens(len(ids))

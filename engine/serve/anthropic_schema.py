@@ -108,6 +108,7 @@ class CountTokensRequest(Strict, kw_only=True):
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
     tools: list[CustomTool] | None = None
     tool_choice: AutoChoice | AnyChoice | ToolChoice | NoChoice | None = None
+    output_config: OutputConfig | None = None  # of the answer: it adds nothing to the prompt
 
 
 class Metadata(Strict, kw_only=True):
@@ -125,7 +126,6 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_k: int | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    output_config: OutputConfig | None = None
     # engineroom's own
     seed: int | None = None
     priority: int = 0

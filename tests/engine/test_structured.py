@@ -18,6 +18,7 @@ import jsonschema_rs
 
 from engineroom import LLM, ParameterError, SamplingParams, StructuredOutput
 from engineroom.engine.client import EngineClient
+from engineroom.engine.features.grammar_form import GrammarForm
 from tests.counts import count
 from tests.engine.client_tools import Collector, make_client, submit
 from tests.engine.late import late_backends
@@ -184,6 +185,28 @@ def test_a_tight_budget_is_kept_on_a_backend_that_overlaps(llm: LLM, late: LLM) 
     for out, twin in zip(late.generate(prompts, params, use_tqdm=False), plain, strict=True):
         assert bits(out) == bits(twin) and out.outputs[0].complete
         jsonschema_rs.validator_for(PERSON).validate(json.loads(out.outputs[0].text))
+
+
+def test_masks_are_made_while_the_step_is_on_its_way(
+    golden_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the first: its rows are built with its step."""
+    with late_backends(monkeypatch, thread=False, host_sampler=False):
+        late = LLM(str(golden_model), device="cpu", max_model_len=512)
+    stream, under_way = late.engine.loaded.backend.stream, []
+    mask = GrammarForm.mask
+
+    def watched(form: GrammarForm) -> Any:
+        under_way.append(bool(stream._waiting))
+        return mask(form)
+
+    monkeypatch.setattr(GrammarForm, "mask", watched)
+    params = SamplingParams(
+        temperature=0, max_tokens=400, structured=StructuredOutput(regex="[a-z]{20}")
+    )
+    late.generate([[1, 2, 3]], params, use_tqdm=False)
+    late.close()
+    assert len(under_way) >= 20 and not under_way[0] and all(under_way[1:])
 
 
 def test_an_aborted_output_is_a_prefix(llm: LLM) -> None:

@@ -65,12 +65,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine.serve.settings": ("engine.config", "engine.dialects"),
     "engine.tools": ("engine", "kernels", "quant"),
     "engine.bench": ("engine", "kernels", "quant"),
-    "engine.cli": (*_FACES, "engine.serve", "engine.tools", "engine.bench", ""),
+    "engine.commands": (*_FACES, "engine.serve", "engine.tools", ""),
+    "engine.cli": ("engine.commands", "engine.tools", "engine.bench", ""),
     "": ("engine", "kernels.backend"),  # the front door names what it opens to
     "__main__": ("engine.cli",),
 }
 # tools and bench stand below the command and beside the server.
-ABOVE_TOOLS = ("engine.cli", "engine.serve")
+ABOVE_TOOLS = ("engine.cli", "engine.commands", "engine.serve")
 # The server's options are data, as the engine's are: flags and errors are made from them.
 BELOW_TOOLS = ("engine.serve.settings",)
 
@@ -109,8 +110,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 }
 NOT_HERE = {"numpy": ("kernels.ops", "engine.core", "engine.models")}
 
-# Imports inside functions: the command's late ones, optional packages, and the doors to torch.
-LOCAL_ANYTHING = ("", "engine.cli")
+# Imports inside functions: the commands' late ones and the front door's, optional packages, and the
+# doors to torch.
+LOCAL_ANYTHING = ("engine.cli", "engine.commands")
 LOCAL_OURS = {
     "kernels.choose": (
         "engineroom.kernels.reference",
@@ -185,7 +187,7 @@ def _refused_ours(name: str, target: str) -> str:
 
 
 def _refused_local(name: str, imported: Import, top: str) -> str:
-    if name in LOCAL_ANYTHING or top in LOCAL_THIRD_PARTY:
+    if name == "" or _within(name, LOCAL_ANYTHING) or top in LOCAL_THIRD_PARTY:
         return ""
     if imported.module in LOCAL_OURS.get(name, ()):
         return ""

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -501,51 +494,3 @@ def test_refusals() -> None:
     refused("the norm has 3 weights for 32 columns", norm_weight=np.zeros(3, np.float32))
     other = pack("Q8_0", blocks("Q8_0", 6, 32, 0), 6, 32)
     refused("silu_mul needs pairs of equal N", weights=(matrix, other), epilogue="silu_mul")
-
-
-# ---------------------------------------------------------------------------- the machine code
-
-
-@pytest.fixture(scope="module")
-def unit_object(tmp_path_factory) -> Path:
-    """The AVX-512 unit compiled by itself with the build's own options."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if platform.machine() not in ("x86_64", "AMD64") or compiler is None:
-        pytest.skip("needs x86-64 and a C++ compiler")
-    for tool in ("objdump", "nm"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool} (binutils)")
-    sources = Path(__file__).resolve().parents[2] / "kernels" / "cpu"
-    build = (sources / "CMakeLists.txt").read_text()
-    isa = re.search(r'isa/avx512.cpp PROPERTIES COMPILE_OPTIONS\s+"([^"]*)"', build)
-    common = re.search(r"set\(OPTIONS ([^)]*)\)", build)
-    assert isa and common, "CMakeLists.txt no longer says how the unit is compiled"
-    out = tmp_path_factory.mktemp("unit") / "avx512.o"
-    options = ["-std=c++17", "-fPIC", *common[1].split(), *isa[1].split(";"), "-w"]
-    source = str(sources / "isa" / "avx512.cpp")
-    subprocess.run([compiler, *options, "-c", source, "-o", str(out)], check=True)
-    return out
-
-
-def test_hot_loops_keep_their_registers(unit_object: Path) -> None:
-    """A register tile that spills to the stack runs at a third of its speed, and gives no error."""
-    command = ["objdump", "-d", "--no-show-raw-insn", "-C", str(unit_object)]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    hot, spills, name = set(), [], ""  # broadcasts of scalars may come from the stack
-    for line in listing.splitlines():
-        if line.endswith(">:"):
-            name = line
-            if re.search("(int8|fine|float)_rows<", name):
-                hot.add(name)
-        elif name in hot and re.search(r"%zmm.*\(%r[sb]p\)|\(%r[sb]p\).*%zmm", line):
-            spills += [] if re.search(r"broadcast|1to16", line) else [(name, line)]
-    assert len(hot) > 40, "the hot functions have other names now"
-    assert not spills
-
-
-def test_nothing_of_the_unit_is_shared(unit_object: Path) -> None:
-    """A weak symbol of another namespace could be linked into code for lesser machines."""
-    command = ["nm", "-C", str(unit_object)]
-    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    weak = [s for s in symbols.splitlines() if re.match(r"[0-9a-f ]+ [WVu] ", s)]
-    assert not [s for s in weak if "engineroom::avx512::" not in s]

@@ -45,6 +45,8 @@ def test_an_answer(server: Running) -> None:
     whole = usage["input_tokens"] + usage["cache_read_input_tokens"]
     assert counted == {"input_tokens": whole}
     assert usage["cost"]["joules"] == 0.5
+    effort = {**chat(), "output_config": {"effort": "high"}}
+    assert "output_config.effort" in post(server, f"{PATH}/count_tokens", effort).error["message"]
 
 
 def test_the_events_are_the_whole_answer(server: Running) -> None:

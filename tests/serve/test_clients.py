@@ -1,9 +1,4 @@
-"""Clients that others wrote over OpenAI's interface: LangChain and LiteLLM.
-
-They are heavy (langchain-openai: 38 packages, 111 MB, 30 s to install; litellm: 60 packages,
-356 MB, 74 s), so `make test` does not install them:
-    pip install langchain-openai litellm && pytest tests/serve/test_clients.py
-"""
+"""Clients that others wrote over OpenAI's interface: LangChain and LiteLLM."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from engineroom.engine.async_llm import AsyncLLM
 from tests.counts import count
+from tests.engine import golden
 
 from .conftest import Running
 from .http import completion, get, post, streaming
@@ -74,22 +76,41 @@ def test_every_stream_hears_of_the_engine_s_end(
     assert post(running, PLAIN, completion(max_tokens=2)).status == 200
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=20, full=100)))
-def test_an_end_at_any_step_lets_what_runs_finish(
-    serving: Callable[..., Running], seed: int
-) -> None:
-    """A first signal, at a random step: what began is answered to its end, whole."""
-    rng = random.Random(seed)
-    running = serving("paced", drain_timeout=10.0)
-    pid = running.service.info.pid
-    crowd = Crowd(running, 3, completion("hello", max_tokens=rng.randrange(60, 120)))
+def end_at_some_step(running: Running, rng: random.Random) -> None:
+    """An end at a random step: what began is answered to its end, whole."""
+    body = completion("hello", max_tokens=rng.randrange(60, 120), ignore_eos=True)
+    crowd = Crowd(running, 3, body)
     time.sleep(rng.random() * 0.05)
     running.stop()
     assert crowd.last_events(5) == ["[DONE]"] * 3
     for text in crowd.texts:
         events = [json.loads(e.removeprefix("data: ")) for e in text.split("\n\n")[:-2]]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("seed", range(count(reduced=6, full=100)))
+def test_an_end_at_any_step_lets_what_runs_finish(
+    serving: Callable[..., Running], seed: int
+) -> None:
+    running = serving("paced", drain_timeout=10.0)
+    pid = running.service.info.pid
+    end_at_some_step(running, random.Random(seed))
     assert gone(pid)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(golden.write(tmp_path_factory.mktemp("golden")))
+
+
+@pytest.mark.parametrize("seed", range(count(reduced=20, full=100)))
+def test_an_end_at_any_step_of_a_small_model(
+    serving: Callable[..., Running], small_model: str, seed: int
+) -> None:
+    def make() -> AsyncLLM:
+        return AsyncLLM(small_model, device="cpu", max_num_seqs=4, threads=1)
+
+    end_at_some_step(serving(make=make, drain_timeout=10.0), random.Random(seed))
 
 
 def test_fifty_slow_readers_hold_up_nobody(serving: Callable[..., Running]) -> None:

@@ -113,10 +113,11 @@ NVFP4 = Format("NVFP4", 32, 24, (("d", "f4", 2), ("nibbles", "u1", 16)))
 
 # 8-bit floats with a scale per row (of a tensor with one scale, the same for each), or per 128
 # elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the
-# 4-bit codebook of bitsandbytes. quant/small_floats.py says what they mean.
+# 4-bit codebooks of bitsandbytes. quant/small_floats.py says what they mean.
 FP8 = Format("FP8", 32, 32, (("values", "u1", 32),), (("scale", "f4", 1),))
 FP8_128 = Format("FP8_128", 128, 132, (("scale", "f4", 1), ("values", "u1", 128)))
 NF4 = Format("NF4", 64, 36, (("absmax", "f4", 1), ("nibbles", "u1", 32)))
+FP4 = Format("FP4", NF4.block_elements, NF4.block_bytes, NF4.layout)
 # Quantiles of a normal distribution: QLoRA (Dettmers et al., 2023), appendix E.
 NF4_CODEBOOK = (
     -1.0,
@@ -136,17 +137,21 @@ NF4_CODEBOOK = (
     0.7229568362236023,
     1.0,
 )
+# 4-bit floats (a sign, 2 bits of exponent, 1 of significand) in bitsandbytes' order.
+_FP4_MAGNITUDES = tuple(x / 12 for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+FP4_CODEBOOK = _FP4_MAGNITUDES + tuple(-x for x in _FP4_MAGNITUDES)
+CODEBOOKS: Mapping[str, tuple[float, ...]] = {"NF4": NF4_CODEBOOK, "FP4": FP4_CODEBOOK}
 
 FILE_FORMATS: Mapping[str, Format] = {
     f.name: f for f in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, MXFP4)
 }
 FORMATS: Mapping[str, Format] = {
     **FILE_FORMATS,
-    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32, NVFP4, FP8, FP8_128, NF4)},
+    **{f.name: f for f in (INT8, INT4, I4G32, I4G128, I8G32, NVFP4, FP8, FP8_128, NF4, FP4)},
 }
 # Codes of floats, made to be multiplied as the 16 bits that they stand for: results over them are
 # rounded to the checkpoint's own dtype, where those over integers stay float32.
-SMALL_FLOATS: Mapping[str, Format] = {f.name: f for f in (FP8, FP8_128, NF4)}
+SMALL_FLOATS: Mapping[str, Format] = {f.name: f for f in (FP8, FP8_128, NF4, FP4)}
 
 
 class WeightTooLarge(ValueError):

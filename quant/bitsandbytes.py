@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.weights import BF16, F16, F32, INT8, NF4, NF4_CODEBOOK, Format, RawWeight
+from ..kernels.weights import BF16, CODEBOOKS, F16, F32, FORMATS, INT8, Format, RawWeight
 from .gguf import block_dtype
 from .groups import int8_channel_rows
 from .parts import FormatError, Layout, Options, Part, require_columns
@@ -116,24 +116,20 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
     if parts["absmax"].dtype == "U8":
         _check_nested(parts, state["nested_blocksize"])
     table = parts["quant_map"].floats()
-    # Blocks that end within a row, and other codes than NF4's, are multiplied in 16 bits, as
-    # bitsandbytes itself does: its values are rounded to the dtype that the state names.
-    as_nf4 = (
-        np.array_equal(table, np.array(NF4_CODEBOOK, np.float32))
-        and block % NF4.block_elements == 0
-    )
-    as_nf4 = as_nf4 and columns % NF4.block_elements == 0 and columns % block == 0
-    fmt = NF4 if as_nf4 else state["dtype"]
+    # What no format has is multiplied in 16 bits, as bitsandbytes itself does: rounded to the dtype
+    # that the state names.
+    fmt = _read_as(table, block, columns) or state["dtype"]
     if columns % 2:
         raise FormatError(codes.name, f"tensor {codes.name!r}: rows of {columns} share bytes")
 
     def made(start: int, stop: int) -> np.ndarray:
         largest = _absmax(parts, state)
         packed = codes.data[start * columns // 2 : stop * columns // 2]
-        if as_nf4:
-            rows = np.empty(((stop - start) * columns // NF4.block_elements,), block_dtype(NF4))
+        if not fmt.is_float:
+            size = fmt.block_elements
+            rows = np.empty(((stop - start) * columns // size,), block_dtype(fmt))
             first, last = start * columns // block, stop * columns // block
-            rows["absmax"][:, 0] = np.repeat(largest[first:last], block // NF4.block_elements)
+            rows["absmax"][:, 0] = np.repeat(largest[first:last], block // size)
             rows["nibbles"] = packed.reshape(len(rows), -1)
             return rows.view(np.uint8)
         pairs = (packed[:, None] >> np.array([4, 0], np.uint8)) & np.uint8(15)
@@ -147,6 +143,15 @@ def _four_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
         {},
         make=made,
     )
+
+
+def _read_as(table: np.ndarray, block: int, columns: int) -> Format | None:
+    """The format of this table, where its blocks make up the checkpoint's, and those the rows."""
+    for name, codebook in CODEBOOKS.items():
+        size = FORMATS[name].block_elements
+        if np.array_equal(table, np.array(codebook, np.float32)):
+            return FORMATS[name] if block % size == columns % block == 0 else None
+    return None
 
 
 def _check_nested(parts: Mapping[str, Part], block: int) -> None:

@@ -2,7 +2,9 @@
 
 What the blocks mean is gguf.py's. The searches follow the idea of ggml's (MIT): several grids over
 a group's range, least squares for the scale (and minimum) of the levels that each gives, and the
-fit of the smallest weighted error kept.
+fit of the smallest weighted error kept. In k-quants a group's scale is an integer times a float of its
+block: in turns each group takes the integers near its own that leave the smallest error, and the
+block the floats that fit them by least squares.
 """
 
 # mypy: no-warn-return-any
@@ -18,6 +20,7 @@ from ..kernels.weights import Q4_0, Q4_K, Q6_K, Q8_0, Format
 from .gguf import block_dtype
 
 _TINY = np.float32(1e-30)
+_TURNS = 3
 
 
 def quantise_ggml(values: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> bytes:
@@ -45,7 +48,12 @@ def _q8_0(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def _q4_0(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     blocks = np.zeros(len(x), block_dtype(Q4_0))
-    d = _half(_symmetric(x, w * _size(x), 8))
+    weight = w * _size(x)
+    d = _half(_symmetric(x, weight, 8))
+    for _ in range(_TURNS):
+        q = np.clip(_divide(x, d), -8, 7)
+        wq = weight * q
+        d = _half(_over((wq * x).sum(1, keepdims=True), (wq * q).sum(1, keepdims=True)))
     u = (np.clip(_divide(x, d), -8, 7) + 8).astype(np.uint8)
     blocks["d"], blocks["nibbles"] = d, u[:, :16] | (u[:, 16:] << np.uint8(4))
     return blocks
@@ -53,11 +61,21 @@ def _q4_0(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def _q6_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     blocks = np.zeros(len(x), block_dtype(Q6_K))
-    groups = x.reshape(-1, 16)
-    scale = _symmetric(groups, (w * x * x).reshape(-1, 16) + _TINY, 32).reshape(-1, 16)
+    groups, weight = x.reshape(-1, 16), (w * _size(x)).reshape(-1, 16)
+    scale = _symmetric(groups, weight, 32).reshape(-1, 16)
     extreme = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], axis=1)
     d = _half(extreme / np.float32(-128))
     sc = np.clip(_divide(scale, d), -128, 127)
+    for _ in range(_TURNS):
+        tried = [np.clip(sc + change, -128, 127) for change in (0, -1, 1)]
+        steps = [(d * s).reshape(-1, 1) for s in tried]
+        levels = [np.clip(_divide(groups, step), -32, 31) for step in steps]
+        best = _least(groups, weight, [step * q for step, q in zip(steps, levels, strict=True)])
+        sc = np.choose(best.reshape(sc.shape), tried)
+        y = sc.reshape(-1, 1) * np.choose(best[:, None], levels)
+        wy = weight * y
+        sxy, syy = ((wy * v).reshape(x.shape).sum(1, keepdims=True) for v in (groups, y))
+        d = _half(_over(sxy, syy))
     step = (d * sc).reshape(-1, 1)
     q = (np.clip(_divide(groups, step), -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 128)
     low, high = q & np.uint8(15), (q >> np.uint8(4)).reshape(-1, 2, 4, 32)
@@ -71,13 +89,16 @@ def _q6_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def _q4_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     blocks = np.zeros(len(x), block_dtype(Q4_K))
-    groups = x.reshape(-1, 32)
-    scale, minimum = _asymmetric(groups, (w * _size(x)).reshape(-1, 32))
+    groups, weight = x.reshape(-1, 32), (w * _size(x)).reshape(-1, 32)
+    scale, minimum = _asymmetric(groups, weight)
     scale, minimum = scale.reshape(-1, 8), minimum.reshape(-1, 8)
     d = _half(scale.max(axis=1, keepdims=True) / np.float32(63))
     dmin = _half(minimum.max(axis=1, keepdims=True) / np.float32(63))
-    sc = np.clip(_divide(scale, d), 0, 63).astype(np.uint8)
-    mn = np.clip(_divide(minimum, dmin), 0, 63).astype(np.uint8)
+    sc, mn = np.clip(_divide(scale, d), 0, 63), np.clip(_divide(minimum, dmin), 0, 63)
+    for _ in range(_TURNS):
+        sc, mn, q = _near_integers(groups, weight, sc, mn, d, dmin)
+        d, dmin = _floats_of_block(x, weight.reshape(x.shape), sc, mn, q, d, dmin)
+    sc, mn = sc.astype(np.uint8), mn.astype(np.uint8)
     step, low = (d * sc).reshape(-1, 1), (dmin * mn).reshape(-1, 1)
     u = np.clip(_divide(groups + low, step), 0, 15).astype(np.uint8).reshape(-1, 4, 2, 32)
     blocks["d"], blocks["dmin"] = d, dmin
@@ -92,6 +113,60 @@ def _q4_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
         axis=1,
     )
     return blocks
+
+
+def _near_integers(
+    x: np.ndarray, w: np.ndarray, sc: np.ndarray, mn: np.ndarray, d: np.ndarray, dmin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each group [n * 8, 32] the scale and minimum [n, 8] within one of these that leave the
+    smallest error, and its levels."""
+    pairs = [
+        (np.clip(sc + i, 0, 63), np.clip(mn + j, 0, 63)) for i in (0, -1, 1) for j in (0, -1, 1)
+    ]
+    kept = np.full((len(x), 1), np.inf, np.float32)
+    best, levels = np.zeros(len(x), np.intp), np.zeros_like(x)
+    for i, (scale, minimum) in enumerate(pairs):
+        step, low = (d * scale).reshape(-1, 1), (dmin * minimum).reshape(-1, 1)
+        q = np.clip(_divide(x + low, step), 0, 15)
+        error = _error(x, w, step * q - low)
+        better = error < kept
+        kept, levels = np.where(better, error, kept), np.where(better, q, levels)
+        best[better[:, 0]] = i
+    at = best.reshape(sc.shape)
+    return np.choose(at, [s for s, _ in pairs]), np.choose(at, [m for _, m in pairs]), levels
+
+
+def _floats_of_block(
+    x: np.ndarray,
+    w: np.ndarray,
+    sc: np.ndarray,
+    mn: np.ndarray,
+    q: np.ndarray,
+    d: np.ndarray,
+    dmin: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """d and dmin [n, 1] of blocks [n, 256] by least squares, for levels q of these integers; those that
+    are given where the fit has another sign."""
+    y = (sc.reshape(-1, 1) * q).reshape(x.shape)
+    z = -np.repeat(mn, 32, axis=1)
+    wy, wz = w * y, w * z
+    syy, syz, szz, sxy, sxz = (
+        t.sum(1, keepdims=True) for t in (wy * y, wy * z, wz * z, wy * x, wz * x)
+    )
+    det = syy * szz - syz * syz
+    found = _half(_over(szz * sxy - syz * sxz, det)), _half(_over(syy * sxz - syz * sxy, det))
+    fits = (found[0] > 0) & (found[1] > 0)
+    return np.where(fits, found[0], d), np.where(fits, found[1], dmin)
+
+
+def _least(x: np.ndarray, w: np.ndarray, made: list[np.ndarray]) -> np.ndarray:
+    """Which of these is nearest to each group."""
+    return np.concatenate([_error(x, w, values) for values in made], axis=1).argmin(axis=1)
+
+
+def _error(x: np.ndarray, w: np.ndarray, made: np.ndarray) -> np.ndarray:
+    wrong = made - x
+    return (w * wrong * wrong).sum(axis=1, keepdims=True)
 
 
 def _symmetric(x: np.ndarray, w: np.ndarray, half: int) -> np.ndarray:

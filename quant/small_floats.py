@@ -1,11 +1,11 @@
-"""FP8, FP8_128 and NF4: what their bytes mean and how they are chosen: numpy, the specification.
+"""FP8, FP8_128, NF4 and FP4: what bytes mean and how they are chosen: numpy, the specification.
 
 A value is one float32 product, rounded once: a scale times a number that the code stands for.
 
 FP8: a code is a float of 4 bits of exponent (bias 7) and 3 of significand, without infinities; 0x7f
 and 0xff are NaN (the OCP 8-bit floating point specification's E4M3). FP8 has a scale per row,
 FP8_128 one per 128 elements.
-NF4: absmax * NF4_CODEBOOK[code] per 64 elements; the high half of a byte comes first.
+NF4, FP4: absmax * CODEBOOKS[name][code] per 64 elements; the high half of a byte comes first.
 """
 
 # mypy: no-warn-return-any
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels.weights import FP8, NF4, NF4_CODEBOOK
+from ..kernels.weights import CODEBOOKS, FP8, NF4
 from .gguf import block_dtype, row_dtype
 
-_CODEBOOK = np.array(NF4_CODEBOOK, np.float32)
+_CODEBOOKS = {name: np.array(values, np.float32) for name, values in CODEBOOKS.items()}
 
 
 def e4m3_values() -> np.ndarray:
@@ -44,10 +44,10 @@ def fp8_128_values(blocks: np.ndarray) -> np.ndarray:
     return blocks["scale"] * _E4M3[blocks["values"]]
 
 
-def nf4_values(blocks: np.ndarray) -> np.ndarray:
-    """float32 [n, 64] of blocks [n] of NF4."""
+def codebook_values(name: str, blocks: np.ndarray) -> np.ndarray:
+    """float32 [n, 64] of blocks [n] of the format `name`, NF4 or FP4."""
     pairs = blocks["nibbles"][..., None] >> np.array([4, 0], np.uint8)
-    return blocks["absmax"] * _CODEBOOK[(pairs & np.uint8(15)).reshape(-1, 64)]
+    return blocks["absmax"] * _CODEBOOKS[name][(pairs & np.uint8(15)).reshape(-1, 64)]
 
 
 def quantise_fp8(values: np.ndarray) -> bytes:
@@ -85,7 +85,8 @@ def quantise_nf4(values: np.ndarray) -> bytes:
     rows = np.zeros(len(groups), block_dtype(NF4))
     absmax = np.abs(groups).max(axis=1, keepdims=True)
     scaled = np.clip(groups * (np.float32(1) / np.maximum(absmax, np.float32(1e-38))), -1, 1)
-    middles = (_CODEBOOK[:-1] + _CODEBOOK[1:]) / np.float32(2)
+    table = _CODEBOOKS[NF4.name]
+    middles = (table[:-1] + table[1:]) / np.float32(2)
     code = np.searchsorted(middles, scaled).astype(np.uint8)
     rows["absmax"] = absmax
     rows["nibbles"] = code[:, 0::2] << np.uint8(4) | code[:, 1::2]
@@ -93,10 +94,10 @@ def quantise_nf4(values: np.ndarray) -> bytes:
 
 
 __all__ = [
+    "codebook_values",
     "e4m3_values",
     "fp8_128_values",
     "fp8_values",
-    "nf4_values",
     "quantise_fp8",
     "quantise_nf4",
 ]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
-from ..kernels.weights import RawWeight
+from ..kernels.weights import CODEBOOKS, RawWeight
 from . import gguf
 from .fp4 import nvfp4_values
 from .gguf import block_dtype, row_dtype
 from .groups import i4_values, i8_values
 from .integers import int4_values, int8_values
-from .small_floats import fp8_128_values, fp8_values, nf4_values
+from .small_floats import codebook_values, fp8_128_values, fp8_values
 
 # Each takes an array of the structured dtype of a row, or of a block.
 _Values = Callable[[np.ndarray], np.ndarray]
 _OF_ROWS: Mapping[str, _Values] = {"INT8": int8_values, "INT4": int4_values, "FP8": fp8_values}
 _OF_BLOCKS: Mapping[str, _Values] = {
     "FP8_128": fp8_128_values,
-    "NF4": nf4_values,
+    **{name: partial(codebook_values, name) for name in CODEBOOKS},
     "I4G32": i4_values,
     "I4G128": i4_values,
     "I8G32": i8_values,

@@ -20,16 +20,15 @@ import numpy as np
 from ...kernels import ops
 from ...kernels.backend import StepInputs
 from ...kernels.cpu import _native
-from ...kernels.cpu.backend import BFLOAT16, UNVERIFIED, CpuBackend
+from ...kernels.cpu.backend import BFLOAT16, TABLE_ROUNDING, UNVERIFIED, CpuBackend
 from ...kernels.ops import StepHandles
 from ...kernels.program import Program
-from ...kernels.weights import FORMATS, NF4, Format, RawWeight
+from ...kernels.weights import FORMATS, Format, RawWeight
 from ...quant.values import dequantise, row_dtype
 from .calibration import float_weight
 
 _ROWS, _OUTPUTS, _COLUMNS = 9, 101, 512  # no multiple of a tile's height; whole blocks of each
 _EPS = 2.0**-24
-_NF4 = 1 / 353  # of a block's largest value: what rounding the table to 8 bits moves
 # How inputs may be multiplied: the backend's options for it.
 _FORMS: dict[str, dict[str, str]] = {
     "float32": {"activations": "float32"},
@@ -132,19 +131,20 @@ def _allowed(w: np.ndarray, x: np.ndarray, form: str, weight: RawWeight) -> np.n
     """The error bound of each product [rows, outputs].
 
     A float32 sum of K products moves by at most K eps of the sum of their sizes. int8 inputs move
-    by at most half a step, 1/254 of their group's largest, and NF4's values with them by 1/353 of
-    their block's scale. (Inputs are bfloat16 numbers, and the product is the program's result, not
-    rounded.)
+    by at most half a step, 1/254 of their group's largest, and values of a table by one part in
+    TABLE_ROUNDING of their block's scale. (Inputs are bfloat16 numbers, and the product is the
+    program's result, not rounded.)
     """
     size = np.abs(x).astype(np.float64)
     bound = 2 * _COLUMNS * _EPS * (size @ np.abs(w).T)
     if form == "int8":
         largest = size.reshape(len(x), -1, 32).max(axis=2).repeat(32, axis=1)
         bound += (largest / 254) @ np.abs(w).T * 1.01
-    if form == "int8" and weight.format is NF4:
-        absmax = weight.data.view(row_dtype(NF4, _COLUMNS))["blocks"]["absmax"]
+    if form == "int8" and weight.format.name in TABLE_ROUNDING:
+        absmax = weight.data.view(row_dtype(weight.format, _COLUMNS))["blocks"]["absmax"]
         absmax = np.repeat(absmax.reshape(len(w), -1).astype(np.float64), 64, axis=1)
-        bound += _NF4 * 1.01 * (size @ absmax.T)  # of inputs that are rounded themselves
+        moved = 1.01 / TABLE_ROUNDING[weight.format.name]  # of inputs that are rounded themselves
+        bound += moved * (size @ absmax.T)
     return bound + 1e-30
 
 

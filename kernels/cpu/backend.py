@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
 from ..program import Program
-from ..weights import BF16, FP8, FP8_128, NF4, RawWeight, WeightGroup
+from ..weights import BF16, FP8, FP8_128, RawWeight, WeightGroup
 from . import _native
 from .binder import Binder
 from .lower import OPERATIONS, lower
@@ -19,6 +20,9 @@ from .tiles import CpuWeight, Packer, weights_bytes
 
 ACTIVATIONS = ("auto", "int8", "float32")
 BFLOAT16 = (BF16, FP8, FP8_128)  # whose elements are bfloat16 numbers, before any scale
+# Formats whose table is none of integers: what int8 activations multiply is off by at most one part
+# in so many of a block's largest value (CodeTable in kernels.hpp).
+TABLE_ROUNDING: Mapping[str, int] = {"NF4": 353, "FP4": 320}
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
 
 
@@ -100,21 +104,19 @@ class CpuBackend:
         return weights_bytes(program, weights)
 
     def packing_notes(self, weights: Mapping[str, RawWeight | WeightGroup]) -> tuple[str, ...]:
-        """What int8 activations cost NF4, whose table is no table of integers."""
+        """What int8 activations cost formats whose table is none of integers."""
         parts = [
             part
             for weight in weights.values()
             for part in (weight.parts if isinstance(weight, WeightGroup) else (weight,))
         ]
-        count = sum(part.packed_format is NF4 for part in parts) if self._int8 else 0
-        return (
-            (
-                f"{count} NF4 weights are multiplied with their table rounded to 8 bits: a value "
-                "moves by at most 1 part in 353 of its block's largest (activations='float32' "
-                "takes the table as it is)",
-            )
-            if count
-            else ()
+        counts = Counter(part.packed_format.name for part in parts) if self._int8 else Counter()
+        return tuple(
+            f"{counts[name]} {name} weights are multiplied with their table rounded to 8 bits: a "
+            f"value moves by at most 1 part in {part} of its block's largest "
+            "(activations='float32' takes the table as it is)"
+            for name, part in TABLE_ROUNDING.items()
+            if counts[name]
         )
 
     def input_form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:

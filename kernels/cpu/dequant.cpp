@@ -320,15 +320,20 @@ ER_VERSIONS void run_fp8_128(const std::uint8_t *ER_RESTRICT in, float *ER_RESTR
 }
 
 // Byte j holds element 2 j in its high half.
-ER_VERSIONS void run_nf4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
-                         std::size_t blocks) {
+ER_VERSIONS void run_codes(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
+                           std::size_t blocks, const float *ER_RESTRICT table) {
     for (std::size_t b = 0; b < blocks; ++b, in += 36, out += 64) {
         const float absmax = float_of_bits(load_u32(in));
         for (int j = 0; j < 32; ++j) {
-            out[2 * j] = absmax * kNf4[in[4 + j] >> 4];
-            out[2 * j + 1] = absmax * kNf4[in[4 + j] & 15];
+            out[2 * j] = absmax * table[in[4 + j] >> 4];
+            out[2 * j + 1] = absmax * table[in[4 + j] & 15];
         }
     }
+}
+
+template <const CodeTable &kTable>
+void run_table(const std::uint8_t *in, float *out, std::size_t blocks) {
+    run_codes(in, out, blocks, kTable.values);
 }
 
 // MXFP4, NVFP4: scales of half their size, times twice the values of 4-bit floats.
@@ -367,7 +372,8 @@ const DequantFormat kFormats[] = {
     {"I4G128", 128, 70, 0, run_i4g128}, {"I8G32", 32, 38, 0, run_i8g32},
     {"MXFP4", 32, 17, 0, run_mxfp4}, {"NVFP4", 32, 24, 0, run_nvfp4},
     {"FP8", 32, 32, 4, run_fp8},
-    {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_nf4},
+    {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_table<kNf4>},
+    {"FP4", 64, 36, 0, run_table<kFp4>},
 };
 constexpr std::size_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 

@@ -32,7 +32,8 @@ enum class Elements : std::uint8_t {
     kU6,    // per group of 32: 768 bytes as kU4, then bits of value 16, then bits of value 32
     kU8,    // [K/4][48][4] bytes
     kE2M1,  // codes of 4-bit floats where kU4 has its elements; kE2M1Units says what u is
-    kNF4,   // codes of NF4 where kU4 has its elements; kNf4Units says what u is
+    kNF4,   // codes of a table where kU4 has its elements, as kFP4: table_of says what they are
+    kFP4,
     kE4M3,  // [K/8][3][2][64] bytes of 8-bit floats, see below; K is a multiple of 32
     kCompactBF16,  // kBF16 in 12 bits an element, see below; K is a multiple of 8
 };
@@ -43,29 +44,34 @@ enum class Elements : std::uint8_t {
 constexpr std::uint8_t kE2M1Units[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                          12, 11, 10, 9,  8,  6,  4,  0};
 
-// NF4_CODEBOOK of kernels/weights.py.
-constexpr float kNf4[16] = {-1.0f,
-                            -0.6961928009986877f,
-                            -0.5250730514526367f,
-                            -0.39491748809814453f,
-                            -0.28444138169288635f,
-                            -0.18477343022823334f,
-                            -0.09105003625154495f,
-                            0.0f,
-                            0.07958029955625534f,
-                            0.16093020141124725f,
-                            0.24611230194568634f,
-                            0.33791524171829224f,
-                            0.44070982933044434f,
-                            0.5626170039176941f,
-                            0.7229568362236023f,
-                            1.0f};
+// What codes of 4 bits stand for where it is no integers. Form kF32 multiplies by `values`; kInt8 takes u
+// of a code: 128 and its value in whole steps, to nearest.
+struct CodeTable {
+    float values[16];
+    std::uint8_t units[16];
+    float step;
+};
 
-// u of an NF4 code: 128 and its value in steps of kNf4Step, to nearest. Of all steps with 127 at most on
-// either side this one moves the sixteen values least: by up to 0.0029. Form kF32 has the values.
-constexpr std::uint8_t kNf4Units[16] = {5,   42,  63,  79,  93,  105, 117, 128,
-                                        138, 148, 158, 170, 182, 197, 217, 251};
-constexpr float kNf4Step = static_cast<float>(1 / 123.26);
+// NF4_CODEBOOK of kernels/weights.py. Of all steps with 127 at most on either side this one moves the
+// sixteen values least: by up to 0.0029.
+inline constexpr CodeTable kNf4 = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+     0.7229568362236023f, 1.0f},
+    {5, 42, 63, 79, 93, 105, 117, 128, 138, 148, 158, 170, 182, 197, 217, 251},
+    static_cast<float>(1 / 123.26)};
+
+// FP4_CODEBOOK. All values are whole steps but 1/192, which becomes 1/120: it moves by 0.0031.
+inline constexpr CodeTable kFp4 = {
+    {0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
+     -0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12},
+    {128, 129, 208, 248, 168, 188, 148, 158, 128, 127, 48, 8, 88, 68, 108, 98},
+    1.0f / 120};
+
+inline const CodeTable &table_of(Elements elements) {
+    return elements == Elements::kFP4 ? kFp4 : kNf4;
+}
 
 // kE4M3: a step of 8 columns is, per vector of 16 outputs, 64 bytes of columns 0 to 3 and 64 of columns
 // 4 to 7, in the order of kCompactBF16's. A byte's low half is a float's sign and the upper three bits of
@@ -107,7 +113,7 @@ enum class Scaling : std::uint8_t {
     kZero128,      // the same for each 128.                         I4G128
     kSingle32,     // [K/32][48] float d.                            MXFP4
     kSingle16,     // [K/16][48] float d: d (u - bias) per 16.       NVFP4
-    kSingle64,     // [K/64][48] float d, times the value of a code. NF4
+    kSingle64,     // [K/64][48] float d, times the value of a code. NF4 FP4
     kSingle128,    // [K/128][48] float d.                           FP8_128
 };
 

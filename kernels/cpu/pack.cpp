@@ -403,7 +403,7 @@ void pack_nvfp4(const TileJob &t) {
 }
 
 // Blocks of a float, then 32 bytes of codes; byte j has element 2j in its high half.
-void pack_nf4(const TileJob &t) {
+void pack_codes(const TileJob &t) {
     for (int block = 0; block < t.columns / 64; ++block) {
         for (int n = 0; n < t.rows; ++n)
             store4(t.scales + 4 * (static_cast<std::size_t>(block) * kTileRows + n),
@@ -501,7 +501,8 @@ const PackFormat kFormats[] = {
     {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
     {"MXFP4", 32, Elements::kE2M1, Scaling::kSingle32, 12, pack_mxfp4},
     {"NVFP4", 32, Elements::kE2M1, Scaling::kSingle16, 12, pack_nvfp4},
-    {"NF4", 64, Elements::kNF4, Scaling::kSingle64, 128, pack_nf4},
+    {"NF4", 64, Elements::kNF4, Scaling::kSingle64, 128, pack_codes},
+    {"FP4", 64, Elements::kFP4, Scaling::kSingle64, 128, pack_codes},
     {"FP8", 32, Elements::kE4M3, Scaling::kChannel, 0, pack_fp8<false>},
     {"FP8_128", 128, Elements::kE4M3, Scaling::kSingle128, 0, pack_fp8<true>},
 };
@@ -524,7 +525,8 @@ std::size_t quants_bytes(Elements elements, std::size_t columns) {
         case Elements::kBF16: return (columns + 1) / 2 * kTileRows * 4;
         case Elements::kU4:
         case Elements::kE2M1:
-        case Elements::kNF4: return groups * kNibbleBytes;
+        case Elements::kNF4:
+        case Elements::kFP4: return groups * kNibbleBytes;
         case Elements::kE4M3: return columns * kTileRows;
         case Elements::kU5: return groups * (kNibbleBytes + kPlaneBytes);
         case Elements::kU6: return groups * (kNibbleBytes + 2 * kPlaneBytes);

@@ -200,7 +200,7 @@ void fp8_row(const float *x, int columns, std::uint8_t *out, float *) {
 // The place of x in the table: between which two of its entries' middles it lies.
 ER_INLINE std::uint8_t nf4_of(float x) {
     int code = 0;
-    for (int i = 0; i < 15; ++i) code += x > (kNf4[i] + kNf4[i + 1]) / 2.0f;
+    for (int i = 0; i < 15; ++i) code += x > (kNf4.values[i] + kNf4.values[i + 1]) / 2.0f;
     return static_cast<std::uint8_t>(code);
 }
 

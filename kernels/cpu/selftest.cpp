@@ -443,7 +443,7 @@ const FormatInfo kFormats[] = {
     {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
     {"INT4", {-1, -1}}, {"I4G32", {4, -1}, 1}, {"I4G128", {4, -1}, 1},
     {"I8G32", {4, -1}, 1}, {"MXFP4", {-1, -1}, 0, true}, {"NVFP4", {-1, -1}, 2},
-    {"NF4", {-1, -1}, 1}, {"FP8", {-1, -1}, 0, false, true}, {"FP8_128", {-1, -1}, 1, false, true},
+    {"NF4", {-1, -1}, 1}, {"FP4", {-1, -1}, 1}, {"FP8", {-1, -1}, 0, false, true}, {"FP8_128", {-1, -1}, 1, false, true},
 };
 
 // A weight of random blocks: as the checkpoint holds it, in tiles, and its values.
@@ -478,15 +478,16 @@ struct Weight {
         packed.data = tiles->data();
     }
 
-    // Makes `values` what int8 rows multiply: NF4's are rounded.
+    // Makes `values` what int8 rows multiply: those of a table are rounded.
     void round_values() {
-        if (packed.elements != Elements::kNF4) return;
+        if (packed.elements != Elements::kNF4 && packed.elements != Elements::kFP4) return;
+        const CodeTable &table = table_of(packed.elements);
         for (std::size_t i = 0; i < values.size(); ++i) {
             float absmax;
             std::memcpy(&absmax, raw.data() + i / 64 * 36, 4);
             const std::uint8_t pair = raw[i / 64 * 36 + 4 + i % 64 / 2];
-            const int u = kNf4Units[i % 2 ? pair & 15 : pair >> 4];
-            values[i] = absmax * kNf4Step * static_cast<float>(u - 128);
+            const int u = table.units[i % 2 ? pair & 15 : pair >> 4];
+            values[i] = absmax * table.step * static_cast<float>(u - 128);
         }
     }
 

@@ -63,7 +63,9 @@ float number_at(const PackedWeight &w, const std::uint8_t *quants, int k, int n)
         case Elements::kF16: return half_at(quants + 2 * at, 0);
         case Elements::kBF16: return bf16_at(quants, k, n);
         case Elements::kE4M3: return e4m3_at(quants, k, n);
-        case Elements::kNF4: return kNf4[quant_at(w.elements, quants, k, n)];
+        case Elements::kNF4:
+        case Elements::kFP4:
+            return table_of(w.elements).values[quant_at(w.elements, quants, k, n)];
         default: return static_cast<float>(quant_at(w.elements, quants, k, n) - w.bias);
     }
 }

@@ -63,7 +63,7 @@ def quantised_rows_kernel(
         code = (code >> (4 * (at // GROUP % GROUPS))) & 0xF
     else:
         code = tl.load(codes_ptr + row * words + at, mask=mask, other=0)
-    if KIND == "nf4":
+    if KIND == "table":
         value = tl.load(table_ptr + code)
     elif KIND == "e4m3":
         value = e4m3_to_float(code, tl.float32)
@@ -133,7 +133,7 @@ def embedding(table: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
             table.codes,
             table.scale,
             table.scale if table.minimum is None else table.minimum,
-            codebook(torch.float32, out.device),
+            codebook(table.layout.table, torch.float32, out.device),
             index,
             out,
             table.shape[0],

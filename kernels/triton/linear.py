@@ -475,6 +475,6 @@ def float_dtype(x: torch.Tensor, weight: FloatMatrix) -> torch.dtype:
 def tables(weight: QuantisedMatrix, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Codes, scales, minimums and codebook, for x of `dtype`; what the format lacks is not read."""
     minimum = weight.scale if weight.minimum is None else weight.minimum
-    nf4 = weight.layout.kind == "nf4"
-    book = codebook(dtype, weight.codes.device) if nf4 else weight.scale
+    table = weight.layout.table
+    book = codebook(table, dtype, weight.codes.device) if table else weight.scale
     return weight.codes, weight.scale, minimum, book

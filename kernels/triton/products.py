@@ -6,8 +6,8 @@ instructions. K is walked in steps fixed by the weight alone and never split (la
 changes no bit of a token's result.
 
 Codes become the numbers that they stand for exactly, group by group or over the whole row, and the
-scale is applied to the fp32 sum: what is multiplied is the dequantised value (but that NF4's table
-is rounded to the dtype of x).
+scale is applied to the fp32 sum: what is multiplied is the dequantised value (but that a table of
+NF4's or FP4's is rounded to the dtype of x).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -174,7 +174,7 @@ def factors(
     PRODUCT: tl.constexpr,
 ):
     """What codes stand for, in the dtype that is multiplied."""
-    if KIND == "nf4":
+    if KIND == "table":
         return tl.load(table_ptr + ((word >> (4 * PLANE)) & 0xF))
     elif KIND == "e4m3":
         if tl.float8e4nv == PRODUCT:

@@ -2,8 +2,8 @@
 
 A quantised weight is codes, a scale for each row or each group of a row, and perhaps a minimum:
 value = scale * number(code) + minimum, where a code of kind "u" stands for itself less a zero, one
-of "e4m3" for an 8-bit float, one of "nf4" for an entry of a table. Rows are zero-padded to whole
-steps of the kernels.
+of "e4m3" for an 8-bit float, one of "table" for an entry of the layout's table. Rows are
+zero-padded to whole steps of the kernels.
 
 4 bits: planar. An int16 word holds four codes, one of each of four groups that follow each other:
 word r of a step has element r of group j in bits 4j .. 4j+3, so that each plane is one group and no
@@ -27,7 +27,7 @@ import torch
 
 from ..cpu import _native
 from ..cpu.quantise import as_packed
-from ..weights import BF16, F16, F32, NF4_CODEBOOK, Format, RawWeight
+from ..weights import BF16, CODEBOOKS, F16, F32, Format, RawWeight
 
 PAIR = 8  # rows of a gate, then as many of the other; the tensor core's threads hold rows 8 apart
 GROUPS = 4  # of a row, in one step of the kernels, where they are small or in planes
@@ -57,7 +57,8 @@ class Layout:
     """How a format's codes are held and multiplied.
 
     kind, bits, zero: of the codes. group: elements that are multiplied before a sum is scaled, or
-    kept; per_row: one scale for the whole row, not one for each group.
+    kept; per_row: one scale for the whole row, not one for each group. table: what codes of kind
+    "table" stand for.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Layout:
     minimum: bool
     scale_dtype: torch.dtype
     per_row: bool = False
+    table: tuple[float, ...] = ()
 
     @property
     def step_groups(self) -> int:
@@ -116,7 +118,10 @@ LAYOUTS: dict[str, Layout] = {
     "NVFP4": Layout("u", 8, 12, 16, False, torch.float32),
     "FP8": Layout("e4m3", 8, 0, 128, False, torch.float32, per_row=True),
     "FP8_128": Layout("e4m3", 8, 0, 128, False, torch.float32),
-    "NF4": Layout("nf4", 4, 0, 64, False, torch.float32),
+    **{
+        name: Layout("table", 4, 0, 64, False, torch.float32, table=table)
+        for name, table in CODEBOOKS.items()
+    },
 }
 
 
@@ -242,9 +247,9 @@ def in_turns(rows: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def codebook(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What NF4's codes stand for."""
-    return torch.tensor(NF4_CODEBOOK, device=device).to(dtype)
+def codebook(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A layout's table, in device memory."""
+    return torch.tensor(table, device=device).to(dtype)
 
 
 def vector(parts: tuple[RawWeight, ...], device: torch.device) -> torch.Tensor:
@@ -376,7 +381,7 @@ def _fp8_128(b: torch.Tensor) -> _Unpacked:
     return b[:, 4:132], _single(b[:, 0:4]), None
 
 
-def _nf4(b: torch.Tensor) -> _Unpacked:
+def _codes(b: torch.Tensor) -> _Unpacked:
     pairs = torch.stack([b[:, 4:36] >> 4, b[:, 4:36] & 0x0F], dim=2)
     return pairs.reshape(len(b), 64), _single(b[:, 0:4]), None
 
@@ -401,7 +406,7 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
     "FP8_128": _fp8_128,
-    "NF4": _nf4,
+    **dict.fromkeys(CODEBOOKS, _codes),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from engineroom import LLM
 from engineroom.engine.config import EngineConfig
 from engineroom.engine.tools.inspect import inspect_model, render
+from engineroom.kernels.weights import CODEBOOKS
 from tests.data import data_path
 from tests.load.published import KINDS, write_model
 from tests.load.stories260k import convert
@@ -62,8 +63,8 @@ def test_int8_activations_cost_what_they_round(kind: str, tokenizer: Path, tmp_p
     of step^2 / 12. Of normal ones the largest is about 2.1 deviations, so a product's relative
     error is about 2.1 / 127 / sqrt(12) = 0.5 %. Each layer has four products in a row: 8 of them
     add up to sqrt(8) * 0.5 % = 1.4 % of the logits' deviation, half of the errors below 0.67 of it.
-    Four times that is allowed for what multiplies them (gate by up, scores), and for NF4's table,
-    whose rounding moves values by 0.4 % of their deviation. FP8's inputs are not rounded. The
+    Four times that is allowed for what multiplies them (gate by up, scores), and for a table,
+    whose rounding moves NF4's values by 0.4 % of their deviation. FP8's inputs are not rounded. The
     largest error says nothing: random scores are so large that a token's attention may turn to
     another.
     """
@@ -119,7 +120,7 @@ def test_inspect_shows_it(kind: str, tokenizer: Path, tmp_path: Path) -> None:
     rows = {row["format"]: row for row in report["formats"]}
     assert rows[name]["tensors"] == 14
     said = render(report)
-    assert ("table rounded to 8 bits" in said) == (name == "NF4")
+    assert ("table rounded to 8 bits" in said) == (name in CODEBOOKS)
     assert ("activations= decides" in said) == (
         kind.startswith(("W8A8", "FP8, ")) or kind in SMALL_ACTIVATIONS
     )

@@ -27,12 +27,12 @@ from engineroom.kernels.fuse import Step
 from engineroom.kernels.program import Program
 from engineroom.kernels.weights import (
     BF16,
+    CODEBOOKS,
     F16,
     F32,
     FORMATS,
     INT4,
     INT8,
-    NF4,
     Q4_0,
     Q4_1,
     Q4_K,
@@ -93,7 +93,9 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
     if fmt.name in SMALL_FLOATS:
         weight = RawWeight(name, fmt, shape, {"data": random_rows(rng, fmt, rows, columns).copy()})
         fields = weight.data.view(row_dtype(fmt, columns))
-        scales = (fields if fmt.header else fields["blocks"])["absmax" if fmt is NF4 else "scale"]
+        scales = (fields if fmt.header else fields["blocks"])[
+            "absmax" if fmt.name in CODEBOOKS else "scale"
+        ]
         scales /= float(dequantise(weight).std()) * columns**0.5
         return weight
     if fmt.header:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engineroom.kernels.cpu import _native
-from engineroom.kernels.weights import FORMATS, NF4_CODEBOOK, RawWeight
+from engineroom.kernels.weights import CODEBOOKS, FORMATS, RawWeight
 from engineroom.quant.values import dequantise, row_dtype
 from tests.counts import count
 
@@ -86,12 +86,16 @@ def weight_of(name: str, data: np.ndarray, rows: int, columns: int) -> np.ndarra
 
 
 def as_multiplied(name: str, form: str, data: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The weight's values as the form takes them: NF4's table as int8 in steps of 1/123.26."""
-    if (name, form) != ("NF4", "int8"):
+    """The weight's values as the form takes them: tables as int8 in whole steps."""
+    if form != "int8" or name not in CODEBOOKS:
         return weight_of(name, data, n, k)
     fields = fields_of(name, data, k)
-    table = np.rint(np.array(NF4_CODEBOOK) * 123.26) * np.float64(np.float32(1 / 123.26))
-    assert np.abs(table - NF4_CODEBOOK).max() < 1 / 353
+    values, (step, most) = (
+        np.array(CODEBOOKS[name]),
+        {"NF4": (123.26, 353), "FP4": (120, 319)}[name],
+    )
+    table = np.rint(values * step) * np.float64(np.float32(1 / step))
+    assert np.abs(table - values).max() < 1 / most
     pairs = np.stack([fields["nibbles"] >> 4, fields["nibbles"] & 15], axis=-1)
     return (fields["absmax"].astype(np.float64)[..., None] * table[pairs]).reshape(n, k)
 

@@ -16,6 +16,7 @@ from engineroom.kernels.backend import BackendUnavailable, KVSpec
 from engineroom.kernels.program import Program
 from engineroom.kernels.triton.quantised import LAYOUTS
 from engineroom.kernels.weights import (
+    CODEBOOKS,
     F16,
     F32,
     FORMATS,
@@ -181,8 +182,8 @@ def test_linear_of_quantised_weights(name: str, dtype: str) -> None:
         want = x[:18].astype(dtype).astype(np.float64) @ values.T
         size = np.abs(x[:18]).astype(np.float64) @ np.abs(values).T
         half_ulp = {"float32": 0.0, "float16": 2.0**-11}[dtype]
-        # NF4's table is rounded to the dtype that is multiplied.
-        near = 1e-6 + (half_ulp if name == "NF4" else 0.0)
+        # A table is rounded to the dtype that is multiplied.
+        near = 1e-6 + (half_ulp if name in CODEBOOKS else 0.0)
         assert (np.abs(got - want) <= near * size + half_ulp * np.abs(want) + 1e-6).all()
 
 

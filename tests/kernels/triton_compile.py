@@ -271,7 +271,7 @@ def _codes(layout: Layout, table: str) -> dict[str, str]:
         "codes_ptr": "*i16" if layout.bits == 4 else "*u8",
         "scale_ptr": scale,
         "minimum_ptr": scale,
-        "table_ptr": table if layout.kind == "nf4" else scale,
+        "table_ptr": table if layout.table else scale,
     }
 
 

@@ -350,7 +350,14 @@ KINDS: Mapping[str, tuple[dict[str, Any], Maker, str]] = {
         {**_BNB, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
         four_bits("nf4", 64, double=True), "NF4",
     ),
-    "FP4": ({**_BNB, "bnb_4bit_quant_type": "fp4"}, four_bits("fp4", 64, double=False), "BF16"),
+    "FP4": ({**_BNB, "bnb_4bit_quant_type": "fp4"}, four_bits("fp4", 64, double=False), "FP4"),
+    "FP4, double": (
+        {**_BNB, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+        four_bits("fp4", 128, double=True), "FP4",
+    ),
+    "FP4, blocks across rows": (
+        {**_BNB, "bnb_4bit_quant_type": "fp4"}, four_bits("fp4", 512, double=False), "BF16",
+    ),
     "MXFP4, gpt-oss": (
         {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
         mxfp4(".weight_blocks", ".weight_scales", grouped=True), "MXFP4",

@@ -145,13 +145,14 @@ def test_nvfp4_of_compressed_tensors(columns: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [384, 640])
 @pytest.mark.parametrize("double", [False, True])
-def test_four_bits_of_bitsandbytes(columns: int, double: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_of_bitsandbytes(kind: str, columns: int, double: bool, tmp_path: Path) -> None:
     functional = pytest.importorskip(
         "bitsandbytes.functional", reason="bitsandbytes is not installed"
     )
     x = hostile(48, columns)
     packed, state = functional.quantize_4bit(
-        x, blocksize=64, quant_type="nf4", compress_statistics=double
+        x, blocksize=64, quant_type=kind, compress_statistics=double
     )
     tensors = {"weight": packed}
     for name, value in state.as_dict(packed=True).items():
@@ -159,7 +160,7 @@ def test_four_bits_of_bitsandbytes(columns: int, double: bool, tmp_path: Path) -
     settings = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": double,
     }
     got = read(tmp_path / "m", settings, tensors)

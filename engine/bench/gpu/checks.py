@@ -19,7 +19,7 @@ from ....kernels.triton import TritonBackend, quantised
 from ....kernels.triton import device as dev
 from ....kernels.triton.cache import KVCache
 from ....kernels.triton.executor import TritonLogits
-from ....kernels.weights import BF16, F16, F32, I4G32, Q4_0, Format
+from ....kernels.weights import BF16, CODEBOOKS, F16, F32, I4G32, Q4_0, Format
 from ....quant.values import dequantise
 from . import launches, row_checks
 from .card import Card
@@ -147,7 +147,7 @@ def _linear(
     sums = given @ wide.T + bias.double()
     size = given.abs() @ wide.abs().T + bias.double().abs()
     order = 2.0**-22 * columns**0.5
-    if fmt.name == "NF4" and dtype != torch.float32:
+    if fmt.name in CODEBOOKS and dtype != torch.float32:
         order += half_step(dtype)  # its table is rounded to the dtype of x
     if activations == "fp8":
         order += 2.0**-12  # the tensor core's own sums of 8-bit floats have fewer bits

@@ -91,11 +91,12 @@ struct QuantsE2M1 : QuantsNibbles<0> {
     }
 };
 
-struct QuantsNF4 : QuantsE2M1 {
+template <const CodeTable &kTable>
+struct QuantsTable : QuantsE2M1 {
     static constexpr bool kSmall = false;
-    static constexpr const float *kValues = kNf4;
+    static constexpr const float *kValues = kTable.values;
     ER_INLINE I word(const std::uint8_t *group, int k4, int v) {
-        return i_lookup(i_bcast16(kNf4Units), QuantsNibbles<0>::word(group, k4, v));
+        return i_lookup(i_bcast16(kTable.units), QuantsNibbles<0>::word(group, k4, v));
     }
 };
 
@@ -207,7 +208,8 @@ struct ScaleSingle {
 };
 
 // For the kInt8 form in steps of the table, for the kF32 form as it is.
-struct ScaleNF4 {
+template <const CodeTable &kTable>
+struct ScaleTable {
     static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = false;
     static constexpr bool kLast = false;
@@ -216,7 +218,7 @@ struct ScaleNF4 {
         return f_load(floats(s) + group / 2 * kTileRows + 16 * v);
     }
     ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
-        return f_mul(of_values(s, group, v), f_set(kNf4Step));
+        return f_mul(of_values(s, group, v), f_set(kTable.step));
     }
 };
 
@@ -1010,7 +1012,8 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
             else
                 use(QuantsE2M1{}, ScaleSingle<2>{});
             break;
-        case Elements::kNF4: use(QuantsNF4{}, ScaleNF4{}); break;
+        case Elements::kNF4: use(QuantsTable<kNf4>{}, ScaleTable<kNf4>{}); break;
+        case Elements::kFP4: use(QuantsTable<kFp4>{}, ScaleTable<kFp4>{}); break;
         default: break;
     }
 }

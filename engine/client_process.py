@@ -41,6 +41,7 @@ from .client import (
     EngineError,
     EngineInfo,
     EngineStartError,
+    Grown,
     Messages,
     RequestFailed,
     RequestRefused,
@@ -159,7 +160,7 @@ class ProcessClient(EngineClient):
         self._link.close(drain, timeout)
         self._finalizer.detach()
 
-    def _submit(self, submission: Submission, sink: Sink) -> None:
+    def _submit(self, submission: Submission, sink: Sink, grown: Grown | None) -> None:
         if submission.params.logits_processor is not None:
             raise ParameterError(
                 "logits_processor",
@@ -178,11 +179,12 @@ class ProcessClient(EngineClient):
                     embed=submission.embed,
                     tenant=submission.tenant,
                     weight=submission.weight,
+                    growths=submission.growths,
                 )
             )
         except wire.WireError as exc:
             raise ParameterError("request", str(exc)) from exc
-        self._link.submit(submission.request_id, frame, sink)
+        self._link.submit(submission.request_id, frame, sink, grown)
 
 
 class _Link:
@@ -271,7 +273,7 @@ class _Link:
             )
             self._reader.start()
 
-    def submit(self, request_id: str, frame: bytes, sink: Sink) -> None:
+    def submit(self, request_id: str, frame: bytes, sink: Sink, grown: Grown | None) -> None:
         self._check_started()
         with self.sinks.lock:
             self.sinks.check()
@@ -281,7 +283,7 @@ class _Link:
                     f"{self._queued} bytes wait for the engine's process, more than {MAX_QUEUED}; "
                     "it reads too slowly or hangs",
                 )
-            self.sinks.add(request_id, sink)
+            self.sinks.add(request_id, sink, grown)
             self._queue(frame)
 
     def send(self, message: wire.ToChild) -> None:
@@ -456,6 +458,10 @@ class _Link:
     def _handle(self, message: wire.ToParent) -> str | None:
         """One message; a text where it is the last."""
         match message:
+            case wire.Growths(growths=growths):
+                for growth in growths:
+                    if not self.sinks.grow(growth):
+                        self._give_up(growth.request_id)
             case wire.Output():
                 self._output(message)
             case wire.Pong(stalled_s=stalled):
@@ -509,8 +515,12 @@ class _Link:
         else:
             self._sent[rid] = output
         if not self.sinks.output(output) and not output.finished:
-            self.sinks.mute(rid)
-            self.send(wire.Abort(request_id=rid))
+            self._give_up(rid)
+
+    def _give_up(self, request_id: str) -> None:
+        """Its sink failed: nobody reads."""
+        self.sinks.mute(request_id)
+        self.send(wire.Abort(request_id=request_id))
 
     def _refused(self, message: wire.Refused) -> None:
         error: EngineError

@@ -62,7 +62,7 @@ FIRST_WORD_SECONDS = 60.0  # for the child's interpreter to start
 MAX_QUEUED = 256 << 20  # bytes on their way to a child that does not read
 _EXIT_SECONDS = 3.0
 _REAP_SECONDS = 5.0  # for the kernel to take a killed process down
-_CHUNK = 1 << 16  # a buffer of this size is made for every read
+_CHUNK = 1 << 16  # bytes of a read
 _QUOTED_LINES = 20  # of the child's stderr in the message that tells its death
 
 
@@ -218,6 +218,7 @@ class _Link:
         self._buried = False
         self._sock: socket.socket | None = None  # from begin() to _bury()
         self._frames = wire.Frames()
+        self._read_buffer = bytearray(_CHUNK)
         self._reading = threading.Lock()  # of the socket's input, _frames and what they lead to
         self._pumper = 0  # the thread in _pump()
         self._on_loop: _OnLoop | None = None  # reads in the thread's stead
@@ -425,8 +426,9 @@ class _Link:
                 return False
             self._pumper = threading.get_ident()
             try:
-                data = sock.recv(_CHUNK, socket.MSG_DONTWAIT)
-                self._reason = self._serve(data) if data else "ended"
+                count = sock.recv_into(self._read_buffer, _CHUNK, socket.MSG_DONTWAIT)
+                data = memoryview(self._read_buffer)[:count]
+                self._reason = self._serve(data) if count else "ended"
             except BlockingIOError:
                 return False  # another thread was faster
             except ConnectionError:  # the child left what we sent unread
@@ -446,7 +448,7 @@ class _Link:
                     sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread that watches
             return True
 
-    def _serve(self, data: bytes) -> str | None:
+    def _serve(self, data: memoryview) -> str | None:
         """Handle the messages that `data` completes; why they are the last, where they are."""
         self._spoken = True
         self._heard = time.monotonic()

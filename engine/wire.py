@@ -18,7 +18,15 @@ from msgspec import UNSET, UnsetType
 
 from .config import EngineConfig, ModelConfig
 from .core.cost import Cost
-from .core.request import CompletionOutput, Growth, Logprob, RequestOutput, SamplingParams, Timings, Usage
+from .core.request import (
+    CompletionOutput,
+    Growth,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
 
 MAX_FRAME = 64 << 20  # bytes of payload: a million token ids fit ten times over
 PROMPT_ROWS = 4096  # prompt-logprob positions in one frame: 20 alternatives each stay below 5 MB
@@ -363,7 +371,7 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
         """The payloads that `data` completes. Errors: WireError for a length above MAX_FRAME."""
         self._buffer += data
         start = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from .sse import PIPE
+from .sse import CONNECTION, PIPE
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -27,7 +27,7 @@ class BoundedProtocol(HttpToolsProtocol):
         scope = self.scope
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is scope:  # its task runs later
-            scope["extensions"] = {PIPE: BodyWriter(self.cycle)}  # type: ignore[typeddict-item]
+            scope["extensions"] = {PIPE: {CONNECTION: BodyWriter(self.cycle)}}
 
 
 class BodyWriter:
@@ -44,7 +44,7 @@ class BodyWriter:
         cycle = self._cycle
         return (
             cycle.chunked_encoding is True
-            and not cycle.disconnected
+            and not cycle.transport.is_closing()  # before the cycle is told, in the loop's next turn
             and not cycle.flow.write_paused
             and not cycle.response_complete
         )

@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 _encoder = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
-PIPE = "engineroom.pipe"  # of the scope's extensions: a Connection
+# In an ASGI scope's extensions: {PIPE: {CONNECTION: a Connection}}.
+PIPE, CONNECTION = "engineroom.pipe", "connection"
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -74,7 +75,7 @@ class Pipe:
     _connection: Connection | None = None
 
     def connect(self, scope: Scope) -> None:
-        self._connection = scope.get("extensions", {}).get(PIPE)
+        self._connection = scope.get("extensions", {}).get(PIPE, {}).get(CONNECTION)
 
     @property
     def is_open(self) -> bool:
@@ -158,8 +159,8 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 __all__ = [
     "DONE",
-    "Disconnected",
     "Connection",
+    "Disconnected",
     "EventStream",
     "Frame",
     "Pipe",

@@ -1,9 +1,10 @@
 """What serving and batches cost: the same requests over HTTP, from a file, and by LLM.generate().
 
 `python benchmarks/serving.py [--model smollm2] [--rounds 4]` runs the forms in turn (A B A B) and
-prints medians. The client reads bare sockets and counts events, so that little of what is measured
-is its own; it shares the machine's cores with the server all the same, and what it and the server's
-process (not the engine's) used of them for a token is printed.
+prints medians. The client shares the machine's cores with the server, and every microsecond of it
+is one that a step waits; so it reads bare sockets and counts events, and where it has many streams
+it looks every few milliseconds (--nap) instead of waking for each part. What it and the server's
+process (not the engine's) used of the cores for a token is printed.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def ask(model: str, prompt: list[int]) -> socket.socket:
     return sock
 
 
-def over_http(model: str, many: Prompts) -> None:
-    """All at once, read to their ends as the parts come."""
+def over_http(model: str, many: Prompts, nap: float = 0.0) -> None:
+    """All at once, read to their ends as the parts come, or `nap` seconds after the first ones."""
     buffer = bytearray(1 << 16)
     events = 0
     with selectors.DefaultSelector() as selector:
@@ -65,6 +66,8 @@ def over_http(model: str, many: Prompts) -> None:
                 if not received:
                     selector.unregister(sock)
                     sock.close()
+            if nap:
+                time.sleep(nap)
     if not events:
         raise RuntimeError("the server sent no event; is another one on the port?")
 
@@ -111,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--nap", type=float, default=4.0, help="ms; 0: the client never waits")
     args = parser.parse_args()
     model = args.model
     rng = random.Random(5)
@@ -131,15 +135,16 @@ def main() -> None:
             generate(2)
             over_http(model, prompts(2, rng))
             for count, rounds in ((32, args.rounds), (1, 2 * args.rounds)):
+                nap = args.nap / 1000 if count > 1 else 0.0
                 compare(
                     f"{count} clients over HTTP, streamed",
                     count,
                     rounds,
                     lambda n=count: generate(n),  # type: ignore[misc]
-                    lambda n=count: over_http(model, prompts(n, rng)),  # type: ignore[misc]
+                    lambda n=count, nap=nap: over_http(model, prompts(n, rng), nap),  # type: ignore[misc]
                 )
                 before, own = processor_seconds(server.pid), time.process_time()
-                over_http(model, prompts(count, rng))
+                over_http(model, prompts(count, rng), nap)
                 own = time.process_time() - own
                 used = processor_seconds(server.pid) - before
                 tokens = count * TOKENS / 1000

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import dataclasses
+import io
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -23,11 +27,20 @@ from .client import (
 from .client_process import ProcessClient
 from .client_thread import ThreadClient
 from .config import ConfigError, EngineConfig
-from .core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+from .core.request import (
+    AdmissionError,
+    Growth,
+    ParameterError,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
 from .engine import Engine
 from .receipts import Receipt, make
 
 Prompt = str | Sequence[int]
+Push = Callable[[Growth], bool]
 _Result = TypeVar("_Result")
 
 
@@ -96,6 +109,7 @@ class AsyncLLM:
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
+        push: Push | None = None,
     ) -> OutputStream:
         """Complete text or token ids: growing RequestOutputs, `.deltas` is what is new.
 
@@ -105,6 +119,9 @@ class AsyncLLM:
 
         The request starts with the first output asked for. Leaving the loop, cancelling its task or
         aclose() aborts the request at once. A slow reader skips outputs, never text: deltas add up.
+        `push` is the short way for whoever streams text and no more: it is called on the loop,
+        while the reader waits for its next output, with what a step brought, and where it returns
+        True no output is made of that and nothing wakes. It must not block.
         Errors, from the loop: ParameterError, AdmissionError, EngineDeadError, RequestFailed.
         """
 
@@ -122,6 +139,7 @@ class AsyncLLM:
             embed=embed,
             tenant=tenant,
             weight=weight,
+            push=push,
         )
 
     async def embed(
@@ -250,6 +268,7 @@ class AsyncLLM:
         request_id: str | None,
         priority: int,
         cache_salt: bytes | str | None,
+        push: Push | None = None,
         **shape: Any,
     ) -> OutputStream:
         salt = cache_salt.encode() if isinstance(cache_salt, str) else cache_salt or b""
@@ -260,6 +279,7 @@ class AsyncLLM:
             request_id=f"async-{next(self._ids)}" if request_id is None else request_id,
             priority=priority,
             cache_salt=salt,
+            push=push,
             shape=shape,
         )
 
@@ -279,15 +299,17 @@ class OutputStream(AsyncIterator[RequestOutput]):
         request_id: str,
         priority: int,
         cache_salt: bytes,
+        push: Push | None,
         shape: Mapping[str, Any],
     ) -> None:
-        """`shape`: what else EngineClient.submit() takes."""
+        """`push`: AsyncLLM.generate()'s. `shape`: what else EngineClient.submit() takes."""
         self.request_id = request_id
         self._client = client
         self._ready = ready
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
+        self._push = push
         self._shape = shape
         # The client knows the mailbox and not the stream, so that a dropped stream is collected.
         self._mailbox: _Mailbox | None = None
@@ -310,6 +332,16 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._over = item.finished
         return item
 
+    def so_far(self) -> RequestOutput | None:
+        """All that has come, read or pushed or not; None before the first output."""
+        return None if self._mailbox is None else self._mailbox.so_far()
+
+    def push_no_more(self) -> None:
+        """From now on everything is an output."""
+        self._push = None
+        if self._mailbox is not None:
+            self._mailbox.push = None
+
     async def aclose(self) -> None:
         """Abort the request if it still runs. Again: nothing."""
         self._abandon()
@@ -325,7 +357,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         if self._over:  # closed meanwhile
             raise StopAsyncIteration
         loop = asyncio.get_running_loop()
-        mailbox = _Mailbox(loop)
+        mailbox = _Mailbox(loop, self._push)
         self._client.read_on(loop)
         self._client.submit(
             self.request_id,
@@ -334,6 +366,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
             priority=self._priority,
             cache_salt=self._cache_salt,
             sink=mailbox.put,
+            grown=None if self._push is None else mailbox.grow,
             **self._shape,
         )
         self._mailbox = mailbox
@@ -347,14 +380,24 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
 
 class _Mailbox:
-    """Between the client and the loop: at most one output, merged, and one error."""
+    """Between the client and the loop: at most one output, merged, and one error.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    What grows behind the latest output is pushed, or added to it when it is taken.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, push: Push | None) -> None:
         """On the loop."""
         self._loop = loop
+        self.push = push
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._output: RequestOutput | None = None
+        self._latest: RequestOutput | None = None  # the one that came last, taken or not
+        self._since = 0.0  # when that was, monotonic seconds
+        self._text = io.StringIO()  # that grew behind the latest, and its tokens
+        self._token_ids = array.array("q")
+        self._unread = ""  # of the text, neither pushed nor taken
+        self._grown = False  # something was not
         self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._waking = False
@@ -367,16 +410,85 @@ class _Mailbox:
             if self._closed:
                 return
             if isinstance(item, RequestOutput):
+                if self._grown:
+                    self._output = self._take_growth()
                 self._output = item if self._output is None else merge(self._output, item)
+                self._latest, self._since = item, time.monotonic()
+                if self._token_ids:
+                    self._text, self._token_ids = io.StringIO(), array.array("q")
             else:
                 self._error = item
-            if self._waking:
+        self._tell(here)
+
+    def grow(self, growth: Growth) -> None:
+        """As put(), of a request whose first output came."""
+        here = threading.get_ident() == self._thread
+        with self._lock:
+            if self._closed:
                 return
-            self._waking = not here
+            self._text.write(growth.text)
+            self._token_ids.extend(growth.token_ids)
+            waits = self._waiter is not None and not self._waiter.done()
+            waits = waits and self._output is None and not self._grown
+        if here and waits and self.push is not None and self.push(growth):
+            return
+        with self._lock:
+            self._unread += growth.text
+            self._grown = True
+        self._tell(here)
+
+    def _tell(self, here: bool) -> None:
         if here:
             self.wake()
-        else:
-            self._loop.call_soon_threadsafe(self._wake)
+            return
+        with self._lock:
+            if self._waking:
+                return
+            self._waking = True
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def _take_growth(self) -> RequestOutput:
+        """The output that shows what has grown. With the lock held."""
+        whole = self._whole()
+        assert whole is not None  # ours: a first output comes before what grows
+        unread, self._unread, self._grown = self._unread, "", False
+        whole = dataclasses.replace(whole, deltas=(unread,))
+        return whole if self._output is None else merge(self._output, whole)
+
+    def so_far(self) -> RequestOutput | None:
+        with self._lock:
+            return self._whole()
+
+    def _whole(self) -> RequestOutput | None:
+        """The latest output with what grew behind it, and the time that took as it came here."""
+        latest = self._latest
+        if latest is None or not self._token_ids:
+            return latest
+        choice, usage, times = latest.outputs[0], latest.usage, latest.timings
+        more = time.monotonic() - self._since
+        return dataclasses.replace(
+            latest,
+            outputs=(
+                dataclasses.replace(
+                    choice,
+                    text=choice.text + self._text.getvalue(),
+                    token_ids=choice.token_ids + tuple(self._token_ids),
+                ),
+            ),
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.completion_tokens + len(self._token_ids),
+                usage.cached_tokens,
+            ),
+            timings=Timings(
+                times.queued_s,
+                times.prefill_s,
+                times.decode_s + more,
+                times.total_s + more,
+                times.time_to_first_token_s,
+            ),
+            deltas=("",),
+        )
 
     async def take(self) -> RequestOutput | EngineError:
         """On the loop."""
@@ -384,6 +496,8 @@ class _Mailbox:
             with self._lock:
                 if self._closed:
                     raise StopAsyncIteration
+                if self._grown:
+                    self._output = self._take_growth()
                 if (output := self._output) is not None:
                     self._output = None
                     return output

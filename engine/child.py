@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import logging
 import os
 import queue
@@ -29,7 +30,7 @@ from .client import (
 )
 from .client_thread import ThreadClient
 from .config import EngineConfig
-from .core.request import RequestOutput
+from .core.request import Growth, RequestOutput
 
 EXIT_BAD_START = 3
 EXIT_ENGINE_FAILED = 4
@@ -53,21 +54,33 @@ class Outbox:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a log record may come from inside
-        # What take() sleeps on, one token at most: in C, where a Condition takes a new lock and
+        # What wait() sleeps on, one token at most: in C, where a Condition takes a new lock and
         # a dozen lines of Python for each of a stream's tokens.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._woken = False
         self._outputs: dict[str, RequestOutput] = {}
+        self._growths: dict[str, Growth] = {}  # later than the output of the same request
         self._others: collections.deque[wire.ToParent] = collections.deque()
         self._logs = 0
         self._lost_logs = 0
-        self._ending = False
+        self.ending = False
 
     def output(self, output: RequestOutput) -> None:
+        """Wakes nobody: a step brings many, and its end is told by wake() or a take()."""
         with self._lock:
             rid = output.request_id
+            growth = self._growths.pop(rid, None)
+            if growth is not None:
+                deltas = (growth.text + output.deltas[0], *output.deltas[1:])
+                output = dataclasses.replace(output, deltas=deltas)
             self._outputs[rid] = merge(self._outputs.get(rid), output)
-            self._wake()
+
+    def grow(self, growths: Sequence[Growth]) -> None:
+        """As output()."""
+        with self._lock:
+            for growth in growths:
+                earlier = self._growths.get(growth.request_id)
+                self._growths[growth.request_id] = earlier.then(growth) if earlier else growth
 
     def message(self, message: wire.ToParent) -> None:
         with self._lock:
@@ -77,36 +90,39 @@ class Outbox:
                     return
                 self._logs += 1
             self._others.append(message)
-            self._wake()
+            self.wake()
 
     def end(self) -> None:
-        """take() returns what is left, and then None."""
+        """What waits, and waits when wait() returns, is the last."""
         with self._lock:
-            self._ending = True
-            self._wake()
+            self.ending = True
+            self.wake()
 
-    def _wake(self) -> None:
-        if not self._woken:
-            self._woken = True
-            self._wakes.put(None)
+    def wake(self) -> None:
+        """Let wait() return."""
+        with self._lock:
+            if not self._woken:
+                self._woken = True
+                self._wakes.put(None)
 
-    def take(self) -> tuple[list[RequestOutput], list[wire.ToParent]] | None:
-        """Everything that waits, when something does."""
+    def wait(self) -> None:
+        """Until somebody wakes it."""
         self._wakes.get()
+        self._woken = False
+
+    def take(self) -> tuple[list[RequestOutput], list[Growth], list[wire.ToParent]]:
+        """Everything that waits, in this order."""
         with self._lock:
-            self._woken = False
-            if self._ending:
-                self._wake()  # for the next call, which is the last
-                if not (self._outputs or self._others):
-                    return None
-            outputs, others = list(self._outputs.values()), list(self._others)
+            outputs, growths = list(self._outputs.values()), list(self._growths.values())
+            others = list(self._others)
             if self._lost_logs:
                 text = f"{self._lost_logs} log records were lost: the parent reads too slowly"
                 others.append(wire.Log(level=logging.WARNING, logger=__name__, text=text))
             self._outputs.clear()
+            self._growths.clear()
             self._others.clear()
             self._logs = self._lost_logs = 0
-            return outputs, others
+            return outputs, growths, others
 
 
 class _LogHandler(logging.Handler):
@@ -131,7 +147,8 @@ class _Server:
         self._client: ThreadClient | None = None
         self._writer = threading.Thread(target=self._write, name="engineroom-writer", daemon=True)
         self._exit_code = 0
-        # The writer's own.
+        self._sending = threading.Lock()  # of the socket's output, and what follows
+        self._rest = b""  # what the socket did not take from _stepped()
         self._sent: dict[str, RequestOutput] = {}  # the last output of each live request
         self._unsendable: dict[str, str] = {}  # live requests whose output has no wire form: why
 
@@ -205,7 +222,7 @@ class _Server:
             config = EngineConfig.from_options(message.model, message.options)
             return self._factory(config, progress)
 
-        self._client = ThreadClient(load)
+        self._client = ThreadClient(load, self._stepped)
         progress("the engine's process has started")
         self._spawn(self._watch, self._client)
 
@@ -252,6 +269,7 @@ class _Server:
                 tenant=message.tenant,
                 weight=message.weight,
                 sink=sink,
+                grown=_ignore if message.growths else None,  # _stepped() has them
             )
         except ValueError as exc:
             self._outbox.message(_refused(RequestRefused.of(exc), request_id=rid))
@@ -279,13 +297,47 @@ class _Server:
 
     # ------------------------------------------------------------------------------- writing
 
+    def _stepped(self, growths: Sequence[Growth]) -> None:
+        """On the engine's thread: send what its step brought, as far as the socket takes it.
+
+        A writer that woke for it would run beside the next step, and take a core from it.
+        """
+        self._outbox.grow(growths)
+        if not self._sending.acquire(blocking=False):
+            self._outbox.wake()
+            return
+        try:
+            if not self._rest:
+                data = self._take()
+                sent = self._sock.send(data, socket.MSG_DONTWAIT) if data else 0
+                self._rest = data[sent:]
+        except BlockingIOError:
+            self._rest = data
+        except OSError:
+            pass  # the parent is gone, which the reader is told too
+        finally:
+            self._sending.release()
+        if self._rest:
+            self._outbox.wake()
+
+    def _take(self) -> bytes:
+        """What waits, as frames."""
+        outputs, growths, others = self._outbox.take()
+        frames = [frame for output in outputs for frame in self._frames(output)]
+        if growths:
+            frames += self._growth_frames(growths)
+        frames += [self._frame(message) for message in others]
+        return b"".join(frames)
+
     def _write(self) -> None:
         try:
-            while (waiting := self._outbox.take()) is not None:
-                outputs, others = waiting
-                frames = [frame for output in outputs for frame in self._frames(output)]
-                frames += [self._frame(message) for message in others]
-                self._sock.sendall(b"".join(frames))
+            last = False
+            while not last:
+                self._outbox.wait()
+                last = self._outbox.ending
+                with self._sending:
+                    data, self._rest = self._rest, b""
+                    self._sock.sendall(data + self._take())
         except OSError:
             pass  # the parent is gone
         finally:
@@ -302,14 +354,27 @@ class _Server:
                 frames = [wire.encode(m) for m in wire.difference(self._sent.get(rid), output)]
                 self._sent[rid] = output
             except wire.WireError as exc:
-                self._unsendable[rid] = str(exc)
-                if self._client is not None:
-                    self._client.abort(rid)
+                self._give_up(rid, exc)
         if output.finished:
             self._sent.pop(rid, None)
             if (why := self._unsendable.pop(rid, None)) is not None:
                 frames = [wire.encode(_refused(EngineError(why), request_id=rid))]
         return frames
+
+    def _growth_frames(self, growths: list[Growth]) -> list[bytes]:
+        """One, but for a heap that no frame holds."""
+        try:
+            return [wire.encode(wire.Growths(growths=growths))]
+        except wire.WireError as exc:
+            if len(growths) > 1:
+                return [frame for one in growths for frame in self._growth_frames([one])]
+            self._give_up(growths[0].request_id, exc)
+            return []
+
+    def _give_up(self, request_id: str, why: Exception) -> None:
+        self._unsendable[request_id] = str(why)
+        if self._client is not None:
+            self._client.abort(request_id)
 
     def _frame(self, message: wire.ToParent) -> bytes:
         if isinstance(message, wire.Refused):
@@ -323,6 +388,10 @@ class _Server:
                 return wire.encode(wire.Fatal(kind="WireError", field="", text=str(exc)))
             text = f"a message was lost: {exc}"
             return wire.encode(wire.Log(level=logging.ERROR, logger=__name__, text=text))
+
+
+def _ignore(_: Growth) -> None:
+    """A request takes growths, and who reads them is said elsewhere."""
 
 
 def _ask(client: ThreadClient, message: _Question) -> wire.ToParent:

@@ -15,11 +15,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .config import EngineConfig, ModelConfig
 from .core.request import (
     AdmissionError,
+    Growth,
     ParameterError,
     RequestOutput,
     SamplingParams,
@@ -31,6 +32,7 @@ from .core.request import (
 )
 
 log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 
 CLOSE_SECONDS = 10.0  # what close() waits for a step to end
 CLOSED = "the engine was closed"
@@ -106,6 +108,7 @@ def describe(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------- interface
 
 Sink = Callable[[RequestOutput | EngineError], None]
+Grown = Callable[[Growth], None]  # of a request that takes Growths between its outputs
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -140,11 +143,13 @@ class EngineLike(Protocol):
         priority: int = 0,
         cache_salt: bytes = b"",
         final_only: bool = False,
+        growths: bool = False,
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
     ) -> Added: ...
     def step(self) -> Sequence[RequestOutput]: ...
+    def take_growths(self) -> list[Growth]: ...
     def abort(self, request_id: str) -> object: ...
     def is_prepared(self, params: SamplingParams) -> bool: ...
     def prepare(self, params: SamplingParams) -> None: ...
@@ -183,6 +188,7 @@ class Submission:
     embed: bool = False
     tenant: str = ""
     weight: float = 1.0
+    growths: bool = False
 
 
 class EngineClient(ABC):
@@ -248,7 +254,7 @@ class EngineClient(ABC):
         """For how long the engine has shown no progress on what it has to do, in seconds."""
 
     @abstractmethod
-    def _submit(self, submission: Submission, sink: Sink) -> None: ...
+    def _submit(self, submission: Submission, sink: Sink, grown: Grown | None) -> None: ...
 
     def submit(
         self,
@@ -263,9 +269,12 @@ class EngineClient(ABC):
         tenant: str = "",
         weight: float = 1.0,
         sink: Sink,
+        grown: Grown | None = None,
     ) -> None:
         """Hand over a request; returns at once. `sink` must not block, and is not called in here.
-        `final_only`, `embed`, `tenant` and `weight` are Engine.add_request()'s.
+        `final_only`, `embed`, `tenant` and `weight` are Engine.add_request()'s. With `grown`, which
+        is called as `sink` is, steps between the first output and the last may bring a Growth
+        instead.
 
         What the engine's door refuses comes to the sink as RequestRefused. Errors: EngineDeadError;
         AdmissionError("duplicate_id") while a request of this id lives, ("token_id") for what is no
@@ -278,8 +287,9 @@ class EngineClient(ABC):
         if not isinstance(prompt, str):
             check_token_ids(params, prompt)  # the engine, which knows its vocabulary, does it again
             prompt = tuple(prompt)
-        shape = (final_only, embed, tenant, weight)
-        self._submit(Submission(request_id, prompt, params, priority, cache_salt, *shape), sink)
+        shape = (final_only, embed, tenant, weight, grown is not None)
+        submission = Submission(request_id, prompt, params, priority, cache_salt, *shape)
+        self._submit(submission, sink, grown)
 
     def __enter__(self) -> EngineClient:
         self.start()
@@ -321,6 +331,7 @@ class Sinks:
         self.lock = threading.RLock()  # a finalizer may run in any line of its holder
         self.over: str | None = None  # why nothing more is accepted
         self.live: dict[str, Sink] = {}  # to look into; what changes it is below
+        self._growing: dict[str, Grown] = {}  # of those live ones that take growths
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.live
@@ -333,7 +344,7 @@ class Sinks:
         if self.over is not None:
             raise EngineDeadError(self.over)
 
-    def add(self, request_id: str, sink: Sink) -> None:
+    def add(self, request_id: str, sink: Sink, grown: Grown | None = None) -> None:
         """Errors: EngineDeadError; AdmissionError("duplicate_id"). Call with the lock held."""
         self.check()
         if request_id in self.live:
@@ -343,20 +354,25 @@ class Sinks:
                 "request has ended",
             )
         self.live[request_id] = sink
+        if grown is not None:
+            self._growing[request_id] = grown
+
+    def grow(self, growth: Growth) -> bool:
+        """Pass a growth on; as output()."""
+        grown = self._growing.get(growth.request_id)
+        return grown is None or self._call(grown, growth)
 
     def output(self, output: RequestOutput) -> bool:
         """Pass an output on. False where its sink failed: nobody reads, so it may be aborted."""
         if output.finished:
-            with self.lock:
-                sink = self.live.pop(output.request_id, None)
+            sink = self._pop(output.request_id)
         else:
             sink = self.live.get(output.request_id)
         return sink is None or self._call(sink, output)
 
     def end(self, request_id: str, error: EngineError) -> None:
         """End a request with an error."""
-        with self.lock:
-            sink = self.live.pop(request_id, None)
+        sink = self._pop(request_id)
         if sink is not None:
             self._call(sink, error)
 
@@ -365,16 +381,23 @@ class Sinks:
         with self.lock:
             if request_id in self.live:
                 self.live[request_id] = _ignore
+                self._growing.pop(request_id, None)
 
     def end_all(self, reason: str) -> None:
         """Accept nothing more, and end every live request with EngineDeadError."""
         with self.lock:
             self.over = self.over or reason
             live, self.live = self.live, {}
+            self._growing.clear()
         for sink in live.values():
             self._call(sink, EngineDeadError(reason))
 
-    def _call(self, sink: Sink, item: RequestOutput | EngineError) -> bool:
+    def _pop(self, request_id: str) -> Sink | None:
+        with self.lock:
+            self._growing.pop(request_id, None)
+            return self.live.pop(request_id, None)
+
+    def _call(self, sink: Callable[[_Item], None], item: _Item) -> bool:
         try:
             sink(item)
         except Exception:  # a reader's failure is its own: neighbours and engine go on

@@ -41,6 +41,7 @@ from .client import (
     EngineError,
     EngineInfo,
     EngineStartError,
+    Grown,
     Messages,
     RequestFailed,
     RequestRefused,
@@ -61,7 +62,7 @@ FIRST_WORD_SECONDS = 60.0  # for the child's interpreter to start
 MAX_QUEUED = 256 << 20  # bytes on their way to a child that does not read
 _EXIT_SECONDS = 3.0
 _REAP_SECONDS = 5.0  # for the kernel to take a killed process down
-_CHUNK = 1 << 16  # a buffer of this size is made for every read
+_CHUNK = 1 << 16  # bytes of a read
 _QUOTED_LINES = 20  # of the child's stderr in the message that tells its death
 
 
@@ -159,7 +160,7 @@ class ProcessClient(EngineClient):
         self._link.close(drain, timeout)
         self._finalizer.detach()
 
-    def _submit(self, submission: Submission, sink: Sink) -> None:
+    def _submit(self, submission: Submission, sink: Sink, grown: Grown | None) -> None:
         if submission.params.logits_processor is not None:
             raise ParameterError(
                 "logits_processor",
@@ -178,11 +179,12 @@ class ProcessClient(EngineClient):
                     embed=submission.embed,
                     tenant=submission.tenant,
                     weight=submission.weight,
+                    growths=submission.growths,
                 )
             )
         except wire.WireError as exc:
             raise ParameterError("request", str(exc)) from exc
-        self._link.submit(submission.request_id, frame, sink)
+        self._link.submit(submission.request_id, frame, sink, grown)
 
 
 class _Link:
@@ -216,6 +218,7 @@ class _Link:
         self._buried = False
         self._sock: socket.socket | None = None  # from begin() to _bury()
         self._frames = wire.Frames()
+        self._read_buffer = bytearray(_CHUNK)
         self._reading = threading.Lock()  # of the socket's input, _frames and what they lead to
         self._pumper = 0  # the thread in _pump()
         self._on_loop: _OnLoop | None = None  # reads in the thread's stead
@@ -271,7 +274,7 @@ class _Link:
             )
             self._reader.start()
 
-    def submit(self, request_id: str, frame: bytes, sink: Sink) -> None:
+    def submit(self, request_id: str, frame: bytes, sink: Sink, grown: Grown | None) -> None:
         self._check_started()
         with self.sinks.lock:
             self.sinks.check()
@@ -281,7 +284,7 @@ class _Link:
                     f"{self._queued} bytes wait for the engine's process, more than {MAX_QUEUED}; "
                     "it reads too slowly or hangs",
                 )
-            self.sinks.add(request_id, sink)
+            self.sinks.add(request_id, sink, grown)
             self._queue(frame)
 
     def send(self, message: wire.ToChild) -> None:
@@ -423,8 +426,9 @@ class _Link:
                 return False
             self._pumper = threading.get_ident()
             try:
-                data = sock.recv(_CHUNK, socket.MSG_DONTWAIT)
-                self._reason = self._serve(data) if data else "ended"
+                count = sock.recv_into(self._read_buffer, _CHUNK, socket.MSG_DONTWAIT)
+                data = memoryview(self._read_buffer)[:count]
+                self._reason = self._serve(data) if count else "ended"
             except BlockingIOError:
                 return False  # another thread was faster
             except ConnectionError:  # the child left what we sent unread
@@ -444,7 +448,7 @@ class _Link:
                     sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread that watches
             return True
 
-    def _serve(self, data: bytes) -> str | None:
+    def _serve(self, data: memoryview) -> str | None:
         """Handle the messages that `data` completes; why they are the last, where they are."""
         self._spoken = True
         self._heard = time.monotonic()
@@ -456,6 +460,10 @@ class _Link:
     def _handle(self, message: wire.ToParent) -> str | None:
         """One message; a text where it is the last."""
         match message:
+            case wire.Growths(growths=growths):
+                for growth in growths:
+                    if not self.sinks.grow(growth):
+                        self._give_up(growth.request_id)
             case wire.Output():
                 self._output(message)
             case wire.Pong(stalled_s=stalled):
@@ -509,8 +517,12 @@ class _Link:
         else:
             self._sent[rid] = output
         if not self.sinks.output(output) and not output.finished:
-            self.sinks.mute(rid)
-            self.send(wire.Abort(request_id=rid))
+            self._give_up(rid)
+
+    def _give_up(self, request_id: str) -> None:
+        """Its sink failed: nobody reads."""
+        self.sinks.mute(request_id)
+        self.send(wire.Abort(request_id=request_id))
 
     def _refused(self, message: wire.Refused) -> None:
         error: EngineError

@@ -24,6 +24,7 @@ from .client import (
     EngineInfo,
     EngineLike,
     EngineStartError,
+    Grown,
     Messages,
     RequestFailed,
     RequestRefused,
@@ -34,7 +35,7 @@ from .client import (
     named_by,
     plain,
 )
-from .core.request import AdmissionError, ParameterError
+from .core.request import AdmissionError, Growth, ParameterError
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +74,19 @@ class _Prepared:
 
 
 _Result = TypeVar("_Result")
+Stepped = Callable[[Sequence[Growth]], None]
 _Command = Submission | _Abort | _Call | _Close | _Prepared
 
 
 class ThreadClient(EngineClient):
-    """The engine on a thread of this process. `factory` loads it, on that thread."""
+    """The engine on a thread of this process. `factory` loads it, on that thread.
 
-    def __init__(self, factory: EngineFactory) -> None:
-        self._turner = _Turner(factory)
+    `stepped` is called there behind every step, when its outputs have gone to their sinks, with the
+    step's growths; without it those go to the requests' own.
+    """
+
+    def __init__(self, factory: EngineFactory, stepped: Stepped | None = None) -> None:
+        self._turner = _Turner(factory, stepped)
         # A client that is forgotten ends its engine, without waiting: this may run anywhere.
         self._finalizer = weakref.finalize(self, self._turner.ask_to_end, False)
         self._finalizer.atexit = False  # the turner has its own, which waits
@@ -143,14 +149,14 @@ class ThreadClient(EngineClient):
         except Exception as exc:
             raise RequestFailed(f"{what} failed: {describe(exc)}") from exc
 
-    def _submit(self, submission: Submission, sink: Sink) -> None:
-        self._turner.submit(submission, sink)
+    def _submit(self, submission: Submission, sink: Sink, grown: Grown | None) -> None:
+        self._turner.submit(submission, sink, grown)
 
 
 class _Turner:
     """The engine's thread and what it shares; holds no reference to its client."""
 
-    def __init__(self, factory: EngineFactory) -> None:
+    def __init__(self, factory: EngineFactory, stepped: Stepped | None) -> None:
         self.sinks = Sinks()
         self.commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self.ready: Future[EngineInfo] = Future()
@@ -158,6 +164,7 @@ class _Turner:
         self.engine: EngineLike | None = None
         self.step_started: float | None = None
         self._factory = factory
+        self._stepped = stepped
         self._thread: threading.Thread | None = None
         self._running: set[str] = set()  # accepted by the engine, not ended
         self._displaced: set[str] = set()  # of them, those whose end will be a refusal
@@ -190,11 +197,11 @@ class _Turner:
             raise EngineError(_NOT_LOADED)
         return engine
 
-    def submit(self, command: Submission, sink: Sink) -> None:
+    def submit(self, command: Submission, sink: Sink, grown: Grown | None) -> None:
         if self._thread is None:
             raise EngineError(_NOT_LOADED)
         with self.sinks.lock:
-            self.sinks.add(command.request_id, sink)
+            self.sinks.add(command.request_id, sink, grown)
             self.commands.put(command)
 
     def call(self, function: Callable[[EngineLike], Any]) -> Future[Any]:
@@ -359,6 +366,7 @@ class _Turner:
                 priority=command.priority,
                 cache_salt=command.cache_salt,
                 final_only=command.final_only,
+                growths=command.growths,
                 embed=command.embed,
                 tenant=command.tenant,
                 weight=command.weight,
@@ -390,6 +398,14 @@ class _Turner:
             if not self.sinks.output(output) and not output.finished:
                 self.sinks.mute(output.request_id)
                 engine.abort(output.request_id)
+        growths = engine.take_growths()
+        if self._stepped is not None:
+            self._stepped(growths)
+        else:
+            for growth in growths:
+                if not self.sinks.grow(growth):
+                    self.sinks.mute(growth.request_id)
+                    engine.abort(growth.request_id)
         if not outputs and not engine.has_work:
             for rid in self._running:  # they would wait for ever
                 self.sinks.end(rid, RequestFailed("the engine ended the request without a word"))

@@ -23,6 +23,7 @@ from .core.detokenize import TextStream, TokenPieces
 from .core.form import FREE, Form
 from .core.outputs import OutputGroup
 from .core.request import (
+    Growth,
     ParameterError,
     Request,
     RequestOutput,
@@ -111,6 +112,7 @@ class Engine:
         self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
         self._grammars = Grammars(self.tokenizer)
         self._groups: dict[str, OutputGroup] = {}
+        self._growths: list[Growth] = []  # of the latest step
         self._in_flight: deque[_Flying] = deque()  # launched, not committed
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -134,6 +136,7 @@ class Engine:
         cache_salt: bytes = b"",
         observer: LogprobObserver | None = None,
         final_only: bool = False,
+        growths: bool = False,
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
@@ -142,7 +145,9 @@ class Engine:
 
         `prompt` is text or token ids. `observer` is given full-vocabulary logprobs of the prompt
         in chunks (see `LLM.score`); it needs params.prompt_logprobs. With `final_only` the request
-        has one RequestOutput, at its end, and costs nothing to show before. With `embed` it
+        has one RequestOutput, at its end, and costs nothing to show before. With `growths` steps
+        between its first RequestOutput and its last may bring a Growth instead, which costs little
+        (see take_growths()); one with several samples or logprobs has none. With `embed` it
         generates nothing and its one output has the embedding of the prompt. Waiting requests of
         several tenants are admitted by the tokens that each was served, over its weight.
 
@@ -184,6 +189,7 @@ class Engine:
             samples=samples,
             decode_token=self._token_text,
             final_only=final_only or embed,
+            growths=growths,
             embedding=None if pool is None else pool.embedding,
         )
         displaced = tuple(self.scheduler.add(*samples))
@@ -269,6 +275,11 @@ class Engine:
         if not self._in_flight:
             self.ledger.end(resting=not self._groups)
         return outputs
+
+    def take_growths(self) -> list[Growth]:
+        """What the latest step() brought requests of `growths`, beside the outputs it returned."""
+        taken, self._growths = self._growths, []
+        return taken
 
     def _commit(self, flying: _Flying) -> list[RequestOutput]:
         """Wait for the oldest step in flight, take its answer and record it."""
@@ -433,6 +444,9 @@ class Engine:
         outputs = []
         for group in touched.values():
             if group.final_only and not group.finished:
+                continue
+            if (growth := group.growth()) is not None:
+                self._growths.append(growth)
                 continue
             output = group.output(self.ledger.cost(group))
             outputs.append(output)

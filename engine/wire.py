@@ -18,7 +18,15 @@ from msgspec import UNSET, UnsetType
 
 from .config import EngineConfig, ModelConfig
 from .core.cost import Cost
-from .core.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Timings, Usage
+from .core.request import (
+    CompletionOutput,
+    Growth,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Timings,
+    Usage,
+)
 
 MAX_FRAME = 64 << 20  # bytes of payload: a million token ids fit ten times over
 PROMPT_ROWS = 4096  # prompt-logprob positions in one frame: 20 alternatives each stay below 5 MB
@@ -92,6 +100,7 @@ class Submit(_Message):
     embed: bool = False
     tenant: str = ""
     weight: float = 1.0
+    growths: bool = False
 
 
 class Abort(_Message):
@@ -205,6 +214,12 @@ class Output(_Message):
     embedding: tuple[float, ...] | None = None
 
 
+class Growths(_Message):
+    """What one step brought requests that take growths."""
+
+    growths: list[Growth]
+
+
 class Refused(_Message):
     """A request or call that failed alone: the exception's class, field or code, and text.
 
@@ -286,6 +301,7 @@ ToParent = (
     Progress
     | Ready
     | Output
+    | Growths
     | Refused
     | Rendered
     | Text
@@ -355,7 +371,7 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
         """The payloads that `data` completes. Errors: WireError for a length above MAX_FRAME."""
         self._buffer += data
         start = 0

@@ -8,6 +8,7 @@ from .cost import Cost
 from .plan import TokenLogprob
 from .request import (
     CompletionOutput,
+    Growth,
     Logprob,
     Request,
     RequestOutput,
@@ -33,10 +34,13 @@ class OutputGroup:
         samples: Sequence[Request],
         decode_token: DecodeToken,
         final_only: bool = False,
+        growths: bool = False,
         embedding: Embedding | None = None,
     ) -> None:
-        """final_only: nobody reads before the end, so nothing is made before it. `embedding` is
-        asked at the end, where the request is for one."""
+        """final_only: nobody reads before the end, so nothing is made before it. growths: the
+        reader adds up by itself what comes between a first and a last whole output, where that is
+        text and tokens of one sample. `embedding` is asked at the end, where the request is for
+        one."""
         self.request_id = request_id
         self.samples = tuple(samples)
         self.nanojoules = self.nanoseconds = 0  # its share of the machine: the ledger's
@@ -51,6 +55,14 @@ class OutputGroup:
         self._ranked = len(samples) > params.n
         self._shows_parts = not (final_only or self._ranked)
         self._deltas = [echo_text] * len(samples)
+        self._grows = (
+            growths
+            and not final_only
+            and len(samples) == 1
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+        )
+        self._num_shown = 0  # output tokens, where it grows; 0 before the first output
 
     @property
     def finished(self) -> bool:
@@ -59,6 +71,16 @@ class OutputGroup:
     def take(self, update: Update) -> None:
         """Note the text that an update brought."""
         self._deltas[update.request.sample_index] += update.text_delta
+
+    def growth(self) -> Growth | None:
+        """What came since the last call of this or output(); None where output() has to tell it."""
+        sample = self.samples[0]
+        if not self._num_shown or sample.is_finished:
+            return None
+        new = sample.output_since(self._num_shown)
+        self._num_shown += len(new)
+        text, self._deltas[0] = self._deltas[0], ""
+        return Growth(self.request_id, new, text)
 
     def output(self, cost: Cost | None = None) -> RequestOutput:
         """Everything so far, with `deltas` since the last call."""
@@ -75,6 +97,8 @@ class OutputGroup:
         num_tokens = 0
         for sample in self.samples:
             num_tokens += sample.num_output_tokens
+        if self._grows:
+            self._num_shown = num_tokens
         # By place: names would double what making it costs, for every token that is shown.
         return RequestOutput(
             self.request_id,

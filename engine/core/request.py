@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .blocks import KeyChain
 from .cost import Cost
@@ -26,6 +26,7 @@ __all__ = [
     "CompletionOutput",
     "Cost",
     "FinishReason",
+    "Growth",
     "Logprob",
     "ParameterError",
     "Request",
@@ -343,6 +344,11 @@ class Request(_EveryStep):
         """A copy of prompt and known output, in order."""
         return self.token_ids[: len(self.token_ids) - self.num_pending]
 
+    def output_since(self, start: int) -> tuple[int, ...]:
+        """A copy of the known output but for its first `start` tokens."""
+        known = len(self.token_ids) - self.num_pending
+        return tuple(self.token_ids[self.num_prompt_tokens + start : known])
+
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
@@ -527,6 +533,18 @@ class CompletionOutput:
     seed: int
     error: str | None = None
     complete: bool | None = None
+
+
+class Growth(NamedTuple):
+    """What a request gained since its latest RequestOutput or Growth, and nothing else."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+
+    def then(self, later: Growth) -> Growth:
+        """Both in one."""
+        return Growth(self.request_id, self.token_ids + later.token_ids, self.text + later.text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ NAMES = {"stop": "stop_sequences"}
 class Messages:
     """One answer: `whole()` or `events()`, once. Errors: ApiError, and those of Service.run()."""
 
+    pipe = None  # every part is an output
+
     def __init__(self, service: Service, request: MessagesRequest, caller: Caller) -> None:
         service.check_model(request.model)
         self._service = service

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from ..core.request import CompletionOutput, RequestOutput
+from ..core.request import CompletionOutput, Growth, RequestOutput
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from . import answers, schema
 from .dialect import Reader
 from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
-from .sse import DONE, event
+from .sse import DONE, Frame, Pipe, event
 from .structured import asked_in, complete
 
 
@@ -33,6 +34,7 @@ class Chat:
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
         self._readers: list[Reader] = []
+        self.pipe = Pipe()
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         request, service = self._request, self._service
@@ -54,6 +56,7 @@ class Chat:
             final_only=not request.stream,
             request_id=self._id,
             form_field=turn.form_field(asked_in(request.structured_outputs)),
+            push=self._push if self._text_alone() else None,
         )
         async for output in service.run(work):
             yield output
@@ -140,6 +143,42 @@ class Chat:
                     )
                 )
         yield DONE
+
+    def _text_alone(self) -> bool:
+        """Whether the parts between the first and the last tell of text and nothing else."""
+        request, options = self._request, self._request.stream_options
+        return (
+            bool(request.stream)
+            and self._params.n == 1
+            and not request.return_token_ids
+            and not (options is not None and options.continuous_usage_stats)
+        )
+
+    def _push(self, growth: Growth) -> bool:
+        if not self.pipe.is_open:
+            return False
+        reader = self._readers[0]
+        num_calls = len(reader.answer.calls or ())
+        parts = reader.feed(growth.text, last=False)
+        match parts:
+            case []:
+                return True
+            case [Text(text=text)]:
+                frames = self._frame.of(text)
+            case _:
+                usage = self._part_usage()
+                deltas = _deltas(reader, parts, num_calls)
+                frames = b"".join([self._part(0, delta, usage) for delta in deltas])
+        self.pipe.write(frames)
+        return True
+
+    @functools.cached_property
+    def _frame(self) -> Frame:
+        usage = self._part_usage()
+        return Frame(lambda text: self._part(0, schema.Delta(content=text), usage))
+
+    def _part_usage(self) -> schema.Usage | UnsetType | None:
+        return answers.part_usage(self._request.stream_options, ())
 
     def _news(self, completion: CompletionOutput, shown: int) -> dict[str, object]:
         """What a part says of the tokens that are new in it."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET
 
-from ..core.request import CompletionOutput, RequestOutput
+from ..core.request import CompletionOutput, Growth, RequestOutput
 from . import answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work
-from .sse import DONE, event
+from .sse import DONE, Frame, Pipe, event
 from .structured import asked_in, complete
 
 
@@ -32,6 +33,7 @@ class Completions:
         self._id = f"cmpl-{request.request_id or secrets.token_hex(12)}"
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
+        self.pipe = Pipe()
         self._first_texts: dict[int, str] = {}  # of echoed prompts' first tokens
         many = prompts(request.prompt)
         self._works = [
@@ -45,6 +47,7 @@ class Completions:
                 final_only=not request.stream,
                 request_id=self._id if len(many) == 1 else f"{self._id}-{index}",
                 form_field=asked_in(request.structured_outputs),
+                push=self._push if self._text_alone(many) else None,
             )
             for index, prompt in enumerate(many)
         ]
@@ -110,6 +113,33 @@ class Completions:
                 )
             )
         yield DONE
+
+    def _text_alone(self, many: Sequence[object]) -> bool:
+        """Whether the parts between the first and the last are a text's and nothing else."""
+        request, options = self._request, self._request.stream_options
+        return (
+            bool(request.stream)
+            and len(many) == self._params.n == 1
+            and not request.return_token_ids
+            and not (options is not None and options.continuous_usage_stats)
+        )
+
+    def _push(self, growth: Growth) -> bool:
+        if not self.pipe.is_open:
+            return False
+        if growth.text:
+            self.pipe.write(self._frame.of(growth.text))
+        return True
+
+    @functools.cached_property
+    def _frame(self) -> Frame:
+        usage = answers.part_usage(self._request.stream_options, ())
+
+        def made(text: str) -> bytes:
+            choice = schema.CompletionChoice(index=0, text=text, logprobs=None, finish_reason=None)
+            return event(self._answer([choice], usage=usage))
+
+        return Frame(made)
 
     def _choice(
         self,

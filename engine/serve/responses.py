@@ -33,6 +33,8 @@ _REASONS = {"length": "max_output_tokens"}  # of an incomplete response; the oth
 class Responses:
     """One response: `whole()` or `events()`, once. Errors: ApiError, and those of Service.run()."""
 
+    pipe = None  # every part is an output
+
     def __init__(self, service: Service, request: schema.ResponsesRequest, caller: Caller) -> None:
         service.check_model(request.model)
         self._service = service

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..async_llm import AsyncLLM
 from ..config import EngineConfig
 from .accesslog import JsonFormatter
 from .app import make_app
+from .connection import BoundedProtocol
+from .heap import keep_large_blocks_apart
 from .keeper import Keeper
 from .service import Service
 from .settings import ServeConfig
@@ -29,23 +30,6 @@ _CLOSE_SECONDS = 2  # for connections that have had their answer
 
 class ServeError(OSError):
     """The server cannot listen where it was told to."""
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's, which would collect headers without end."""
-
-    max_header_bytes = 64 << 10
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._header_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > self.max_header_bytes + 4096:  # up to there the door answers
-            self.transport.close()
-            return
-        super().on_header(name, value)
 
 
 class Server(uvicorn.Server):
@@ -74,6 +58,7 @@ def serve(
     if settings.otlp_endpoint is not None:
         traced, flush = exporting(settings.otlp_endpoint, version)
     listener = bind(settings)
+    keep_large_blocks_apart()
     _log_as_json()
     names = [f.name for f in dataclasses.fields(config) if f.name != "model"]
     options = {name: getattr(config, name) for name in names}

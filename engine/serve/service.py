@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from ..async_llm import AsyncLLM, EngineInfo
+from ..async_llm import AsyncLLM, EngineInfo, OutputStream, Push
 from ..core.request import RequestOutput, SamplingParams
 from ..receipts import ReceiptError
 from .dialect import Dialect
@@ -57,6 +57,7 @@ class Work:
     request_id: str | None = None
     form_field: str = "response_format"  # what the request calls params.structured
     final_only: bool = False  # nobody reads before the end
+    push: Push | None = None  # AsyncLLM.generate()'s
     embed: bool = False
 
     @property
@@ -155,8 +156,9 @@ class Service:
             embed=work.embed,
             tenant=work.caller.name,
             weight=work.caller.weight,
+            push=work.push,
         )
-        deadline = _Deadline(llm, request_id, timeout_ms)
+        deadline = _Deadline(llm, stream, timeout_ms)
         self._live.add(request_id)
         self._idle.clear()
         started = time.monotonic()
@@ -170,6 +172,8 @@ class Service:
         finally:
             deadline.cancel()
             await stream.aclose()
+            if last is None or not last.finished:
+                last = stream.so_far()
             self._live.discard(request_id)
             if not self._live:
                 self._idle.set()
@@ -197,9 +201,9 @@ class Service:
 class _Deadline:
     """Aborts a request when its time is over, and gives that end its own finish reason."""
 
-    def __init__(self, llm: AsyncLLM, request_id: str, timeout_ms: int | None) -> None:
+    def __init__(self, llm: AsyncLLM, stream: OutputStream, timeout_ms: int | None) -> None:
         self._llm = llm
-        self._request_id = request_id
+        self._stream = stream
         self.late = False
         self._timer = None
         if timeout_ms is not None:
@@ -222,10 +226,11 @@ class _Deadline:
 
     def _expire(self) -> None:
         self.late = True
+        self._stream.push_no_more()
         self._abort()
 
     def _abort(self) -> None:
-        self._llm.client.abort(self._request_id)
+        self._llm.client.abort(self._stream.request_id)
 
 
 def _raise_failure(output: RequestOutput) -> None:

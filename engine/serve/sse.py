@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 _encoder = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
+# In an ASGI scope's extensions: {PIPE: {CONNECTION: a Connection}}.
+PIPE, CONNECTION = "engineroom.pipe", "connection"
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+)
 _Result = TypeVar("_Result")
 
 
@@ -49,6 +57,49 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
         await _cancel(leaving)
 
 
+class Connection(Protocol):
+    """What a server offers of the connection that an answer goes to."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def write(self, part: bytes) -> None: ...
+
+
+class Pipe:
+    """From a stream's source straight to its connection, without a turn of the stream's task.
+
+    It is open once the answer has begun, on a server that offers it in the ASGI scope (ours does:
+    connection.py); elsewhere it never is, and everything goes through `send`.
+    """
+
+    _connection: Connection | None = None
+
+    def connect(self, scope: Scope) -> None:
+        self._connection = scope.get("extensions", {}).get(PIPE, {}).get(CONNECTION)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether write() may be called; False while the client reads too slowly."""
+        return self._connection is not None and self._connection.is_open
+
+    def write(self, part: bytes) -> None:
+        """Send a part of the body now. Only while the stream's task waits for its source."""
+        assert self._connection is not None  # ours: is_open was asked
+        self._connection.write(part)
+
+
+class Frame:
+    """An event that is always the same but for one text."""
+
+    def __init__(self, made: Callable[[str], bytes]) -> None:
+        """`made` gives the event of a text."""
+        mark = secrets.token_hex(16)
+        self._head, self._tail = made(mark).split(_encoder.encode(mark))
+
+    def of(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._head, _encoder.encode(text), self._tail)
+
+
 class EventStream:
     """An ASGI response of events, whose source is closed as soon as nobody reads any more.
 
@@ -64,22 +115,16 @@ class EventStream:
         first: bytes,
         events: AsyncGenerator[bytes, None],
         failure: Callable[[Exception], bytes],
-        headers: dict[str, str] | None = None,
+        pipe: Pipe | None = None,
     ) -> None:
         self._first = first
         self._events = events
         self._failure = failure
-        self._headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-store",
-            "x-accel-buffering": "no",
-            **(headers or {}),
-        }
+        self._pipe = pipe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        sending = asyncio.ensure_future(self._send(send))
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
+        sending = asyncio.ensure_future(self._send(scope, send))
         leaving = asyncio.ensure_future(gone(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -90,9 +135,11 @@ class EventStream:
             await _cancel(leaving)
             await self._events.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         try:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            if self._pipe is not None:
+                self._pipe.connect(scope)
             async for part in self._events:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as error:
@@ -112,8 +159,11 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 __all__ = [
     "DONE",
+    "Connection",
     "Disconnected",
     "EventStream",
+    "Frame",
+    "Pipe",
     "dump",
     "event",
     "gone",

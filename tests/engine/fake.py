@@ -27,6 +27,7 @@ from engineroom.engine.core.cost import Cost
 from engineroom.engine.core.request import (
     AdmissionError,
     CompletionOutput,
+    Growth,
     Logprob,
     ParameterError,
     RequestOutput,
@@ -86,6 +87,7 @@ class _Live:
     params: SamplingParams
     output: RequestOutput
     final_only: bool = False
+    growths: bool = False
     embed: bool = False
     aborted: bool = False
     script: bytes | None = None
@@ -106,6 +108,7 @@ class FakeEngine:
         self._pace = pace
         self._weights: dict[str, float] = {}
         self._live: dict[str, _Live] = {}
+        self._growths: list[Growth] = []
 
     @property
     def has_work(self) -> bool:
@@ -139,6 +142,7 @@ class FakeEngine:
         priority: int = 0,
         cache_salt: bytes = b"",
         final_only: bool = False,
+        growths: bool = False,
         embed: bool = False,
         tenant: str = "",
         weight: float = 1.0,
@@ -197,6 +201,7 @@ class FakeEngine:
             ),
             script=_script(ids, params),
             final_only=final_only or embed,
+            growths=growths and params.n == 1 and params.logprobs is params.prompt_logprobs is None,
             embed=embed,
         )
         return SimpleNamespace(displaced=displaced)
@@ -210,12 +215,20 @@ class FakeEngine:
             if not request.aborted:
                 self._misfortune(rid, request)
             if rid in self._live:
-                request.output = self._advance(request)
+                old, request.output = request.output, self._advance(request)
+                if request.growths and old.outputs[0].token_ids and not request.output.finished:
+                    ids = request.output.outputs[0].token_ids[len(old.outputs[0].token_ids) :]
+                    self._growths.append(Growth(rid, ids, request.output.deltas[0]))
+                    continue
                 if request.output.finished or not request.final_only:
                     outputs.append(request.output)
                 if request.output.finished:
                     del self._live[rid]
         return outputs
+
+    def take_growths(self) -> list[Growth]:
+        taken, self._growths = self._growths, []
+        return taken
 
     def abort(self, request_id: str) -> bool:
         request = self._live.get(request_id)

@@ -31,6 +31,7 @@ class Running:
     service: Service
     port: int
     stop: Callable[[], None]
+    loop: asyncio.AbstractEventLoop
 
     @property
     def url(self) -> str:
@@ -78,7 +79,7 @@ def start(
         thread.join(15)
         assert not thread.is_alive(), "the server did not end"
 
-    running = Running(service, listener.getsockname()[1], stop)
+    running = Running(service, listener.getsockname()[1], stop, loop)
     if wait:
         running.wait_until(lambda: service.keeper.is_ready)
     return running

@@ -44,7 +44,7 @@ class _Layout:
             for offset in wanted
         )
         self._tables = _BlockTables(roster)
-        self._block_size = np.int32(block_size)
+        self._block_size = block_size
         self.slot = self._slots()  # [T]
 
     @property
@@ -54,26 +54,27 @@ class _Layout:
     def _slots(self) -> np.ndarray:
         """Where in the cache each position lies, by tables that may have grown."""
         self._tables.grow()
-        block, offset = np.divmod(self.positions, self._block_size)
-        slots: np.ndarray = self.block_table[self.owner, block] * self._block_size + offset
+        size = np.int32(self._block_size)
+        block, offset = np.divmod(self.positions, size)
+        slots: np.ndarray = self.block_table[self.owner, block] * size + offset
         return slots
 
     def leads_to(self, plan: StepPlan) -> bool:
         """Whether the plan is the one behind, of the same roster."""
         return plan.roster is self.roster and plan.step_id == self.step_id + 1
 
-    def go_on(self, turned: Sequence[int] | None) -> None:
-        """To the roster's next step; see StepPlan.turned."""
+    def go_on(self, plan: StepPlan) -> None:
+        """To the roster's next step."""
         self.step_id += 1
         self.seq_len = self.seq_len + self.counts
         self.positions = self.positions + self.strides
-        if turned is None:
+        if plan.turned is None:
             self.slot = self._slots()
             return
         self.slot = self.slot + self.strides
-        for place in turned:
-            block = self._tables.last_block(place, self.positions[place] // self._block_size)
-            self.slot[place] = block * self._block_size
+        size = self._block_size
+        for place in plan.turned:
+            self.slot[place] = size * self._tables.at(place, plan.starts[place] // size)
 
 
 class StepInputsBuilder:
@@ -91,7 +92,7 @@ class StepInputsBuilder:
         """
         layout = self._layout
         if layout is not None and layout.leads_to(plan):
-            layout.go_on(plan.turned)
+            layout.go_on(plan)
         else:
             layout = self._layout = _Layout(plan, self._block_size)
         if before is not None and plan.turned is not None:  # each is its own row's of `before`
@@ -136,8 +137,8 @@ class _BlockTables:
             if len(table) > self._lengths[place]:
                 self._take(place, table)
 
-    def last_block(self, place: int, index: int) -> int:
-        """The table's entry, where it may have grown up to it."""
+    def at(self, place: int, index: int) -> int:
+        """An entry of a table that may have grown."""
         table = self._tables[place]
         if len(table) > self._lengths[place]:
             self._take(place, table)

@@ -47,6 +47,17 @@ class Execution(NamedTuple):
 class Flight:
     """A step on its way: launched, then sampled, then answered. The runner fills it in."""
 
+    __slots__ = (
+        "build_s",
+        "execution",
+        "launched",
+        "logits",
+        "plan",
+        "rows",
+        "sampling",
+        "step",
+    )
+
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
         self.execution: Execution | None = None  # its answer, once there

@@ -316,8 +316,9 @@ class StepProgram:
         block_table: NDArray[np.int32],
         slot: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """Logits [R, V] in the program's own memory, overwritten by the next run.
+    ) -> NDArray[np.float32] | None:
+        """Logits [R, V] in the program's own memory, overwritten by the next run; None where they
+        lie where the last run's lay.
 
         Errors: ValueError for ids, rows, slots or blocks outside of what there is.
         """

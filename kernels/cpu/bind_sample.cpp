@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "bindings.hpp"
 #include "counter.hpp"
@@ -47,7 +49,7 @@ void require_logits(const LogitRows &logits, const RowSampler &sampler) {
 class Parameters {
     template <class Array>
     auto keep(const Array &array) {
-        kept_.append(nb::cast(array));
+        kept_.push_back(std::make_shared<Array>(array));
         return array.data();
     }
 
@@ -95,7 +97,7 @@ class Parameters {
 
   private:
     SampleRows rows_;
-    nb::list kept_;
+    std::vector<std::shared_ptr<void>> kept_;
 };
 
 void run(RowSampler &sampler, LogitRows logits, const Parameters &parameters,

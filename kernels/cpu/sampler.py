@@ -57,15 +57,14 @@ class CpuSampler:
         outside what it points into; TypeError for parameters of other dtypes than SamplingInputs
         states.
         """
-        x = self._array(logits)
         bound = self._bound
-        if bound is None or rows.lasting is not bound.rows or len(x) != bound.count:
+        if bound is None or rows.lasting is not bound.rows or logits is not bound.logits:
+            x = self._array(logits)
             sampling.check_rows(rows, *x.shape)
-            bound = _Bound(rows)
-            self._bound = bound if rows.lasting is not None else None
+            bound = self._bound = _Bound(rows, logits, x)
         result = bound.room()
         self._native.run(
-            x,
+            bound.x,
             bound.parameters,
             np.ascontiguousarray(rows.position),
             result.tokens,
@@ -98,20 +97,21 @@ class CpuSampler:
 
 
 class _Bound:
-    """Rows' parameters as the native program takes them, and room for its answers."""
+    """Logits and rows' parameters, checked, and room for the answers."""
 
-    def __init__(self, rows: SamplingInputs) -> None:
-        self.rows = rows.lasting
+    def __init__(self, rows: SamplingInputs, logits: Logits, x: np.ndarray) -> None:
+        self.logits, self.x = logits, x
+        self.rows = rows.lasting or self  # nobody's
         self.count = rows.num_rows
         self.parameters = SampleParameters(
             **{name: np.ascontiguousarray(getattr(rows, name)) for name in _LASTING}
         )
         most = int(rows.num_logprobs.max(initial=-1))
         self._width = max(0, most)
-        # Where nobody wants any, what there is to say of logprobs is the same each time.
         self._same = None if most >= 0 else self._logprobs()
 
     def room(self) -> SampleResult:
+        """For one answer; what it says of logprobs, where nobody wants any, is the same each time."""
         tokens = np.empty(self.count, dtype=np.int32)
         return SampleResult(tokens, *(self._same or self._logprobs()))
 

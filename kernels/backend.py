@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -125,6 +125,9 @@ class SamplingInputs:
     mask_row: np.ndarray  # [R] i32   row of mask_table; row 0 = everything allowed
     mask_table: np.ndarray  # [M, ceil(V/32)] u32   bit set = allowed
 
+    # Whose at() made them, as good as every array but the position; None: nobody's.
+    lasting: ClassVar[SamplingInputs | None] = None
+
     @property
     def num_rows(self) -> int:
         return len(self.temperature)
@@ -132,7 +135,7 @@ class SamplingInputs:
     def at(self, position: np.ndarray) -> SamplingInputs:
         """The same rows at another `position`; all other arrays are shared."""
         rows = object.__new__(SamplingInputs)  # the constructor would set every field anew
-        rows.__dict__.update(self.__dict__, position=position)
+        rows.__dict__.update(self.__dict__, position=position, lasting=self)
         return rows
 
 

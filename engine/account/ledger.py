@@ -19,6 +19,7 @@ _KWH = 3.6e15  # nanojoules
 _HOUR = 3.6e12  # nanoseconds
 
 
+_AT_ONCE = 64  # steps whose sums are made together
 _ONE = 64  # binary places that the price of a unit of work is kept to
 
 
@@ -137,6 +138,8 @@ class Ledger:
         self._start = self._energy = self._paused_energy = meter.read()
         self._time = self._paused_time = clock_ns()
         self._idle = 0  # nanojoules
+        # Steps of the tab's roster that are not on it yet: nanojoules, nanoseconds, seconds run.
+        self._new: list[tuple[int, int, float]] = []
         self._tab = _Tab(StepPlan(0, Roster((), (), ()), (), ()))
         self._groups: Mapping[str, OutputGroup] = {}
 
@@ -179,11 +182,21 @@ class Ledger:
             self._settle()
             self._tab = _Tab(plan)
         self._groups = groups
-        positions = self._tab.add(joules, spent, self._rates.rates)
-        self._rates.note(plan.num_tokens, positions, seconds)
+        self._new.append((joules, spent, seconds))
+        if len(self._new) == _AT_ONCE:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Put the latest steps on the tab, each by the rates that the ones before it tell."""
+        tab, rates = self._tab, self._rates
+        new, self._new = self._new, []
+        for joules, spent, seconds in new:
+            positions = tab.add(joules, spent, rates.rates)
+            rates.note(tab.roster.num_tokens, positions, seconds)
 
     def _settle(self) -> None:
         """Share out what is on the account of the latest steps."""
+        self._sum_up()
         if not self._tab.pending:
             return
         for request, joules, spent in self._tab.settle():

@@ -97,6 +97,10 @@ class Roster:
         return sum([len(share.targets) for share in self.shares])
 
     @cached_property
+    def only_decodes(self) -> bool:
+        return all(share is DECODE for share in self.shares)
+
+    @cached_property
     def log_entries(self) -> tuple[tuple[str, int, int, str], ...]:
         """StepRecord.requests of its steps."""
         return tuple(
@@ -124,7 +128,8 @@ class StepPlan:
     """What one step computes: tokens [starts[i], starts[i] + share) of the roster's request i.
 
     `token_ids` are those of all its requests, one behind the other; `preempted` lost their blocks
-    for it.
+    for it. `turned`: the places of those whose tokens begin a block, while all decode and no other
+    table has grown since the plan before; None: not known.
     """
 
     step_id: int
@@ -132,6 +137,7 @@ class StepPlan:
     starts: Sequence[int]
     token_ids: Sequence[int]
     preempted: tuple[Request, ...] = ()
+    turned: Sequence[int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -163,7 +169,11 @@ class StepPlan:
             tuple([roster.tables[place] for place in places]),
         )
         return replace(
-            self, roster=chosen, starts=[self.starts[place] for place in places], token_ids=tokens
+            self,
+            roster=chosen,
+            starts=[self.starts[place] for place in places],
+            token_ids=tokens,
+            turned=None,
         )
 
 

@@ -24,6 +24,7 @@ from .limits import SchedulerConfig
 from .plan import DECODE, PENDING, SAMPLE, Roster, Share, StepPlan
 from .queues import Waiting, insert_in_order
 from .request import Request
+from .stretch import Stretch
 
 __all__ = ["Planner"]
 
@@ -65,9 +66,16 @@ class Planner:
         self._clock = clock
         self._num_steps = 0
         self._roster: Roster | None = None  # the last plan's, while nobody was preempted since
+        self.stretch: Stretch | None = None  # while it lasts, every plan is its next step
 
     def plan(self) -> StepPlan | None:
         """The next step; None when nothing can run before a commit, an arrival or a release."""
+        stretch = self.stretch or self._begin_stretch()
+        if stretch is not None:
+            plan = self._go_on(stretch)
+            if plan is not None:
+                return plan
+            self.end_stretch()
         config = self._config
         draft = _Draft(config.max_num_batched_tokens, config.max_prompt_logprob_rows)
         running, block_size = self._running, config.block_size
@@ -96,6 +104,58 @@ class Planner:
         while draft.admits and draft.budget and self._admit(draft, index):
             index += 1
         return self._finish(draft)
+
+    def _begin_stretch(self) -> Stretch | None:
+        """A stretch of the last plan's roster, if the next steps can be one."""
+        roster = self._roster
+        if (
+            roster is None
+            or not roster.only_decodes
+            or self._somebody_comes()
+            or self._running != list(roster.requests)
+            or not all(request.decodes for request in roster.requests)
+        ):
+            return None
+        left = min([request.max_length - request.num_scheduled for request in roster.requests])
+        if left <= 2:  # somebody samples its last token in the next step, or in the one in flight
+            return None
+        self.stretch = Stretch(roster, self._config.block_size)
+        return self.stretch
+
+    def _go_on(self, stretch: Stretch) -> StepPlan | None:
+        """The stretch's next step; None where it is none."""
+        step, roster = stretch.planned, stretch.roster
+        if step >= stretch.end or self._somebody_comes():
+            return None
+        turned = stretch.turn(step)
+        for place in turned:
+            request = roster.requests[place]
+            need = self._blocks.blocks_for(stretch.starts[place] + step + 1)
+            if need > len(request.block_ids):
+                new = self._blocks.acquire((), need - len(request.block_ids))
+                if new is None:
+                    return None
+                request.block_ids += new
+        tokens = stretch.next_tokens()
+        stretch.planned += 1
+        step_id = self._num_steps
+        self._num_steps += 1
+        starts = tuple([start + step for start in stretch.starts])
+        return StepPlan(step_id, roster, starts, tokens, (), turned)
+
+    def end_stretch(self) -> None:
+        """Before a request is looked at by itself."""
+        stretch, self.stretch = self.stretch, None
+        if stretch is not None:
+            stretch.close()
+
+    def _somebody_comes(self) -> bool:
+        """Whether anybody who waits might be admitted."""
+        waiting, running = self._waiting, self._running
+        if not len(waiting):
+            return False
+        full = len(running) >= self._config.max_num_seqs
+        return not full or waiting.priority < running[-1].priority
 
     def _finish(self, draft: _Draft) -> StepPlan | None:
         if not draft.taken:

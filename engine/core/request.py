@@ -12,6 +12,7 @@ from .blocks import KeyChain
 from .cost import Cost
 from .form import FREE, Form
 from .parameter import ParameterError
+from .plan import PENDING
 from .sampling_params import SamplingParams
 from .steplog import Timeline
 from .structured import StructuredOutput
@@ -104,6 +105,7 @@ class _EveryStep:
         "state",
         "stop_ids",
         "token_ids",
+        "unread",
     )
 
 
@@ -250,6 +252,8 @@ class Request(_EveryStep):
             and params.prompt_logprobs is None
             and params.num_samples == params.n  # others are ranked by their logprobs
         )
+        # Nobody asks for its tokens before its end, the sampling program's parameters included.
+        self.unread = self.quiet and not params.reads_output
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0
@@ -297,6 +301,26 @@ class Request(_EveryStep):
             del self.token_ids[-self.num_pending :]
             self.num_pending = 0
         self.timeline.close(now)
+
+    def plan_token(self) -> None:
+        """One step more, now planned, computes its last token and samples the one behind."""
+        self.in_flight += 1
+        self.num_scheduled += 1
+        self.token_ids.append(PENDING)
+        self.num_pending += 1
+
+    def unplan(self, num_steps: int) -> None:
+        """Those steps, its last ones in flight, have not been planned after all."""
+        del self.token_ids[-num_steps:]
+        self.num_pending -= num_steps
+        self.num_scheduled -= num_steps
+        self.in_flight -= num_steps
+
+    def advance(self, token_ids: list[int]) -> None:
+        """So many steps, not planned for it one by one, each computed a token and sampled one."""
+        self.token_ids += token_ids
+        self.num_computed += len(token_ids)
+        self.num_scheduled = self.num_computed
 
     def place(self, token_id: int) -> None:
         """The oldest of the tokens still being sampled is known now."""

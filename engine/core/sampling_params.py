@@ -168,6 +168,21 @@ class SamplingParams:
         return self.best_of or self.n
 
     @property
+    def reads_output(self) -> bool:
+        """Whether choosing a token takes the tokens before it, or how many there are."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.dry_multiplier
+            or self.no_repeat_ngram_size
+            or self.bad_words
+            or self.min_tokens
+            or self.structured
+            or self.logits_processor
+        )
+
+    @property
     def replayable(self) -> bool:
         """Whether these parameters with a seed tell the output; a Python callback hides it."""
         return self.logits_processor is None

@@ -16,6 +16,7 @@ from .plan import DECODE, Share, StepOutcome, StepPlan, TokenLogprob
 from .planner import Planner
 from .queues import Waiting, index_of
 from .request import AdmissionError, FinishReason, Request, RequestState
+from .stretch import Stretch
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -183,6 +184,7 @@ class Scheduler:
         return plan
 
     def _charge_running(self) -> None:
+        self._planner.end_stretch()
         for request in self._running:
             request.settle_account()
 
@@ -205,6 +207,12 @@ class Scheduler:
         self._in_flight.popleft()
         now = self._clock()
         updates = self.drain_finished()
+        stretch = self._planner.stretch
+        if stretch is not None:
+            if _is_plain(outcome, stretch):
+                updates += self._take(stretch, outcome, now)
+                return updates
+            self._planner.end_stretch()
         token_ids, logprobs, errors = outcome.token_ids, outcome.logprobs, outcome.errors
         block_size, parked = self.config.block_size, self._parked
         end = num_quiet = 0  # logit rows of those so far; tokens that changed nothing else
@@ -245,6 +253,21 @@ class Scheduler:
         self.num_generated_tokens += num_quiet
         return updates
 
+    def _take(self, stretch: Stretch, outcome: StepOutcome, now: float) -> list[Update]:
+        """Commit a step of a stretch: each request has a token more, and few are looked at."""
+        requests = stretch.roster.requests
+        for place in stretch.take(outcome.token_ids):
+            self._publish(requests[place])
+        self.num_generated_tokens += len(requests)
+        updates = []
+        for place in stretch.read:
+            stretch.catch_up(place)
+            request, token = requests[place], outcome.token_ids[place]
+            update = self._tell(request, token, outcome.logprobs.get(place), (), now)
+            if update is not None:
+                updates.append(update)
+        return updates
+
     def _settle(
         self, request: Request, share: Share, outcome: StepOutcome, first: int, now: float
     ) -> Update | None:
@@ -277,8 +300,7 @@ class Scheduler:
         scored: tuple[TokenLogprob, ...],
         now: float,
     ) -> Update | None:
-        """One sampled token: put it in its place, make it text, end the request if it does."""
-        text = None if request.quiet else request.text
+        """One sampled token: put it in its place, and tell of it."""
         if token < 0:
             why = request.form.error or _NOTHING_ALLOWED
             return self._end(request, FinishReason.ERROR, now, scored=scored, error=why)
@@ -286,6 +308,18 @@ class Scheduler:
         self.num_generated_tokens += 1
         if not request.decodes:
             self._mark_decode(request, now)
+        return self._tell(request, token, logprob, scored, now)
+
+    def _tell(
+        self,
+        request: Request,
+        token: int,
+        logprob: TokenLogprob | None,
+        scored: tuple[TokenLogprob, ...],
+        now: float,
+    ) -> Update | None:
+        """Make text of the latest token, and end the request if it does."""
+        text = None if request.quiet else request.text
         logprobs: tuple[TokenLogprob, ...] = ()
         if logprob is not None:
             logprobs = (logprob,)
@@ -379,6 +413,7 @@ class Scheduler:
         silent: bool = False,
     ) -> Update:
         """The one way out: -> FINISHED, out of every queue, blocks returned (or left in flight)."""
+        self._planner.end_stretch()
         was_running = request.state is _RUNNING
         request.settle_account()
         if request.quiet:
@@ -462,6 +497,7 @@ class Scheduler:
 
         Errors: IntegrityError.
         """
+        self._planner.end_stretch()
         self.blocks.check_integrity(r.block_ids for r in (*self._running, *self._leaving))
         check_books(
             self.config,
@@ -475,6 +511,12 @@ class Scheduler:
             raise IntegrityError("the waiting are miscounted")
         if self.num_waiting != sum(account.num_waiting for account in self._shares):
             raise IntegrityError("the waiting of the tenants are miscounted")
+
+
+def _is_plain(outcome: StepOutcome, stretch: Stretch) -> bool:
+    """Whether the step brought each request a token that is no end by itself."""
+    token_ids = outcome.token_ids
+    return not outcome.errors and min(token_ids) >= 0 and stretch.stop_ids.isdisjoint(token_ids)
 
 
 def _has_not_run(request: Request) -> bool:

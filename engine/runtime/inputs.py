@@ -19,9 +19,10 @@ from ..core.request import Request, SamplingParams
 
 
 class _Layout:
-    """Where a roster's tokens and logit rows lie in the packed step; and its last step."""
+    """Where a roster's tokens and logit rows lie in the packed step; and its last step's places in
+    sequences and cache."""
 
-    def __init__(self, plan: StepPlan) -> None:
+    def __init__(self, plan: StepPlan, block_size: int) -> None:
         roster = plan.roster
         counts = np.array([share.num_tokens for share in roster.shares], dtype=np.int32)
         first = np.zeros(len(counts) + 1, dtype=np.int32)
@@ -42,49 +43,72 @@ class _Layout:
             for start, wanted in zip(first.tolist(), offsets, strict=False)
             for offset in wanted
         )
+        self._tables = _BlockTables(roster)
+        self._block_size = block_size
+        self.slot = self._slots()  # [T]
+
+    @property
+    def block_table(self) -> np.ndarray:
+        return self._tables.array
+
+    def _slots(self) -> np.ndarray:
+        """Where in the cache each position lies, by tables that may have grown."""
+        self._tables.grow()
+        size = np.int32(self._block_size)
+        block, offset = np.divmod(self.positions, size)
+        slots: np.ndarray = self.block_table[self.owner, block] * size + offset
+        return slots
 
     def leads_to(self, plan: StepPlan) -> bool:
         """Whether the plan is the one behind, of the same roster."""
         return plan.roster is self.roster and plan.step_id == self.step_id + 1
 
-    def go_on(self) -> None:
+    def go_on(self, plan: StepPlan) -> None:
         """To the roster's next step."""
         self.step_id += 1
         self.seq_len = self.seq_len + self.counts
         self.positions = self.positions + self.strides
+        if plan.turned is None:
+            self.slot = self._slots()
+            return
+        self.slot = self.slot + self.strides
+        size = self._block_size
+        for place in plan.turned:
+            self.slot[place] = size * self._tables.at(place, plan.starts[place] // size)
 
 
 class StepInputsBuilder:
     """Packs plans; remembers what the one before was laid out like, for the same roster again."""
 
     def __init__(self, block_size: int) -> None:
-        self._block_size = np.int32(block_size)
+        self._block_size = block_size
         self._layout: _Layout | None = None
-        self._tables = _BlockTables()
 
     def build(self, plan: StepPlan, before: StepPlan | None = None) -> StepInputs:
-        """The plan's tokens in order; shapes and meanings are StepInputs' own.
+        """The plan's tokens in order; shapes and meanings are StepInputs' own. The block table is
+        valid until the next call.
 
         `before` is the plan still in flight, if any, that samples the tokens not known yet.
         """
         layout = self._layout
         if layout is not None and layout.leads_to(plan):
-            layout.go_on()
+            layout.go_on(plan)
         else:
-            layout = self._layout = _Layout(plan)
-        token_ids = np.array(plan.token_ids, dtype=np.int32)
-        if before is not None:
-            _name_pending(token_ids, layout, before)
-        block_table = self._tables.of(plan.roster)
-        block, offset = np.divmod(layout.positions, self._block_size)
+            layout = self._layout = _Layout(plan, self._block_size)
+        if before is not None and plan.turned is not None:  # each is its own row's of `before`
+            token_ids = np.invert(layout.query_start[:-1])
+        else:
+            token_ids = np.array(plan.token_ids, dtype=np.int32)
+            if before is not None:
+                _name_pending(token_ids, layout, before)
         return StepInputs(
-            token_ids=token_ids,
-            positions=layout.positions,
-            query_start=layout.query_start,
-            seq_len=layout.seq_len,
-            block_table=block_table,
-            slot=block_table[layout.owner, block] * self._block_size + offset,
-            logit_rows=layout.logit_rows,
+            token_ids,
+            layout.positions,
+            layout.query_start,
+            layout.seq_len,
+            layout.block_table,
+            layout.slot,
+            layout.logit_rows,
         )
 
 
@@ -100,33 +124,34 @@ def _name_pending(token_ids: np.ndarray, layout: _Layout, before: StepPlan) -> N
 
 
 class _BlockTables:
-    """A roster's tables as one array. They only grow: while the same roster comes, what is there
-    stays, and what they grew by is added."""
+    """A roster's tables as one array. They only grow: what they grew by is added."""
 
-    def __init__(self) -> None:
-        self._roster: Roster | None = None
-        self._lengths: list[int] = []  # what the array holds of each
-        self._array = np.zeros((0, 0), dtype=np.int32)
+    def __init__(self, roster: Roster) -> None:
+        self._tables = roster.tables
+        self._lengths = [0] * len(roster.tables)  # what the array holds of each
+        self.array = np.zeros((len(roster.tables), 0), dtype=np.int32)  # zero behind a table's end
 
-    def of(self, roster: Roster) -> np.ndarray:
-        """[S, longest], zero behind a table's end; valid until the next call."""
-        tables = roster.tables
-        lengths = list(map(len, tables))
-        same = roster is self._roster
-        if same and lengths == self._lengths:
-            return self._array
-        known = self._lengths if same else [0] * len(tables)
-        width = max(lengths)
-        if not same or width > self._array.shape[1]:
-            wider = np.zeros((len(tables), width), dtype=np.int32)
-            if same:
-                wider[:, : self._array.shape[1]] = self._array
-            self._array = wider
-        for row, (table, first) in enumerate(zip(tables, known, strict=True)):
-            if first < len(table):
-                self._array[row, first : len(table)] = table[first:]
-        self._roster, self._lengths = roster, lengths
-        return self._array
+    def grow(self) -> None:
+        """Take in all that grew."""
+        for place, table in enumerate(self._tables):
+            if len(table) > self._lengths[place]:
+                self._take(place, table)
+
+    def at(self, place: int, index: int) -> int:
+        """An entry of a table that may have grown."""
+        table = self._tables[place]
+        if len(table) > self._lengths[place]:
+            self._take(place, table)
+        return table[index]
+
+    def _take(self, place: int, table: Sequence[int]) -> None:
+        width = self.array.shape[1]
+        if len(table) > width:
+            wider = np.zeros((len(self._tables), max(map(len, self._tables))), dtype=np.int32)
+            wider[:, :width] = self.array
+            self.array = wider
+        first, self._lengths[place] = self._lengths[place], len(table)
+        self.array[place, first : len(table)] = table[first:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +192,10 @@ class SamplingInputsBuilder:
         constants = self._constants
         if constants is None or constants.roster is not plan.roster:
             constants = self._constants = self._constants_of(plan.roster)
-        position = (step.positions[step.logit_rows] + 1).view(np.uint32)
+        if plan.turned is None:
+            position = step.positions[step.logit_rows] + 1
+        else:
+            position = step.seq_len
         changing: dict[str, np.ndarray] = {}
         if self._seen:
             changing |= self._history(constants.rows)
@@ -178,8 +206,10 @@ class SamplingInputsBuilder:
         if constants.forms:
             changing["mask_table"] = self._form_masks(constants)
         if not changing:
-            return constants.inputs.at(position)
-        return dataclasses.replace(constants.inputs, position=position, **changing)
+            return constants.inputs.at(position.view(np.uint32))
+        return dataclasses.replace(
+            constants.inputs, position=position.view(np.uint32), **changing
+        )
 
     def _constants_of(self, roster: Roster) -> _Constants:
         targets = [share.targets for share in roster.shares]

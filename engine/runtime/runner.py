@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,13 +29,13 @@ from ..core.plan import Roster, StepOutcome, StepPlan, TokenLogprob
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
 from .pooling import Pooling
 
+_NONE: Mapping[int, TokenLogprob] = MappingProxyType({})
 RESAMPLES = 4  # of a token that its request's form refuses; then the form chooses
 # Called with a request's first row position and its full-vocabulary logprobs [rows, V].
 LogprobObserver = Callable[[int, np.ndarray], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
+class Execution(NamedTuple):
     """A step's answer and where its time went, in seconds: building its inputs, and from its launch
     (or the answer of the step before, where that came later) to its own answer."""
 
@@ -46,10 +47,20 @@ class Execution:
 class Flight:
     """A step on its way: launched, then sampled, then answered. The runner fills it in."""
 
+    __slots__ = (
+        "build_s",
+        "execution",
+        "launched",
+        "logits",
+        "plan",
+        "rows",
+        "sampling",
+        "step",
+    )
+
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
         self.execution: Execution | None = None  # its answer, once there
-        self.tokens = np.zeros(plan.num_logit_rows, dtype=np.int32)  # then too; 0 where it failed
         self.sampling: Sampling | None = None  # where the sampling program was launched
         self.step: StepInputs
         self.rows: SamplingInputs | None = None
@@ -134,9 +145,9 @@ class Runner:
         if before.sampling is not None and before.execution is None:
             return replace(step, sampled=before.sampling.tokens)
         if before.plan.num_logit_rows:  # the host samples, from logits that the next step replaces
-            self.answer(before)
-        late = step.token_ids < 0
-        step.token_ids[late] = before.tokens[-1 - step.token_ids[late]]
+            sampled = np.maximum(self.answer(before).outcome.token_ids, 0)  # FAILED: it has ended
+            late = step.token_ids < 0
+            step.token_ids[late] = sampled[-1 - step.token_ids[late]]
         return step
 
     def sample(self, flight: Flight) -> None:
@@ -193,10 +204,10 @@ class Runner:
             logits.wait()
             return StepOutcome(())
         errors: dict[int, str] = {}
+        host = self._by_host(plan)
         if flight.sampling is not None:
             result = flight.sampling.result()
         else:
-            host = self._by_host(plan)
             if host.processors:
                 logits = self._process(host, logits, errors)
             result = self._sampler.run(logits, rows)
@@ -206,9 +217,10 @@ class Runner:
                 result = self._sampler.run(logits, rows)
             if self.observers:
                 self._observe(plan, logits)
-        flight.tokens = np.maximum(result.tokens, 0)  # FAILED: the row's request ends
         tokens = result.tokens.tolist()
-        return StepOutcome(tokens, _logprobs(tokens, result, rows.num_logprobs), errors)
+        if host.wants_logprobs:
+            return StepOutcome(tokens, _logprobs(tokens, result, rows.num_logprobs), errors)
+        return StepOutcome(tokens, _NONE, errors)
 
     def _process(self, host: _ByHost, logits, errors: dict[int, str]):  # type: ignore[no-untyped-def]
         """Apply the library face's Python logits processors to their own rows."""
@@ -251,6 +263,12 @@ class _ByHost:
             if (process := request.params.logits_processor) is not None
         ]
         self.forms = [(request, row) for _, request, row in sampling if request.form is not FREE]
+        self.wants_logprobs = any(
+            request.params.logprobs is not None
+            or request.params.prompt_logprobs is not None
+            or request.params.best_of is not None
+            for request in roster.requests
+        )
 
 
 def _refuse_unsettled(

@@ -92,13 +92,15 @@ def quantise(
     or sizes that do not match; TypeError for arrays of another dtype, rank or layout.
     """
 
-class RowSampler:
-    """The sampling program of `kernels/sampling.py` for one vocabulary size, with its threads."""
+class SampleParameters:
+    """What `SamplingInputs` says of R rows but their position, checked by
+    `kernels.sampling.check_rows`; the arrays are kept, not copied.
 
-    def __init__(self, vocab_size: int, pool: Pool) -> None: ...
-    def run(
+    Errors: ValueError for lengths that do not fit R, TypeError for another dtype, rank or layout.
+    """
+
+    def __init__(
         self,
-        logits: NDArray[np.float32],
         *,
         temperature: NDArray[np.float32],
         top_k: NDArray[np.int32],
@@ -113,7 +115,6 @@ class RowSampler:
         frequency_penalty: NDArray[np.float32],
         seed: NDArray[np.uint64],
         sample_index: NDArray[np.uint32],
-        position: NDArray[np.uint32],
         target: NDArray[np.int32],
         num_logprobs: NDArray[np.int32],
         history_start: NDArray[np.int32],
@@ -126,6 +127,17 @@ class RowSampler:
         ban_ids: NDArray[np.int32],
         mask_row: NDArray[np.int32],
         mask_table: NDArray[np.uint32],
+    ) -> None: ...
+
+class RowSampler:
+    """The sampling program of `kernels/sampling.py` for one vocabulary size, with its threads."""
+
+    def __init__(self, vocab_size: int, pool: Pool) -> None: ...
+    def run(
+        self,
+        logits: NDArray[np.float32],
+        parameters: SampleParameters,
+        position: NDArray[np.uint32],
         tokens: NDArray[np.int32],
         logprobs: NDArray[np.float32],
         ranks: NDArray[np.int32],
@@ -134,8 +146,8 @@ class RowSampler:
     ) -> None:
         """Answer each row of `logits` [R, V] into the last five arrays, without the GIL.
 
-        The others are those of `SamplingInputs`, checked by `kernels.sampling.check_rows`. Errors:
-        ValueError for lengths that do not fit R, TypeError for another dtype, rank or layout.
+        Errors: ValueError for lengths that do not fit R, TypeError for another dtype, rank or
+        layout.
         """
 
     def log_softmax(self, logits: NDArray[np.float32], out: NDArray[np.float32]) -> None:
@@ -304,8 +316,9 @@ class StepProgram:
         block_table: NDArray[np.int32],
         slot: NDArray[np.int32],
         logit_rows: NDArray[np.int32],
-    ) -> NDArray[np.float32]:
-        """Logits [R, V] in the program's own memory, overwritten by the next run.
+    ) -> NDArray[np.float32] | None:
+        """Logits [R, V] in the program's own memory, overwritten by the next run; None where they
+        lie where the last run's lay.
 
         Errors: ValueError for ids, rows, slots or blocks outside of what there is.
         """

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
 from ..program import Program
 from ..weights import BF16, FP8, FP8_128, RawWeight, WeightGroup
@@ -323,6 +325,7 @@ class CpuExecutable:
 
     def __init__(self, native: Any) -> None:
         self._native = native
+        self._logits = CpuLogits(np.empty((0, 0), dtype=np.float32))  # the last step's
 
     @property
     def workspace_bytes(self) -> int:
@@ -331,14 +334,15 @@ class CpuExecutable:
 
     def run(self, step: StepInputs) -> CpuLogits:
         """Compute one step. Errors: ValueError for ids, slots or blocks that do not exist."""
-        return CpuLogits(
-            self._native.run(
-                step.token_ids,
-                step.positions,
-                step.query_start,
-                step.seq_len,
-                step.block_table,
-                step.slot,
-                step.logit_rows,
-            )
+        logits = self._native.run(
+            step.token_ids,
+            step.positions,
+            step.query_start,
+            step.seq_len,
+            step.block_table,
+            step.slot,
+            step.logit_rows,
         )
+        if logits is not None:
+            self._logits = CpuLogits(logits)
+        return self._logits

@@ -256,9 +256,9 @@ class BoundProgram {
                                                     dtype_of(dtype)));
     }
 
-    nb::ndarray<nb::numpy, float, nb::ndim<2>> run(Ints token_ids, Ints positions, Ints query_start,
-                                                   Ints seq_len, Table block_table, Ints slot,
-                                                   Ints logit_rows) {
+    // The result's rows; None where they lie where the last run's lay.
+    nb::object run(Ints token_ids, Ints positions, Ints query_start, Ints seq_len,
+                   Table block_table, Ints slot, Ints logit_rows) {
         StepView step;
         step.num_tokens = static_cast<int>(token_ids.shape(0));
         step.num_sequences = static_cast<int>(seq_len.shape(0));
@@ -280,10 +280,13 @@ class BoundProgram {
             nb::gil_scoped_release unlocked;
             result = program_.run(step);
         }
-        const std::size_t shape[2] = {logit_rows.shape(0),
-                                      static_cast<std::size_t>(program_.result_width())};
-        return nb::ndarray<nb::numpy, float, nb::ndim<2>>(const_cast<float *>(result), 2, shape,
-                                                          nb::find(*this));
+        const std::size_t rows = logit_rows.shape(0);
+        if (result == logits_at_ && rows == num_logits_) return nb::none();
+        logits_at_ = result;
+        num_logits_ = rows;
+        const std::size_t shape[2] = {rows, static_cast<std::size_t>(program_.result_width())};
+        return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(const_cast<float *>(result), 2,
+                                                                   shape, nb::find(*this)));
     }
 
     std::size_t workspace_bytes() const { return program_.workspace_bytes(); }
@@ -323,6 +326,8 @@ class BoundProgram {
     std::shared_ptr<KVCache> cache_;
     StepProgram program_;
     nb::list kept_;
+    const float *logits_at_ = nullptr;  // of the last run
+    std::size_t num_logits_ = static_cast<std::size_t>(-1);
 };
 
 // Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most. top_k of

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
-from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
 
 from .. import sampling
 from ..backend import Logits, SampleResult, SamplingInputs
-from ._native import Pool, RowSampler
+from ._native import Pool, RowSampler, SampleParameters
 
-# The native program takes the parameters by the names they have in SamplingInputs.
-_PARAMETERS = tuple(field.name for field in fields(SamplingInputs))
-# All but the position stay the same arrays from step to step, while the same rows are asked for.
-_LASTING = tuple(name for name in _PARAMETERS if name != "position")
-_lasting = attrgetter(*_LASTING)
+# The native program takes the parameters by the names they have in SamplingInputs; all but the
+# position stay from step to step, while the same rows are asked for.
+_LASTING = tuple(field.name for field in fields(SamplingInputs) if field.name != "position")
 
 
 class CpuLogits:
@@ -52,9 +48,7 @@ class CpuSampler:
         self.vocab_size = vocab_size
         pool = Pool(threads) if isinstance(threads, int) else threads
         self._native = RowSampler(vocab_size, pool)
-        self._known: tuple[Any, ...] = (None,) * len(_LASTING)  # what was checked last
-        self._ready: Mapping[str, np.ndarray] = {}
-        self._width = 0  # of the top logprobs that they ask for
+        self._bound: _Bound | None = None  # what was run last, of rows that last
 
     def run(self, logits: Logits, rows: SamplingInputs) -> SampleResult:
         """Tokens and logprobs of R rows; see SampleResult.
@@ -63,38 +57,23 @@ class CpuSampler:
         outside what it points into; TypeError for parameters of other dtypes than SamplingInputs
         states.
         """
-        x = self._array(logits)
-        count, width = len(x), self._make_ready(rows, x)
-        result = SampleResult(
-            tokens=np.empty(count, dtype=np.int32),
-            logprobs=np.empty(count, dtype=np.float32),
-            ranks=np.empty(count, dtype=np.int32),
-            top_ids=np.empty((count, width), dtype=np.int32),
-            top_logprobs=np.empty((count, width), dtype=np.float32),
-        )
+        bound = self._bound
+        if bound is None or rows.lasting is not bound.rows or logits is not bound.logits:
+            x = self._array(logits)
+            sampling.check_rows(rows, *x.shape)
+            bound = self._bound = _Bound(rows, logits, x)
+        result = bound.room()
         self._native.run(
-            x,
-            **self._ready,
-            position=np.ascontiguousarray(rows.position),
-            tokens=result.tokens,
-            logprobs=result.logprobs,
-            ranks=result.ranks,
-            top_ids=result.top_ids,
-            top_logprobs=result.top_logprobs,
+            bound.x,
+            bound.parameters,
+            np.ascontiguousarray(rows.position),
+            result.tokens,
+            result.logprobs,
+            result.ranks,
+            result.top_ids,
+            result.top_logprobs,
         )
         return result
-
-    def _make_ready(self, rows: SamplingInputs, x: np.ndarray) -> int:
-        """Check the rows against logits x, once while they last; returns how many top logprobs
-        the answer has room for."""
-        lasting = _lasting(rows)
-        if len(x) != rows.num_rows or not all(map(is_, lasting, self._known)):
-            sampling.check_rows(rows, *x.shape)
-            ready = tuple(map(np.ascontiguousarray, lasting))
-            self._ready = dict(zip(_LASTING, ready, strict=True))
-            self._known = ready  # a copy is made anew each time
-            self._width = max(0, int(rows.num_logprobs.max(initial=0)))
-        return self._width
 
     def from_numpy(self, logits: np.ndarray) -> CpuLogits:
         """Logits on the host, [R, V] float32, as this sampler takes them; no copy."""
@@ -115,3 +94,31 @@ class CpuSampler:
         if not (side_by_side and x.flags.aligned):
             x = np.require(x, requirements=["C_CONTIGUOUS", "ALIGNED"])
         return x
+
+
+class _Bound:
+    """Logits and rows' parameters, checked, and room for the answers."""
+
+    def __init__(self, rows: SamplingInputs, logits: Logits, x: np.ndarray) -> None:
+        self.logits, self.x = logits, x
+        self.rows = rows.lasting or self  # nobody's
+        self.count = rows.num_rows
+        self.parameters = SampleParameters(
+            **{name: np.ascontiguousarray(getattr(rows, name)) for name in _LASTING}
+        )
+        most = int(rows.num_logprobs.max(initial=-1))
+        self._width = max(0, most)
+        self._same = None if most >= 0 else self._logprobs()
+
+    def room(self) -> SampleResult:
+        """For one answer; what it says of logprobs, where nobody wants any, is the same each time."""
+        tokens = np.empty(self.count, dtype=np.int32)
+        return SampleResult(tokens, *(self._same or self._logprobs()))
+
+    def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return (
+            np.empty(self.count, dtype=np.float32),
+            np.empty(self.count, dtype=np.int32),
+            np.empty((self.count, self._width), dtype=np.int32),
+            np.empty((self.count, self._width), dtype=np.float32),
+        )

@@ -2,9 +2,9 @@
 
 What the blocks mean is gguf.py's. The searches follow the idea of ggml's (MIT): several grids over
 a group's range, least squares for the scale (and minimum) of the levels that each gives, and the
-fit of the smallest weighted error kept. In k-quants a group's scale is an integer times a float of its
-block: in turns each group takes the integers near its own that leave the smallest error, and the
-block the floats that fit them by least squares.
+fit of the smallest weighted error kept. In k-quants a group's scale is an integer times a float of
+its block: in turns each group takes the integers near its own that leave the smallest error, and
+the block the floats that fit them by least squares.
 """
 
 # mypy: no-warn-return-any
@@ -145,8 +145,8 @@ def _floats_of_block(
     d: np.ndarray,
     dmin: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d and dmin [n, 1] of blocks [n, 256] by least squares, for levels q of these integers; those that
-    are given where the fit has another sign."""
+    """d and dmin [n, 1] of blocks [n, 256] by least squares, for levels q of these integers;
+    those that are given where the fit has another sign."""
     y = (sc.reshape(-1, 1) * q).reshape(x.shape)
     z = -np.repeat(mn, 32, axis=1)
     wy, wz = w * y, w * z

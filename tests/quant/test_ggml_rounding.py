@@ -79,7 +79,7 @@ def test_importance_lowers_the_error_where_it_counts(fmt: Format) -> None:
 def test_turns_of_floats_and_integers_lower_the_weighted_error(
     fmt: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By 1 % and more (of Q4_0, which has no integers of its own, less), of weights that are heavier in some columns, as inputs make them."""
+    """By 1 % and more, of columns that count unequally; of Q4_0, without such integers, by less."""
     rng = np.random.default_rng(6)
     w = (rng.standard_t(5, (64, 1024)) * 0.02).astype(np.float32)
     importance = np.exp(rng.normal(0, 1, 1024))

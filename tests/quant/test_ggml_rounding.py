@@ -75,6 +75,17 @@ def test_importance_lowers_the_error_where_it_counts(fmt: Format) -> None:
     assert wrong[1] < 0.85 * wrong[0]
 
 
+@formats
+def test_importance_that_is_all_zero_or_huge_is_only_relative(fmt: Format) -> None:
+    w = np.random.default_rng(7).standard_normal((4, 512)).astype(np.float32)
+    plain = quantise_ggml(w, fmt)
+    assert quantise_ggml(w, fmt, np.zeros(512)) == plain
+    size = np.random.default_rng(8).uniform(1, 3, 512)
+    once = read(quantise_ggml(w, fmt, size), fmt, w.shape)
+    assert np.sqrt(np.square(once - w).mean()) < NORMAL[fmt.name]
+    np.testing.assert_array_equal(read(quantise_ggml(w, fmt, size * 2.0**60), fmt, w.shape), once)
+
+
 @pytest.mark.parametrize("fmt", [Q4_0, Q4_K, Q6_K], ids=["Q4_0", "Q4_K", "Q6_K"])
 def test_turns_of_floats_and_integers_lower_the_weighted_error(
     fmt: Format, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ from engineroom import LLM, SamplingParams, __version__  # noqa: E402
 from engineroom.engine.load.checkpoint import open_checkpoint  # noqa: E402
 from engineroom.engine.load.save import Tensor, write_checkpoint  # noqa: E402
 from engineroom.kernels.cpu.quantise import as_packed  # noqa: E402
-from engineroom.kernels.weights import F32, FORMATS, Format, RawWeight  # noqa: E402
+from engineroom.kernels.weights import CODEBOOKS, F32, FORMATS, Format, RawWeight  # noqa: E402
 from engineroom.quant.ggml_rounding import quantise_ggml  # noqa: E402
 from engineroom.quant.gguf import block_dtype  # noqa: E402
 from engineroom.quant.groups import int4_rows, int8_rows, pack_nibbles  # noqa: E402
@@ -63,6 +63,7 @@ READ_AS: Mapping[str, str] = {
     "I4G128": "the same in groups of 128, or one a row",
     ACT_ORDER: "GPTQ and W4A16 with act-order",
     "NF4": "`nf4`, `bitsandbytes`",
+    "FP4": "bitsandbytes",
     "MXFP4": "GGUF, gpt-oss, compressed-tensors",
     "NVFP4": "compressed-tensors, ModelOpt",
     "Q4_0": "GGUF",
@@ -166,6 +167,18 @@ def _fp4(values: np.ndarray, fmt: Format) -> np.ndarray:
     return blocks.view(np.uint8)
 
 
+def _codebook(values: np.ndarray, fmt: Format) -> np.ndarray:
+    x = values.reshape(-1, fmt.block_elements)
+    blocks = np.zeros(len(x), block_dtype(fmt))
+    blocks["absmax"] = np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-9)
+    table = np.array(CODEBOOKS[fmt.name], np.float32)
+    order = np.argsort(table, kind="stable")
+    middles = (table[order][1:] + table[order][:-1]) / 2
+    code = order[np.searchsorted(middles, x / blocks["absmax"])].astype(np.uint8)
+    blocks["nibbles"] = code[:, 0::2] << np.uint8(4) | code[:, 1::2]
+    return blocks.view(np.uint8)
+
+
 def _fp8_128(values: np.ndarray, fmt: Format) -> np.ndarray:
     x = values.reshape(-1, 128)
     blocks = np.zeros(len(x), block_dtype(fmt))
@@ -180,6 +193,7 @@ _MADE: Mapping[str, Callable[[np.ndarray, Format], np.ndarray]] = {
     **dict.fromkeys(("MXFP4", "NVFP4"), _fp4),
     "Q5_K": _q5_k,
     "FP8_128": _fp8_128,
+    "FP4": _codebook,
 }
 
 

@@ -7,6 +7,7 @@ its own format, because GGUF mixes types within a layer.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -307,3 +308,29 @@ class WeightGroup:
 
 def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def mapping_of(data: np.ndarray) -> tuple[mmap.mmap, int] | None:
+    """The mapped file that `data` is a view of and where in it `data` begins, or None."""
+    base: object = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap):
+        return None
+    first = np.frombuffer(base, np.uint8, 1).ctypes.data
+    return base, data.ctypes.data - first
+
+
+def release_pages(data: np.ndarray) -> None:
+    """Let go of a mapped file's pages that lie wholly within `data`; they are read again if need
+    be. Does nothing to what is no view of a map."""
+    mapping = mapping_of(data)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    mapped, start = mapping
+    page = mmap.PAGESIZE
+    begin, end = -(-start // page) * page, (start + data.nbytes) // page * page
+    if end > begin:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

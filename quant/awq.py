@@ -58,8 +58,7 @@ class Awq:
         packed, zeros = parts["qweight"], parts["qzeros"]
         for part in (packed, zeros):
             part.require_dtype("I32")
-        if len(packed.shape) != 2:
-            packed.require_shape(0, 0)
+        packed.require_matrix()
         columns, num_rows = packed.shape[0], packed.shape[1] * 8
         require_columns(packed.name, columns, 32)
         num_groups = group_count(columns, self._group_size)

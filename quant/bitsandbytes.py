@@ -82,8 +82,7 @@ class BitsAndBytes:
 def _eight_bits(name: str, parts: Mapping[str, Part]) -> RawWeight:
     codes, largest = parts["weight"], parts["SCB"]
     codes.require_dtype("I8")
-    if len(codes.shape) != 2:
-        codes.require_shape(0, 0)
+    codes.require_matrix()
     require_columns(codes.name, codes.shape[1], INT8.block_elements)
     largest.require_shape(codes.shape[0])
     form = parts.get("form")

@@ -230,8 +230,7 @@ def _integers(module: str, parts: Mapping[str, Part], scheme: _Scheme) -> RawWei
         raise FormatError(
             codes.name, f"tensor {codes.name!r}: int8 does not hold {bits}-bit groups"
         )
-    if len(codes.shape) != 2:
-        codes.require_shape(0, 0)
+    codes.require_matrix()
     num_rows, columns = codes.shape[0], codes.shape[1] * (32 // bits if packed else 1)
     if packed is not None and "shape" in parts:
         stated = tuple(map(int, parts["shape"].array()))

@@ -76,8 +76,7 @@ def nvfp4_weight(name: str, codes: Part, scale: Part, whole: Part, *, divides: b
     """
     codes.require_dtype("U8")
     scale.require_dtype("F8_E4M3")
-    if len(codes.shape) != 2:
-        codes.require_shape(0, 0)
+    codes.require_matrix()
     num_rows, columns = codes.shape[0], 2 * codes.shape[1]
     require_columns(codes.name, columns, _GROUP)
     scale.require_shape(num_rows, columns // _SCALED)

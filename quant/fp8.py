@@ -33,8 +33,7 @@ def fp8_weight(module: str, codes: Part, scale: Part, block: tuple[int, int] | N
     Errors: FormatError for types or shapes that do not fit.
     """
     codes.require_dtype("F8_E4M3")
-    if len(codes.shape) != 2:
-        codes.require_shape(0, 0)
+    codes.require_matrix()
     num_rows, columns = codes.shape
     per_row = _row_scales(codes, scale) if block is None else _block_scales(codes, scale, block)
 

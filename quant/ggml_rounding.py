@@ -2,9 +2,9 @@
 
 What the blocks mean is gguf.py's. The searches follow the idea of ggml's (MIT): several grids over
 a group's range, least squares for the scale (and minimum) of the levels that each gives, and the
-fit of the smallest weighted error kept. In k-quants a group's scale is an integer times a float of its
-block: in turns each group takes the integers near its own that leave the smallest error, and the
-block the floats that fit them by least squares.
+fit of the smallest weighted error kept. In k-quants a group's scale is an integer times a float of
+its block: in turns each group takes the integers near its own that leave the smallest error, and
+the block the floats that fit them by least squares.
 """
 
 # mypy: no-warn-return-any
@@ -33,7 +33,9 @@ def quantise_ggml(values: np.ndarray, fmt: Format, importance: np.ndarray | None
     if not np.isfinite(values).all():
         raise ValueError("the values hold a NaN or an infinity")
     x = values.reshape(-1, fmt.block_elements)
-    weight = np.ones(columns) if importance is None else importance + importance.mean() * 1e-3
+    weight = np.ones(columns)
+    if importance is not None and importance.any():
+        weight = importance / importance.mean() + 1e-3
     per_row = weight.astype(np.float32).reshape(-1, fmt.block_elements)
     w = np.broadcast_to(per_row, (num_rows, *per_row.shape)).reshape(x.shape)
     return _MAKERS[fmt.name](x, w).tobytes()
@@ -53,7 +55,7 @@ def _q4_0(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     for _ in range(_TURNS):
         q = np.clip(_divide(x, d), -8, 7)
         wq = weight * q
-        d = _half(_over((wq * x).sum(1, keepdims=True), (wq * q).sum(1, keepdims=True)))
+        d = _refitted(d, wq * x, wq * q)
     u = (np.clip(_divide(x, d), -8, 7) + 8).astype(np.uint8)
     blocks["d"], blocks["nibbles"] = d, u[:, :16] | (u[:, 16:] << np.uint8(4))
     return blocks
@@ -74,8 +76,7 @@ def _q6_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
         sc = np.choose(best.reshape(sc.shape), tried)
         y = sc.reshape(-1, 1) * np.choose(best[:, None], levels)
         wy = weight * y
-        sxy, syy = ((wy * v).reshape(x.shape).sum(1, keepdims=True) for v in (groups, y))
-        d = _half(_over(sxy, syy))
+        d = _refitted(d, (wy * groups).reshape(x.shape), (wy * y).reshape(x.shape))
     step = (d * sc).reshape(-1, 1)
     q = (np.clip(_divide(groups, step), -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 128)
     low, high = q & np.uint8(15), (q >> np.uint8(4)).reshape(-1, 2, 4, 32)
@@ -115,6 +116,12 @@ def _q4_k(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return blocks
 
 
+def _refitted(d: np.ndarray, wyx: np.ndarray, wyy: np.ndarray) -> np.ndarray:
+    """The float [n, 1] by which y comes nearest to x; d where all that counts is zero."""
+    sxy, syy = wyx.sum(1, keepdims=True), wyy.sum(1, keepdims=True)
+    return np.where(syy > 0, _half(_over(sxy, syy)), d)
+
+
 def _near_integers(
     x: np.ndarray, w: np.ndarray, sc: np.ndarray, mn: np.ndarray, d: np.ndarray, dmin: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,8 +152,8 @@ def _floats_of_block(
     d: np.ndarray,
     dmin: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d and dmin [n, 1] of blocks [n, 256] by least squares, for levels q of these integers; those that
-    are given where the fit has another sign."""
+    """d and dmin [n, 1] of blocks [n, 256] by least squares, for levels q of these integers;
+    those that are given where the fit has another sign."""
     y = (sc.reshape(-1, 1) * q).reshape(x.shape)
     z = -np.repeat(mn, 32, axis=1)
     wy, wz = w * y, w * z

@@ -105,8 +105,7 @@ class Gptq:
     def weight(self, module: str, parts: Mapping[str, Part]) -> RawWeight:
         bits, packed = self._bits, parts["qweight"]
         packed.require_dtype("I32")
-        if len(packed.shape) != 2:
-            packed.require_shape(0, 0)
+        packed.require_matrix()
         columns, num_rows = packed.shape[0] * 32 // bits, packed.shape[1]
         require_columns(packed.name, columns, 32)
         packed.require_shape(columns * bits // 32, num_rows)

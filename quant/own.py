@@ -37,8 +37,7 @@ class Own:
         rows = parts["rows"]
         fmt = SUFFIXES[rows.name.removeprefix(f"{module}.weight")]
         rows.require_dtype("U8")
-        if len(rows.shape) != 2:
-            rows.require_shape(0, 0)
+        rows.require_matrix()
         blocks, rest = divmod(rows.shape[1] - fmt.header_bytes, fmt.block_bytes)
         if rest or blocks < 1:
             raise FormatError(

@@ -65,6 +65,15 @@ class Part:
                 "weight's other tensors and config.json ask for",
             )
 
+    def require_matrix(self) -> None:
+        if len(self.shape) != 2:
+            raise FormatError(
+                self.name,
+                f"tensor {self.name!r} has shape {list(self.shape)}; a weight has two dimensions. "
+                "A layer's experts in one tensor are read in 16 bits and as gpt-oss has them in "
+                "MXFP4; in other formats each expert has to have tensors of its own",
+            )
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -31,7 +31,13 @@ CMAKE = (
     "-DLLAMA_BUILD_SERVER=OFF",
     "-DBUILD_SHARED_LIBS=ON",
 )
-TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
+TOOLS = (
+    "llama-bench",
+    "llama-batched-bench",
+    "llama-quantize",
+    "llama-perplexity",
+    "llama-imatrix",
+)
 
 
 class StepFailed(Exception):

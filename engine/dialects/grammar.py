@@ -101,7 +101,8 @@ class _Text:
 def _thoughts(format: ReasoningFormat | None, inside: bool, text: _Text) -> list[str]:
     if format is None:
         return []
-    said = "said" if inside else f"({text.of(format.begin)} said)?"
+    said = f"said {text.of(format.after)}".strip()
+    said = said if inside else f"({text.of(format.begin)} {said})?"
     return [f"thoughts: {said} BLANK", *text.up_to("said", format.end), "BLANK: /[ \\n]{0,4}/"]
 
 

@@ -14,6 +14,7 @@ class ReasoningFormat:
 
     `messages`: the whole answer is messages with headers, thoughts being one kind (harmony.py).
     `key`: under which a template looks for the thoughts of an earlier message without content.
+    `after`: what stands between thoughts and the rest.
     """
 
     name: str
@@ -21,6 +22,7 @@ class ReasoningFormat:
     end: str
     messages: bool = False
     key: str = "reasoning_content"
+    after: str = ""
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -50,7 +52,12 @@ REASONING_FORMATS = {
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
         ReasoningFormat(
-            "harmony", "<|channel|>analysis<|message|>", "<|end|>", messages=True, key="thinking"
+            "harmony",
+            "<|channel|>analysis<|message|>",
+            "<|end|>",
+            messages=True,
+            key="thinking",
+            after="<|start|>assistant",
         ),
         ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>"),
     )

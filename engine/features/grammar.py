@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from ..core.parameter import ParameterError
@@ -211,6 +211,8 @@ def _library() -> Any:
 
 def _compile(form: StructuredOutput, vocabulary: _Vocabulary) -> Compiled:
     library = vocabulary.library
+    if form.grammar is not None:
+        form = replace(form, grammar=_without_ends(form.grammar, vocabulary.eos_token_ids))
     limits = library.LLParserLimits(**_LIMITS)
     try:
         text = _grammar(form, library.LLMatcher)
@@ -234,6 +236,19 @@ def _compile(form: StructuredOutput, vocabulary: _Vocabulary) -> Compiled:
 
 # Of a Lark grammar: what is skipped (texts, expressions, comments), and a token by its id.
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|<\[(\d+)\]>')
+
+
+def _without_ends(grammar: str, eos_token_ids: Collection[int]) -> str:
+    """The grammar less the tokens it asks for that end every output of the model.
+
+    They may come wherever the rest is whole, and nothing behind them is ever sampled; asked for by
+    their ids they would be no part of an output that is whole.
+    """
+
+    def kept(match: re.Match[str]) -> str:
+        return '""' if match[1] is not None and int(match[1]) in eos_token_ids else match[0]
+
+    return _TOKEN.sub(kept, grammar)
 
 
 def _over_bytes(

@@ -3,8 +3,8 @@
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (a description; no code is taken).
 Whatever the header says is checked against the file before it is used, in Python's unbounded
 integers: counts, lengths, offsets, sizes and the alignment. Nothing is allocated from a number that
-the file merely claims. Numbers are decoded at open; texts and arrays when they are asked for, their
-bounds having been checked at open.
+the file merely claims. Numbers are decoded at open; texts and arrays when they are asked for
+(gguf_metadata.py), their bounds having been checked at open.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from mmap import mmap
@@ -23,6 +22,7 @@ import numpy as np
 
 from ...kernels.weights import FILE_FORMATS, Format, RawWeight
 from ...quant.gguf_repacked import REPACKED
+from .gguf_metadata import ARRAY, BOOL, STRING, TYPES, Array, Metadata, Text, u64
 from .mapped import CheckpointError, MappedFile, no_such_tensor, shown
 
 MAX_KEYS = 1 << 16
@@ -33,23 +33,6 @@ MAX_TEXTS = 1 << 22  # texts in all arrays together: each costs a step of the wa
 MAX_DIMS = 4
 ALIGNMENTS = tuple(1 << i for i in range(3, 13))  # 8..4096
 
-# Value types by number: name, struct code. Texts and arrays have lengths of their own.
-_TYPES: tuple[tuple[str, str], ...] = (
-    ("uint8", "<B"),
-    ("int8", "<b"),
-    ("uint16", "<H"),
-    ("int16", "<h"),
-    ("uint32", "<I"),
-    ("int32", "<i"),
-    ("float32", "<f"),
-    ("bool", "<B"),
-    ("string", ""),
-    ("array", ""),
-    ("uint64", "<Q"),
-    ("int64", "<q"),
-    ("float64", "<d"),
-)
-_BOOL, _STRING, _ARRAY = 7, 8, 9
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 # Tensor types by number (ggml.h), all of them, so that an unsupported one can be named.
@@ -83,7 +66,6 @@ _EXPECTED: dict[str, tuple[str, ...]] = {
 _BYTE_TOKEN = 6  # a token_type: the token stands for one byte and is written <0xHH>
 
 _u32 = struct.Struct("<I").unpack_from
-_u64 = struct.Struct("<Q").unpack_from
 
 
 @dataclass(frozen=True)
@@ -95,104 +77,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A text of the header, not decoded: bytes [start, stop)."""
-
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Array:
-    """An array of the header, not decoded: `count` elements in bytes [start, stop)."""
-
-    element: int
-    count: int
-    start: int
-    stop: int
-
-
-class Metadata(Mapping[str, Any]):
-    """A GGUF file's key-value pairs. Texts are decoded when first asked for, then kept; arrays are
-    decoded each time, since a vocabulary's takes many times what it does in the file.
-
-    Numbers are int, float or bool; arrays are lists. A text that is not UTF-8 shows the odd bytes
-    as \\xNN. In an array of texts (a vocabulary may hold any bytes) they are surrogate escapes, so
-    that `text.encode("utf-8", "surrogateescape")` gives back the file's bytes.
-    """
-
-    def __init__(self, file: MappedFile) -> None:
-        self._file = file
-        self._values: dict[str, Any] = {}
-        self._types: dict[str, str] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        if isinstance(value, _Text):
-            raw = self._file.buffer[value.start : value.stop]
-            value = self._values[key] = raw.decode("utf-8", "backslashreplace")
-        elif isinstance(value, _Array):
-            value = self._decode(key, value)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values  # Mapping's own would decode the value
-
-    def type_of(self, key: str) -> str:
-        """The type that the file states: "uint32", "array of string". Errors: KeyError."""
-        return self._types[key]
-
-    def count(self, key: str) -> int:
-        """Elements of an array, without decoding it; 1 for any other value. Errors: KeyError."""
-        value = self._values[key]
-        return value.count if isinstance(value, _Array) else 1
-
-    def numbers(self, key: str) -> np.ndarray:
-        """An array of numbers as numpy [count]. Errors: KeyError; CheckpointError for others."""
-        value = self._values[key]
-        if isinstance(value, _Array) and value.element != _STRING:
-            return self._numbers(value)
-        raise CheckpointError(
-            key, f"{self._file.name}: {key} is {self._types[key]}, not an array of numbers"
-        )
-
-    def _numbers(self, array: _Array) -> np.ndarray:
-        raw = self._file.buffer[array.start : array.stop]
-        return np.frombuffer(raw, _TYPES[array.element][1], array.count)
-
-    def _decode(self, key: str, array: _Array) -> list[Any]:
-        if array.element == _STRING:
-            return self._texts(array)
-        numbers = self._numbers(array)
-        if array.element != _BOOL:
-            return list(numbers.tolist())
-        if numbers.size and numbers.max() > 1:
-            raise CheckpointError(
-                key, f"{self._file.name}: {key} holds a bool of {numbers.max()}, not 0 or 1"
-            )
-        return list(numbers.astype(bool).tolist())
-
-    def _texts(self, array: _Array, count: int | None = None) -> list[str]:
-        raw = self._file.buffer[array.start : array.stop]
-        pieces, at = [], 0
-        for _ in range(array.count if count is None else count):
-            start = at + 8
-            at = start + _u64(raw, at)[0]
-            pieces.append(raw[start:at])
-        # Decoding all at once is several times faster; a text may hold a NUL, hence the check.
-        texts = b"\0".join(pieces).decode("utf-8", "surrogateescape").split("\0")
-        if len(texts) == len(pieces):
-            return texts
-        return [piece.decode("utf-8", "surrogateescape") for piece in pieces]
 
 
 class GgufFile:
@@ -297,7 +181,7 @@ class _Header:
         return value
 
     def u64(self, field: str) -> int:
-        value: int = _u64(self.map, self.take(8, field))[0]
+        value: int = u64(self.map, self.take(8, field))[0]
         return value
 
     def count(self, field: str, most: int, least_bytes: int) -> int:
@@ -346,55 +230,54 @@ class _Header:
             raise self.fail(key, "the key appears twice")
         kind = self.type_number(key)
         value: Any
-        if kind == _STRING:
+        if kind == STRING:
             value = self.text(key)
-        elif kind == _ARRAY:
+        elif kind == ARRAY:
             value = self.array(key)
         else:
             value = self.number(key, kind)
-        name = _TYPES[kind][0]
-        if isinstance(value, _Array):
-            name = f"array of {_TYPES[value.element][0]}"
+        name = TYPES[kind][0]
+        if isinstance(value, Array):
+            name = f"array of {TYPES[value.element][0]}"
         expected = _EXPECTED.get(key)
         if expected and name not in expected:
             raise self.fail(key, f"is {name}; it must be {' or '.join(expected)}")
-        metadata._values[key] = value
-        metadata._types[key] = name
+        metadata.add(key, name, value)
 
     def type_number(self, key: str) -> int:
         kind = self.u32(f"{key} type")
-        if kind >= len(_TYPES):
-            raise self.fail(f"{key} type", f"{kind} is no GGUF value type (0..{len(_TYPES) - 1})")
+        if kind >= len(TYPES):
+            raise self.fail(f"{key} type", f"{kind} is no GGUF value type (0..{len(TYPES) - 1})")
         return kind
 
     def number(self, key: str, kind: int) -> int | float | bool:
-        code = _TYPES[kind][1]
+        code = TYPES[kind][1]
         value: int | float = struct.unpack_from(
             code, self.map, self.take(struct.calcsize(code), key)
         )[0]
-        if kind != _BOOL:
+        if kind != BOOL:
             return value
         if value > 1:
             raise self.fail(key, f"a bool of {value}, not 0 or 1")
         return bool(value)
 
-    def text(self, key: str) -> _Text:
+    def text(self, key: str) -> Text:
         n = self.u64(f"{key} length")
         if n > MAX_TEXT:
             raise self.fail(f"{key} length", f"a text of {n} bytes; at most {MAX_TEXT} are read")
         at = self.take(n, key)
-        return _Text(at, at + n)
+        return Text(at, at + n)
 
-    def array(self, key: str) -> _Array:
+    def array(self, key: str) -> Array:
         element = self.type_number(key)
         field = f"{key} count"
         count = self.u64(field)
-        if element == _ARRAY:
+        if element == ARRAY:
             raise self.fail(key, "an array of arrays; these are not read")
         start = self.at
-        if element != _STRING:
-            self.take(count * struct.calcsize(_TYPES[element][1]), field)
-            return _Array(element, count, start, self.at)
+        if element != STRING:
+            self.take(count * struct.calcsize(TYPES[element][1]), field)
+            return Array(element, count, start, self.at)
         if count * 8 > self.size - start:
             raise self.fail(
                 field,
@@ -404,16 +287,16 @@ class _Header:
         self.texts += count
         if self.texts > MAX_TEXTS:
             raise self.fail(field, f"more than {MAX_TEXTS} texts in arrays")
-        at, size, u64, data = start, self.size, _u64, self.map
+        at, size, length, data = start, self.size, u64, self.map
         try:
             for _ in range(count):  # the hot loop of opening a file: a vocabulary
-                at += 8 + u64(data, at)[0]
+                at += 8 + length(data, at)[0]
         except (struct.error, OverflowError):
             at = size + 1
         if at > size:
             raise self.fail(key, f"its {count} texts reach beyond the file's {size} bytes")
         self.at = at
-        return _Array(_STRING, count, start, at)
+        return Array(STRING, count, start, at)
 
     def check_metadata(self, metadata: Metadata) -> None:
         """What every reader of a GGUF file relies on, whatever the architecture."""
@@ -443,18 +326,18 @@ class _Header:
         self.check_vocabulary(metadata)
 
     def check_vocabulary(self, metadata: Metadata) -> None:
-        tokens = metadata._values.get("tokenizer.ggml.tokens")
-        if tokens is None:
+        if "tokenizer.ggml.tokens" not in metadata:
             return
+        num_tokens = metadata.count("tokenizer.ggml.tokens")
         for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-            if key in metadata and metadata.count(key) != tokens.count:
+            if key in metadata and metadata.count(key) != num_tokens:
                 raise self.fail(
-                    key, f"{metadata.count(key)} entries for {tokens.count} tokens; one each"
+                    key, f"{metadata.count(key)} entries for {num_tokens} tokens; one each"
                 )
         if "tokenizer.ggml.token_type" not in metadata:
             return
         ids = np.flatnonzero(metadata.numbers("tokenizer.ggml.token_type") == _BYTE_TOKEN)
-        texts = metadata._texts(tokens, int(ids[-1]) + 1) if ids.size else []
+        texts = metadata.texts("tokenizer.ggml.tokens", int(ids[-1]) + 1) if ids.size else []
         for i in ids.tolist():
             if not re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", texts[i]):
                 raise self.fail(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...kernels.weights import release_pages
+
 MAX_MESSAGE = 4000  # characters
 
 
@@ -83,22 +85,6 @@ class MappedFile:
                 mapped.close()
             except BufferError:
                 pass  # views are alive; the map goes with the last of them
-
-
-def release_pages(data: np.ndarray) -> None:
-    """Let go of a mapped file's pages that lie wholly within `data`; they are read again if need
-    be. Does nothing to what is no view of a map."""
-    base: object = data
-    while isinstance(base, np.ndarray):
-        base = base.base
-    mapped = base.obj if isinstance(base, memoryview) else base
-    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    first = np.frombuffer(mapped, np.uint8, 1).ctypes.data
-    start, page = data.ctypes.data - first, mmap.PAGESIZE
-    begin, end = -(-start // page) * page, (start + data.nbytes) // page * page
-    if end > begin:
-        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def shown(name: str, most: int = 120) -> str:

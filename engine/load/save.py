@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .mapped import CheckpointError, release_pages
+from ...kernels.weights import release_pages
+from .mapped import CheckpointError
 from .safetensors import STORED
 
 SHARD_BYTES = 1 << 31  # of the tensors in a file

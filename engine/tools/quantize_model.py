@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...kernels.program import Program
-from ...kernels.weights import RawWeight, WeightGroup
+from ...kernels.weights import RawWeight, WeightGroup, release_pages
 from ...quant.values import dequantise
 from .. import models
 from ..config import ConfigError
 from ..load.checkpoint import Checkpoint
-from ..load.mapped import release_pages
 from ..models import Source
 from ..runtime.assemble import linear_weights
 from ..runtime.load import open_model, raw_weights

@@ -356,7 +356,7 @@ def packed_bytes(format_name: str, num_rows: int, num_columns: int) -> int:
 def workspace_bound(
     token_columns: int,
     row_columns: int,
-    widest: int,
+    inputs: Sequence[tuple[str, int, bool]],
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -368,7 +368,9 @@ def workspace_bound(
     top_k: int,
     num_experts: int,
 ) -> int:
-    """Upper bound of what a StepProgram takes for steps of those sizes, in bytes."""
+    """What a StepProgram takes for steps of those sizes at most, in bytes.
+
+    inputs: of each linear layer its form, its columns, and whether it has a row a logit row."""
 
 def tiles_layout(matrix: PackedMatrix) -> list[int]:
     """Elements, scaling, bias, rows, columns, bytes of a tile's scales and of a tile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import DTYPE_BYTES, BackendUnavailable, KVSpec, StepInputs, check_program
-from ..program import Program
+from ..program import Program, R
 from ..weights import BF16, FP8, FP8_128, RawWeight, WeightGroup
 from . import _native
 from .binder import Binder
@@ -26,6 +26,8 @@ BFLOAT16 = (BF16, FP8, FP8_128)  # whose elements are bfloat16 numbers, before a
 # in so many of a block's largest value (CodeTable in kernels.hpp).
 TABLE_ROUNDING: Mapping[str, int] = {"NF4": 353, "FP4": 320}
 UNVERIFIED = ("amx",)  # kernels that were proved over a model of the instructions only
+
+Weight = RawWeight | WeightGroup | CpuWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,32 +123,23 @@ class CpuBackend:
             if counts[name]
         )
 
-    def input_form(self, weight: RawWeight | WeightGroup | CpuWeight) -> str:
+    def input_form(self, weight: Weight) -> str:
         """How a linear layer's input is made ready for this weight: int8, bfloat16 or float32."""
-        parts = (weight,) if isinstance(weight, RawWeight) else weight.parts
-        formats = [p.packed_format for p in parts]
+        formats = [p.packed_format for p in _parts(weight)]
         if self._int8 and not any(f.is_float or f in BFLOAT16 for f in formats):
             return "int8"
         if self._dtype == "bfloat16" and all(f in BFLOAT16 for f in formats):
             return "bfloat16"
         return "float32"
 
-    def _rounded_head(self, program: Program, weights: Mapping[str, CpuWeight]) -> CpuWeight | None:
-        """The head where it is of bf16 and the layers before it multiply int8 activations.
-
-        Its input is then rounded too, to the head's own type: half of what fp32 takes of the time.
-        """
+    def _forms(self, program: Program, weights: Mapping[str, Weight]) -> Callable[[Weight], str]:
+        """What input_form says, but of a bf16 head behind layers that multiply int8 activations:
+        its input is rounded to bf16 too, for half of what fp32 takes of the time."""
+        head = _head(program, weights)
         names = [program.handles[i].name for i in program.matrices()]
-        if all(self.input_form(weights[name]) != "int8" for name in names):
-            return None
-        by_output = {op.output: op for op in program}
-        op = by_output[program.result.id] if program.result is not None else None
-        while op is not None and op.name in ("softcap", "scale"):
-            op = by_output.get(op.inputs[0])  # type: ignore[arg-type]
-        if op is None or op.name != "linear" or op.inputs[1] is None:
-            return None
-        head = weights[program.handles[op.inputs[1]].name]
-        return head if all(part.packed_format in BFLOAT16 for part in head.parts) else None
+        if head is None or all(self.input_form(weights[name]) != "int8" for name in names):
+            return self.input_form
+        return lambda weight: "bfloat16" if weight is head else self.input_form(weight)
 
     # ----------------------------------------------------------------------------------- cache
 
@@ -187,10 +180,19 @@ class CpuBackend:
         weights: Mapping[str, RawWeight | WeightGroup] | None = None,
         kv: KVSpec | None = None,
     ) -> int:
-        """Upper bound of the arenas, prepared activations and scratch of such a step, whatever
-        weights and cache."""
-        lowered = lower(program, lambda name: 0)
-        widest = max((h.shape[1] for h in program.weights.values() if len(h.shape) == 2), default=0)
+        """The arenas, prepared activations and scratch of the largest such step, which no other
+        exceeds; without the weights a bound for any."""
+        form_of = self._forms(program, weights or {})
+        lowered = lower(program, _input_of(weights, form_of) if weights else lambda name: 0)
+        handles = lowered.program.handles
+        inputs = []
+        for step in (node.step for node in lowered.nodes if node.name == "linear"):
+            assert step is not None
+            x, weight = step.main[0].inputs[:2]
+            rows, width = handles[x].shape  # type: ignore[index]
+            name = handles[weight].name  # type: ignore[index]
+            form = form_of(weights[name]) if weights else "float32"
+            inputs.append((form, int(width), rows == R))
         attention = [op.attrs for op in program if op.name == "attention"]
         heads, kv_heads, head_dim = (
             max((int(attrs[name]) for attrs in attention), default=0)  # type: ignore[arg-type]
@@ -210,7 +212,7 @@ class CpuBackend:
             _native.workspace_bound(
                 lowered.token_columns,
                 lowered.row_columns,
-                int(widest),
+                inputs,
                 heads,
                 kv_heads,
                 head_dim,
@@ -239,17 +241,8 @@ class CpuBackend:
                     "backend does not compute; use device='cuda' or device='reference'"
                 )
         check_program("CPU", program, weights, kv.spec if kv else None, OPERATIONS)
-        head = self._rounded_head(program, weights)
-
-        def form_of(weight: CpuWeight) -> str:
-            return "bfloat16" if weight is head else self.input_form(weight)
-
-        def input_of(name: str) -> tuple[str, bytes]:
-            """What linear layers that share their input must agree on: its form and its order."""
-            order = weights[name].parts[0].columns
-            return form_of(weights[name]), b"" if order is None else order.tobytes()
-
-        lowered = lower(program, input_of)
+        form_of = self._forms(program, weights)
+        lowered = lower(program, _input_of(weights, form_of))
         tables = [op.inputs[0] for op in program if op.name == "embedding"]
         vocab = min((program.handles[i].shape[0] for i in tables if i is not None), default=1)
         native = _native.StepProgram(
@@ -295,6 +288,36 @@ class CpuBackend:
             "activations": self._dtype,
             "threads": _placed(self._pool),
         }
+
+
+def _parts(weight: Weight) -> tuple[RawWeight, ...]:
+    return (weight,) if isinstance(weight, RawWeight) else tuple(weight.parts)
+
+
+def _head(program: Program, weights: Mapping[str, Weight]) -> Weight | None:
+    """The weight that makes the logits, where it is of bf16 numbers."""
+    by_output = {op.output: op for op in program}
+    op = by_output[program.result.id] if program.result is not None else None
+    while op is not None and op.name in ("softcap", "scale"):
+        op = by_output.get(op.inputs[0])  # type: ignore[arg-type]
+    if op is None or op.name != "linear" or op.inputs[1] is None:
+        return None
+    head = weights.get(program.handles[op.inputs[1]].name)
+    if head is None or any(part.packed_format not in BFLOAT16 for part in _parts(head)):
+        return None
+    return head
+
+
+def _input_of(
+    weights: Mapping[str, Weight], form_of: Callable[[Weight], str]
+) -> Callable[[str], tuple[str, bytes]]:
+    """What linear layers that share their input must agree on: its form and its order."""
+
+    def input_of(name: str) -> tuple[str, bytes]:
+        order = _parts(weights[name])[0].columns
+        return form_of(weights[name]), b"" if order is None else order.tobytes()
+
+    return input_of
 
 
 def _tables() -> str:

@@ -330,10 +330,11 @@ class BoundProgram {
     std::size_t num_logits_ = static_cast<std::size_t>(-1);
 };
 
-// Bytes that a step of at most max_tokens tokens and max_rows logit rows takes at most. top_k of
-// num_experts, and expert_columns, the widest of their rows, are 0 where there are no experts.
-std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, int widest,
-                            int num_heads, int num_kv_heads, int head_dim, int max_tokens,
+// Bytes that a step of max_tokens tokens, max_rows logit rows and max_context positions takes, which no
+// smaller step exceeds. inputs: of linear layers, the form, the columns, and whether there is one a logit
+// row. top_k of num_experts, and expert_columns, the widest of their rows, are 0 where there are none.
+std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns,
+                            const std::vector<std::tuple<std::string, int, bool>> &inputs, int num_heads, int num_kv_heads, int head_dim, int max_tokens,
                             int max_rows, int max_context, int threads, int expert_columns,
                             int top_k, int num_experts) {
     const std::size_t arenas = sizeof(float) * (token_columns * static_cast<std::size_t>(max_tokens) +
@@ -348,16 +349,21 @@ std::size_t workspace_bound(std::size_t token_columns, std::size_t row_columns, 
     const std::size_t shared = std::max(
         num_heads ? attention_shared_bound(attention, max_tokens, max_tokens, max_context, threads) : 0,
         top_k ? lists : 0);
-    const std::size_t linear = padded(sizeof(float) * 2 * static_cast<std::size_t>(widest)) +
-                               padded(engineroom::prepared_bytes(Form::kF32, widest, kPreparedAlone)) +
-                               linear_scratch_bytes(widest);
+    std::size_t prepared = 0, linear = 0;
+    for (const auto &[name, width, per_row] : inputs) {
+        const Form form = form_of(name);
+        const int rows = per_row ? max_rows : max_tokens;
+        if (rows > kPreparedAlone)
+            prepared = std::max(prepared, engineroom::prepared_bytes(form, width, rows));
+        linear = std::max(linear, padded(sizeof(float) * 2 * static_cast<std::size_t>(width)) +
+                                      padded(engineroom::prepared_bytes(form, width, kPreparedAlone)) +
+                                      linear_scratch_bytes(width));
+    }
     const std::size_t scratch =
         padded(std::max({linear, num_heads ? attention_scratch_bytes(attention) : 0,
                          top_k ? expert_scratch_bytes(Form::kF32, expert_columns) : 0})) +
         4096;
-    const std::size_t slack = 5 * (std::size_t{2} << 20);  // five mappings end on whole huge pages
-    return arenas + engineroom::prepared_bytes(Form::kF32, widest, std::max(max_tokens, max_rows)) +
-           shared + scratch * static_cast<std::size_t>(threads) + slack;
+    return arenas + prepared + shared + scratch * static_cast<std::size_t>(threads) + 5 * std::size_t{64};
 }
 
 }  // namespace

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import mmap
 import os
 import struct
 import tempfile
@@ -21,9 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..weights import RawWeight
+from ..weights import RawWeight, mapping_of
 from . import _native
 
 _MAGIC = b"engineroom tiles"
@@ -32,19 +29,6 @@ _MAX_HEADER = 1 << 26
 _ALIGN = 1 << 21
 _SAMPLE = 4096  # bytes at each end of a matrix whose sum is compared
 _log = logging.getLogger("engineroom")
-
-
-def mapping_of(data: np.ndarray) -> tuple[mmap.mmap, int] | None:
-    """The mapped file that `data` is a view of and where in it `data` begins, or None."""
-    base: Any = data
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if not isinstance(base, mmap.mmap):
-        return None
-    first = np.frombuffer(base, np.uint8, 1).__array_interface__["data"][0]
-    return base, data.__array_interface__["data"][0] - first
 
 
 class PackedCache:

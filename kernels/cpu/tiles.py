@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -10,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 
 from ..program import Program
-from ..weights import RawWeight, WeightGroup
+from ..weights import RawWeight, WeightGroup, release_pages
 from . import _native
-from .packed_cache import PackedCache, mapping_of
+from .packed_cache import PackedCache
 from .quantise import as_packed
 
 _T = TypeVar("_T")
@@ -68,7 +67,7 @@ class Packer:
         tiles = _native.pack_layer(self._pool, matrices, paired, self._compact)
         for part in parts:
             for data in part.buffers.values():
-                _release_pages(data.view(np.ndarray))
+                release_pages(data.view(np.ndarray))
         return tiles
 
 
@@ -149,16 +148,3 @@ def values(part: RawWeight) -> np.ndarray:
     out = np.empty(part.shape, np.float32)
     _native.dequantise(part.format.name, part.data.view(np.ndarray), out.reshape(-1))
     return out.reshape(-1)
-
-
-def _release_pages(data: np.ndarray) -> None:
-    """Let go of the mapped pages that lie wholly within `data`; they are read again if need be."""
-    mapping = mapping_of(data)
-    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    mapped, start = mapping
-    page = mmap.PAGESIZE
-    begin = -(-start // page) * page
-    end = (start + data.nbytes) // page * page
-    if end > begin:
-        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

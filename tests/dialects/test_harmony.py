@@ -6,15 +6,20 @@ import json
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engineroom.engine.core.structured import StructuredOutput
 from engineroom.engine.dialects.answer import Answer, AnswerParser, read_answer
 from engineroom.engine.dialects.formats import TOOL_FORMATS, tool_format_of
+from engineroom.engine.dialects.grammar import call_grammar
 from engineroom.engine.dialects.harmony import MARKERS
 from engineroom.engine.dialects.reasoning import REASONING_FORMATS, reasoning_format_of
+from engineroom.engine.features.grammar import Grammars
 from tests.counts import count
+from tests.features.forms import SmallTokens, make_form, play, text_of
 
 HARMONY = REASONING_FORMATS["harmony"]
 THOUGHT = "<|channel|>analysis<|message|>The sea?\n<|end|>"
@@ -126,6 +131,52 @@ def test_any_pieces_give_the_same(pieces: list[str], inside: bool, data: Any) ->
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
     cut = [text[a:b] for a, b in pairwise(cuts)]
     assert in_pieces(cut, inside=inside) == whole == in_pieces(list(text), inside=inside)
+
+
+class HarmonyTokens(SmallTokens):
+    """Markers are special tokens, as gpt-oss's are, of which two end an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.markers = {m: len(self.texts) + i for i, m in enumerate(MARKERS)}
+        self.texts += [m.encode() for m in MARKERS]
+        self.eos_token_ids = frozenset(self.markers[m] for m in ("<|call|>", "<|return|>"))
+        self.special_ids = self.special_ids | set(self.markers.values())
+        self.vocab_size = len(self.texts)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_required_call_is_sampled_in_special_tokens(thinks: bool, parallel: bool) -> None:
+    """Whole in any budget, by a model that ends wherever it may with the token behind a call."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokens = HarmonyTokens()
+    city = {"city": {"type": "string", "maxLength": 4}}
+    tools = {"weather": {"type": "object", "properties": city, "required": ["city"]}}
+    grammar = call_grammar(
+        tools, TOOL_FORMATS["harmony"], required=True, parallel=parallel,
+        reasoning=HARMONY, special=tokens.markers,
+    )  # fmt: skip
+    grammars = Grammars(tokens)
+    most = 200
+    for seed in range(count(reduced=4, full=60)):
+        form = make_form(grammars, StructuredOutput(grammar=grammar), most)
+        rows = np.random.default_rng(seed).normal(size=(most, tokens.vocab_size))
+        rows[:, tokens.markers["<|call|>"]] += 6
+        rows[:, tokens.markers["<|end|>"]] += 3
+        if thinks:
+            rows[0, tokens.markers["<|channel|>"]] += 9
+            rows[:6, ord("a")] += 9  # of "analysis"
+        ids = play(form, most, rows.astype(np.float32).__getitem__)
+        assert form.complete
+        text = text_of(tokens, ids)
+        spelled = [i for i in ids if i not in tokens.special_ids]
+        assert not any(m in text_of(tokens, spelled) for m in MARKERS)
+        thoughts, _, call = text.rpartition("<|channel|>commentary to=functions.weather ")
+        assert call.startswith("<|constrain|>json<|message|>")
+        assert "city" in json.loads(call.removeprefix("<|constrain|>json<|message|>"))
+        if thinks:
+            assert thoughts.strip().endswith("<|end|><|start|>assistant")
 
 
 def test_a_template_of_this_format_is_known_and_of_another_is_not() -> None:

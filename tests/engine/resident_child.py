@@ -37,9 +37,11 @@ def load(path: str, method: str) -> LLM:
 
 
 def fill(llm: LLM) -> None:
+    """The most tokens in a step, the most rows of logits, the longest context."""
     llm.generate(
         [[1] * (CONTEXT - 8)], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False
     )
+    llm.score([[1] * (CONTEXT - 1)])
 
 
 def main() -> None:

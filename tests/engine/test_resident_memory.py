@@ -159,7 +159,7 @@ def test_loading_holds_no_more_than_the_quantised_size_and_one_layer_in_16_bits(
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert sizes["loading"] <= sizes["weights"] + LAYER_BYTES, sizes
-    # The plan's workspace is a bound on any step's: with what these steps took the sum is exact.
-    assert sizes["workspace"] <= sizes["workspace planned"], sizes
-    held = sizes["weights"] + sizes["kv"] + sizes["workspace"]
-    assert sizes["peak"] == pytest.approx(held, rel=TOLERANCE), sizes
+    # Of the largest step one row of logits is missing, another request's.
+    assert 0.95 <= sizes["workspace"] / sizes["workspace planned"] <= 1, sizes
+    planned = sizes["weights"] + sizes["kv"] + sizes["workspace planned"]
+    assert sizes["peak"] == pytest.approx(planned, rel=TOLERANCE), sizes

@@ -218,3 +218,15 @@ def test_a_zero_point_of_0_borrows_from_the_next(tmp_path: Path) -> None:
     }
     weight = open_checkpoint(write(tmp_path / "m", settings, tensors)).tensor("m.q_proj.weight")
     assert dequantise(weight)[:, 0].tolist() == [-zero for zero in zeros]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["gptq 4 bits, 128", "awq, 128", "FP8, row", "FP8 of blocks", "NVFP4", "W8A8, channel"],
+)
+def test_experts_in_one_tensor_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    settings, make, _ = KINDS[kind]
+    tensors, _ = make(np.random.default_rng(1), N, K)
+    two = {s: (dtype, (2, *shape), bytes(data) * 2) for s, (dtype, shape, data) in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"m\.q_proj.*experts in one tensor"):
+        open_checkpoint(write(tmp_path / "m", settings, two)).tensor("m.q_proj.weight")

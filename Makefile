@@ -62,7 +62,7 @@ $(VENV)/.torch: $(VENV)/.made constraints.txt .ci/install-torch
 
 $(VENV)/.test: $(VENV)/.installed $(VENV)/.torch
 	@echo 'installing what the tests need into $(VENV)'
-	@$(PIP) install --quiet -c "$(CONSTRAINTS)" --group test
+	@$(PIP) install --quiet --no-compile -c "$(CONSTRAINTS)" --group test
 	@touch $@
 
 install: $(VENV)/.installed

@@ -81,6 +81,7 @@ def test_shares_are_of_what_was_measured() -> None:
     assert share("a", None, 20.0) == share("a", 0.010, None) == {}
 
 
+@pytest.mark.cores  # it measures the machine
 def test_a_model_s_cost_is_counted_from_its_program(model: Path) -> None:
     engine = Engine.from_model(str(model), EngineConfig(model=str(model), threads=1))
     try:

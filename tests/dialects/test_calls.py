@@ -39,7 +39,7 @@ CALLS = st.lists(
     min_size=1,
     max_size=3,
 )
-CASES = count(reduced=25, full=1000)
+CASES = count(reduced=25, full=300)
 
 
 def parser(format: ToolFormat, *, inside: bool = False) -> AnswerParser:

@@ -13,7 +13,7 @@ from engineroom import SamplingParams
 from engineroom.engine.core.request import AdmissionError, ParameterError
 from tests.counts import count
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.cores, pytest.mark.torch]
 
 NEIGHBOUR = list(b"a quiet neighbour")
 CALM = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)

@@ -15,6 +15,8 @@ from engineroom import SamplingParams
 from tests.counts import count
 from tests.engine import golden
 
+pytestmark = pytest.mark.cores
+
 EXAMPLES = count(reduced=8, full=100)
 RUN = {
     "deadline": None,

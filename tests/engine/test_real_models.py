@@ -13,6 +13,8 @@ from tests.counts import count
 from tests.data import model_path
 from tests.engine.twins import write_twin
 
+pytestmark = pytest.mark.cores
+
 TOKENS = count(reduced=12, full=64)
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 PROMPT = "The capital of France is Paris. The capital of Italy is"

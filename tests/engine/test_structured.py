@@ -53,7 +53,7 @@ def said(llm: LLM, prompt: list[int] | str, **options: Any) -> Any:
     return out.outputs[0]
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=5, full=300)))
+@pytest.mark.parametrize("seed", range(count(reduced=5, full=150)))
 def test_an_output_is_valid_wherever_it_is_cut(llm: LLM, seed: int) -> None:
     rng = random.Random(seed)
     wanted = PERSON if seed % 3 == 0 else schema(rng)
@@ -137,7 +137,7 @@ def bits(output: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=1, full=60)))
+@pytest.mark.parametrize("seed", range(count(reduced=1, full=20)))
 def test_an_output_is_the_same_alone_and_in_any_batch(
     llm: LLM, make_llm: Callable[..., LLM], seed: int
 ) -> None:
@@ -166,7 +166,7 @@ def late(
     made.close()
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=1, full=20)))
+@pytest.mark.parametrize("seed", range(count(reduced=1, full=10)))
 def test_an_output_is_the_same_on_a_backend_that_overlaps(llm: LLM, late: LLM, seed: int) -> None:
     asked = requests(seed)
     prompts, params = [p for p, _ in asked], [p for _, p in asked]
@@ -178,7 +178,7 @@ def test_an_output_is_the_same_on_a_backend_that_overlaps(llm: LLM, late: LLM, s
 def test_a_tight_budget_is_kept_on_a_backend_that_overlaps(llm: LLM, late: LLM) -> None:
     params = [
         SamplingParams(temperature=2.0, seed=i, max_tokens=20 + i % 6, structured=FORMS[0])
-        for i in range(count(reduced=4, full=8))
+        for i in range(count(reduced=2, full=8))
     ]
     prompts = [[i] for i in range(len(params))]
     plain = llm.generate(prompts, params, use_tqdm=False)

@@ -49,7 +49,7 @@ def noise(seed: int, size: int, liked: str = "") -> object:
     return logits
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=18, full=4000)))
+@pytest.mark.parametrize("seed", range(count(reduced=18, full=400)))
 def test_every_output_of_a_schema_is_valid_in_any_budget(grammars: Grammars, seed: int) -> None:
     rng = random.Random(seed)
     wanted = schema(rng)
@@ -66,7 +66,7 @@ def test_every_output_of_a_schema_is_valid_in_any_budget(grammars: Grammars, see
         validate(wanted, text)
 
 
-@pytest.mark.parametrize("seed", range(count(reduced=8, full=300)))
+@pytest.mark.parametrize("seed", range(count(reduced=8, full=100)))
 def test_a_schema_that_holds_itself_ends_in_any_budget(grammars: Grammars, seed: int) -> None:
     node = {
         "type": "object",
@@ -262,7 +262,7 @@ def test_a_special_token_that_a_grammar_asks_for(grammars: Grammars, optional: b
     compiled = grammars.compile(output)
     assert compiled.ending == (() if optional else (tool, *compiled.ending[1:]))  # type: ignore[index]
     called = 0
-    for seed in range(count(reduced=6, full=100)):
+    for seed in range(count(reduced=6, full=40)):
         for most in (20, 40):
             form = make_form(grammars, output, most)
             size = grammars.vocabulary.size
@@ -275,7 +275,7 @@ def test_a_special_token_that_a_grammar_asks_for(grammars: Grammars, optional: b
             if tool in ids:
                 called += 1
                 assert "a" in json.loads(text_of(SmallTokens(), ids[ids.index(tool) + 1 :]))
-    assert called if optional else called == 2 * count(reduced=6, full=100)
+    assert called if optional else called == 2 * count(reduced=6, full=40)
 
 
 @pytest.mark.parametrize("token", [5, 100_000])

@@ -26,6 +26,8 @@ from engineroom.kernels.backend import KV_CODES, KVSpec
 from engineroom.kernels.cpu import _native
 from tests.counts import FULL
 
+pytestmark = pytest.mark.cores
+
 UNITS = _native.kernel_tables()
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "k8v4")
 TOLERANCE = {

@@ -46,6 +46,8 @@ from engineroom.quant.values import dequantise, row_dtype
 from tests.kernels.packed_steps import Paged, random_rows, raw
 from tests.kernels.programs import random_weights, two_layers
 
+pytestmark = pytest.mark.cores
+
 TABLES = _native.kernel_tables()
 VOCAB = 200
 Weights = Mapping[str, Any]

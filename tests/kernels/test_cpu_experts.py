@@ -26,6 +26,8 @@ from tests.kernels.test_cpu_backend import (
     steps,
 )
 
+pytestmark = pytest.mark.cores
+
 WIDE = {"hidden": 256, "ffn": 256, "num_experts": 7, "shared": 256}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp32": (random_weights, {}),

@@ -10,6 +10,8 @@ from engineroom.kernels.weights import CODEBOOKS, FORMATS, RawWeight
 from engineroom.quant.values import dequantise, row_dtype
 from tests.counts import count
 
+pytestmark = pytest.mark.cores
+
 UNITS = _native.kernel_tables()
 AS_BF16 = ("BF16", "FP8", "FP8_128")
 FORMS = {

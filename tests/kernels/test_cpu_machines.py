@@ -24,6 +24,8 @@ import pytest
 
 from tests.counts import FULL
 
+pytestmark = pytest.mark.cores
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "kernels" / "cpu"
 LISTS = (CPU / "CMakeLists.txt").read_text("utf-8")

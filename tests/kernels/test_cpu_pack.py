@@ -12,6 +12,8 @@ from engineroom.kernels.weights import FORMATS, Format, RawWeight
 from engineroom.quant.values import dequantise
 from tests.counts import count
 
+pytestmark = pytest.mark.cores
+
 THREADS = [1, 2, 3]
 
 

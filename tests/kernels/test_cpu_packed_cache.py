@@ -17,6 +17,8 @@ from engineroom.kernels.cpu import _native
 from engineroom.kernels.cpu.packed_cache import PackedCache
 from engineroom.kernels.weights import FORMATS, RawWeight
 
+pytestmark = pytest.mark.cores
+
 SHAPES = {"Q4_1": (70, 96), "BF16": (49, 37), "Q6_K": (48, 512), "F32": (1, 5)}
 
 

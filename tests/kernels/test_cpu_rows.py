@@ -13,6 +13,8 @@ import pytest
 
 from engineroom.kernels.cpu import _native
 
+pytestmark = pytest.mark.cores
+
 UNITS = _native.kernel_tables()
 OUTLIER = 25  # kernels.hpp kOutlier
 LENGTHS = (1, 15, 16, 17, 33, 64, 576)

@@ -18,6 +18,8 @@ from engineroom.kernels.cpu.sampler import CpuLogits, CpuSampler
 from tests.counts import count
 from tests.kernels.sampling_rows import inputs
 
+pytestmark = pytest.mark.cores
+
 SIZES = (1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 255, 256, 257, 1000, 1023, 1025, 3000)
 
 

@@ -14,6 +14,8 @@ from engineroom.kernels.cpu import _native
 from engineroom.kernels.cpu.backend import CpuBackend, _placed
 from tests.counts import count
 
+pytestmark = pytest.mark.cores
+
 Cores = list[tuple[int, list[int]]]
 
 

@@ -37,7 +37,7 @@ def test_the_server_keeps_to_its_own_document(serving: Any, tmp_path: Path) -> N
     command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
     options = {
         "--phases": "coverage,fuzzing" if FULL else "fuzzing",
-        "--max-examples": "40" if FULL else "4",
+        "--max-examples": "15" if FULL else "4",
         "--seed": "1",
         "--request-timeout": "20",
         "--checks": ",".join(CHECKS),

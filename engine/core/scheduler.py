@@ -184,7 +184,6 @@ class Scheduler:
         return plan
 
     def _charge_running(self) -> None:
-        self._planner.end_stretch()
         for request in self._running:
             request.settle_account()
 

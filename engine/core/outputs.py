@@ -54,7 +54,10 @@ class OutputGroup:
 
     @property
     def finished(self) -> bool:
-        return all(sample.is_finished for sample in self.samples)
+        for sample in self.samples:
+            if not sample.is_finished:
+                return False
+        return True
 
     def take(self, update: Update) -> None:
         """Note the text that an update brought."""
@@ -129,5 +132,5 @@ class OutputGroup:
 
 def _complete(s: Request) -> bool | None:
     """A stop string cuts what had been complete with it."""
-    cut = s.text is not None and s.text.matched is not None
-    return False if s.form.complete and cut else s.form.complete
+    complete = s.form.complete
+    return complete and (s.text is None or s.text.matched is None)

@@ -118,6 +118,7 @@ class Request(_EveryStep):
     """
 
     __slots__ = (
+        "_timings",
         "account",
         "adapter",
         "arrival",
@@ -236,6 +237,7 @@ class Request(_EveryStep):
         self.error: str | None = None
         self.timeline = Timeline(arrival)  # the scheduler restarts it when it accepts the request
         self.first_token_ns: int | None = None  # on the timeline's clock
+        self._timings: Timings | None = None  # once asked for, until its next transition
 
         # Fixed for life and read every step, so worked out once.
         self.key = (request_id, sample_index)  # unique among the scheduler's live requests
@@ -264,6 +266,7 @@ class Request(_EveryStep):
         """-> WAITING in a scheduler, `sequence` breaking ties of priority and arrival."""
         self.order = (self.priority, self.arrival, sequence)
         self.timeline = Timeline(now)
+        self._timings = None
 
     def start(self, table: list[int], num_hits: int, num_computed: int, now: float) -> None:
         """WAITING -> RUNNING with this table, whose first num_hits blocks are a prefix hit."""
@@ -273,7 +276,7 @@ class Request(_EveryStep):
         self.num_computed = self.num_scheduled = num_computed
         self.num_charged = max(self.num_charged, num_computed)
         self.decodes = False
-        self.timeline.mark("prefill", now)
+        self._mark("prefill", now)
 
     def fall_back(self, now: float) -> None:
         """RUNNING -> WAITING: preempted. Keeps its tokens, computes them anew."""
@@ -281,7 +284,7 @@ class Request(_EveryStep):
         self.block_ids = []
         self.num_published = self.num_computed = self.num_scheduled = 0
         self.num_preemptions += 1
-        self.timeline.mark("preempted", now)
+        self._mark("preempted", now)
 
     def finish(
         self,
@@ -300,6 +303,18 @@ class Request(_EveryStep):
             del self.token_ids[-self.num_pending :]
             self.num_pending = 0
         self.timeline.close(now)
+        self._timings = None
+
+    def begin_decoding(self, now: float) -> None:
+        """Its first token since it started was sampled."""
+        self.decodes = True
+        instant = self._mark("decode", now)
+        if self.first_token_ns is None:
+            self.first_token_ns = instant
+
+    def _mark(self, state: str, now: float) -> int:
+        self._timings = None
+        return self.timeline.mark(state, now)
 
     def plan_token(self) -> None:
         """One step more, now planned, computes its last token and samples the one behind."""
@@ -377,16 +392,18 @@ class Request(_EveryStep):
         return self.prompt_rows < self.max_prompt_rows
 
     def timings(self) -> Timings:
-        """Where the time went so far, in seconds on the scheduler's clock."""
-        line = self.timeline
-        spent, first = line.spent(), self.first_token_ns
-        return Timings(
-            (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
-            spent.get("prefill", 0) / 1e9,
-            spent.get("decode", 0) / 1e9,
-            line.total_ns / 1e9,
-            None if first is None else (first - line.start_ns) / 1e9,
-        )
+        """Where the time went up to its latest transition, in seconds on the scheduler's clock."""
+        if self._timings is None:
+            line = self.timeline
+            spent, first = line.spent(), self.first_token_ns
+            self._timings = Timings(
+                (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
+                spent.get("prefill", 0) / 1e9,
+                spent.get("decode", 0) / 1e9,
+                line.total_ns / 1e9,
+                None if first is None else (first - line.start_ns) / 1e9,
+            )
+        return self._timings
 
     def __repr__(self) -> str:
         return (

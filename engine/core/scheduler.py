@@ -306,7 +306,7 @@ class Scheduler:
         request.place(token)
         self.num_generated_tokens += 1
         if not request.decodes:
-            self._mark_decode(request, now)
+            request.begin_decoding(now)
         return self._tell(request, token, logprob, scored, now)
 
     def _tell(
@@ -365,12 +365,6 @@ class Scheduler:
             error=error,
             silent=silent,
         )
-
-    def _mark_decode(self, request: Request, now: float) -> None:
-        request.decodes = True
-        instant = request.timeline.mark("decode", now)
-        if request.first_token_ns is None:
-            request.first_token_ns = instant
 
     # -------------------------------------------------------------------------------- the end
 

@@ -207,9 +207,7 @@ class SamplingInputsBuilder:
             changing["mask_table"] = self._form_masks(constants)
         if not changing:
             return constants.inputs.at(position.view(np.uint32))
-        return dataclasses.replace(
-            constants.inputs, position=position.view(np.uint32), **changing
-        )
+        return dataclasses.replace(constants.inputs, position=position.view(np.uint32), **changing)
 
     def _constants_of(self, roster: Roster) -> _Constants:
         targets = [share.targets for share in roster.shares]

@@ -39,7 +39,7 @@ class World:
         )
         self.device = FakeDevice(self.num_blocks, block_size)
         self.depth = rng.choice((0, 1))
-        self.to_come = rng.randrange(1, 12)
+        self.to_come = rng.randrange(1, 20)
         self.hurry = rng.choice((0.02, 0.1, 1.0))
         self.looks = rng.choice((0.0, 0.0, 0.2))  # at the books, a turn: what is read catches up
         self.told: list[Any] = []
@@ -95,7 +95,7 @@ class World:
             eos_token_ids=frozenset({EOS}),
             final_only=rng.random() < 0.7,
             text=text,
-            tenant=rng.choice("ab"),
+            tenant=rng.choice("abc"),
         )
         dead_end = rng.randrange(20) if rng.random() < 0.1 else None
         self.device.scripts[request] = Script.of(tuple(prompt), request.seed, 0, dead_end)

@@ -81,7 +81,8 @@ def throughput(model: str, rounds: int, device: str) -> dict[str, list[float]]:
 def scheduler_time(num_running: int = 256, steps: int = 400) -> list[float]:
     """Microseconds of schedule() + commit() per decode step with `num_running` requests."""
     from engineroom.engine.core.plan import StepOutcome
-    from engineroom.engine.core.request import Request, SamplingParams
+    from engineroom.engine.core.request import Request
+    from engineroom.engine.core.sampling_params import SamplingParams
     from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig
 
     scheduler = Scheduler(

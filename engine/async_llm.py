@@ -27,15 +27,10 @@ from .client import (
 from .client_process import ProcessClient
 from .client_thread import ThreadClient
 from .config import ConfigError, EngineConfig
-from .core.request import (
-    AdmissionError,
-    Growth,
-    ParameterError,
-    RequestOutput,
-    SamplingParams,
-    Timings,
-    Usage,
-)
+from .core.answers import Growth, RequestOutput, Timings, Usage
+from .core.checks import AdmissionError
+from .core.parameter import ParameterError
+from .core.sampling_params import SamplingParams
 from .engine import Engine
 from .receipts import Receipt, make
 

@@ -30,7 +30,7 @@ from .client import (
 )
 from .client_thread import ThreadClient
 from .config import EngineConfig
-from .core.request import Growth, RequestOutput
+from .core.answers import Growth, RequestOutput
 
 EXIT_BAD_START = 3
 EXIT_ENGINE_FAILED = 4

@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from .config import EngineConfig, ModelConfig
-from .core.request import (
+from .core.answers import Growth, RequestOutput
+from .core.checks import (
     AdmissionError,
-    Growth,
-    ParameterError,
-    RequestOutput,
-    SamplingParams,
     as_prompt,
     check_identity,
     check_params,
     check_token_ids,
     check_weight,
 )
+from .core.parameter import ParameterError
+from .core.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")

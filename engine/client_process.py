@@ -51,7 +51,9 @@ from .client import (
     describe,
 )
 from .config import EngineConfig
-from .core.request import AdmissionError, ParameterError, RequestOutput
+from .core.answers import RequestOutput
+from .core.checks import AdmissionError
+from .core.parameter import ParameterError
 
 log = logging.getLogger(__name__)
 

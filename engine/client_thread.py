@@ -35,7 +35,9 @@ from .client import (
     named_by,
     plain,
 )
-from .core.request import AdmissionError, Growth, ParameterError
+from .core.answers import Growth
+from .core.checks import AdmissionError
+from .core.parameter import ParameterError
 
 log = logging.getLogger(__name__)
 

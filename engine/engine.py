@@ -19,23 +19,14 @@ from . import receipts
 from .account.ledger import EnergyStats, Ledger, Prices
 from .account.meter import MeterUnavailable, open_meter
 from .config import ConfigError, EngineConfig
-from .core.detokenize import TextStream, TokenPieces
-from .core.form import FREE, Form
+from .core.answers import Growth, RequestOutput
+from .core.checks import as_prompt, check_params, check_token_ids
 from .core.outputs import OutputGroup
-from .core.request import (
-    Growth,
-    ParameterError,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    as_prompt,
-    check_params,
-    check_token_ids,
-)
+from .core.sampling_params import SamplingParams
 from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import RecentSteps, StepLog, StepRecord
+from .door import Door, embedding_params, unicode_text
 from .features.grammar import Grammars
-from .features.grammar_form import GrammarForm
 from .receipts import Receipt
 from .receipts.facts import all_facts
 from .runtime.assemble import LoadedModel, Progress, load_model
@@ -109,8 +100,14 @@ class Engine:
         self._facts: dict[str, Any] | None = None
         self._clock = clock
         self._runner = loaded.runner
-        self._pieces = TokenPieces(self.tokenizer.token_bytes, self.tokenizer.vocab_size)
         self._grammars = Grammars(self.tokenizer)
+        self._door = Door(
+            self.tokenizer,
+            self._grammars,
+            vocab_size=self.model_config.vocab_size,
+            max_model_len=self.memory.max_model_len,
+            clock=clock,
+        )
         self._groups: dict[str, OutputGroup] = {}
         self._growths: list[Growth] = []  # of the latest step
         self._in_flight: deque[_Flying] = deque()  # launched, not committed
@@ -158,12 +155,12 @@ class Engine:
         check_params(params)
         prompt = as_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
-        ids = self._prompt_ids(prompt, params)
-        bad_words = self._bad_word_ids(params)
+        ids = self._door.prompt_ids(prompt, params)
+        bad_words = self._door.bad_word_ids(params)
         check_token_ids(params, ids, self.model_config.vocab_size, bad_word_ids=bad_words)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
-        run = _embedding_params(params) if embed else params
-        samples = self._samples(
+        run = embedding_params(params) if embed else params
+        samples = self._door.samples(
             request_id,
             ids,
             run,
@@ -187,7 +184,7 @@ class Engine:
             echo_text=echo,
             params=run,
             samples=samples,
-            decode_token=self._token_text,
+            decode_token=self._door.token_text,
             final_only=final_only or embed,
             growths=growths,
             embedding=None if pool is None else pool.embedding,
@@ -233,8 +230,8 @@ class Engine:
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, as add_request() takes it. Errors: ParameterError("prompt")."""
         if add_special_tokens:
-            return self._prompt_ids(text, SamplingParams())
-        return self.tokenizer.encode(_unicode(text), add_special_tokens=False)
+            return self._door.prompt_ids(text, SamplingParams())
+        return self.tokenizer.encode(unicode_text(text), add_special_tokens=False)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Errors: AdmissionError("token_id")."""
@@ -328,111 +325,6 @@ class Engine:
 
     # --------------------------------------------------------------------------------- private
 
-    def _prompt_ids(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        ids = self.tokenizer.encode(_unicode(prompt)) if isinstance(prompt, str) else prompt
-        keep = params.truncate_prompt_tokens
-        return ids if keep is None else ids[-keep:]
-
-    def _samples(
-        self,
-        request_id: str,
-        ids: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        bad_words: tuple[tuple[int, ...], ...],
-        **queueing: Any,
-    ) -> list[Request]:
-        tokenizer = self.tokenizer
-        room = self.memory.max_model_len - len(ids)
-        max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
-        skip = self._skipped_ids(params)
-        starts_text = all(token in tokenizer.special_ids for token in ids)
-        arrival = self._clock()
-        samples: list[Request] = []
-        for index in range(params.num_samples):
-            samples.append(
-                Request(
-                    request_id=request_id,
-                    prompt_token_ids=ids,
-                    params=params,
-                    max_tokens=max_tokens,
-                    seed=seed,
-                    sample_index=index,
-                    arrival=arrival,
-                    eos_token_ids=tokenizer.eos_token_ids,
-                    bad_word_ids=bad_words,
-                    dry_breaker_ids=self._dry_breaker_ids(params),
-                    text=TextStream(
-                        self._pieces.__getitem__,
-                        stop=params.stop,
-                        include_stop=params.include_stop_str_in_output,
-                        skip_ids=skip,
-                        strip_leading_space=tokenizer.strip_leading_space and starts_text,
-                        min_tokens=params.min_tokens,
-                    ),
-                    leader=samples[0] if samples else None,
-                    form=self._form(params, max_tokens),
-                    **queueing,
-                )
-            )
-        return samples
-
-    def _form(self, params: SamplingParams, max_tokens: int) -> Form:
-        """A sample's form. Errors: ParameterError where its shortest output does not fit."""
-        if params.structured is None:
-            return FREE
-        compiled = self._grammars.compile(params.structured)
-        if compiled.ending is not None and len(compiled.ending) > max_tokens:
-            raise ParameterError(
-                "max_tokens",
-                f"max_tokens={max_tokens} is too few for any output of the form asked for by "
-                f"structured; the shortest has {len(compiled.ending)} tokens",
-            )
-        return GrammarForm(
-            self._grammars,
-            compiled,
-            max_tokens=max_tokens,
-            num_mask_words=-(-self.model_config.vocab_size // 32),
-            ignore_eos=params.ignore_eos,
-        )
-
-    def _token_text(self, token_id: int) -> str:
-        """What a token alone adds to a text; a part of a character shows as U+FFFD."""
-        return self._pieces[token_id].decode("utf-8", "replace")
-
-    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each bad word as token ids, at the start of a text and after a space (vLLM's rule)."""
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words:
-            for text in (word, " " + word.lstrip()):
-                ids = tuple(
-                    self.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-                )
-                if ids:
-                    found[ids] = None
-        return tuple(found)
-
-    def _skipped_ids(self, params: SamplingParams) -> frozenset[int]:
-        """Token ids whose text is left out of the output."""
-        if not params.skip_special_tokens:
-            return frozenset()
-        special = self.tokenizer.special_ids
-        kept = [
-            self.tokenizer.encode(text, add_special_tokens=False)
-            for text in params.keep_special_tokens
-        ]
-        return special.difference(ids[0] for ids in kept if len(ids) == 1)
-
-    def _dry_breaker_ids(self, params: SamplingParams) -> frozenset[int]:
-        if not params.dry_multiplier:
-            return frozenset()
-        encode = self.tokenizer.encode
-        ids = (
-            encode(text, add_special_tokens=False, parse_special=False)
-            for text in params.dry_sequence_breakers
-        )
-        return frozenset(tokens[-1] for tokens in ids if tokens)
-
     def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
         touched: dict[str, OutputGroup] = {}
         for update in updates:
@@ -498,23 +390,3 @@ def _ledger(config: EngineConfig, *, gpu: bool) -> Ledger:
         grams_per_kwh=config.grams_per_kwh,
     )
     return Ledger(meter, prices)
-
-
-def _embedding_params(params: SamplingParams) -> SamplingParams:
-    """Errors: ParameterError for what would be ignored."""
-    keep = params.truncate_prompt_tokens
-    if params != SamplingParams(truncate_prompt_tokens=keep):
-        raise ParameterError(
-            "params",
-            "an embedding samples nothing: of params it takes truncate_prompt_tokens alone",
-        )
-    return SamplingParams(max_tokens=0, echo=True, truncate_prompt_tokens=keep)
-
-
-def _unicode(text: str) -> str:
-    """The text itself. Errors: ParameterError("prompt") for a lone surrogate, which is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ParameterError("prompt", f"the prompt is not valid Unicode text: {error}") from None
-    return text

@@ -15,7 +15,10 @@ import numpy as np
 from . import batch as batches
 from .batch.manifest import engine_facts
 from .config import EngineConfig
-from .core.request import ParameterError, RequestOutput, SamplingParams, as_prompt, check_params
+from .core.answers import RequestOutput
+from .core.checks import as_prompt, check_params
+from .core.parameter import ParameterError
+from .core.sampling_params import SamplingParams
 from .engine import Engine, EngineStats
 from .load.tokenizer import Tokenizer
 from .receipts import Receipt

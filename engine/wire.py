@@ -17,16 +17,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .config import EngineConfig, ModelConfig
+from .core.answers import CompletionOutput, Growth, Logprob, RequestOutput, Timings, Usage
 from .core.cost import Cost
-from .core.request import (
-    CompletionOutput,
-    Growth,
-    Logprob,
-    RequestOutput,
-    SamplingParams,
-    Timings,
-    Usage,
-)
+from .core.sampling_params import SamplingParams
 
 MAX_FRAME = 64 << 20  # bytes of payload: a million token ids fit ten times over
 PROMPT_ROWS = 4096  # prompt-logprob positions in one frame: 20 alternatives each stay below 5 MB

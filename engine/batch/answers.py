@@ -8,7 +8,7 @@ import json
 import math
 from typing import Any
 
-from ..core.request import CompletionOutput, Logprob, RequestOutput
+from ..core.answers import CompletionOutput, Logprob, RequestOutput
 from ..core.vectors import handed_out
 from .errors import LineError
 from .requests import CHAT, BatchRequest, Vector

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from .errors import BAD_REQUEST, CHANGED, DUPLICATE, NOT_READ, BatchError, LineError
 from .journal import not_read, not_written
 from .requests import BatchRequest, from_json

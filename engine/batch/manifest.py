@@ -10,7 +10,7 @@ from typing import Any
 
 from engineroom import __version__
 
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from ..engine import Engine
 from ..receipts.facts import differences, how_computed
 from .errors import CHANGED, NOT_READ, BatchError

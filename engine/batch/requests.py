@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.request import ParameterError, SamplingParams, StructuredOutput, as_prompt
+from ..core.checks import as_prompt
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
+from ..core.structured import StructuredOutput
 from ..load.mapped import CheckpointError
 from ..load.strict_json import parse_object
 from .errors import LineError

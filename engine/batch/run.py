@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import EngineConfig
-from ..core.request import RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.sampling_params import SamplingParams
 from ..load.template_process import TemplateError
 from ..receipts import Receipt
 from . import manifest as manifests

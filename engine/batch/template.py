@@ -6,7 +6,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from .errors import NOT_READ, BatchError, LineError
 from .requests import CHAT, COMPLETIONS, BatchRequest, check_id
 

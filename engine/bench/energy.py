@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import EngineConfig
 from ..core.cost import Cost
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from ..engine import Engine
 from ..tools.session import open_engine, raise_failure
 from .model import LEAD, Subject, publish, rounds

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..config import EngineConfig
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from ..engine import Engine
 from ..tools.inspect import inspect_model
 from ..tools.options import changed_options

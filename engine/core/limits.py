@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .request import AdmissionError, Request
+from .checks import AdmissionError
+from .request import Request
 
 __all__ = ["SchedulerConfig", "check_fits"]
 

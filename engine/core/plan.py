@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .request import Request
+from .answers import TokenLogprob
+from .request import Request
 
 SAMPLE = -1  # a logit row's target: sample a token there
-PENDING = -1  # a token id still being computed by the step in flight
 
 
 class Share(NamedTuple):
@@ -175,16 +174,6 @@ class StepPlan:
             token_ids=tokens,
             turned=None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Raw-logit logprob (natural log) of one token, its rank (1 = most likely), and the top k."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 
 from .blocks import BlockManager
 from .limits import SchedulerConfig
-from .plan import DECODE, PENDING, SAMPLE, Roster, Share, StepPlan
+from .plan import DECODE, SAMPLE, Roster, Share, StepPlan
 from .queues import Waiting, insert_in_order
-from .request import Request
+from .request import PENDING, Request
 from .stretch import Stretch
 
 __all__ = ["Planner"]
@@ -150,12 +150,12 @@ class Planner:
             stretch.close()
 
     def _somebody_comes(self) -> bool:
-        """Whether anybody who waits might be admitted."""
+        """Whether anybody who waits might be admitted, or it is to be chosen who would be."""
         waiting, running = self._waiting, self._running
         if not len(waiting):
             return False
         full = len(running) >= self._config.max_num_seqs
-        return not full or waiting.priority < running[-1].priority
+        return not full or waiting.num_tenants > 1 or waiting.priority < running[-1].priority
 
     def _finish(self, draft: _Draft) -> StepPlan | None:
         if not draft.taken:

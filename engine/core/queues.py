@@ -74,6 +74,11 @@ class Waiting:
             self._num_dead = 0
 
     @property
+    def num_tenants(self) -> int:
+        """Of whom anybody waits, or waited until a moment ago."""
+        return len(self._heaps)
+
+    @property
     def priority(self) -> float:
         """The best of those that wait; NOBODY where none does."""
         return min([request.priority for request in self._heads()], default=NOBODY)

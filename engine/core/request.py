@@ -1,63 +1,25 @@
-"""Request: one sequence's state machine; what a request is refused with and answered with."""
+"""Request: one sequence's state machine."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from enum import Enum
+from typing import TYPE_CHECKING
 
+from .answers import FinishReason, Timings, TokenLogprob
 from .blocks import KeyChain
-from .cost import Cost
+from .checks import check_identity, check_weight
 from .form import FREE, Form
 from .parameter import ParameterError
-from .plan import PENDING
 from .sampling_params import SamplingParams
 from .steplog import Timeline
-from .structured import StructuredOutput
 
 if TYPE_CHECKING:
     from .detokenize import TextStream
     from .fairness import Account
-    from .plan import TokenLogprob
-
-__all__ = [
-    "AdmissionError",
-    "CompletionOutput",
-    "Cost",
-    "FinishReason",
-    "Growth",
-    "Logprob",
-    "ParameterError",
-    "Request",
-    "RequestOutput",
-    "RequestState",
-    "SamplingParams",
-    "StructuredOutput",
-    "Timings",
-    "Usage",
-    "as_prompt",
-    "check_identity",
-    "check_params",
-    "check_token_ids",
-    "check_weight",
-]
-
-MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
-_MAX_ID_LENGTH = 256
-_MAX_SALT = 256
-_MAX_PRIORITY = (1 << 31) - 1
-_WEIGHTS = (0.01, 100.0)
 
 
-class FinishReason(StrEnum):
-    """Why a sequence ended, in the words of the OpenAI interface."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
+PENDING = -1  # a token id still being computed by the step in flight
 
 
 class RequestState(Enum):
@@ -66,25 +28,6 @@ class RequestState(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class AdmissionError(ValueError):
-    """A request refused at the door. `.code` is one of CODES."""
-
-    CODES = (
-        "context_length",
-        "never_fits",
-        "queue_full",
-        "prompt_empty",
-        "token_id",
-        "duplicate_id",
-    )
-
-    def __init__(self, code: str, message: str) -> None:
-        if code not in self.CODES:
-            raise ValueError(f"unknown admission code {code!r} (known: {', '.join(self.CODES)})")
-        super().__init__(message)
-        self.code = code
 
 
 class _EveryStep:
@@ -119,6 +62,7 @@ class Request(_EveryStep):
     """
 
     __slots__ = (
+        "_timings",
         "account",
         "adapter",
         "arrival",
@@ -237,6 +181,7 @@ class Request(_EveryStep):
         self.error: str | None = None
         self.timeline = Timeline(arrival)  # the scheduler restarts it when it accepts the request
         self.first_token_ns: int | None = None  # on the timeline's clock
+        self._timings: Timings | None = None  # once asked for, until its next transition
 
         # Fixed for life and read every step, so worked out once.
         self.key = (request_id, sample_index)  # unique among the scheduler's live requests
@@ -265,6 +210,7 @@ class Request(_EveryStep):
         """-> WAITING in a scheduler, `sequence` breaking ties of priority and arrival."""
         self.order = (self.priority, self.arrival, sequence)
         self.timeline = Timeline(now)
+        self._timings = None
 
     def start(self, table: list[int], num_hits: int, num_computed: int, now: float) -> None:
         """WAITING -> RUNNING with this table, whose first num_hits blocks are a prefix hit."""
@@ -274,7 +220,7 @@ class Request(_EveryStep):
         self.num_computed = self.num_scheduled = num_computed
         self.num_charged = max(self.num_charged, num_computed)
         self.decodes = False
-        self.timeline.mark("prefill", now)
+        self._mark("prefill", now)
 
     def fall_back(self, now: float) -> None:
         """RUNNING -> WAITING: preempted. Keeps its tokens, computes them anew."""
@@ -282,7 +228,7 @@ class Request(_EveryStep):
         self.block_ids = []
         self.num_published = self.num_computed = self.num_scheduled = 0
         self.num_preemptions += 1
-        self.timeline.mark("preempted", now)
+        self._mark("preempted", now)
 
     def finish(
         self,
@@ -301,6 +247,18 @@ class Request(_EveryStep):
             del self.token_ids[-self.num_pending :]
             self.num_pending = 0
         self.timeline.close(now)
+        self._timings = None
+
+    def begin_decoding(self, now: float) -> None:
+        """Its first token since it started was sampled."""
+        self.decodes = True
+        instant = self._mark("decode", now)
+        if self.first_token_ns is None:
+            self.first_token_ns = instant
+
+    def _mark(self, state: str, now: float) -> int:
+        self._timings = None
+        return self.timeline.mark(state, now)
 
     def plan_token(self) -> None:
         """One step more, now planned, computes its last token and samples the one behind."""
@@ -383,16 +341,18 @@ class Request(_EveryStep):
         return self.prompt_rows < self.max_prompt_rows
 
     def timings(self) -> Timings:
-        """Where the time went so far, in seconds on the scheduler's clock."""
-        line = self.timeline
-        spent, first = line.spent(), self.first_token_ns
-        return Timings(
-            (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
-            spent.get("prefill", 0) / 1e9,
-            spent.get("decode", 0) / 1e9,
-            line.total_ns / 1e9,
-            None if first is None else (first - line.start_ns) / 1e9,
-        )
+        """Where the time went up to its latest transition, in seconds on the scheduler's clock."""
+        if self._timings is None:
+            line = self.timeline
+            spent, first = line.spent(), self.first_token_ns
+            self._timings = Timings(
+                (spent.get("queued", 0) + spent.get("preempted", 0)) / 1e9,
+                spent.get("prefill", 0) / 1e9,
+                spent.get("decode", 0) / 1e9,
+                line.total_ns / 1e9,
+                None if first is None else (first - line.start_ns) / 1e9,
+            )
+        return self._timings
 
     def __repr__(self) -> str:
         return (
@@ -401,193 +361,3 @@ class Request(_EveryStep):
             f"pending={self.num_pending}, computed={self.num_computed}, "
             f"scheduled={self.num_scheduled}, blocks={len(self.block_ids)})"
         )
-
-
-def as_prompt(prompt: object) -> str | list[Any]:
-    """Text as it is, or token ids as a list; what the ids are is for check_token_ids().
-
-    Errors: ParameterError("prompt") for anything else.
-    """
-    to_list = getattr(prompt, "tolist", None)  # numpy arrays and tensors
-    listed = prompt if to_list is None else to_list()
-    if isinstance(listed, str):
-        return listed
-    if isinstance(listed, bytes | bytearray | memoryview) or not isinstance(listed, Sequence):
-        raise ParameterError(
-            "prompt", f"a prompt is text or a list of token ids, not {type(prompt).__name__}"
-        )
-    return list(listed)
-
-
-def check_params(params: object) -> None:
-    """Errors: ParameterError for what is no SamplingParams."""
-    if not isinstance(params, SamplingParams):
-        raise ParameterError(
-            "params", f"params must be SamplingParams, not {type(params).__name__}"
-        )
-
-
-def check_token_ids(
-    params: SamplingParams,
-    prompt_token_ids: Sequence[int],
-    vocab_size: int = MAX_VOCAB_SIZE,
-    *,
-    bad_word_ids: Sequence[Sequence[int]] = (),
-) -> None:
-    """The one place where token ids meet the vocabulary: every id must be in 0..vocab_size - 1.
-
-    Without the vocabulary at hand: that they are ids at all.
-    Errors: AdmissionError("token_id") for the prompt, ParameterError for a parameter's ids.
-    """
-    of_this_model = "" if vocab_size == MAX_VOCAB_SIZE else " of this model"
-    bad = _first_bad(prompt_token_ids, vocab_size)
-    if bad is not None:
-        raise AdmissionError(
-            "token_id",
-            f"prompt token {bad} is {_cut(prompt_token_ids[bad])}; token ids{of_this_model} are "
-            f"integers in 0..{vocab_size - 1}",
-        )
-    for name, ids in (
-        ("stop_token_ids", params.stop_token_ids),
-        ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("logit_bias", tuple(params.logit_bias or ())),
-        ("bad_words", tuple(token for word in bad_word_ids for token in word)),
-    ):
-        bad = _first_bad(ids, vocab_size)
-        if bad is not None:
-            raise ParameterError(
-                name,
-                f"{name} names token {_cut(ids[bad])}; token ids{of_this_model} are 0.."
-                f"{vocab_size - 1}",
-            )
-
-
-def _first_bad(ids: Sequence[int], vocab_size: int) -> int | None:
-    """Index of the first entry that is no token id; None where all are."""
-    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
-        return None
-    return next(
-        (i for i, t in enumerate(ids) if type(t) is not int or not 0 <= t < vocab_size), None
-    )
-
-
-def _cut(value: object) -> str:
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:80]
-
-
-def check_weight(weight: float) -> None:
-    """Errors: ParameterError for a share of the engine that none can have."""
-    if not isinstance(weight, (int, float)) or not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-        low, high = _WEIGHTS
-        raise ParameterError("weight", f"weight must be in {low:g}..{high:g}, not {_cut(weight)}")
-
-
-def check_identity(request_id: str, priority: int, cache_salt: bytes, arrival: float = 0.0) -> None:
-    """What comes with a request beside its prompt and parameters. Errors: ParameterError."""
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH:
-        raise ParameterError(
-            "request_id",
-            f"request_id must be a string of 1..{_MAX_ID_LENGTH} characters, not "
-            f"{_cut(request_id)}",
-        )
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
-        raise ParameterError(
-            "priority",
-            f"priority must be an integer in {-_MAX_PRIORITY}..{_MAX_PRIORITY}, not "
-            f"{_cut(priority)}",
-        )
-    if (
-        isinstance(arrival, bool)
-        or not isinstance(arrival, (int, float))
-        or not math.isfinite(arrival)
-    ):
-        raise ParameterError("arrival", f"arrival must be finite seconds, not {_cut(arrival)}")
-    if not isinstance(cache_salt, bytes) or len(cache_salt) > _MAX_SALT:
-        raise ParameterError(
-            "cache_salt", f"cache_salt must be at most {_MAX_SALT} bytes, not {_cut(cache_salt)}"
-        )
-
-
-# ------------------------------------------------------------------------------------- answers
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Natural-log probability of one token from the raw logits; rank 1 is the most likely."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of one request: prompt_tokens counts cached_tokens too."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds. queued_s (which counts time preempted) + prefill_s + decode_s = total_s."""
-
-    queued_s: float
-    prefill_s: float
-    decode_s: float
-    total_s: float
-    time_to_first_token_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One sample's output so far. logprobs: per output token, token id -> Logprob. complete:
-    whether the text is whole in the form that was asked for (None: none was)."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    cumulative_logprob: float | None
-    logprobs: tuple[dict[int, Logprob], ...] | None
-    finish_reason: str | None
-    stop_reason: str | int | None
-    seed: int
-    error: str | None = None
-    complete: bool | None = None
-
-
-class Growth(NamedTuple):
-    """What a request gained since its latest RequestOutput or Growth, and nothing else."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-
-    def then(self, later: Growth) -> Growth:
-        """Both in one."""
-        return Growth(self.request_id, self.token_ids + later.token_ids, self.text + later.text)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """One request's answer so far, whole each time; deltas[i] is what outputs[i].text gained.
-
-    prompt_logprobs: per prompt token, None for the first. cost: of all samples, so far; None where
-    no engine of ours computed it. embedding: of a request that asked for one, once finished; of
-    unit length.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None
-    outputs: tuple[CompletionOutput, ...]
-    finished: bool
-    usage: Usage
-    timings: Timings
-    deltas: tuple[str, ...]
-    cost: Cost | None = None
-    embedding: tuple[float, ...] | None = None

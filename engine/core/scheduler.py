@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .answers import FinishReason, TokenLogprob
 from .blocks import BlockManager, IntegrityError
+from .checks import AdmissionError
 from .fairness import Account, Shares, fullest, may_displace
 from .integrity import check_books
 from .limits import SchedulerConfig, check_fits
-from .plan import DECODE, Share, StepOutcome, StepPlan, TokenLogprob
+from .plan import DECODE, Share, StepOutcome, StepPlan
 from .planner import Planner
 from .queues import Waiting, index_of
-from .request import AdmissionError, FinishReason, Request, RequestState
+from .request import Request, RequestState
 from .stretch import Stretch
+from .telling import Ending, tell, whole_text
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -184,7 +187,6 @@ class Scheduler:
         return plan
 
     def _charge_running(self) -> None:
-        self._planner.end_stretch()
         for request in self._running:
             request.settle_account()
 
@@ -307,7 +309,7 @@ class Scheduler:
         request.place(token)
         self.num_generated_tokens += 1
         if not request.decodes:
-            self._mark_decode(request, now)
+            request.begin_decoding(now)
         return self._tell(request, token, logprob, scored, now)
 
     def _tell(
@@ -318,60 +320,28 @@ class Scheduler:
         scored: tuple[TokenLogprob, ...],
         now: float,
     ) -> Update | None:
-        """Make text of the latest token, and end the request if it does."""
-        text = None if request.quiet else request.text
+        """The latest token is in its place: say so, and end the request if it does."""
         logprobs: tuple[TokenLogprob, ...] = ()
         if logprob is not None:
             logprobs = (logprob,)
             request.logprobs.append(logprob)
-        num_output = request.num_computed + 1 - request.num_prompt_tokens
-        delta = ""
-        stop: str | int | None = None
-        reason: FinishReason | None = None
-        error: str | None = None
-        silent = False  # a stop token shows in the text no more than a stop string does
-        try:
-            if token in request.stop_ids and num_output >= request.params.min_tokens:
-                reason = FinishReason.STOP
-                if request.params.ignore_eos or token not in request.eos_token_ids:
-                    stop = token
-                silent = not request.params.include_stop_str_in_output
-            elif request.form.take(token):
-                reason = FinishReason.LENGTH if request.form.cut else FinishReason.STOP
-            elif num_output >= request.max_tokens:
-                reason = FinishReason.LENGTH
-            if text is not None:
-                if not silent:
-                    delta = text.push(token)
-                if reason is not None:
-                    delta += text.finish()
-                if text.matched is not None:
-                    reason, stop = FinishReason.STOP, text.matched
-        except Exception as problem:  # one request's text must not end the step of all
-            reason = FinishReason.ERROR
-            error = f"token {token} could not be made text: {type(problem).__name__}: {problem}"
-        if reason is None and request.quiet:
+        told = tell(request, token)
+        if isinstance(told, Ending):
+            return self._end(
+                request,
+                told.reason,
+                now,
+                tokens=(token,),
+                logprobs=logprobs,
+                scored=scored,
+                delta=told.delta,
+                stop_reason=told.stop,
+                error=told.error,
+                silent=told.silent,
+            )
+        if request.quiet:
             return None
-        if reason is None:
-            return Update(request, (token,), logprobs, scored, delta, False)
-        return self._end(
-            request,
-            reason,
-            now,
-            tokens=(token,),
-            logprobs=logprobs,
-            scored=scored,
-            delta=delta,
-            stop_reason=stop,
-            error=error,
-            silent=silent,
-        )
-
-    def _mark_decode(self, request: Request, now: float) -> None:
-        request.decodes = True
-        instant = request.timeline.mark("decode", now)
-        if request.first_token_ns is None:
-            request.first_token_ns = instant
+        return Update(request, (token,), logprobs, scored, told, False)
 
     # -------------------------------------------------------------------------------- the end
 
@@ -419,7 +389,7 @@ class Scheduler:
         if request.quiet:
             tokens = request.output_token_ids
             try:
-                delta = _whole_text(request, tokens[:-1] if silent else tokens, reason)
+                delta = whole_text(request, tokens[:-1] if silent else tokens, reason)
             except Exception as problem:  # as above
                 reason, stop_reason = FinishReason.ERROR, None
                 why = f"{type(problem).__name__}: {problem}"
@@ -521,12 +491,3 @@ def _is_plain(outcome: StepOutcome, stretch: Stretch) -> bool:
 
 def _has_not_run(request: Request) -> bool:
     return request.state is RequestState.WAITING and request.num_preemptions == 0
-
-
-def _whole_text(request: Request, token_ids: Sequence[int], reason: FinishReason) -> str:
-    """The text of a quiet request, made at its end; what is cut short is not finished."""
-    if request.text is None:
-        return ""
-    text = request.text.extend(token_ids)
-    by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
-    return text + request.text.finish() if by_itself else text

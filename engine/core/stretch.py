@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .plan import PENDING, Roster
+from .plan import Roster
+from .request import PENDING
 
 __all__ = ["Stretch"]
 

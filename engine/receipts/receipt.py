@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.request import CompletionOutput, RequestOutput, SamplingParams
+from ..core.answers import CompletionOutput, RequestOutput
+from ..core.sampling_params import SamplingParams
 from .facts import differences
 
 _FORMAT = 1

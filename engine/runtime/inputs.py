@@ -14,8 +14,9 @@ import numpy as np
 
 from ...kernels.backend import SamplingInputs, StepInputs
 from ..core import history
-from ..core.plan import PENDING, SAMPLE, Roster, StepPlan
-from ..core.request import Request, SamplingParams
+from ..core.plan import SAMPLE, Roster, StepPlan
+from ..core.request import PENDING, Request
+from ..core.sampling_params import SamplingParams
 
 
 class _Layout:
@@ -207,9 +208,7 @@ class SamplingInputsBuilder:
             changing["mask_table"] = self._form_masks(constants)
         if not changing:
             return constants.inputs.at(position.view(np.uint32))
-        return dataclasses.replace(
-            constants.inputs, position=position.view(np.uint32), **changing
-        )
+        return dataclasses.replace(constants.inputs, position=position.view(np.uint32), **changing)
 
     def _constants_of(self, roster: Roster) -> _Constants:
         targets = [share.targets for share in roster.shares]

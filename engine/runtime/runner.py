@@ -24,8 +24,9 @@ from ...kernels.program import Program
 from ...kernels.sampling import FAILED
 from ...kernels.weights import RawWeight, WeightGroup
 from ..config import ModelConfig
+from ..core.answers import TokenLogprob
 from ..core.form import FREE
-from ..core.plan import Roster, StepOutcome, StepPlan, TokenLogprob
+from ..core.plan import Roster, StepOutcome, StepPlan
 from .inputs import SamplingInputsBuilder, StepInputsBuilder
 from .pooling import Pooling
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import UNSET, UnsetType
 
+from ..core.answers import CompletionOutput, Logprob, RequestOutput
 from ..core.cost import total
-from ..core.request import CompletionOutput, Logprob, RequestOutput
 from . import schema
 
 

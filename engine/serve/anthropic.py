@@ -13,7 +13,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..core.request import CompletionOutput, ParameterError, RequestOutput, SamplingParams
+from ..core.answers import CompletionOutput, RequestOutput
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from . import answers
 from .anthropic_schema import (

@@ -10,7 +10,9 @@ from typing import Any
 from ..async_llm import EngineClient, EngineError, RequestFailed, RequestRefused
 from ..batch import Refused
 from ..config import EngineConfig
-from ..core.request import ParameterError, RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
 from .metrics import Metrics
 
 # Larger runs later. The scheduler gives seats and blocks to what has a lower one, and takes them

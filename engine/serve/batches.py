@@ -24,7 +24,8 @@ from msgspec import Meta
 
 from .. import batch
 from ..async_llm import EngineError
-from ..core.request import AdmissionError, SamplingParams
+from ..core.checks import AdmissionError
+from ..core.sampling_params import SamplingParams
 from .batch_engine import BatchEngine
 from .errors import ApiError
 from .files import FileStore, new_file_id, page_of, replacing

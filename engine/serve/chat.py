@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET, UnsetType
 
-from ..core.request import CompletionOutput, Growth, RequestOutput
+from ..core.answers import CompletionOutput, Growth, RequestOutput
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from . import answers, schema
 from .dialect import Reader

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from msgspec import UNSET
 
-from ..core.request import CompletionOutput, Growth, RequestOutput
+from ..core.answers import CompletionOutput, Growth, RequestOutput
 from . import answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..async_llm import AsyncLLM, EngineInfo, RequestRefused
-from ..core.request import CompletionOutput, SamplingParams, StructuredOutput
+from ..core.answers import CompletionOutput
+from ..core.sampling_params import SamplingParams
+from ..core.structured import StructuredOutput
 from ..dialects.answer import Answer, AnswerParser
 from ..dialects.formats import TOOL_FORMATS, ToolFormat, tool_format_of
 from ..dialects.grammar import call_grammar

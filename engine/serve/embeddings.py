@@ -6,7 +6,8 @@ import asyncio
 import math
 import secrets
 
-from ..core.request import RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.sampling_params import SamplingParams
 from ..core.vectors import handed_out
 from . import schema
 from .errors import ApiError

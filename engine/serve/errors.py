@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import msgspec
 
 from ..async_llm import EngineDeadError, EngineError, EngineStartError, RequestRefused
-from ..core.request import AdmissionError, ParameterError
+from ..core.checks import AdmissionError
+from ..core.parameter import ParameterError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..core.request import ParameterError, SamplingParams
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
 from . import schema, structured
 from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 
-from ..core.request import RequestOutput
+from ..core.answers import RequestOutput
 from ..dialects.answer import Answer
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
 from . import answers

@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from ..core.request import ParameterError, SamplingParams, StructuredOutput
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
+from ..core.structured import StructuredOutput
 from . import responses_schema as schema
 from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError, invalid

@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from ..async_llm import AsyncLLM, EngineInfo, OutputStream, Push
-from ..core.request import RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.sampling_params import SamplingParams
 from ..receipts import ReceiptError
 from .dialect import Dialect
 from .errors import ApiError

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from ..core.request import SamplingParams
+from ..core.sampling_params import SamplingParams
 from .batches import ENDPOINTS, BatchList, BatchRequest
 from .body import read
 from .errors import ApiError

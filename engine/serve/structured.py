@@ -13,7 +13,8 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType, field
 
-from ..core.request import ParameterError, StructuredOutput
+from ..core.parameter import ParameterError
+from ..core.structured import StructuredOutput
 from .errors import ApiError
 from .strict import Name, Strict
 

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..config import ConfigError
-from ..core.request import RequestOutput
+from ..core.answers import RequestOutput
 
 __all__ = ["TRACEPARENT", "OpenTelemetry", "Traced", "exporting", "untraced"]
 

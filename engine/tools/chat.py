@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from ..core.request import AdmissionError, RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.checks import AdmissionError
+from ..core.sampling_params import SamplingParams
 from ..dialects.answer import Answer, AnswerParser
 from ..dialects.parts import Part, Reasoning, Text
 from ..dialects.reasoning import ReasoningFormat, reasoning_format_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from ..core.request import RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.sampling_params import SamplingParams
 from .chat import printable
 from .session import Session
 

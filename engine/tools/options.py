@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, EngineConfig
-from ..core.request import ParameterError, SamplingParams, StructuredOutput
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
+from ..core.structured import StructuredOutput
 from ..serve.settings import ServeConfig
 
 # One sentence per field; the documentation's tables are made from the same. A test holds the keys

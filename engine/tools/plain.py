@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from ..core.request import RequestOutput
+from ..core.answers import RequestOutput
 
 
 def output_as_plain(output: RequestOutput, model: str) -> dict[str, Any]:

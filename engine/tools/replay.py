@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.request import AdmissionError, ParameterError, RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.checks import AdmissionError
+from ..core.parameter import ParameterError
+from ..core.sampling_params import SamplingParams
 from ..engine import Engine
 from ..receipts import Receipt, ReceiptError, changes, first_difference, make, read
 from ..receipts.facts import DECIDING

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 from ..config import EngineConfig
-from ..core.request import RequestOutput, SamplingParams
+from ..core.answers import RequestOutput
+from ..core.sampling_params import SamplingParams
 from ..engine import Engine
 from ..load.source import resolve
 

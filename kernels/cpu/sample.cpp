@@ -529,10 +529,10 @@ ER_VERSIONS void draw_words(const Draw &draw, std::uint32_t block,
 }
 
 // No word above this gives noise that lifts z <= 0 to a score: the noise is -log(-log(1 - u)),
-// hence at most -log(u); kSlack is far beyond what rounding adds to it.
+// hence at most -log(u); the slack is beyond what rounding adds to it and to the score.
 std::uint32_t highest_word(float z, float score) {
-    constexpr double kSlack = 0.01;
-    const double u = std::exp(static_cast<double>(z) - score + kSlack);
+    const double slack = 0.01 + std::fabs(static_cast<double>(score)) * 0x1p-23;
+    const double u = std::exp(static_cast<double>(z) - score + slack);
     return static_cast<std::uint32_t>(std::min(u * 0x1p32, 0x1p32 - 1));
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
@@ -111,7 +110,7 @@ class _Bound:
         self._same = None if most >= 0 else self._logprobs()
 
     def room(self) -> SampleResult:
-        """For one answer; what it says of logprobs, where nobody wants any, is the same each time."""
+        """For one answer; what it says of logprobs, where nobody wants any, stays the same."""
         tokens = np.empty(self.count, dtype=np.int32)
         return SampleResult(tokens, *(self._same or self._logprobs()))
 

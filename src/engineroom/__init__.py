@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from engineroom.engine.batch import BatchError as BatchError
     from engineroom.engine.config import ConfigError as ConfigError
     from engineroom.engine.config import EngineConfig as EngineConfig
-    from engineroom.engine.core.request import AdmissionError as AdmissionError
-    from engineroom.engine.core.request import CompletionOutput as CompletionOutput
-    from engineroom.engine.core.request import FinishReason as FinishReason
-    from engineroom.engine.core.request import Logprob as Logprob
-    from engineroom.engine.core.request import ParameterError as ParameterError
-    from engineroom.engine.core.request import RequestOutput as RequestOutput
-    from engineroom.engine.core.request import SamplingParams as SamplingParams
-    from engineroom.engine.core.request import StructuredOutput as StructuredOutput
+    from engineroom.engine.core.answers import CompletionOutput as CompletionOutput
+    from engineroom.engine.core.answers import FinishReason as FinishReason
+    from engineroom.engine.core.answers import Logprob as Logprob
+    from engineroom.engine.core.answers import RequestOutput as RequestOutput
+    from engineroom.engine.core.checks import AdmissionError as AdmissionError
+    from engineroom.engine.core.parameter import ParameterError as ParameterError
+    from engineroom.engine.core.sampling_params import SamplingParams as SamplingParams
+    from engineroom.engine.core.structured import StructuredOutput as StructuredOutput
     from engineroom.engine.llm import LLM as LLM
     from engineroom.engine.load.mapped import CheckpointError as CheckpointError
     from engineroom.engine.load.source import SourceError as SourceError
@@ -33,14 +33,14 @@ _OWNERS = {
     "LLM": "engineroom.engine.llm",
     "AsyncLLM": "engineroom.engine.async_llm",
     "BatchError": "engineroom.engine.batch",
-    "SamplingParams": "engineroom.engine.core.request",
-    "StructuredOutput": "engineroom.engine.core.request",
-    "RequestOutput": "engineroom.engine.core.request",
-    "CompletionOutput": "engineroom.engine.core.request",
-    "Logprob": "engineroom.engine.core.request",
-    "FinishReason": "engineroom.engine.core.request",
-    "ParameterError": "engineroom.engine.core.request",
-    "AdmissionError": "engineroom.engine.core.request",
+    "SamplingParams": "engineroom.engine.core.sampling_params",
+    "StructuredOutput": "engineroom.engine.core.structured",
+    "RequestOutput": "engineroom.engine.core.answers",
+    "CompletionOutput": "engineroom.engine.core.answers",
+    "Logprob": "engineroom.engine.core.answers",
+    "FinishReason": "engineroom.engine.core.answers",
+    "ParameterError": "engineroom.engine.core.parameter",
+    "AdmissionError": "engineroom.engine.core.checks",
     "EngineConfig": "engineroom.engine.config",
     "ConfigError": "engineroom.engine.config",
     "CheckpointError": "engineroom.engine.load.mapped",

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engineroom.engine import batch
 from engineroom.engine.batch import journal
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.answers import RequestOutput
 from engineroom.engine.core.cost import Cost
-from engineroom.engine.core.request import RequestOutput, SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.fake import FakeEngine
 
 MODEL = {"name": "fake", "weights": "1"}

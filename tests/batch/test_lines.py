@@ -18,7 +18,8 @@ import pytest
 from engineroom import LLM
 from engineroom.engine import batch, cli
 from engineroom.engine.batch import BatchError, manifest, requests
-from engineroom.engine.core.request import SamplingParams, StructuredOutput
+from engineroom.engine.core.sampling_params import SamplingParams
+from engineroom.engine.core.structured import StructuredOutput
 from engineroom.engine.tools import session
 from tests.batch.child import MODEL, BatchFake, run, write_lines
 from tests.engine import golden

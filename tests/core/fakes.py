@@ -5,15 +5,10 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass
 
-from engineroom.engine.core.plan import (
-    PENDING,
-    SAMPLE,
-    ScheduledRequest,
-    StepOutcome,
-    StepPlan,
-    TokenLogprob,
-)
-from engineroom.engine.core.request import FinishReason, Request, SamplingParams
+from engineroom.engine.core.answers import FinishReason, TokenLogprob
+from engineroom.engine.core.plan import SAMPLE, ScheduledRequest, StepOutcome, StepPlan
+from engineroom.engine.core.request import PENDING, Request
+from engineroom.engine.core.sampling_params import SamplingParams
 
 EOS = 0
 # Pieces that split characters (é is 2 bytes, 🙂 is 4), repeat, and overlap the stop strings.

@@ -16,14 +16,12 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 
+from engineroom.engine.core.answers import FinishReason
+from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.core.detokenize import TextStream
-from engineroom.engine.core.plan import PENDING, StepOutcome, StepPlan
-from engineroom.engine.core.request import (
-    AdmissionError,
-    FinishReason,
-    Request,
-    SamplingParams,
-)
+from engineroom.engine.core.plan import StepOutcome, StepPlan
+from engineroom.engine.core.request import PENDING, Request
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig, Update
 
 from .fakes import EOS, STOPS, VOCAB, FakeDevice, Script, Truth, score, token_bytes, truth

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from engineroom.engine.core.request import AdmissionError, FinishReason, ParameterError
+from engineroom.engine.core.answers import FinishReason
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
 from tests.core.test_scheduler import Bench
 from tests.counts import count
 

@@ -12,7 +12,7 @@ from engineroom.engine.core.history import (
     dry_penalties,
     token_counts,
 )
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.counts import count
 
 tokens = st.lists(st.integers(0, 3), max_size=24)

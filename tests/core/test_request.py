@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineroom.engine.core.request import (
-    AdmissionError,
-    FinishReason,
-    ParameterError,
-    Request,
-    RequestState,
-    SamplingParams,
-    check_token_ids,
-)
+from engineroom.engine.core.answers import FinishReason
+from engineroom.engine.core.checks import AdmissionError, check_token_ids
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.request import Request, RequestState
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.counts import count
 
 FIELDS = {f.name: f for f in dataclasses.fields(SamplingParams)}

@@ -4,15 +4,12 @@ import random
 
 import pytest
 
+from engineroom.engine.core.answers import FinishReason
+from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.core.detokenize import TextStream
-from engineroom.engine.core.plan import PENDING, SAMPLE, StepOutcome
-from engineroom.engine.core.request import (
-    AdmissionError,
-    FinishReason,
-    Request,
-    RequestState,
-    SamplingParams,
-)
+from engineroom.engine.core.plan import SAMPLE, StepOutcome
+from engineroom.engine.core.request import PENDING, Request, RequestState
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig
 from tests.core.fakes import EOS, FakeDevice, Script, token_bytes, truth
 

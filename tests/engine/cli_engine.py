@@ -7,15 +7,10 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from engineroom.engine.core.answers import CompletionOutput, RequestOutput, Timings, Usage
+from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.core.cost import Cost
-from engineroom.engine.core.request import (
-    AdmissionError,
-    CompletionOutput,
-    RequestOutput,
-    SamplingParams,
-    Timings,
-    Usage,
-)
+from engineroom.engine.core.sampling_params import SamplingParams
 
 
 class ScriptedEngine:

@@ -13,7 +13,8 @@ from engineroom.engine.client import EngineClient, EngineError, Sink
 from engineroom.engine.client_process import ProcessClient
 from engineroom.engine.client_thread import ThreadClient
 from engineroom.engine.config import EngineConfig
-from engineroom.engine.core.request import RequestOutput, SamplingParams
+from engineroom.engine.core.answers import RequestOutput
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.fake import fake_engine
 
 CHILD = (sys.executable, str(Path(__file__).with_name("fake_child.py")))

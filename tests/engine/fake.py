@@ -23,20 +23,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from engineroom.engine.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
-from engineroom.engine.core.cost import Cost
-from engineroom.engine.core.request import (
-    AdmissionError,
+from engineroom.engine.core.answers import (
     CompletionOutput,
     Growth,
     Logprob,
-    ParameterError,
     RequestOutput,
-    SamplingParams,
-    StructuredOutput,
     Timings,
     Usage,
-    check_token_ids,
 )
+from engineroom.engine.core.checks import AdmissionError, check_token_ids
+from engineroom.engine.core.cost import Cost
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.sampling_params import SamplingParams
+from engineroom.engine.core.structured import StructuredOutput
 
 VOCAB = 1000
 MODEL = ModelConfig(

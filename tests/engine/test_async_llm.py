@@ -17,12 +17,10 @@ from engineroom.engine.client import (
     RequestRefused,
 )
 from engineroom.engine.config import ConfigError
-from engineroom.engine.core.request import (
-    AdmissionError,
-    ParameterError,
-    RequestOutput,
-    SamplingParams,
-)
+from engineroom.engine.core.answers import RequestOutput
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.client_tools import GREEDY, LONG, make_client
 from tests.engine.test_client import comparable, expected
 

@@ -17,12 +17,10 @@ import pytest
 
 from engineroom.engine import cli
 from engineroom.engine.config import ConfigError, EngineConfig
-from engineroom.engine.core.request import (
-    AdmissionError,
-    ParameterError,
-    SamplingParams,
-    StructuredOutput,
-)
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.sampling_params import SamplingParams
+from engineroom.engine.core.structured import StructuredOutput
 from engineroom.engine.load.source import SourceError
 from engineroom.engine.tools import options, session
 from engineroom.engine.tools.errors import ERRORS, EXIT_STATUSES, find

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engineroom.engine.core.request import AdmissionError
+from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.tools.chat import Conversation, form_of, printable, statistics
 from engineroom.engine.tools.options import CHAT_DEFAULTS
 from engineroom.engine.tools.session import Session

@@ -30,12 +30,10 @@ from engineroom.engine.client import (
 from engineroom.engine.client_process import ProcessClient
 from engineroom.engine.client_thread import ThreadClient
 from engineroom.engine.config import EngineConfig
-from engineroom.engine.core.request import (
-    AdmissionError,
-    ParameterError,
-    RequestOutput,
-    SamplingParams,
-)
+from engineroom.engine.core.answers import RequestOutput
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.client_tools import CHILD, GREEDY, LONG, Collector, make_client, submit, until
 from tests.engine.fake import FakeEngine, Panic, fake_engine
 

@@ -18,7 +18,7 @@ from engineroom.engine import wire
 from engineroom.engine.client import EngineDeadError, EngineStartError
 from engineroom.engine.client_process import ProcessClient
 from engineroom.engine.config import EngineConfig
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.client_tools import CHILD, LONG, Collector, is_running, submit, until
 from tests.engine.test_wire import PICKLES
 

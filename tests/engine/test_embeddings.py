@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from engineroom import AsyncLLM, SamplingParams
-from engineroom.engine.core.request import AdmissionError, ParameterError
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
 from engineroom.engine.runtime.pooling import Pool
 
 PROMPTS = [[(7 * i + j * j) % 256 for j in range(n)] for i, n in enumerate((1, 5, 16, 17, 70, 200))]

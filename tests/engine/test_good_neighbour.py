@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from engineroom import SamplingParams
-from engineroom.engine.core.request import AdmissionError, ParameterError
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
 from tests.counts import count
 
 pytestmark = [pytest.mark.cores, pytest.mark.torch]

@@ -16,7 +16,8 @@ from engineroom.engine.async_llm import AsyncLLM
 from engineroom.engine.child import Outbox
 from engineroom.engine.child import _Server as Server
 from engineroom.engine.config import EngineConfig
-from engineroom.engine.core.request import Growth, RequestOutput, SamplingParams
+from engineroom.engine.core.answers import Growth, RequestOutput
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.engine import Engine
 from tests.data import data_path
 from tests.engine.client_tools import LONG, make_client, until

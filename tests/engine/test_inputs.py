@@ -8,7 +8,8 @@ import numpy as np
 
 from engineroom.engine.core import history
 from engineroom.engine.core.plan import StepOutcome, StepPlan
-from engineroom.engine.core.request import Request, SamplingParams
+from engineroom.engine.core.request import Request
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig
 from engineroom.engine.runtime.inputs import SamplingInputsBuilder, StepInputsBuilder
 from engineroom.kernels.backend import SamplingInputs, StepInputs

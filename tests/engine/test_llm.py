@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engineroom import SamplingParams
-from engineroom.engine.core.request import AdmissionError, ParameterError
+from engineroom.engine.core.checks import AdmissionError
+from engineroom.engine.core.parameter import ParameterError
 from engineroom.engine.load.chat_template import TemplateError
 from tests.engine import golden
 

@@ -15,7 +15,8 @@ import pytest
 from engineroom.engine.async_llm import AsyncLLM
 from engineroom.engine.client import EngineDeadError, EngineError
 from engineroom.engine.client_process import ProcessClient
-from engineroom.engine.core.request import RequestOutput, SamplingParams
+from engineroom.engine.core.answers import RequestOutput
+from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.client_tools import GREEDY, LONG, Collector, make_client, until
 
 TICK = 0.1  # seconds between two looks of the thread: a quarter of the watchdog's

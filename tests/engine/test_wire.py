@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 
 from engineroom.engine import wire
 from engineroom.engine.config import EngineConfig
+from engineroom.engine.core.answers import CompletionOutput, Logprob, RequestOutput, Timings, Usage
 from engineroom.engine.core.cost import Cost
-from engineroom.engine.core.request import (
-    CompletionOutput,
-    Logprob,
-    RequestOutput,
-    SamplingParams,
-    StructuredOutput,
-    Timings,
-    Usage,
-)
+from engineroom.engine.core.sampling_params import SamplingParams
+from engineroom.engine.core.structured import StructuredOutput
 from tests.counts import count
 from tests.engine.fake import MODEL
 

@@ -17,7 +17,8 @@ pytest.importorskip("jsonschema_rs", reason="jsonschema-rs is not installed")
 
 import jsonschema_rs
 
-from engineroom.engine.core.request import ParameterError, StructuredOutput
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.structured import StructuredOutput
 from engineroom.engine.features.endings import Effort, Words, find_ending
 from engineroom.engine.features.grammar import Grammars
 from tests.counts import count

@@ -15,7 +15,7 @@ from typing import Any
 
 from engineroom.engine import models
 from engineroom.engine.config import EngineConfig
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.load.catalogue import CATALOGUE
 from engineroom.engine.serve.errors import ERRORS as SERVER_ERRORS
 from engineroom.engine.serve.settings import ServeConfig

@@ -37,7 +37,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # What an engine's answers depend on; the build's version is among it.
     "engine.receipts": ("engine.core", "engine.load", "engine.runtime", ""),
     "engine.wire": _BELOW_FACES,
-    "engine.engine": (*_BELOW_FACES, "engine.runtime", "engine.receipts"),
+    "engine.door": ("engine.core", "engine.features", "engine.load"),
+    "engine.engine": (*_BELOW_FACES, "engine.door", "engine.runtime", "engine.receipts"),
     **dict.fromkeys(
         _CLIENT, (*_BELOW_FACES, *_CLIENT, "engine.runtime", "engine.engine", "engine.wire")
     ),

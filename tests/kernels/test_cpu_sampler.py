@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engineroom.kernels import sampling
@@ -156,6 +156,7 @@ def parameters(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
     st.sampled_from(sorted(_KINDS)),
     st.integers(1, 3),
 )
+@example(536870911, 3, "far tail", 1)  # XTC keeps a score of -2e6, which fp32 rounds to eighths
 @settings(max_examples=count(reduced=700, full=15_000), deadline=None)
 def test_every_field_equals_the_specification(
     seed: int, size: int, kind: str, threads: int

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engineroom.engine.core.request import CompletionOutput
+from engineroom.engine.core.answers import CompletionOutput
 from engineroom.engine.serve.anthropic import stop_reason
 
 from .conftest import Running

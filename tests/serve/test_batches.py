@@ -356,7 +356,7 @@ def test_interactive_requests_go_first_and_batches_share_the_room(keeping: Any) 
 
 
 def test_requests_of_a_batch_stand_behind_all_others() -> None:
-    from engineroom.engine.core.request import check_identity
+    from engineroom.engine.core.checks import check_identity
     from engineroom.engine.serve.batch_engine import PRIORITY
 
     check_identity("a", PRIORITY, b"")

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from engineroom.engine.async_llm import AsyncLLM, EngineInfo, RequestRefused
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.dialects.answer import AnswerParser, read_answer
 from engineroom.engine.load.chat_template import ChatTemplate, TemplateError
 from engineroom.engine.serve.dialect import Dialect, Function, ToolUse

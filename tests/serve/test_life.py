@@ -140,7 +140,7 @@ def test_no_string_forges_a_line_of_the_log() -> None:
 
 
 def test_two_keys_share_no_prefix() -> None:
-    from engineroom.engine.core.request import SamplingParams
+    from engineroom.engine.core.sampling_params import SamplingParams
     from engineroom.engine.serve.service import NOBODY, Caller, Work
 
     def salt(caller: Caller, own: str | None = None) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engineroom.engine import receipts
-from engineroom.engine.core.request import SamplingParams
+from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.serve import schema
 
 from .conftest import Running

@@ -19,7 +19,8 @@ from ....kernels.choose import choose, create
 from ....kernels.weights import BF16, F16, F32, RawWeight
 from ... import models
 from ...config import EngineConfig
-from ...core.request import Request, SamplingParams
+from ...core.request import Request
+from ...core.sampling_params import SamplingParams
 from ...core.scheduler import Scheduler, SchedulerConfig
 from ...runtime.assemble import load_model
 from ...runtime.memory import DoesNotFit, activation_dtype, kv_spec, plan_memory

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -179,12 +181,16 @@ def test_so_far_counts_what_was_pushed() -> None:
             stream = llm.generate("hello", LONG, push=push)
             assert stream.so_far() is None
             first = await anext(stream)
-            reading = asyncio.ensure_future(anext(stream))
+
+            async def read() -> None:
+                async for _ in stream:
+                    pass
+
+            reading = asyncio.ensure_future(read())
             while len(pushed) < 20:
                 await asyncio.sleep(0.01)
             reading.cancel()
             await asyncio.wait({reading})
-            await stream.aclose()
             last = stream.so_far()
             assert last is not None
             assert last.outputs[0].text.startswith(first.outputs[0].text)
@@ -205,7 +211,12 @@ def test_a_push_that_fails_ends_its_own_request() -> None:
 
             stream = llm.generate("hello", LONG, push=push)
             await anext(stream)
-            reading = asyncio.ensure_future(anext(stream))
+
+            async def read() -> None:
+                async for _ in stream:
+                    pass
+
+            reading = asyncio.ensure_future(read())
             beside = [o async for o in llm.generate("other", FORTY)]
             assert beside[-1].finished
             while (await llm.stats())["live"]:  # until the time is over
@@ -216,6 +227,17 @@ def test_a_push_that_fails_ends_its_own_request() -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.fixture
+def child_s_logging() -> Iterator[None]:
+    """A child sends its log records to its parent; here it is a thread of this process."""
+    logger = logging.getLogger("engineroom")
+    before = logger.level, logger.propagate, [*logger.handlers]
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers[:] = before[1:]
+
+
+@pytest.mark.usefixtures("child_s_logging")
 def test_a_parent_that_does_not_read_holds_up_no_step_and_gets_all_in_the_end() -> None:
     """The engine's thread sends what its step brought, as far as the socket takes it."""
     ours, theirs = socket.socketpair()

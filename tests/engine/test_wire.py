@@ -59,7 +59,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(args[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
-    if dataclasses.is_dataclass(kind):
+    named_tuple = isinstance(kind, type) and issubclass(kind, tuple)
+    if dataclasses.is_dataclass(kind) or named_tuple:
         return st.builds(kind, **{k: values(t) for k, t in typing.get_type_hints(kind).items()})
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         hints = typing.get_type_hints(kind)

@@ -1,4 +1,4 @@
-"""What a request leaves behind in the server's process and its engine's once it is over: nothing."""
+"""What a request leaves behind in server and engine once it is over: nothing."""
 
 from __future__ import annotations
 

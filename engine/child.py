@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import wire
+from . import differences, wire
 from .client import (
     EngineDeadError,
     EngineError,
@@ -351,7 +351,9 @@ class _Server:
         frames: list[bytes] = []
         if rid not in self._unsendable:
             try:
-                frames = [wire.encode(m) for m in wire.difference(self._sent.get(rid), output)]
+                frames = [
+                    wire.encode(m) for m in differences.difference(self._sent.get(rid), output)
+                ]
                 self._sent[rid] = output
             except wire.WireError as exc:
                 self._give_up(rid, exc)

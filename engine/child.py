@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import gc
 import logging
 import os
 import queue
@@ -156,9 +157,10 @@ class _Server:
         """Serve until the parent asks for the end or is gone; the exit code."""
         self._writer.start()
         frames = wire.Frames()
+        buffer = bytearray(_CHUNK)
         try:
-            while data := self._receive():
-                for payload in frames.feed(data):
+            while count := self._receive(buffer):
+                for payload in frames.feed(memoryview(buffer)[:count]):
                     self._handle(wire.decode_to_child(payload))
         except wire.WireError as exc:
             text = f"the engine's process was sent what it cannot understand: {exc}"
@@ -171,11 +173,12 @@ class _Server:
 
     # ------------------------------------------------------------------------------- reading
 
-    def _receive(self) -> bytes:
+    def _receive(self, buffer: bytearray) -> int:
+        """How many bytes came; 0 at the end."""
         try:
-            return self._sock.recv(_CHUNK)
+            return self._sock.recv_into(buffer)
         except OSError:
-            return b""
+            return 0
 
     def _handle(self, message: wire.ToChild) -> None:
         if isinstance(message, wire.Configure):
@@ -234,6 +237,7 @@ class _Server:
             fatal = wire.Fatal(kind=exc.kind, field=exc.field, text=str(exc))
             self._finish(EXIT_BAD_START, fatal)
             return
+        gc.freeze()  # what is loaded stays: collections need not look at it
         self._outbox.message(
             wire.Ready(
                 config=info.config,

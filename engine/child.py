@@ -237,7 +237,6 @@ class _Server:
             fatal = wire.Fatal(kind=exc.kind, field=exc.field, text=str(exc))
             self._finish(EXIT_BAD_START, fatal)
             return
-        gc.freeze()  # what is loaded stays: collections need not look at it
         self._outbox.message(
             wire.Ready(
                 config=info.config,
@@ -442,7 +441,13 @@ def main(factory: ConfiguredFactory, argv: Sequence[str] | None = None) -> NoRet
         sock = socket.socket(fileno=fd)
     except OSError as exc:
         parser.error(f"--fd {fd} is no socket: {exc}")
-    code = _Server(sock, factory).run()
+
+    def load(config: EngineConfig, progress: Progress) -> EngineLike:
+        engine = factory(config, progress)
+        gc.freeze()  # what is loaded stays: collections need not look at it
+        return engine
+
+    code = _Server(sock, load).run()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a step that hangs must not keep an orphan alive

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import gc
 import logging
 import os
 import queue
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import wire
+from . import differences, wire
 from .client import (
     EngineDeadError,
     EngineError,
@@ -156,9 +157,10 @@ class _Server:
         """Serve until the parent asks for the end or is gone; the exit code."""
         self._writer.start()
         frames = wire.Frames()
+        buffer = bytearray(_CHUNK)
         try:
-            while data := self._receive():
-                for payload in frames.feed(data):
+            while count := self._receive(buffer):
+                for payload in frames.feed(memoryview(buffer)[:count]):
                     self._handle(wire.decode_to_child(payload))
         except wire.WireError as exc:
             text = f"the engine's process was sent what it cannot understand: {exc}"
@@ -171,11 +173,12 @@ class _Server:
 
     # ------------------------------------------------------------------------------- reading
 
-    def _receive(self) -> bytes:
+    def _receive(self, buffer: bytearray) -> int:
+        """How many bytes came; 0 at the end."""
         try:
-            return self._sock.recv(_CHUNK)
+            return self._sock.recv_into(buffer)
         except OSError:
-            return b""
+            return 0
 
     def _handle(self, message: wire.ToChild) -> None:
         if isinstance(message, wire.Configure):
@@ -351,7 +354,9 @@ class _Server:
         frames: list[bytes] = []
         if rid not in self._unsendable:
             try:
-                frames = [wire.encode(m) for m in wire.difference(self._sent.get(rid), output)]
+                frames = [
+                    wire.encode(m) for m in differences.difference(self._sent.get(rid), output)
+                ]
                 self._sent[rid] = output
             except wire.WireError as exc:
                 self._give_up(rid, exc)
@@ -436,7 +441,13 @@ def main(factory: ConfiguredFactory, argv: Sequence[str] | None = None) -> NoRet
         sock = socket.socket(fileno=fd)
     except OSError as exc:
         parser.error(f"--fd {fd} is no socket: {exc}")
-    code = _Server(sock, factory).run()
+
+    def load(config: EngineConfig, progress: Progress) -> EngineLike:
+        engine = factory(config, progress)
+        gc.freeze()  # what is loaded stays: collections need not look at it
+        return engine
+
+    code = _Server(sock, load).run()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a step that hangs must not keep an orphan alive

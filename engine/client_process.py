@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from . import wire
+from . import differences, wire
 from .client import (
     CLOSE_SECONDS,
     CLOSED,
@@ -510,7 +510,7 @@ class _Link:
         if rid not in self.sinks.live:
             self._sent.pop(rid, None)
             return
-        output = wire.apply(self._sent.get(rid), message)
+        output = differences.apply(self._sent.get(rid), message)
         if message.more:
             self._sent[rid] = output
             return

@@ -9,7 +9,6 @@ from typing import Any
 from .parameter import ParameterError
 from .sampling_params import SamplingParams
 
-
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
 _MAX_ID_LENGTH = 256
 _MAX_SALT = 256

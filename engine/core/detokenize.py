@@ -9,8 +9,11 @@ from functools import lru_cache
 __all__ = ["TextStream", "TokenPieces"]
 
 
+_KEPT = 4096  # pieces: most of any text
+
+
 class TokenPieces(dict[int, bytes]):
-    """Token id -> the bytes it adds to a text, asked of a tokenizer once each.
+    """Token id -> the bytes it adds to a text, asked of a tokenizer once each while few are known.
 
     A model's head may have more rows than its tokenizer has tokens (padding): they spell nothing.
     """
@@ -21,6 +24,8 @@ class TokenPieces(dict[int, bytes]):
         self._vocab_size = vocab_size
 
     def __missing__(self, token_id: int) -> bytes:
+        if len(self) >= _KEPT:  # drawn text goes on meeting new tokens for days
+            self.clear()
         piece = self[token_id] = self._token_bytes(token_id) if token_id < self._vocab_size else b""
         return piece
 

@@ -44,7 +44,7 @@ class BodyWriter:
         cycle = self._cycle
         return (
             cycle.chunked_encoding is True
-            and not cycle.transport.is_closing()  # before the cycle is told, in the loop's next turn
+            and not cycle.transport.is_closing()  # which the cycle is told a turn later
             and not cycle.flow.write_paused
             and not cycle.response_complete
         )

@@ -18,7 +18,7 @@ from ..config import EngineConfig
 from .accesslog import JsonFormatter
 from .app import make_app
 from .connection import BoundedProtocol
-from .heap import keep_large_blocks_apart
+from .heap import settle
 from .keeper import Keeper
 from .service import Service
 from .settings import ServeConfig
@@ -58,7 +58,7 @@ def serve(
     if settings.otlp_endpoint is not None:
         traced, flush = exporting(settings.otlp_endpoint, version)
     listener = bind(settings)
-    keep_large_blocks_apart()
+    settle()
     _log_as_json()
     names = [f.name for f in dataclasses.fields(config) if f.name != "model"]
     options = {name: getattr(config, name) for name in names}

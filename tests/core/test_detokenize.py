@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineroom.engine.core.detokenize import TextStream
+from engineroom.engine.core.detokenize import TextStream, TokenPieces
 from tests.core.fakes import first_stop
 from tests.counts import count
 
@@ -151,3 +151,17 @@ def test_holds_back_nothing_that_no_stop_can_need(text, stops):
             n for s in stops for n in range(len(s)) if seen.endswith(s[:n]) and n <= len(seen)
         )
         assert out.text == seen[: len(seen) - held]
+
+
+def test_pieces_are_kept_to_a_bound():
+    asked = []
+
+    def token_bytes(token: int) -> bytes:
+        asked.append(token)
+        return b"%d" % token
+
+    pieces = TokenPieces(token_bytes, 50_000)
+    for token in range(20_000):
+        assert pieces[token] == b"%d" % token
+    assert len(pieces) <= 4096
+    assert pieces[19_999] == b"19999" and len(asked) == 20_000  # the latest are known

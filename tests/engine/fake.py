@@ -9,6 +9,7 @@ a chat template to be known by.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -78,6 +79,7 @@ class FakeStats:
     live: int
     steps: int
     weights: dict[str, float]  # of each tenant met
+    blocks: int  # of memory that Python holds in the engine's process
 
 
 @dataclass
@@ -263,7 +265,8 @@ class FakeEngine:
         return {"name": "fake", "weights": "0" * 64}
 
     def stats(self) -> FakeStats:
-        return FakeStats(self.num_live, self.steps, self._weights)
+        gc.collect()
+        return FakeStats(self.num_live, self.steps, self._weights, sys.getallocatedblocks())
 
     def close(self) -> None:
         self.closed = True

@@ -508,15 +508,16 @@ def test_what_waits_for_a_parent_is_bounded() -> None:
     for i in range(5000):
         outbox.message(wire.Log(level=30, logger="x", text=str(i)))
     outbox.message(wire.Pong(ticket=1, stalled_s=0.0))
-    taken = outbox.take()
-    assert taken is not None
-    outputs, others = taken
+    outbox.wait()
+    outputs, growths, others = outbox.take()
+    assert not growths
     assert [(o.request_id, o.finished) for o in outputs] == [("a", True), ("b", True)]
     assert all(o.deltas[0] == o.outputs[0].text for o in outputs)
     assert sum(isinstance(m, wire.Pong) for m in others) == 1
     assert len(others) < 1100 and "4000 log records were lost" in others[-1].text
     outbox.end()
-    assert outbox.take() is None
+    outbox.wait()
+    assert outbox.ending and outbox.take() == ([], [], [])
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineroom.engine import wire
+from engineroom.engine import differences, wire
 from engineroom.engine.config import EngineConfig
 from engineroom.engine.core.answers import CompletionOutput, Logprob, RequestOutput, Timings, Usage
 from engineroom.engine.core.cost import Cost
@@ -53,7 +53,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(args[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
-    if dataclasses.is_dataclass(kind):
+    named_tuple = isinstance(kind, type) and issubclass(kind, tuple)
+    if dataclasses.is_dataclass(kind) or named_tuple:
         return st.builds(kind, **{k: values(t) for k, t in typing.get_type_hints(kind).items()})
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         hints = typing.get_type_hints(kind)
@@ -269,15 +270,15 @@ def histories(draw: st.DrawFn) -> list[RequestOutput]:
 @given(histories())
 def test_outputs_grow_back_to_themselves(history: list[RequestOutput]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "PROMPT_ROWS", 3)
+        patch.setattr(differences, "PROMPT_ROWS", 3)
         sent = received = None
         for output in history:
-            messages = list(wire.difference(sent, output))
+            messages = list(differences.difference(sent, output))
             assert [m.more for m in messages] == [True] * (len(messages) - 1) + [False]
             for message in messages:
                 arrived = wire.decode_to_parent(payload(message))
                 assert isinstance(arrived, wire.Output)
-                received = wire.apply(received, arrived)
+                received = differences.apply(received, arrived)
             assert received == output
             sent = output
 
@@ -290,9 +291,9 @@ def test_what_did_not_grow_is_sent_whole() -> None:
 
     sent = output("abc", (1, 2, 3))
     for new in (output("abd", (1, 2, 4)), output("a", (1, 2, 3)), output("abc", (1, 2))):
-        (message,) = wire.difference(sent, new)
+        (message,) = differences.difference(sent, new)
         assert message.choices[0].reset
-        assert wire.apply(sent, message) == new
+        assert differences.apply(sent, message) == new
 
 
 def test_a_step_costs_its_new_tokens() -> None:
@@ -304,8 +305,8 @@ def test_a_step_costs_its_new_tokens() -> None:
         ids = tuple(range(5000))
         return RequestOutput("r", None, ids, None, (completion,), False, usage, timings, ("ab ",))
 
-    (short,) = wire.difference(output(10), output(11))
-    (long,) = wire.difference(output(100_000), output(100_001))
+    (short,) = differences.difference(output(10), output(11))
+    (long,) = differences.difference(output(100_000), output(100_001))
     assert abs(len(wire.encode(long)) - len(wire.encode(short))) < 16
     assert len(wire.encode(long)) < 300
 
@@ -331,6 +332,6 @@ def test_a_difference_to_nothing_known_is_refused(change: dict[str, Any]) -> Non
         "timings": Timings(0.0, 0.0, 0.0, 0.0, None),
         "prompt": wire.Prompt("p", (1,)),
     }
-    wire.apply(None, wire.Output(**fields))
+    differences.apply(None, wire.Output(**fields))
     with pytest.raises(wire.WireError, match="'r'"):
-        wire.apply(None, wire.Output(**{**fields, **change}))
+        differences.apply(None, wire.Output(**{**fields, **change}))

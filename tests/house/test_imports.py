@@ -13,6 +13,7 @@ from .tree import ROOT, Import, imports, package_files
 # A room is named by the longest matching prefix of a module's name below engineroom. It may import
 # itself and what is listed; a listed name allows everything below it.
 _CLIENT = ("engine.client", "engine.client_thread", "engine.client_process", "engine.child")
+_WIRE = ("engine.wire", "engine.differences")
 _BELOW_FACES = ("engine.core", "engine.features", "engine.account", "engine.config")
 _FACES = ("engine.llm", "engine.async_llm", "engine.batch")
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -37,11 +38,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # What an engine's answers depend on; the build's version is among it.
     "engine.receipts": ("engine.core", "engine.load", "engine.runtime", ""),
     "engine.wire": _BELOW_FACES,
+    "engine.differences": (*_BELOW_FACES, "engine.wire"),
     "engine.door": ("engine.core", "engine.features", "engine.load"),
     "engine.engine": (*_BELOW_FACES, "engine.door", "engine.runtime", "engine.receipts"),
-    **dict.fromkeys(
-        _CLIENT, (*_BELOW_FACES, *_CLIENT, "engine.runtime", "engine.engine", "engine.wire")
-    ),
+    **dict.fromkeys(_CLIENT, (*_BELOW_FACES, *_CLIENT, *_WIRE, "engine.runtime", "engine.engine")),
     **dict.fromkeys(
         _FACES,
         (*_BELOW_FACES, *_CLIENT, "engine.engine", "engine.load", "engine.receipts", "engine.wire"),

@@ -1,7 +1,8 @@
-"""What a request leaves behind in the server's process once it is over: nothing."""
+"""What a request leaves behind in server and engine once it is over: nothing."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import http.client
@@ -47,6 +48,12 @@ def blocks(running: Running) -> int:
     return sys.getallocatedblocks()
 
 
+def blocks_of_the_engine(running: Running) -> int:
+    """The same of its process, as the fake engine counts them."""
+    stats = asyncio.run_coroutine_threadsafe(running.service.keeper.llm.stats(), running.loop)
+    return int(stats.result(10)["blocks"])
+
+
 def test_a_request_leaves_nothing_behind(serving: Callable[..., Running]) -> None:
     """Blocks, not bytes: malloc's pages go on growing for some ten thousand requests until their
     gaps fit what is asked for, though nothing is held."""
@@ -54,11 +61,13 @@ def test_a_request_leaves_nothing_behind(serving: Callable[..., Running]) -> Non
     recent = running.service.metrics
     for latest in (recent.recent_ttft, recent.recent_per_token):
         latest.extend(i / 7 for i in range(1000))  # bounded, and full on a server that has run
-    held = []
+    held, engine_s = [], []
     for _ in range(WINDOWS):
         held.append(blocks(running))
+        engine_s.append(blocks_of_the_engine(running))
         for turn in range(ROUNDS):
             ask_of_every_kind(running, turn)
-    grown = [b - a for a, b in itertools.pairwise(held)]
-    # Caches fill in the first windows; a leak is in every one.
-    assert min(grown) < ROUNDS / 2, f"blocks after each {6 * ROUNDS} requests: {grown}"
+    for process, found in (("server", held), ("engine", engine_s)):
+        grown = [b - a for a, b in itertools.pairwise(found)]
+        # Caches fill in the first windows; a leak is in every one.
+        assert min(grown) < ROUNDS / 2, f"{process}: blocks of each {6 * ROUNDS} requests: {grown}"

@@ -131,7 +131,7 @@ def test_a_reader_who_stops_and_goes_on_gets_all_of_it_and_neighbours_wait_for_n
 ) -> None:
     """Its connection is full: what comes meanwhile is kept as text, and sent in larger parts."""
     running = serving("paced")
-    tokens = 3000
+    tokens = 1500
     whole = post(running, "/v1/completions", completion(max_tokens=tokens)).json["choices"][0]
     body = json.dumps(completion(max_tokens=tokens, stream=True)).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"

@@ -181,6 +181,7 @@ struct FineDigits {
     std::int32_t group;
     std::int32_t row;
     std::int32_t at;  // its place behind the first row's in fine_group
+    std::int32_t of_group;  // how many of its group lie from here on, itself included
 };
 
 // Where to_int8 writes one row; the members are those of Activations.

@@ -165,10 +165,12 @@ int fine_digits(const Activations &from, int row0, int rows, FineDigits *out, st
         for (int row = begin; row < end; ++row)
             for (int j = 0; j < count[row]; ++j) {
                 const int at = row * groups + j;
-                out[total + starts[group[at]]++] = FineDigits{group[at], row, at};
+                out[total + starts[group[at]]++] = FineDigits{group[at], row, at, 1};
             }
         total += starts[groups];
     }
+    for (int i = total - 2; i >= 0; --i)
+        if (out[i].group == out[i + 1].group) out[i].of_group = out[i + 1].of_group + 1;
     return total;
 }
 

@@ -134,7 +134,8 @@ static void int8_product(const PackedWeight &w, int tile, int k0, int k1, const 
     const std::uint8_t *scales = w.scales(tile), *quants = w.quants(tile);
     std::int32_t *sums = reinterpret_cast<std::int32_t *>(scratch);
     float *ready = reinterpret_cast<float *>(sums + 2 * kSums);
-    std::uint8_t *weights = reinterpret_cast<std::uint8_t *>(ready + Ready::kFloats * kChunk / kGroup);
+    const int most = least(kChunk, (k1 - k0 + kGroup - 1) / kGroup * kGroup);  // columns of a chunk
+    std::uint8_t *weights = reinterpret_cast<std::uint8_t *>(ready + Ready::kFloats * most / kGroup);
     t_shape(shapes);
     for (int c0 = k0; c0 < k1; c0 += kChunk) {
         const int c1 = least(c0 + kChunk, k1), groups = (c1 - c0) / kGroup;

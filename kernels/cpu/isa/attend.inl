@@ -283,51 +283,61 @@ struct Attend {
         const bool as_they_are = rows.softcap <= 0 && rows.scale > 0;
         const float unit = 0x1.715476p+0f;  // 1 / log 2
         const float factor = as_they_are ? rows.scale * unit : unit;
-        Span spans[kAttendRows];
-        // The maxima first: a sum over lanes takes long, but several run side by side.
+        float bases[kAttendRows];
+        // The maxima first: a sum over lanes takes long, but several run side by side. All rows go over
+        // the same tiles, so that the processor foresees where their loops end.
         for (int i = 0; i < n; ++i) {
             float *score = scores + (row + i) * kSplit;
             const Span span = visible(rows, (row + i) / rows.group, split);
-            spans[i] = span;
             if (!as_they_are && !span.empty()) cap(score, span);
-            F most = hidden;
-            if (!span.empty()) {
-                keep(score, span, span.first_tile(), hidden);
-                keep(score, span, span.end_tile() - 1, hidden);
-                for (int t = span.first_tile(); t < span.end_tile(); ++t)
-                    most = f_max(f_load(score + t * kTileKeys), most);
-            }
-            maximum[row + i] = f_max_all(most) * factor;
+            hide(score, span, first, end);
+            F most[4] = {hidden, hidden, hidden, hidden};
+            in_pieces<4>(end - first, 1, [&](int t, auto tiles) {
+#pragma GCC unroll 4
+                for (int j = 0; j < tiles.value; ++j)
+                    most[j] = f_max(f_load(score + (first + t + j) * kTileKeys), most[j]);
+            });
+            float &max = maximum[row + i];
+            max = f_max_all(f_max(f_max(most[0], most[1]), f_max(most[2], most[3]))) * factor;
             // NaN scores alone leave the maximum at -inf, which is to mean that no key is seen.
-            if (!span.empty() && !(maximum[row + i] > -__builtin_inff()))
-                maximum[row + i] = __builtin_nanf("");
+            if (!span.empty() && !(max > -__builtin_inff())) max = __builtin_nanf("");
+            bases[i] = span.empty() ? 0.0f : max;
         }
         const F by = f_set(factor);
         for (int i = 0; i < n; ++i) {
-            float *score = scores + (row + i) * kSplit;
-            const int from = spans[i].empty() ? end : spans[i].first_tile();
-            const int to = spans[i].empty() ? end : spans[i].end_tile();
-            const F base = f_set(maximum[row + i]);
+            float *score = scores + (row + i) * kSplit + first * kTileKeys;
+            Operand *weight = weights + (row + i) * kSplit + first * kTileKeys;
+            const F base = f_set(bases[i]);
             F sum = f_zero();
-            if constexpr (kScaled) {  // what is multiplied comes of these and the values' scales
-                for (int t = from; t < to; ++t) {
-                    const F p = exp2_to_0(f_sub(f_mul(f_load(score + t * kTileKeys), by), base));
-                    sum = f_add(sum, p);
-                    f_store(score + t * kTileKeys, p);
+            in_pieces<4>(end - first, 1, [&](int t, auto tiles) {
+                F p[tiles.value];
+#pragma GCC unroll 4
+                for (int j = 0; j < tiles.value; ++j)
+                    p[j] = f_sub(f_mul(f_load(score + (t + j) * kTileKeys), by), base);
+                exp2_to_0(p);
+#pragma GCC unroll 4
+                for (int j = 0; j < tiles.value; ++j) {
+                    sum = f_add(sum, p[j]);
+                    if constexpr (kScaled)  // what is multiplied comes of these and the values' scales
+                        f_store(score + (t + j) * kTileKeys, p[j]);
+                    else
+                        Values::weight(weight + (t + j) * kTileKeys, p[j]);
                 }
-            } else {
-                Operand *weight = weights + (row + i) * kSplit;
-                for (int t = first; t < from; ++t) Values::weight(weight + t * kTileKeys, f_zero());
-                for (int t = from; t < to; ++t) {
-                    const F s = f_load(score + t * kTileKeys);
-                    const F p = exp2_to_0(f_sub(f_mul(s, by), base));
-                    sum = f_add(sum, p);
-                    Values::weight(weight + t * kTileKeys, p);
-                }
-                for (int t = to; t < end; ++t) Values::weight(weight + t * kTileKeys, f_zero());
-            }
+            });
             total[row + i] = f_sum(sum);
         }
+    }
+
+    // -inf in the place of the scores of tiles first .. end-1 that are outside of the span.
+    static void hide(float *score, Span span, int first, int end) {
+        const F hidden = f_set(-__builtin_inff());
+        const int from = span.empty() ? end : span.first_tile();
+        const int to = span.empty() ? end : span.end_tile();
+        for (int t = first; t < from; ++t) f_store(score + t * kTileKeys, hidden);
+        for (int t = to; t < end; ++t) f_store(score + t * kTileKeys, hidden);
+        if (span.empty()) return;
+        keep(score, span, from, hidden);
+        keep(score, span, to - 1, hidden);
     }
 
     // A tile's numbers x with `fill` in the place of those outside of the span.
@@ -513,12 +523,18 @@ struct Attend {
     }
 
     static bool all_finite(const float *x, int n) {
-        F odd = f_zero();  // x - x is 0 but for infinities and NaN
-        for (int i = 0; i < n; i += 16) {
+        F odd[4] = {f_zero(), f_zero(), f_zero(), f_zero()};  // x - x is 0 but for infinities and NaN
+        int i = 0;
+        for (; i + 64 <= n; i += 64)
+            for (int j = 0; j < 4; ++j) {
+                const F v = f_load(x + i + 16 * j);
+                odd[j] = f_add(odd[j], f_sub(v, v));
+            }
+        for (; i < n; i += 16) {
             const F v = n - i >= 16 ? f_load(x + i) : f_load_n(x + i, n - i);
-            odd = f_add(odd, f_sub(v, v));
+            odd[0] = f_add(odd[0], f_sub(v, v));
         }
-        return f_sum(odd) == 0;
+        return f_sum(f_add(f_add(odd[0], odd[1]), f_add(odd[2], odd[3]))) == 0;
     }
 };
 

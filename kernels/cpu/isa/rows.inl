@@ -32,15 +32,24 @@ ER_INLINE F exp_to_88(F x) {
 
 // 2^x for x <= 0 (and up to 127), within 5e-7 of it; 0 where it is below the normal range; NaN stays
 // NaN. 2^r = 1 + r q(r) for |r| <= 1/2, q of least maximum error.
-ER_INLINE F exp2_to_0(F x) {
-    x = f_max(f_set(-200.0f), x);
-    const F n = f_round(x), r = f_sub(x, n);
-    F q = f_set(0x1.23a604p-10f);
-    q = f_fma(q, r, f_set(0x1.3cbea8p-7f));
-    q = f_fma(q, r, f_set(0x1.c74322p-5f));
-    q = f_fma(q, r, f_set(0x1.ebfa4ep-3f));
-    q = f_fma(q, r, f_set(0x1.62e39ep-1f));
-    return f_scale2(f_fma(q, r, f_set(1.0f)), n);
+// N side by side: the latency of one is that of all.
+template <int N>
+ER_INLINE void exp2_to_0(F (&x)[N]) {
+    constexpr float kFactors[] = {0x1.3cbea8p-7f, 0x1.c74322p-5f, 0x1.ebfa4ep-3f, 0x1.62e39ep-1f, 1.0f};
+    F n[N], q[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+        x[i] = f_max(f_set(-200.0f), x[i]);
+        n[i] = f_round(x[i]);
+        x[i] = f_sub(x[i], n[i]);
+        q[i] = f_set(0x1.23a604p-10f);
+    }
+#pragma GCC unroll 5
+    for (const float factor : kFactors)
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) q[i] = f_fma(q[i], x[i], f_set(factor));
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) x[i] = f_scale2(q[i], n[i]);
 }
 
 // exp(x) for any x. Above 88.4 n is held at 127, where f_scale2 still has a power of two, which
@@ -284,7 +293,13 @@ ER_INLINE void store_digits(std::int8_t *q, F a, F b, float inverse) {
 // sum[i]: of q's i-th sixteen. n: a multiple of 32.
 ER_INLINE void sum_sixteens(const std::int8_t *q, int n, std::int32_t *sum) {
     const I ones = i_set_bytes(1);
-    for (int i = 0; i < n; i += 64) {
+    int i = 0;
+    for (; i + 256 <= n; i += 256, sum += 16) {
+        I fours[4];
+        for (int j = 0; j < 4; ++j) fours[j] = i_dot_small(i_zero(), ones, i_load(q + i + 64 * j));
+        i_store(sum, i_sum_fours(fours));
+    }
+    for (; i < n; i += 64) {
         std::int8_t last[64] = {};
         const bool whole = n - i >= 64;
         if (!whole) __builtin_memcpy(last, q + i, 32);
@@ -302,18 +317,21 @@ static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const float outlier = kOutlier * (sum_of_squares(x, n) / static_cast<float>(n));
     const int groups = stride / kGroup;
     int fine = 0;
-    for (int g0 = 0; g0 < groups; g0 += 16) {  // the divisions of sixteen groups at once
+    for (int g0 = 0; g0 < groups; g0 += 16) {  // the maxima and divisions of sixteen groups at once
         const int some = groups - g0 < 16 ? groups - g0 : 16;
-        float most[16] = {}, inverse[16];
-        F a, b;
-        for (int j = 0; j < some; ++j) {
+        F largest[16], a, b;
+        for (int j = 0; j < 16; ++j) {
             const int i = (g0 + j) * kGroup;
             load_group(x + i, n - i, a, b);
             // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
-            most[j] = f_max_all(f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity)));
+            largest[j] = f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity));
         }
-        f_store(inverse, f_div(f_set(127.0f), f_load(most)));
-        f_store_n(out.scale + g0, f_div(f_load(most), f_set(127.0f)), some);
+        const F maxima = f_max_each(largest);
+        float most[16], inverse[16];
+        f_store(most, maxima);
+        f_store(inverse, f_div(f_set(127.0f), maxima));
+        f_store_n(out.scale + g0, f_div(maxima, f_set(127.0f)), some);
+        int outliers[16], num_outliers = 0;
         for (int j = 0; j < some; ++j) {
             const int g = g0 + j, i = g * kGroup;
             std::int8_t *q = out.q + i;
@@ -325,17 +343,21 @@ static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
             }
             load_group(x + i, n - i, a, b);
             store_digits(q, a, b, inverse[j]);
-            if (most[j] * most[j] > outlier) {
-                const F step = f_set(out.scale[g]);
-                a = f_fnma(f_load_s8(q), step, a);
-                b = f_fnma(f_load_s8(q + 16), step, b);
-                const float rest = f_max_all(f_max(f_abs(a), f_abs(b)));
-                const float by = 127.0f / rest;
-                if (by < __builtin_inff()) {
-                    store_digits(out.fine_q + kGroup * fine, a, b, by);
-                    out.fine_scale[fine] = rest / 127.0f;
-                    out.fine_group[fine++] = g;
-                }
+            outliers[num_outliers] = g;
+            num_outliers += most[j] * most[j] > outlier;  // a branch would be mispredicted
+        }
+        for (int j = 0; j < num_outliers; ++j) {
+            const int g = outliers[j], i = g * kGroup;
+            const F step = f_set(out.scale[g]);
+            load_group(x + i, n - i, a, b);
+            a = f_fnma(f_load_s8(out.q + i), step, a);
+            b = f_fnma(f_load_s8(out.q + i + 16), step, b);
+            const float rest = f_max_all(f_max(f_abs(a), f_abs(b)));
+            const float by = 127.0f / rest;
+            if (by < __builtin_inff()) {
+                store_digits(out.fine_q + kGroup * fine, a, b, by);
+                out.fine_scale[fine] = rest / 127.0f;
+                out.fine_group[fine++] = g;
             }
         }
     }

@@ -20,7 +20,7 @@ constexpr int kPlane = kGroup * kTileRows / 8;        // a group's bytes of one 
 // formats of few bits overlap arithmetic and memory; the others gain most with 4 KB.
 constexpr int kAhead = 4096;
 constexpr int kAheadNibbles = 10240;
-constexpr int kChunk = 512;          // most columns of bytes that pass the rows at a time, from the L1
+constexpr int kChunk = 640;          // most columns of bytes that pass the rows at a time, from the L1
 constexpr int kChunkF32 = 128;       // and of fp32
 
 static_assert(kTileVectors % kVectors == 0, "register tiles cover a weight tile");
@@ -276,6 +276,17 @@ struct Int8Rows {
     std::ptrdiff_t stride;        // of q; groups of 32 and 16 follow from it
 };
 
+// A part's sums before its products, where start[r] is start_of(what row r's begin at).
+template <int R>
+ER_INLINE void begin_sums(I (&c)[R][kVectors], const std::int32_t (&start)[R]) {
+    c[0][0] = i_begin(start);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v)
+            if (r + v > 0) c[r][v] = i_begin_like(c[0][0], start + r);
+}
+
 // out [R][48] from `groups` groups: `quants` begins with the first of them, `scales` has it at g0.
 template <class Quants, class Scale, int R, bool kFetchesAhead>
 static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
@@ -303,13 +314,11 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const std::int32_t *sums = a.sum16 + r * groups16 + 2 * g;
-                    start[r] = correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
+                    start[r] = start_of(correction *
+                                        (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
                 }
                 I c[R][kVectors];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v) c[r][v] = i_bcast(start + r);
+                begin_sums(c, start);
 #pragma GCC unroll 8
                 for (int word = 0; word < kWords; ++word) {
                     const int k4 = part * kWords + word;
@@ -341,8 +350,8 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                     const F scale = f_set(a.scale[r * groups32 + g]);
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
-                        f[r][v] =
-                            f_fma(f_of_i(c[r][v]), product_scale<Scale>(d[v], scale), f[r][v]);
+                        f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
+                                        product_scale<Scale>(d[v], scale), f[r][v]);
                 }
             }
             if constexpr (Scale::kHasMinimum) {
@@ -439,10 +448,10 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         return;
     }
     using Ready = ScaleReady<Scale>;
-    float *ready = reinterpret_cast<float *>(scratch);
-    std::uint8_t *unpacked = scratch + sizeof(float) * Ready::kFloats * (kChunk / kGroup);
     const int chunks = (k1 - k0 + kChunk - 1) / kChunk;  // of nearly equal size
     const int chunk = ((k1 - k0 + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
+    float *ready = reinterpret_cast<float *>(scratch);
+    std::uint8_t *unpacked = reinterpret_cast<std::uint8_t *>(ready + Ready::kFloats * chunk / kGroup);
     for (int c0 = k0; c0 < k1; c0 += chunk) {
         const int c1 = least(c0 + chunk, k1);
         const std::uint8_t *group =
@@ -495,13 +504,11 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const std::int32_t *sums = a.fine_sum16 + 2 * (first + of[r].at);
-                    start[r] = correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]);
+                    start[r] = start_of(correction *
+                                        (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
                 }
                 I c[R][kVectors];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVectors; ++v) c[r][v] = i_bcast(start + r);
+                begin_sums(c, start);
 #pragma GCC unroll 8
                 for (int word = 0; word < kWords; ++word) {
                     const int k4 = part * kWords + word;
@@ -526,8 +533,8 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
                     const F scale = f_set(a.fine_scale[first + of[r].at]);
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
-                        f[r][v] =
-                            f_fma(f_of_i(c[r][v]), product_scale<Scale>(d[v], scale), f[r][v]);
+                        f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
+                                        product_scale<Scale>(d[v], scale), f[r][v]);
                 }
             }
         }
@@ -548,16 +555,9 @@ ER_INLINE void fine_some(int rows, const std::uint8_t *quants, const std::uint8_
         fine_some<Quants, Scale, R - 1>(rows, quants, scales, bias, a, first, digits, groups, out);
 }
 
-// How many of `count` digits are of the first's group, up to `most`.
-ER_INLINE int of_one_group(const FineDigits *digits, int count, int most) {
-    int n = 1;
-    while (n < least(count, most) && digits[n].group == digits[0].group) ++n;
-    return n;
-}
-
 // Whether the digits behind `rows` digits are of the same rows, and of another group.
 ER_INLINE bool goes_on(const FineDigits *digits, int count, int rows, int most) {
-    if (count <= rows || of_one_group(digits + rows, count - rows, most) != rows) return false;
+    if (count <= rows || least(digits[rows].of_group, most) != rows) return false;
     for (int r = 0; r < rows; ++r)
         if (digits[rows + r].row != digits[r].row) return false;
     return true;
@@ -1038,7 +1038,7 @@ static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int
         using Scale = decltype(scale);
         constexpr int kMost = Quants::kRows;
         while (count > 0) {
-            const int rows = of_one_group(digits, count, kMost);
+            const int rows = least(digits->of_group, kMost);
             int used = rows;
             while (goes_on(digits + used - rows, count - used + rows, rows, kMost)) used += rows;
             fine_some<Quants, Scale, kMost>(rows, w.quants(tile), w.scales(tile), w.bias, a, first,

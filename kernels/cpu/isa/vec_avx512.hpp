@@ -190,6 +190,55 @@ ER_INLINE I i_bcast(const std::int32_t *p) {
     __asm__ volatile("vpbroadcastd %1, %0" : "=v"(x) : "m"(*p));
     return x;
 }
+// Sums of products begin at kBegin, whose bits as a float are those of 1.5 * 2^23: below 2^22 of
+// either sign they add to its significand, so that one exact subtraction makes a float of a sum and
+// adds what it should have begun at. Copies between registers cost nothing; loading twelve beginnings
+// for every group costs the loop 4%.
+constexpr std::int32_t kBegin = 0x4b400000;
+static const std::int32_t beginning = kBegin;
+ER_INLINE std::int32_t start_of(std::int32_t x) { return kBegin - x; }
+ER_INLINE I i_begin(const std::int32_t *) { return i_bcast(&beginning); }
+ER_INLINE I i_begin_like(I one, const std::int32_t *) {
+    I x;
+    __asm__ volatile("vmovdqa64 %1, %0" : "=v"(x) : "v"(one));
+    return x;
+}
+ER_INLINE F f_of_sum(I sum, const std::int32_t *start) {
+    F x;  // inline assembly: GCC would keep what is subtracted in registers that are needed
+    __asm__("vsubps %2%{1to16%}, %1, %0" : "=v"(x) : "v"(sum), "m"(*start));
+    return x;
+}
+// Lane i: the largest number of x[i]. Every step halves the vectors: two in one, of half their lanes.
+ER_INLINE F halved_quarters(F a, F b) {  // lanes of a in the lower half, of b in the upper
+    return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+ER_INLINE F halved_pairs(F a, F b) {  // of a in the first half of every quarter
+    return _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+ER_INLINE F f_max_each(const F (&x)[16]) {
+    F eight[8], four[4], two[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) eight[i] = halved_quarters(x[i], x[i + 8]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm512_max_ps(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
+                                _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
+    two[0] = halved_pairs(four[0], four[2]);
+    two[1] = halved_pairs(four[1], four[3]);
+    const F most = _mm512_max_ps(_mm512_shuffle_ps(two[0], two[1], 0x88),
+                                 _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    // Lanes are now x[0, 2, 1, 3], and the same 8, 4 and 12 further.
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15), most);
+}
+// Lane 4 i + j: the sum of lanes 4 j to 4 j + 3 of x[i].
+ER_INLINE I i_sum_fours(const I (&x)[4]) {
+    const I a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const I b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    const I sums = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    return _mm512_permutexvar_epi32(  // lane 4 j + i is x[i]'s j-th
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+}
 // Byte `byte` of every lane, unsigned, as int32.
 template <int byte>
 ER_INLINE I i_byte(I a) {

@@ -330,15 +330,16 @@ class Engine:
         for update in updates:
             request_id = update.request.request_id
             group = self._groups.get(request_id)
-            if group is not None and (update.finished or not group.final_only):
-                group.take(update)
-                touched[request_id] = group
+            if group is None or (group.final_only and not update.finished):
+                continue
+            if (growth := group.growth(update)) is not None:
+                self._growths.append(growth)
+                continue
+            group.take(update)
+            touched[request_id] = group
         outputs = []
         for group in touched.values():
             if group.final_only and not group.finished:
-                continue
-            if (growth := group.growth()) is not None:
-                self._growths.append(growth)
                 continue
             output = group.output(self.ledger.cost(group))
             outputs.append(output)

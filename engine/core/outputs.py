@@ -55,7 +55,7 @@ class OutputGroup:
             and params.logprobs is None
             and params.prompt_logprobs is None
         )
-        self._num_shown = 0  # output tokens, where it grows; 0 before the first output
+        self._has_begun = False  # to grow: behind its first output
 
     @property
     def finished(self) -> bool:
@@ -65,15 +65,14 @@ class OutputGroup:
         """Note the text that an update brought."""
         self._deltas[update.request.sample_index] += update.text_delta
 
-    def growth(self) -> Growth | None:
-        """What came since the last call of this or output(); None where output() has to tell it."""
-        sample = self.samples[0]
-        if not self._num_shown or sample.is_finished:
+    def growth(self, update: Update) -> Growth | None:
+        """The update as what is told of it, where that is all; None where output() has to tell it.
+
+        It is told at once, so nothing of it is kept.
+        """
+        if not self._has_begun or self.samples[0].is_finished:
             return None
-        new = sample.output_since(self._num_shown)
-        self._num_shown += len(new)
-        text, self._deltas[0] = self._deltas[0], ""
-        return Growth(self.request_id, new, text)
+        return Growth(self.request_id, update.new_token_ids, update.text_delta)
 
     def output(self, cost: Cost | None = None) -> RequestOutput:
         """Everything so far, with `deltas` since the last call."""
@@ -90,8 +89,7 @@ class OutputGroup:
         num_tokens = 0
         for sample in self.samples:
             num_tokens += sample.num_output_tokens
-        if self._grows:
-            self._num_shown = num_tokens
+        self._has_begun = self._grows and num_tokens > 0
         # By place: names would double what making it costs, for every token that is shown.
         return RequestOutput(
             self.request_id,

@@ -93,6 +93,7 @@ class Request(_EveryStep):
         "sample_index",
         "seed",
         "stop_reason",
+        "tells_text",
         "tenant",
         "text",
         "timeline",
@@ -199,6 +200,8 @@ class Request(_EveryStep):
         )
         # Nobody asks for its tokens before its end, the sampling program's parameters included.
         self.unread = self.quiet and not params.reads_output
+        # A token that is not its last tells no more than the text it adds.
+        self.tells_text = not self.quiet and form is FREE and not params.stop
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0
@@ -325,11 +328,6 @@ class Request(_EveryStep):
     def known_token_ids(self) -> list[int]:
         """A copy of prompt and known output, in order."""
         return self.token_ids[: len(self.token_ids) - self.num_pending]
-
-    def output_since(self, start: int) -> tuple[int, ...]:
-        """A copy of the known output but for its first `start` tokens."""
-        known = len(self.token_ids) - self.num_pending
-        return tuple(self.token_ids[self.num_prompt_tokens + start : known])
 
     @property
     def is_finished(self) -> bool:

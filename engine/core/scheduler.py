@@ -261,11 +261,20 @@ class Scheduler:
         for place in stretch.take(outcome.token_ids):
             self._publish(requests[place])
         self.num_generated_tokens += len(requests)
+        token_ids, logprobs = outcome.token_ids, outcome.logprobs
         updates = []
-        for place in stretch.read:
+        for place, push in stretch.read:
             stretch.catch_up(place)
-            request, token = requests[place], outcome.token_ids[place]
-            update = self._tell(request, token, outcome.logprobs.get(place), (), now)
+            request, token = requests[place], token_ids[place]
+            if push is not None and place not in logprobs:
+                try:
+                    delta = push(token)
+                except Exception:
+                    pass  # _tell() meets it again, and ends the request with it
+                else:
+                    updates.append(Update(request, (token,), (), (), delta, False))
+                    continue
+            update = self._tell(request, token, logprobs.get(place), (), now)
             if update is not None:
                 updates.append(update)
         return updates

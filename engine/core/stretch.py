@@ -23,7 +23,8 @@ class Stretch:
     """Its step n computes position starts[i] + n of the roster's request i.
 
     `planned` and `committed`: how many steps. Before step `end` no request reaches its length.
-    `read`: the places of those whose every token is read as it comes.
+    `read`: the places of those whose every token is read as it comes; each with what makes its text
+    of a token, where a token tells no more than that.
     """
 
     __slots__ = (
@@ -49,7 +50,11 @@ class Stretch:
         self.planned = requests[0].in_flight
         self.committed = 0
         self.end = min([r.max_length - r.num_computed for r in requests]) - 2
-        self.read = [place for place, request in enumerate(requests) if not request.unread]
+        self.read = [
+            (place, request.text.push if request.tells_text and request.text is not None else None)
+            for place, request in enumerate(requests)
+            if not request.unread
+        ]
         self.stop_ids = frozenset[int]().union(*{request.stop_ids for request in requests})
         if self.planned:
             for request in requests:

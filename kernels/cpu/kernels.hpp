@@ -54,7 +54,7 @@ struct CodeTable {
 
 // NF4_CODEBOOK of kernels/weights.py. Of all steps with 127 at most on either side this one moves the
 // sixteen values least: by up to 0.0029.
-inline constexpr CodeTable kNf4 = {
+constexpr CodeTable kNf4 = {
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
@@ -63,13 +63,13 @@ inline constexpr CodeTable kNf4 = {
     static_cast<float>(1 / 123.26)};
 
 // FP4_CODEBOOK. All values are whole steps but 1/192, which becomes 1/120: it moves by 0.0031.
-inline constexpr CodeTable kFp4 = {
+constexpr CodeTable kFp4 = {
     {0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
      -0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12},
     {128, 129, 208, 248, 168, 188, 148, 158, 128, 127, 48, 8, 88, 68, 108, 98},
     1.0f / 120};
 
-inline const CodeTable &table_of(Elements elements) {
+static inline const CodeTable &table_of(Elements elements) {
     return elements == Elements::kFP4 ? kFp4 : kNf4;
 }
 

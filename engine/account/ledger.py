@@ -20,6 +20,7 @@ _HOUR = 3.6e12  # nanoseconds
 
 
 _AT_ONCE = 64  # steps whose sums are made together
+_PAUSE = 1_000_000  # nanoseconds between turns that are worth a reading of the meter
 _ONE = 64  # binary places that the price of a unit of work is kept to
 
 
@@ -118,10 +119,11 @@ class EnergyStats:
 class Ledger:
     """Shares out what a meter counts. One caller, the engine's.
 
-    A turn is begin(), charge() once a step is answered, end(). What the meter counts from begin()
-    to charge() is the step's, and the end of a turn belongs to the next step; what it counts
-    between turns with nothing in flight is idle, and so is a share of a request that was answered
-    before its step was. Whole numbers: the shares and idle add up to the meter's count exactly.
+    A turn is begin(), charge() once a step is answered, end(). What the meter counts between two
+    steps is the later one's. Idle is what it counts after a turn that left nothing to do, or, where
+    that was a millisecond or more, between turns with nothing in flight; and so is a share of a
+    request that was answered before its step was. Whole numbers: the shares and idle add up to the
+    meter's count exactly.
     """
 
     def __init__(
@@ -135,8 +137,9 @@ class Ledger:
         self._clock_ns = clock_ns
         self._rates = Rates()
         self._failed = False
-        self._start = self._energy = self._paused_energy = meter.read()
+        self._start = self._energy = meter.read()
         self._time = self._paused_time = clock_ns()
+        self._resting = True  # before the first turn
         self._idle = 0  # nanojoules
         # Steps of the tab's roster that are not on it yet: nanojoules, nanoseconds, seconds run.
         self._new: list[tuple[int, int, float]] = []
@@ -155,19 +158,27 @@ class Ledger:
         return self._energy - self._start
 
     def begin(self) -> None:
-        """A turn begins with nothing in flight: what passed since end() was idle."""
-        idle = self._read() - self._paused_energy
-        self._idle += idle
-        self._energy += idle
-        self._time += self._clock_ns() - self._paused_time
+        """A turn begins with nothing in flight: what passed since end(), if long, was idle."""
+        pause = self._clock_ns() - self._paused_time
+        # A reading takes 20 us of processor time's counter, which asks the other cores.
+        if pause >= _PAUSE or self._resting:
+            self._rest()
+            self._time += pause
+            self._resting = False
 
     def end(self, *, resting: bool) -> None:
         """A turn ends with nothing in flight; `resting`: and nothing to do."""
-        self._paused_energy = self._read()
         self._paused_time = self._clock_ns()
+        self._resting = resting
         if resting:
-            self._idle += self._paused_energy - self._energy
-            self._energy, self._time = self._paused_energy, self._paused_time
+            self._rest()
+            self._time = self._paused_time
+
+    def _rest(self) -> None:
+        """What was counted since the last time is nobody's."""
+        energy = self._read()
+        self._idle += energy - self._energy
+        self._energy = energy
 
     def charge(self, plan: StepPlan, groups: Mapping[str, OutputGroup], seconds: float) -> None:
         """Put what was counted since the last time on a step's account.
@@ -237,7 +248,7 @@ class Ledger:
             except Exception as error:  # measuring never stops serving
                 self._failed = True
                 _log.error("%s: %s; costs are no longer told", self._meter.name, error)
-        return max(self._energy, self._paused_energy)
+        return self._energy
 
 
 __all__ = ["EnergyStats", "Ledger", "Prices"]

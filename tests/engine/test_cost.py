@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -193,17 +194,21 @@ class Steady(Jumpy):
         return self.now
 
 
-def test_what_passes_between_turns_is_nobodys(llm: LLM) -> None:
+@pytest.mark.parametrize(("pause_ns", "idle"), [(999_999, 2), (1_000_000, 5)])
+def test_what_passes_in_a_long_pause_between_turns_is_nobodys(
+    llm: LLM, pause_ns: int, idle: int
+) -> None:
     engine = llm.engine
-    engine.ledger = ledger = Ledger(Steady(0))
+    now = itertools.count(0, pause_ns)
+    engine.ledger = ledger = Ledger(Steady(0), clock_ns=lambda: next(now))
     engine.add_request("a", [1, 2, 3], GREEDY.replace(max_tokens=4))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
-    # A turn reads three times: the joule before it is idle, the two others are the request's, but
-    # for the last one, which comes after its answer.
-    assert [o.cost.joules for o in outputs] == [1, 3, 5, 7]
-    assert ledger.idle == 5 * 10**9
+    # Every turn reads once, for the request; before the first, behind the last and in each long
+    # pause the meter is read for nobody.
+    assert [o.cost.joules for o in outputs] == [1, 2, 3, 4]
+    assert ledger.idle == idle * 10**9
 
 
 def test_a_request_pays_for_what_it_computes(llm: LLM) -> None:

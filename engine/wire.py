@@ -8,6 +8,7 @@ name code to run. Outputs cross as the difference to the one sent before (differ
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
 import typing
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,20 @@ def pack_params(params: SamplingParams) -> msgspec.Struct:
 
 def unpack_params(params: msgspec.Struct) -> SamplingParams:
     """SamplingParams, validated anew. Errors: ParameterError."""
+    data = msgspec.msgpack.encode(params)
+    return _known(data) if len(data) <= _SHORT else _validated(params)
+
+
+_SHORT = 1024  # bytes of parameters that are kept
+
+
+@functools.lru_cache(maxsize=64)
+def _known(data: bytes) -> SamplingParams:
+    """Many requests have the same, and validating takes as long as everything else of a request."""
+    return _validated(msgspec.msgpack.decode(data, type=Params))
+
+
+def _validated(params: msgspec.Struct) -> SamplingParams:
     values = {f.name: getattr(params, f.name) for f in _PARAMS}
     return SamplingParams(**{k: v for k, v in values.items() if v is not UNSET})
 

@@ -47,7 +47,7 @@ _SOURCE = "engine.load.source.SourceError"
 _FETCH = "engine.load.fetch.FetchError"
 _CHECKPOINT = "engine.load.mapped.CheckpointError"
 _CONFIG = "engine.config.ConfigError"
-_ADMISSION = "engine.core.request.AdmissionError"
+_ADMISSION = "engine.core.checks.AdmissionError"
 _BATCH = "engine.batch.errors.BatchError"
 
 ERRORS = (

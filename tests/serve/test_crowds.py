@@ -32,16 +32,18 @@ class Crowd:
 
     def __init__(self, running: Running, number: int, body: dict[str, Any]) -> None:
         self.texts: list[str] = []
+        self._begun: list[int] = []  # who has had the head of an answer
         self._threads = [
             threading.Thread(target=self._read, args=(running, {**body, "seed": i}))
             for i in range(number)
         ]
         for thread in self._threads:
             thread.start()
-        running.wait_until(lambda: running.service.num_live == number)
+        running.wait_until(lambda: len(self._begun) == number)
 
     def _read(self, running: Running, body: dict[str, Any]) -> None:
         with streaming(running, PLAIN, body) as response:
+            self._begun.append(body["seed"])
             self.texts.append(response.read().decode())
 
     def last_events(self, seconds: float) -> list[str]:

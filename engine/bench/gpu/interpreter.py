@@ -33,12 +33,16 @@ def _mend_index() -> None:
 
 
 def _fix_columns() -> None:
-    """Multiply in blocks of 16 columns, so that a column's bits do not depend on how many there
-    are: true of the instructions that the kernels are compiled to, false of numpy's products."""
+    """Multiply so that a column's bits do not depend on how many there are: true of the
+    instructions that the kernels are compiled to, false of numpy's products. Numbers of 16 bits are
+    summed in fp64, where their products are exact; others go in blocks of 16 columns."""
     e4m3 = e4m3_values()
 
     def create_dot(self, a, b, d, *precision):
         left, right = values(a), values(b)
+        if a.data.dtype == b.data.dtype == np.float16:
+            out = (left.astype(np.float64) @ right.astype(np.float64)).astype(d.data.dtype) + d.data
+            return interpreter.TensorHandle(out, d.dtype.scalar)
         blocks = [
             left @ np.ascontiguousarray(right[:, i : i + 16]) for i in range(0, right.shape[1], 16)
         ]

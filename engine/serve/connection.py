@@ -26,14 +26,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         scope = self.scope
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle.scope is scope:  # its task runs later
-            scope["extensions"] = {PIPE: {CONNECTION: BodyWriter(self.cycle)}}
+        cycle = self.cycle  # its task runs later
+        if cycle is not None and cycle.scope is scope and BodyWriter.knows(cycle):
+            scope["extensions"] = {PIPE: {CONNECTION: BodyWriter(cycle)}}
 
 
 class BodyWriter:
     """Parts of an answer's body, written as the cycle's `send` does but for its coroutine."""
 
     __slots__ = ("_cycle",)
+
+    @staticmethod
+    def knows(cycle: object) -> bool:
+        """Whether a cycle is as used here, which uvicorn promises nobody; where it is not,
+        everything goes through `send`."""
+        parts = ("chunked_encoding", "transport", "flow", "response_complete")
+        return all(hasattr(cycle, name) for name in parts) and hasattr(cycle.flow, "write_paused")  # type: ignore[attr-defined]
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle

@@ -7,12 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engineroom.engine.serve import sse
 from engineroom.engine.serve.app import make_app
+from engineroom.engine.serve.connection import BodyWriter
 
 from .conftest import Running
 from .http import chat, completion, post, streaming
@@ -92,6 +94,15 @@ def test_tool_calls_are_pushed_as_they_are_read(
     assert text(events).strip() == whole["message"]["content"].strip() == "Well."
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert any(b"tool_calls" in part for part in written)
+
+
+@pytest.mark.parametrize("lacks", ["", "flow", "chunked_encoding"])
+def test_a_uvicorn_of_another_make_is_not_written_to(lacks: str) -> None:
+    flow = SimpleNamespace(write_paused=False)
+    parts = {"flow": flow, "transport": None, "chunked_encoding": None, "response_complete": False}
+    assert BodyWriter.knows(SimpleNamespace(**parts)) is True
+    parts.pop(lacks, None)
+    assert BodyWriter.knows(SimpleNamespace(**parts)) is not bool(lacks)
 
 
 def test_a_server_that_offers_no_connection_gets_the_same_parts(

@@ -96,6 +96,17 @@ def test_tool_calls_are_pushed_as_they_are_read(
     assert any(b"tool_calls" in part for part in written)
 
 
+@pytest.mark.parametrize("is_so", ["", "closing", "full", "answered", "of one piece"])
+def test_a_connection_is_written_to_only_while_it_takes_parts(is_so: str) -> None:
+    cycle = SimpleNamespace(
+        chunked_encoding=is_so != "of one piece",
+        transport=SimpleNamespace(is_closing=lambda: is_so == "closing"),
+        flow=SimpleNamespace(write_paused=is_so == "full"),
+        response_complete=is_so == "answered",
+    )
+    assert BodyWriter(cycle).is_open is not bool(is_so)
+
+
 @pytest.mark.parametrize("lacks", ["", "flow", "chunked_encoding"])
 def test_a_uvicorn_of_another_make_is_not_written_to(lacks: str) -> None:
     flow = SimpleNamespace(write_paused=False)

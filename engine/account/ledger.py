@@ -160,7 +160,7 @@ class Ledger:
     def begin(self) -> None:
         """A turn begins with nothing in flight: what passed since end(), if long, was idle."""
         pause = self._clock_ns() - self._paused_time
-        # A reading takes 20 us of processor time's counter, which asks the other cores.
+        # In a short one the caller passes on what the requests were shown, which is work for them.
         if pause >= _PAUSE or self._resting:
             self._rest()
             self._time += pause

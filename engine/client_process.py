@@ -215,6 +215,7 @@ class _Link:
         self._tickets = itertools.count(1)
         self._sent: dict[str, RequestOutput] = {}  # reader's: what each live request has shown
         self._stderr: collections.deque[str] = collections.deque(maxlen=_QUOTED_LINES)
+        self._unfinished = b""  # of the child's line that it has not ended
         self._fatal: wire.Fatal | None = None
         self._abandoned = False  # close() would wait no longer
         self._buried = False
@@ -386,7 +387,6 @@ class _Link:
 
     def _watch(self, sock: socket.socket, stderr: int) -> str:
         """Serve the child until it is over; why it is."""
-        text = b""
         tick = min(1.0, self._watchdog / 4)
         next_ping = 0.0
         os.set_blocking(stderr, False)
@@ -403,13 +403,10 @@ class _Link:
             if self._reason is not None:
                 return self._reason
             if stderr in ready:
-                if data := os.read(stderr, _CHUNK):
-                    *lines, text = (text + data).split(b"\n")
-                    text = text[-_CHUNK:]
-                    self._keep(lines)
-                else:
+                data = os.read(stderr, _CHUNK)
+                self._keep(data)
+                if not data:
                     poll.unregister(stderr)
-                    self._keep([text] if text else [])
             if now - self._ticked > 2 * tick + 1.0:
                 self._heard = now  # it is we who slept: stopped by hand, or starved
             self._ticked = now
@@ -568,7 +565,12 @@ class _Link:
             )
         return None
 
-    def _keep(self, lines: Sequence[bytes]) -> None:
+    def _keep(self, data: bytes) -> None:
+        """What the child wrote; b"" where it writes no more, which ends its last line."""
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        self._unfinished = self._unfinished[-_CHUNK:]
+        if not data and self._unfinished:
+            lines, self._unfinished = [*lines, self._unfinished], b""
         for line in lines:
             words = "".join(c if c.isprintable() else "?" for c in line.decode("utf-8", "replace"))
             self._stderr.append(words)
@@ -588,9 +590,10 @@ class _Link:
             log.warning("process %d does not die", process.pid)
         if process.stdout is not None:
             try:
-                self._keep((process.stdout.read() or b"").splitlines())
+                self._keep(process.stdout.read() or b"")
             except OSError:
                 pass
+            self._keep(b"")
             process.stdout.close()
         asked = self.sinks.over is not None and self._fatal is None
         asked = asked and (self._abandoned or process.returncode == 0)

@@ -161,10 +161,21 @@ def test_a_child_that_talks_nonsense_is_ended(frame: bytes, match: str) -> None:
     assert not is_running(client.pid or 0)
 
 
-def test_a_child_that_cannot_start_is_quoted() -> None:
-    client = strange_child("print('no such thing', file=sys.stderr)", "sys.exit(3)")
-    with pytest.raises(EngineStartError, match=r"(?s)ended with code 3.*no such thing"):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("os.write(2, b'no such thing\\n')",),
+        ("os.write(2, b'no such')", "time.sleep(0.2)", "os.write(2, b' thing\\n')"),
+        ("os.write(2, b'no such thing')", "time.sleep(0.2)"),  # and no end of the line
+    ],
+)
+def test_a_child_that_cannot_start_is_quoted(words: tuple[str, ...]) -> None:
+    client = strange_child(*words, "sys.exit(3)")
+    with pytest.raises(EngineStartError, match=r"with code 3; it said last:\n  no such thing$"):
         client.start()
+
+
+def test_a_child_that_is_no_program_is_said() -> None:
     client = ProcessClient(FAKE, command=("/nonexistent/python",))
     with pytest.raises(EngineStartError, match="could not be started"):
         client.start()

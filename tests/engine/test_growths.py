@@ -15,13 +15,13 @@ import pytest
 
 from engineroom.engine import wire
 from engineroom.engine.async_llm import AsyncLLM
-from engineroom.engine.async_llm import _Mailbox as Mailbox
 from engineroom.engine.child import Outbox
 from engineroom.engine.child import _Server as Server
 from engineroom.engine.config import EngineConfig
 from engineroom.engine.core.answers import Growth, RequestOutput
 from engineroom.engine.core.sampling_params import SamplingParams
 from engineroom.engine.engine import Engine
+from engineroom.engine.mailbox import Mailbox
 from tests.data import data_path
 from tests.engine.client_tools import LONG, make_client, until
 from tests.engine.fake import FakeEngine

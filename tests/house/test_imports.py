@@ -12,7 +12,13 @@ from .tree import ROOT, Import, imports, package_files
 
 # A room is named by the longest matching prefix of a module's name below engineroom. It may import
 # itself and what is listed; a listed name allows everything below it.
-_CLIENT = ("engine.client", "engine.client_thread", "engine.client_process", "engine.child")
+_CLIENT = (
+    "engine.client",
+    "engine.client_thread",
+    "engine.client_process",
+    "engine.child",
+    "engine.mailbox",
+)
 _WIRE = ("engine.wire", "engine.differences")
 _BELOW_FACES = ("engine.core", "engine.features", "engine.account", "engine.config")
 _FACES = ("engine.llm", "engine.async_llm", "engine.batch")

@@ -18,6 +18,7 @@ _CLIENT = (
     "engine.client_process",
     "engine.child",
     "engine.mailbox",
+    "engine.supervise",
 )
 _WIRE = ("engine.wire", "engine.differences")
 _BELOW_FACES = ("engine.core", "engine.features", "engine.account", "engine.config")

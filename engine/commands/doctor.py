@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,27 +16,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..tools.doctor import examine, exit_status, render
-    from ..tools.plain import dump
+    from ..tools.plain import tell
 
     if args.quant:
         return _quant(args)
     report = examine()
-    if args.json:
-        dump(report, sys.stdout)
-    else:
-        print(render(report))
+    tell(report, render, as_json=args.json)
     return exit_status(report)
 
 
 def _quant(args: argparse.Namespace) -> int:
-    from ..tools.plain import dump
+    from ..tools.plain import tell
     from ..tools.quantcheck import check_formats, render
 
     rows = check_formats()
-    if args.json:
-        dump({"kernels": rows}, sys.stdout)
-    else:
-        print(render(rows))
+    tell({"kernels": rows}, lambda _: render(rows), as_json=args.json)
     return 0 if all(row["passed"] for row in rows) else 9
 
 

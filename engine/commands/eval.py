@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.evaluate import against_config, evaluate, render
     from ..tools.measured import save
     from ..tools.options import engine_config
-    from ..tools.plain import dump
+    from ..tools.plain import tell
     from ..tools.texts import evaluation_text
 
     config = engine_config(args, args.model)
@@ -42,10 +41,7 @@ def run(args: argparse.Namespace) -> int:
     report = evaluate(config, against, text, context=args.context, most_chunks=args.chunks)
     if args.keep:
         save(report)
-    if args.json:
-        dump(report, sys.stdout)
-    else:
-        print(render(report))
+    tell(report, render, as_json=args.json)
     return 0
 
 

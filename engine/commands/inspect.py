@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +20,13 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.choices import measure
     from ..tools.inspect import inspect_model, render
     from ..tools.options import engine_config
-    from ..tools.plain import dump
+    from ..tools.plain import tell
 
     config = engine_config(args, args.model)
     if args.measure:
         measure(config)
     report = inspect_model(config)
-    if args.json:
-        dump(report, sys.stdout)
-    else:
-        print(render(report))
+    tell(report, render, as_json=args.json)
     return 0 if report["fits"] else 5
 
 

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..tools.models import fetch_model, list_models, render
-    from ..tools.plain import dump
+    from ..tools.plain import dump, tell
 
     if args.fetch is not None:
         path = fetch_model(args.fetch, accept_terms=args.accept_terms, progress=sys.stderr)
@@ -33,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.accept_terms:
         return usage("--accept-terms goes with --fetch NAME")
     report = list_models(verify=args.verify)
-    if args.json:
-        dump(report, sys.stdout)
-    else:
-        print(render(report))
+    tell(report, render, as_json=args.json)
     return 0 if all(m["verified"] is not False for m in report["models"]) else 3
 
 

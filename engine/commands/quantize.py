@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..tools.plain import dump
+    from ..tools.plain import tell
     from ..tools.quantize import DEFAULT_METHODS, QuantizeConfig, quantize, render
     from ..tools.quantize_gguf import quantize_gguf
     from ..tools.texts import calibration_text
@@ -45,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
         report = quantize_gguf(config, text)
     else:
         report = quantize(config, text, restart=args.restart)
-    if args.json:
-        dump(report, sys.stdout)
-    else:
-        print(render(report))
+    tell(report, render, as_json=args.json)
     return 0
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO, TypeVar
 
 from ..core.answers import RequestOutput
+
+_Report = TypeVar("_Report")
 
 
 def output_as_plain(output: RequestOutput, model: str) -> dict[str, Any]:
@@ -38,4 +41,12 @@ def dump(value: Any, out: TextIO) -> None:
     out.flush()
 
 
-__all__ = ["dump", "output_as_plain"]
+def tell(report: _Report, render: Callable[[_Report], str], *, as_json: bool) -> None:
+    """A command's report on standard output, as JSON or as the text that `render` makes of it."""
+    if as_json:
+        dump(report, sys.stdout)
+    else:
+        print(render(report))
+
+
+__all__ = ["dump", "output_as_plain", "tell"]

@@ -10,7 +10,7 @@ import pytest
 from engineroom.engine.core.answers import FinishReason
 from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.core.parameter import ParameterError
-from tests.core.test_scheduler import Bench
+from tests.core.bench import Bench
 from tests.counts import count
 
 SEATS, LONGEST = 4, 24  # of a request: prompt and output

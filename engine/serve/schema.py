@@ -1,7 +1,7 @@
 """What crosses the wire in OpenAI's interface: requests read strictly, answers as plain structs.
 
 Source: the OpenAI API reference (chat completions, completions, models, embeddings). Every field of
-a request is known here, or the request is refused; what a field may not ask for is in refuse.py.
+a request is known here, or the request is refused; what a field may not ask for is in requests.py.
 """
 
 from __future__ import annotations

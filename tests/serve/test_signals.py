@@ -95,12 +95,13 @@ def serve() -> Iterator[Callable[[int], Served]]:
 
 
 def test_a_signal_lets_what_runs_finish(serve: Callable[[int], Served]) -> None:
-    served = serve(700)
+    served = serve(1500)
     served.process.send_signal(signal.SIGTERM)
     assert until(lambda: get(served.address, "/health/ready").status == 503)
     refused = post(served.address, PLAIN, completion(model="paced"))
     assert refused.error["code"] == "draining"
     assert served.ends(10) == ["[DONE]"] * 3
+    assert all('"finish_reason":"length"' in text for text in served.texts)
     assert served.process.wait(10) == 0 and not is_running(served.engine)
 
 

@@ -487,6 +487,7 @@ class _Link:
                     has_chat_template=message.has_chat_template,
                     chat_template=message.chat_template,
                     pid=message.pid,
+                    thread=message.thread,
                 )
                 self.is_ready = True
                 self.ready.set_result(info)

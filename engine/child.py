@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import queue
+import select
 import socket
 import sys
 import threading
@@ -143,6 +144,8 @@ class _Server:
 
     def __init__(self, sock: socket.socket, factory: ConfiguredFactory) -> None:
         self._sock = sock
+        self._coming = select.poll()
+        self._coming.register(sock, select.POLLIN)
         self._factory = factory
         self._outbox = Outbox()
         self._client: ThreadClient | None = None
@@ -176,6 +179,7 @@ class _Server:
     def _receive(self, buffer: bytearray) -> int:
         """How many bytes came; 0 at the end."""
         try:
+            self._coming.poll()  # recv() would be woken by what is sent, too
             return self._sock.recv_into(buffer)
         except OSError:
             return 0
@@ -244,6 +248,7 @@ class _Server:
                 has_chat_template=info.has_chat_template,
                 chat_template=info.chat_template,
                 pid=info.pid,
+                thread=info.thread,
             )
         )
         failure = client.wait()

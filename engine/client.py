@@ -172,6 +172,7 @@ class EngineInfo:
     has_chat_template: bool
     chat_template: str | None = None  # its source
     pid: int
+    thread: int  # that turns the engine, as the system numbers threads
 
 
 @dataclass(frozen=True)

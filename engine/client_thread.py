@@ -245,6 +245,7 @@ class _Turner:
                 has_chat_template=engine.chat_template is not None,
                 chat_template=getattr(engine.chat_template, "source", None),
                 pid=os.getpid(),
+                thread=threading.get_native_id(),
             )
         except BaseException as exc:
             reason = f"the engine could not be loaded: {describe(exc)}"

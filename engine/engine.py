@@ -21,9 +21,9 @@ from .account.meter import MeterUnavailable, open_meter
 from .config import ConfigError, EngineConfig
 from .core.answers import Growth, RequestOutput
 from .core.checks import as_prompt, check_params, check_token_ids
-from .core.outputs import OutputGroup
+from .core.outputs import OutputGroup, grows
 from .core.sampling_params import SamplingParams
-from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
+from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Told
 from .core.steplog import RecentSteps, StepLog, StepRecord
 from .door import Door, embedding_params, unicode_text
 from .features.grammar import Grammars
@@ -160,6 +160,7 @@ class Engine:
         check_token_ids(params, ids, self.model_config.vocab_size, bad_word_ids=bad_words)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         run = embedding_params(params) if embed else params
+        growths = growths and not (final_only or embed) and grows(params)
         samples = self._door.samples(
             request_id,
             ids,
@@ -171,6 +172,7 @@ class Engine:
             tenant=tenant,
             weight=weight,
             final_only=final_only,
+            growths=growths,
             reuses_prefix=not embed,  # a position that is not computed has no hidden state
         )
         pool = Pool(len(ids)) if embed else None
@@ -325,9 +327,12 @@ class Engine:
 
     # --------------------------------------------------------------------------------- private
 
-    def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
+    def _outputs(self, updates: Sequence[Told]) -> list[RequestOutput]:
         touched: dict[str, OutputGroup] = {}
         for update in updates:
+            if isinstance(update, Growth):
+                self._growths.append(update)
+                continue
             request_id = update.request.request_id
             group = self._groups.get(request_id)
             if group is None or (group.final_only and not update.finished):

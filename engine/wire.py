@@ -177,6 +177,7 @@ class Ready(_Message):
     model: ModelConfig
     has_chat_template: bool
     pid: int
+    thread: int
     chat_template: str | None = None
 
 

@@ -14,6 +14,11 @@ DecodeToken = Callable[[int], str]
 Embedding = Callable[[], tuple[float, ...] | None]
 
 
+def grows(params: SamplingParams) -> bool:
+    """Whether steps bring a request of these parameters no more than text and tokens."""
+    return params.num_samples == 1 and params.logprobs is None and params.prompt_logprobs is None
+
+
 class OutputGroup:
     """The n (or best_of) samples of one request, from admission to the last finish."""
 
@@ -31,9 +36,9 @@ class OutputGroup:
         embedding: Embedding | None = None,
     ) -> None:
         """final_only: nobody reads before the end, so nothing is made before it. growths: the
-        reader adds up by itself what comes between a first and a last whole output, where that is
-        text and tokens of one sample. `embedding` is asked at the end, where the request is for
-        one."""
+        reader adds up by itself what comes between a first and a last whole output, which is
+        text and tokens of one sample (see grows()). `embedding` is asked at the end, where the
+        request is for one."""
         self.request_id = request_id
         self.samples = tuple(samples)
         self.nanojoules = self.nanoseconds = 0  # its share of the machine: the ledger's
@@ -48,13 +53,7 @@ class OutputGroup:
         self._ranked = len(samples) > params.n
         self._shows_parts = not (final_only or self._ranked)
         self._deltas = [echo_text] * len(samples)
-        self._grows = (
-            growths
-            and not final_only
-            and len(samples) == 1
-            and params.logprobs is None
-            and params.prompt_logprobs is None
-        )
+        self._grows = growths
         self._has_begun = False  # to grow: behind its first output
 
     @property

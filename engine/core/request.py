@@ -93,6 +93,7 @@ class Request(_EveryStep):
         "sample_index",
         "seed",
         "stop_reason",
+        "tells_growth",
         "tells_text",
         "tenant",
         "text",
@@ -123,11 +124,12 @@ class Request(_EveryStep):
         tenant: str = "",
         weight: float = 1.0,
         final_only: bool = False,
+        growths: bool = False,
     ) -> None:
         """`max_tokens` and `seed` are resolved (params may hold None); lower `priority` runs first.
         Without `reuses_prefix` every position is computed, and none taken from the prefix cache.
         `tenant` and its `weight` say whose tokens they are (see fairness.py). With `final_only`
-        nobody reads it before its end.
+        nobody reads it before its end; with `growths` its reader adds up text and tokens by itself.
 
         Errors: ParameterError for a bad id, priority, arrival, salt, or min_tokens > max_tokens.
         """
@@ -202,6 +204,8 @@ class Request(_EveryStep):
         self.unread = self.quiet and not params.reads_output
         # A token that is not its last tells no more than the text it adds.
         self.tells_text = not self.quiet and form is FREE and not params.stop
+        # Nor does anybody look at its tokens so far while such a token is told.
+        self.tells_growth = growths and self.tells_text and not params.reads_output
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.
         wants_rows = params.prompt_logprobs is not None and leader is None
         self.max_prompt_rows = self.num_prompt_tokens - 1 if wants_rows else 0

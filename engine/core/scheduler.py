@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .answers import FinishReason, TokenLogprob
+from .answers import FinishReason, Growth, TokenLogprob
 from .blocks import BlockManager, IntegrityError
 from .checks import AdmissionError
 from .fairness import Account, Shares, fullest, may_displace
@@ -21,7 +21,7 @@ from .request import Request, RequestState
 from .stretch import Stretch
 from .telling import Ending, tell, whole_text
 
-__all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Told", "Update"]
 
 _MAX_IN_FLIGHT = 2  # a plan being computed, and the one planned behind it
 _RUNNING, _FINISHED = RequestState.RUNNING, RequestState.FINISHED
@@ -39,6 +39,9 @@ class Update(NamedTuple):
     new_prompt_logprobs: tuple[TokenLogprob, ...]
     text_delta: str
     finished: bool
+
+
+Told = Update | Growth  # a Growth of a request that is read so, where it tells all there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,7 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------- commit
 
-    def commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Update]:
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Told]:
         """Take the step's answer. Returns what changed, ends without a step first.
 
         Rows of requests that have ended meanwhile are dropped.
@@ -208,7 +211,7 @@ class Scheduler:
             )
         self._in_flight.popleft()
         now = self._clock()
-        updates = self.drain_finished()
+        updates: list[Told] = [*self.drain_finished()]
         stretch = self._planner.stretch
         if stretch is not None:
             if _is_plain(outcome, stretch):
@@ -255,29 +258,38 @@ class Scheduler:
         self.num_generated_tokens += num_quiet
         return updates
 
-    def _take(self, stretch: Stretch, outcome: StepOutcome, now: float) -> list[Update]:
+    def _take(self, stretch: Stretch, outcome: StepOutcome, now: float) -> list[Told]:
         """Commit a step of a stretch: each request has a token more, and few are looked at."""
         requests = stretch.roster.requests
         for place in stretch.take(outcome.token_ids):
             self._publish(requests[place])
         self.num_generated_tokens += len(requests)
         token_ids, logprobs = outcome.token_ids, outcome.logprobs
-        updates = []
+        updates: list[Told] = []
+        for place, request_id, push in stretch.growing:
+            token = token_ids[place]
+            try:
+                updates.append(Growth(request_id, (token,), push(token)))
+            except Exception:  # _tell() meets it again, and ends the request with it
+                stretch.catch_up(place)
+                updates += self._told(requests[place], token, None, now)
         for place, push in stretch.read:
             stretch.catch_up(place)
             request, token = requests[place], token_ids[place]
             if push is not None and place not in logprobs:
                 try:
-                    delta = push(token)
-                except Exception:
-                    pass  # _tell() meets it again, and ends the request with it
-                else:
-                    updates.append(Update(request, (token,), (), (), delta, False))
+                    updates.append(Update(request, (token,), (), (), push(token), False))
                     continue
-            update = self._tell(request, token, logprobs.get(place), (), now)
-            if update is not None:
-                updates.append(update)
+                except Exception:
+                    pass  # as above
+            updates += self._told(request, token, logprobs.get(place), now)
         return updates
+
+    def _told(
+        self, request: Request, token: int, logprob: TokenLogprob | None, now: float
+    ) -> list[Update]:
+        update = self._tell(request, token, logprob, (), now)
+        return [] if update is None else [update]
 
     def _settle(
         self, request: Request, share: Share, outcome: StepOutcome, first: int, now: float

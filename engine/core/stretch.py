@@ -24,7 +24,8 @@ class Stretch:
 
     `planned` and `committed`: how many steps. Before step `end` no request reaches its length.
     `read`: the places of those whose every token is read as it comes; each with what makes its text
-    of a token, where a token tells no more than that.
+    of a token, where a token tells no more than that. `growing`: the same and their ids, of those
+    whose reader wants nothing but that text and the token, and who need not catch up for it.
     """
 
     __slots__ = (
@@ -34,6 +35,7 @@ class Stretch:
         "_turns",
         "committed",
         "end",
+        "growing",
         "planned",
         "read",
         "roster",
@@ -53,7 +55,12 @@ class Stretch:
         self.read = [
             (place, request.text.push if request.tells_text and request.text is not None else None)
             for place, request in enumerate(requests)
-            if not request.unread
+            if not (request.unread or request.tells_growth)
+        ]
+        self.growing = [
+            (place, request.request_id, request.text.push)
+            for place, request in enumerate(requests)
+            if request.tells_growth and request.text is not None
         ]
         self.stop_ids = frozenset[int]().union(*{request.stop_ids for request in requests})
         if self.planned:

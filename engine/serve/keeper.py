@@ -7,8 +7,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from ..async_llm import AsyncLLM, EngineError, EngineInfo
+from .aside import Aside
 from .errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Keeper:
         self._make = make
         self._llm: AsyncLLM | None = None
         self._info: EngineInfo | None = None
+        self._aside = Aside()
         self._watcher: asyncio.Task[None] | None = None
         self._why_down = ""
         self.num_restarts = 0
@@ -36,6 +39,11 @@ class Keeper:
 
     async def start(self) -> EngineInfo:
         """Load the model. Errors: EngineStartError, ConfigError."""
+        # A worker may begin the next engine's process, which takes over the worker's cores.
+        loop, leave = asyncio.get_running_loop(), self._aside.leave
+        loop.set_default_executor(
+            ThreadPoolExecutor(thread_name_prefix="beside", initializer=leave)
+        )
         self._llm, self._info = await self._load()
         self.started = time.time()
         self._watcher = asyncio.create_task(self._watch(), name="engine keeper")
@@ -88,6 +96,7 @@ class Keeper:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._llm is not None and self._llm.is_alive:
+                self._aside.look(self.info.pid, self.info.thread)
                 continue
             old, self._llm = self._llm, None
             if old is not None:

@@ -84,6 +84,7 @@ class Inbox:
                     has_chat_template=message.has_chat_template,
                     chat_template=message.chat_template,
                     pid=message.pid,
+                    thread=message.thread,
                 )
                 self.is_ready = True
                 self.ready.set_result(info)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from engineroom.engine.core.answers import Growth
 from engineroom.engine.core.detokenize import TextStream
 from engineroom.engine.core.plan import StepPlan
 from engineroom.engine.core.planner import Planner
 from engineroom.engine.core.request import Request
 from engineroom.engine.core.sampling_params import SamplingParams
-from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig, Update
+from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig, Told
 from tests.counts import count
 
 from .fakes import EOS, STOPS, VOCAB, FakeDevice, Script, token_bytes
@@ -45,7 +46,7 @@ class World:
         self.looks = rng.choice((0.0, 0.0, 0.2))  # at the books, a turn: what is read catches up
         self.told: list[Any] = []
         self.requests: list[Request] = []
-        self.num_stretched = 0
+        self.num_stretched = self.num_grown = 0
 
     def clock(self) -> float:
         self.now += 0.001
@@ -95,6 +96,7 @@ class World:
             arrival=self.now,
             eos_token_ids=frozenset({EOS}),
             final_only=rng.random() < 0.7,
+            growths=params.logprobs is None and rng.random() < 0.7,
             text=text,
             tenant=rng.choice("abc"),
         )
@@ -110,20 +112,32 @@ class World:
         ]
         self.told.append((plan.step_id, parts, [r.key for r in plan.preempted]))
 
-    def tell(self, updates: list[Update]) -> None:
-        for request, *rest in updates:
-            self.told.append((request.key, rest, request.output_token_ids, request.finish_reason))
+    def tell(self, updates: list[Told]) -> None:
+        growths = []  # of one step: which of them comes first is nobody's business
+        for update in updates:
+            if isinstance(update, Growth):
+                growths.append(update)
+                self.num_grown += 1
+                continue
+            request, *rest = update
+            if request.tells_growth and not update.finished:
+                growths.append(Growth(request.request_id, update.new_token_ids, update.text_delta))
+            else:
+                tokens = request.output_token_ids
+                self.told.append((request.key, rest, tokens, request.finish_reason))
+        self.told += growths
 
 
 def test_the_same_with_stretches_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    stretched = 0
+    stretched = grown = 0
     for seed in range(count(reduced=150, full=5000)):
         world = World(seed).run()
         with monkeypatch.context() as patch:
             patch.setattr(Planner, "_begin_stretch", lambda self: None)
             plain = World(seed).run()
-        assert plain.num_stretched == 0
+        assert plain.num_stretched == plain.num_grown == 0
         for one, other in zip(world.told, plain.told, strict=True):
             assert one == other, f"seed {seed}"
         stretched += world.num_stretched
-    assert stretched > 1000, "there were no stretches to speak of"
+        grown += world.num_grown
+    assert stretched > 1000 and grown > 300, "there were no stretches to speak of"

@@ -358,8 +358,9 @@ def test_start_does_not_wait_and_a_warm_render_is_fast() -> None:
     template = make("{{ messages[0].content }}")
     began = time.perf_counter()
     template.start()
-    assert time.perf_counter() - began < 0.1
+    started = time.perf_counter() - began
     assert template.render([USER]) == USER["content"]
+    assert started < 0.5 * (time.perf_counter() - began)  # most of it is the process's own start
     times = []
     for _ in range(20):
         began = time.perf_counter()

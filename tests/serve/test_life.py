@@ -58,7 +58,7 @@ def test_slow_readers_hold_up_nobody(server: Running) -> None:
 
 
 def test_a_deadline_ends_a_request_with_its_own_reason(server: Running) -> None:
-    answer = post(server, PLAIN, {**LONG, "timeout_ms": 100}).json
+    answer = post(server, PLAIN, {**LONG, "timeout_ms": 500}).json  # time for some text
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "timeout" and choice["text"]
     events = post(server, PLAIN, {**LONG, "timeout_ms": 100, "stream": True}).events

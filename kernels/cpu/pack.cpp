@@ -1,4 +1,5 @@
-// Repacks a checkpoint's blocks into tiles (kernels.hpp): moves bits, computes nothing.
+// Repacks a checkpoint's blocks into tiles (kernels.hpp): moves bits, computes nothing but kRow16's
+// powers of two.
 //
 // The block layouts stand as data in kernels/weights.py; what they mean is said in quant/. A tile is
 // filled block by block with its rows interleaved, so that what is read and what is written both stay
@@ -6,6 +7,8 @@
 #include "pack.hpp"
 
 #include <algorithm>
+#include <climits>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -387,19 +390,83 @@ void pack_mxfp4(const TileJob &t) {
     }
 }
 
-// Two floats, one for each 16 elements, and 16 bytes of nibbles, ascending.
-void pack_nvfp4(const TileJob &t) {
-    for (int g = 0; g < t.columns / kGroup; ++g) {
-        for (int n = 0; n < t.rows; ++n)
-            for (int part = 0; part < 2; ++part)
-                store4(t.scales + 4 * (static_cast<std::size_t>(2 * g + part) * kTileRows + n),
-                       load4(t.row(n) + g * 24 + 4 * part));
-        by_rows(t.rows, [&](int n, auto word) {
-            put_ascending16<decltype(word)>(
-                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, t.row(n) + g * 24 + 8,
-                t.row_bytes);
-        });
+// A half as an integer of 11 bits times 2^exponent; false where it is no number, or a negative zero.
+bool split_half(std::uint16_t half, int *integer, int *exponent) {
+    const int magnitude = half & 0x7fff, biased = magnitude >> 10;
+    const int significand = (magnitude & 1023) | (biased > 0 ? 1024 : 0);
+    *integer = half >> 15 ? -significand : significand;
+    *exponent = std::max(biased, 1) - 25;
+    return biased < 31 && half != 0x8000;
+}
+
+// The scale of a row's elements [16 i, 16 i + 16), of blocks behind a header.
+std::uint16_t nvfp4_scale(const std::uint8_t *row, int i) {
+    std::uint16_t half;
+    std::memcpy(&half, row + 8 + i / 2 * 20 + i % 2 * 2, 2);
+    return half;
+}
+
+// The largest e for which a row's scales are multiples of 2^e, where those multiples fit 16 bits.
+bool whole_scales(const std::uint8_t *row, int scales, int *e) {
+    int least = INT_MAX, integer, exponent;
+    for (int i = 0; i < scales; ++i) {
+        if (!split_half(nvfp4_scale(row, i), &integer, &exponent)) return false;
+        for (; integer != 0 && integer % 2 == 0; integer /= 2) ++exponent;
+        if (integer != 0) least = std::min(least, exponent);
     }
+    *e = least == INT_MAX ? 0 : least;
+    for (int i = 0; i < scales; ++i) {
+        split_half(nvfp4_scale(row, i), &integer, &exponent);
+        if (std::fabs(std::ldexp(integer, exponent - *e)) > INT16_MAX) return false;
+    }
+    return true;
+}
+
+// The head of kRow16 for one output; scales are whole numbers times 2^e where is_whole.
+void put_row16_head(const TileJob &t, int n, bool is_whole, int e) {
+    float factor, divisor;
+    std::memcpy(&factor, t.row(n), 4);
+    std::memcpy(&divisor, t.row(n) + 4, 4);
+    if (is_whole) factor = std::ldexp(factor, e);
+    const float head[3] = {factor / divisor, factor, divisor};
+    for (int i = 0; i < 3; ++i) std::memcpy(t.scales + i * kFloatBytes + 4 * n, head + i, 4);
+}
+
+// A factor and a divisor, then blocks of two halves, one for each 16 elements, and 16 bytes of
+// nibbles, ascending.
+void pack_nvfp4(const TileJob &t) {
+    const int groups = t.columns / kGroup;
+    int e[kTileRows];
+    bool is_whole = true;
+    for (int n = 0; n < t.rows && is_whole; ++n) {
+        float factor;
+        std::memcpy(&factor, t.row(n), 4);
+        is_whole = whole_scales(t.row(n), 2 * groups, e + n) &&
+                   std::ldexp(std::ldexp(factor, e[n]), -e[n]) == factor;
+    }
+    t.scales[kRow16Whole] = is_whole;
+    const float one = 1;  // what outputs past N are divided by
+    for (int n = t.rows; n < kTileRows; ++n) std::memcpy(t.scales + 2 * kFloatBytes + 4 * n, &one, 4);
+    for (int n = 0; n < t.rows; ++n) {
+        put_row16_head(t, n, is_whole, e[n]);
+        for (int i = 0; i < 2 * groups; ++i) {
+            const std::uint16_t half = nvfp4_scale(t.row(n), i);
+            std::uint8_t *group = t.scales + kRow16Bytes + i / 2 * 2 * kHalfBytes;
+            int integer, exponent;
+            split_half(half, &integer, &exponent);
+            const std::int16_t whole =
+                is_whole ? static_cast<std::int16_t>(std::ldexp(integer, exponent - e[n])) : 0;
+            if (is_whole)
+                std::memcpy(group + 2 * (2 * n + 1 - i % 2), &whole, 2);
+            else
+                std::memcpy(group + i % 2 * kHalfBytes + 2 * n, &half, 2);
+        }
+    }
+    for (int g = 0; g < groups; ++g)
+        by_rows(t.rows, [&](int n, auto word) {
+            put_ascending16<decltype(word)>(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
+                                            t.row(n) + 8 + g * 20 + 4, t.row_bytes);
+        });
 }
 
 // Blocks of a float, then 32 bytes of codes; byte j has element 2j in its high half.
@@ -500,7 +567,7 @@ const PackFormat kFormats[] = {
     {"I4G128", 128, Elements::kU4, Scaling::kZero128, 8, pack_int4_zero<4>},
     {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
     {"MXFP4", 32, Elements::kE2M1, Scaling::kSingle32, 12, pack_mxfp4},
-    {"NVFP4", 32, Elements::kE2M1, Scaling::kSingle16, 12, pack_nvfp4},
+    {"NVFP4", 32, Elements::kE2M1, Scaling::kRow16, 12, pack_nvfp4},
     {"NF4", 64, Elements::kNF4, Scaling::kSingle64, 128, pack_codes},
     {"FP4", 64, Elements::kFP4, Scaling::kSingle64, 128, pack_codes},
     {"FP8", 32, Elements::kE4M3, Scaling::kChannel, 0, pack_fp8<false>},
@@ -548,7 +615,7 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kZero32: return columns / kGroup * kZeroBytes;
         case Scaling::kZero128: return columns / (4 * kGroup) * kZeroBytes;
         case Scaling::kSingle32: return columns / kGroup * kFloatBytes;
-        case Scaling::kSingle16: return columns / kGroup * 2 * kFloatBytes;
+        case Scaling::kRow16: return kRow16Bytes + columns / kGroup * 2 * kHalfBytes;
         case Scaling::kSingle64: return columns / 64 * kFloatBytes;
         case Scaling::kSingle128: return columns / 128 * kFloatBytes;
     }

@@ -228,6 +228,14 @@ ER_INLINE I i_add(I a, I b) {
 ER_INLINE I i_and(I a, I b) {
     return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }
+ER_INLINE I i_xor(I a, I b) {
+    return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+ER_INLINE I i_shift16(I a) { return {_mm256_slli_epi32(a.lo, 16), _mm256_slli_epi32(a.hi, 16)}; }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) {
+    return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
+}
 ER_INLINE I i_or(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 ER_INLINE I i_high_nibbles(I a) {
     const __m256i mask = _mm256_set1_epi8(15);

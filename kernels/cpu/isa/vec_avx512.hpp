@@ -138,6 +138,10 @@ ER_INLINE I i_load_n(const void *p, int n) {
 ER_INLINE void i_store(void *p, I x) { _mm512_storeu_si512(p, x); }
 ER_INLINE I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 ER_INLINE I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+ER_INLINE I i_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+ER_INLINE I i_shift16(I a) { return _mm512_slli_epi32(a, 16); }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) { return _mm512_madd_epi16(a, b); }
 ER_INLINE I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 ER_INLINE I i_high_nibbles(I a) {
     return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));

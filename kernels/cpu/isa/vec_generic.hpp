@@ -214,6 +214,12 @@ ER_INLINE I i_load_n(const void *p, int n) {
 ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }
 ER_INLINE I i_add(I a, I b) { return a + b; }
 ER_INLINE I i_and(I a, I b) { return a & b; }
+ER_INLINE I i_xor(I a, I b) { return a ^ b; }
+ER_INLINE I i_shift16(I a) { return a << 16; }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) {
+    return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+}
 ER_INLINE I i_or(I a, I b) { return a | b; }
 ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
 // Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.

@@ -35,8 +35,8 @@ from engineroom.engine.load.checkpoint import open_checkpoint  # noqa: E402
 from engineroom.engine.load.save import Tensor, write_checkpoint  # noqa: E402
 from engineroom.kernels.cpu.quantise import as_packed  # noqa: E402
 from engineroom.kernels.weights import CODEBOOKS, F32, FORMATS, Format, RawWeight  # noqa: E402
-from engineroom.quant.ggml_rounding import quantise_ggml  # noqa: E402
 from engineroom.quant.fp4 import nvfp4_rows  # noqa: E402
+from engineroom.quant.ggml_rounding import quantise_ggml  # noqa: E402
 from engineroom.quant.gguf import block_dtype  # noqa: E402
 from engineroom.quant.groups import int4_rows, int8_rows, pack_nibbles  # noqa: E402
 from engineroom.quant.own import METHOD  # noqa: E402

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.weights import I8G32, NVFP4, Format, RawWeight
-from .gguf import block_dtype, halves_of_bytes
 from .fp4 import nvfp4_rows
+from .gguf import block_dtype, halves_of_bytes
 from .groups import pack_nibbles
 from .small_floats import e4m3_values
 

@@ -348,8 +348,10 @@ ER_INLINE void begin_sums(I (&c)[R][kVectors], const std::int32_t (&start)[R]) {
 // Of ScaleWhole16. A lane's upper 16 bits sum a group's first half, its lower ones the second, from
 // zeros on: of 4-bit floats neither sum passes 12 * 127 * 16 < 2^15. halves_at is what both should
 // have begun at, and 2^15 with which the second is not negative, so that it borrows nothing.
+constexpr std::int32_t kHalf = 1 << 15;
+static const std::int32_t half = kHalf;
 ER_INLINE std::int32_t halves_at(std::int32_t correction, const std::int32_t *sums) {
-    return correction * (65536 * sums[0] + sums[1]) + 0x8000;
+    return correction * (65536 * sums[0] + sums[1]) + kHalf;
 }
 
 template <int R>
@@ -362,7 +364,7 @@ ER_INLINE void begin_second_half(I (&c)[R][kVectors]) {
 
 // Both halves times their scales, exactly, then one rounding.
 ER_INLINE F f_of_halves(I sums, std::int32_t at, I scales) {
-    return f_of_i(i_dot_words(i_xor(i_add(sums, i_set(at)), i_set(0x8000)), scales));
+    return f_of_i(i_dot_words(i_xor_all(i_add(sums, i_set(at)), &half), scales));
 }
 
 // out [R][48] from `groups` groups: `quants` begins with the first of them, `scales` has it at g0.
@@ -1149,7 +1151,7 @@ static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int
     with_types(w, tile, [&](auto quants, auto scale) {
         using Quants = decltype(quants);
         using Scale = decltype(scale);
-        constexpr int kMost = Quants::kRows;
+        constexpr int kMost = kIsWhole<Scale> ? least(Quants::kRows, 3) : Quants::kRows;  // 4 spill
         while (count > 0) {
             const int rows = least(digits->of_group, kMost);
             int used = rows;

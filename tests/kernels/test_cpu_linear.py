@@ -265,6 +265,47 @@ def test_largest_int8_products(unit: str, name: str) -> None:
                 assert np.all(np.abs(got - exact @ w.T) <= bound)
 
 
+WHOLE_NUMBERS = 3 * 4 * 48  # where a tile of NVFP4 says whether its scales are such
+
+
+@units
+@pytest.mark.parametrize(
+    "scales,are_whole",
+    [
+        ((1, 32752), True),
+        ((-32752, 32752), True),
+        ((0, 0), True),
+        ((448, 2.0**-5), True),
+        ((1, 65504), False),
+        ((448, 2.0**-9), False),
+        ((-0.0, 1), False),
+        ((60000, 2.0**-24), False),
+    ],
+)
+def test_two_scales_of_a_group_meet_as_whole_numbers_of_16_bits_or_not(
+    unit: str, scales: tuple[float, float], are_whole: bool
+) -> None:
+    """With sums as large as they come, of either sign: nothing overflows or borrows."""
+    n, k = 48, 64
+    data = blocks("NVFP4", n, k, 1)
+    fields = fields_of("NVFP4", data, k)
+    fields["scale"][:] = scales
+    fields["factor"][:], fields["divisor"][:] = 3e-3, 7
+    for codes in (0x77, 0xFF, 0x7F):
+        fields["nibbles"][:] = codes
+        fields["nibbles"][1] = 0x7F
+        matrix, w = pack("NVFP4", data, n, k), weight_of("NVFP4", data, n, k)
+        assert bool(_native.tiles_of(matrix)[WHOLE_NUMBERS]) is are_whole
+        for half in (1, -1):
+            x = np.ones((17, k), np.float32)
+            x[:, 16:32] *= half
+            x[1], x[2, :16] = -1, 1e-3
+            exact = int8_values(unit, x)
+            bound = 4 * 2.0**-24 * np.sqrt(k) * (np.abs(exact) @ np.abs(w).T)
+            got = run(unit, [matrix], x, "int8")
+            assert np.all(np.abs(got - exact @ w.T) <= bound)
+
+
 @units
 def test_what_is_not_finite_stays_in_its_row(unit: str) -> None:
     data = blocks("Q4_0", 48, 64, 0)

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -390,13 +391,17 @@ void pack_mxfp4(const TileJob &t) {
     }
 }
 
-// A half as an integer of 11 bits times 2^exponent; false where it is no number, or a negative zero.
-bool split_half(std::uint16_t half, int *integer, int *exponent) {
-    const int magnitude = half & 0x7fff, biased = magnitude >> 10;
-    const int significand = (magnitude & 1023) | (biased > 0 ? 1024 : 0);
-    *integer = half >> 15 ? -significand : significand;
-    *exponent = std::max(biased, 1) - 25;
-    return biased < 31 && half != 0x8000;
+// A half as an odd integer times a power of two; 0 as that times the largest that a half takes.
+struct OddHalf {
+    int integer;
+    int exponent;
+};
+OddHalf odd_half(std::uint16_t half) {
+    const int biased = half >> 10 & 31, significand = (half & 1023) | (biased > 0 ? 1024 : 0);
+    if (significand == 0) return {0, 15};
+    const int zeros = __builtin_ctz(static_cast<unsigned>(significand));
+    const int odd = significand >> zeros;
+    return {half >> 15 ? -odd : odd, std::max(biased, 1) - 25 + zeros};
 }
 
 // The scale of a row's elements [16 i, 16 i + 16), of blocks behind a header.
@@ -406,67 +411,62 @@ std::uint16_t nvfp4_scale(const std::uint8_t *row, int i) {
     return half;
 }
 
-// The largest e for which a row's scales are multiples of 2^e, where those multiples fit 16 bits.
-bool whole_scales(const std::uint8_t *row, int scales, int *e) {
-    int least = INT_MAX, integer, exponent;
-    for (int i = 0; i < scales; ++i) {
-        if (!split_half(nvfp4_scale(row, i), &integer, &exponent)) return false;
-        for (; integer != 0 && integer % 2 == 0; integer /= 2) ++exponent;
-        if (integer != 0) least = std::min(least, exponent);
-    }
-    *e = least == INT_MAX ? 0 : least;
-    for (int i = 0; i < scales; ++i) {
-        split_half(nvfp4_scale(row, i), &integer, &exponent);
-        if (std::fabs(std::ldexp(integer, exponent - *e)) > INT16_MAX) return false;
-    }
-    return true;
+float float_in(const std::uint8_t *p) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
 }
 
-// The head of kRow16 for one output; scales are whole numbers times 2^e where is_whole.
-void put_row16_head(const TileJob &t, int n, bool is_whole, int e) {
-    float factor, divisor;
-    std::memcpy(&factor, t.row(n), 4);
-    std::memcpy(&divisor, t.row(n) + 4, 4);
-    if (is_whole) factor = std::ldexp(factor, e);
-    const float head[3] = {factor / divisor, factor, divisor};
-    for (int i = 0; i < 3; ++i) std::memcpy(t.scales + i * kFloatBytes + 4 * n, head + i, 4);
+// The largest e for which 2^e divides a row's scales, and whether they then fit 16 bits, the factor
+// takes 2^e without a rounding, and none is a NaN, an infinity or -0.
+bool whole_scales(const std::uint8_t *row, int scales, int *e) {
+    int least = 15, most = INT_MIN;
+    for (int i = 0; i < scales; ++i) {
+        const std::uint16_t half = nvfp4_scale(row, i);
+        if ((half & 0x7c00) == 0x7c00 || half == 0x8000) return false;
+        const OddHalf odd = odd_half(half);
+        least = std::min(least, odd.exponent);
+        if (odd.integer != 0) most = std::max(most, odd.exponent + 32 - __builtin_clz(static_cast<unsigned>(std::abs(odd.integer))));
+    }
+    *e = least;
+    const float factor = float_in(row);
+    return most <= least + 15 && std::ldexp(std::ldexp(factor, least), -least) == factor;
 }
 
 // A factor and a divisor, then blocks of two halves, one for each 16 elements, and 16 bytes of
 // nibbles, ascending.
 void pack_nvfp4(const TileJob &t) {
     const int groups = t.columns / kGroup;
-    int e[kTileRows];
+    int e[kTileRows] = {};
     bool is_whole = true;
-    for (int n = 0; n < t.rows && is_whole; ++n) {
-        float factor;
-        std::memcpy(&factor, t.row(n), 4);
-        is_whole = whole_scales(t.row(n), 2 * groups, e + n) &&
-                   std::ldexp(std::ldexp(factor, e[n]), -e[n]) == factor;
-    }
+    for (int n = 0; n < t.rows; ++n) is_whole &= whole_scales(t.row(n), 2 * groups, e + n);
     t.scales[kRow16Whole] = is_whole;
-    const float one = 1;  // what outputs past N are divided by
-    for (int n = t.rows; n < kTileRows; ++n) std::memcpy(t.scales + 2 * kFloatBytes + 4 * n, &one, 4);
-    for (int n = 0; n < t.rows; ++n) {
-        put_row16_head(t, n, is_whole, e[n]);
-        for (int i = 0; i < 2 * groups; ++i) {
-            const std::uint16_t half = nvfp4_scale(t.row(n), i);
-            std::uint8_t *group = t.scales + kRow16Bytes + i / 2 * 2 * kHalfBytes;
-            int integer, exponent;
-            split_half(half, &integer, &exponent);
-            const std::int16_t whole =
-                is_whole ? static_cast<std::int16_t>(std::ldexp(integer, exponent - e[n])) : 0;
-            if (is_whole)
-                std::memcpy(group + 2 * (2 * n + 1 - i % 2), &whole, 2);
-            else
-                std::memcpy(group + i % 2 * kHalfBytes + 2 * n, &half, 2);
-        }
+    for (int n = 0; n < kTileRows; ++n) {  // outputs past N are divided by one
+        const float divisor = n < t.rows ? float_in(t.row(n) + 4) : 1;
+        float factor = n < t.rows ? float_in(t.row(n)) : 0;
+        if (is_whole) factor = std::ldexp(factor, e[n]);
+        const float head[3] = {factor / divisor, factor, divisor};
+        for (int i = 0; i < 3; ++i) std::memcpy(t.scales + i * kFloatBytes + 4 * n, head + i, 4);
     }
-    for (int g = 0; g < groups; ++g)
+    for (int g = 0; g < groups; ++g) {
+        std::uint8_t *scales = t.scales + kRow16Bytes + static_cast<std::size_t>(g) * 2 * kHalfBytes;
+        for (int n = 0; n < t.rows; ++n)
+            for (int part = 0; part < 2; ++part) {
+                const std::uint16_t half = nvfp4_scale(t.row(n), 2 * g + part);
+                const OddHalf odd = odd_half(half);
+                const std::int16_t whole = static_cast<std::int16_t>(
+                    is_whole ? odd.integer * (1 << (odd.exponent - e[n])) : 0);
+                if (is_whole)
+                    std::memcpy(scales + 2 * (2 * n + 1 - part), &whole, 2);
+                else
+                    std::memcpy(scales + part * kHalfBytes + 2 * n, &half, 2);
+            }
         by_rows(t.rows, [&](int n, auto word) {
-            put_ascending16<decltype(word)>(t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
-                                            t.row(n) + 8 + g * 20 + 4, t.row_bytes);
+            put_ascending16<decltype(word)>(
+                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
+                t.row(n) + 8 + g * 20 + 4, t.row_bytes);
         });
+    }
 }
 
 // Blocks of a float, then 32 bytes of codes; byte j has element 2j in its high half.

@@ -348,10 +348,9 @@ ER_INLINE void begin_sums(I (&c)[R][kVectors], const std::int32_t (&start)[R]) {
 // Of ScaleWhole16. A lane's upper 16 bits sum a group's first half, its lower ones the second, from
 // zeros on: of 4-bit floats neither sum passes 12 * 127 * 16 < 2^15. halves_at is what both should
 // have begun at, and 2^15 with which the second is not negative, so that it borrows nothing.
-constexpr std::int32_t kHalf = 1 << 15;
-static const std::int32_t half = kHalf;
+static const std::int32_t sign_bit = 1 << 15;  // of a word
 ER_INLINE std::int32_t halves_at(std::int32_t correction, const std::int32_t *sums) {
-    return correction * (65536 * sums[0] + sums[1]) + kHalf;
+    return correction * (65536 * sums[0] + sums[1]) + sign_bit;
 }
 
 template <int R>
@@ -364,7 +363,7 @@ ER_INLINE void begin_second_half(I (&c)[R][kVectors]) {
 
 // Both halves times their scales, exactly, then one rounding.
 ER_INLINE F f_of_halves(I sums, std::int32_t at, I scales) {
-    return f_of_i(i_dot_words(i_xor_all(i_add(sums, i_set(at)), &half), scales));
+    return f_of_i(i_dot_words(i_xor_all(i_add(sums, i_set(at)), &sign_bit), scales));
 }
 
 // out [R][48] from `groups` groups: `quants` begins with the first of them, `scales` has it at g0.
@@ -604,7 +603,8 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
                 } else {
 #pragma GCC unroll 8
                     for (int r = 0; r < R; ++r)
-                        start[r] = start_of_part<Scale>(correction, a.fine_sum16 + 2 * (first + of[r].at), part);
+                        start[r] = start_of_part<Scale>(
+                            correction, a.fine_sum16 + 2 * (first + of[r].at), part);
                     begin_sums(c, start);
                 }
 #pragma GCC unroll 8
@@ -644,7 +644,8 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const F scale = f_set(a.fine_scale[first + of[r].at]);
-                    const std::int32_t at = halves_at(correction, a.fine_sum16 + 2 * (first + of[r].at));
+                    const std::int32_t at =
+                        halves_at(correction, a.fine_sum16 + 2 * (first + of[r].at));
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
                         f[r][v] = f_fma(f_of_halves(c[r][v], at, d[v]), scale, f[r][v]);

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..kernels.weights import MXFP4, NVFP4, RawWeight
 from .fp8 import INPUT_SCALES, fp8_weight
@@ -48,7 +49,7 @@ def nvfp4_values(rows: np.ndarray) -> np.ndarray:
 
 
 def nvfp4_rows(
-    scale: np.ndarray, nibbles: np.ndarray, factor: np.ndarray | float, divisor: float = 1
+    scale: np.ndarray, nibbles: np.ndarray, factor: ArrayLike, divisor: ArrayLike = 1
 ) -> np.ndarray:
     """uint8 rows of NVFP4: scales [N, K / 16] that are halves, codes [N, K / 2], the first of a
     pair in the low half; factor one or [N]: twice what multiplies a code's own value."""
@@ -102,7 +103,9 @@ def nvfp4_weight(name: str, codes: Part, scale: Part, whole: Part, *, divides: b
     factor = whole.floats().reshape(())
 
     def made(start: int, stop: int) -> np.ndarray:
-        by = (0.5, factor) if divides else (factor * np.float32(0.5), 1)
+        by: tuple[ArrayLike, ArrayLike] = (
+            (0.5, factor) if divides else (factor * np.float32(0.5), 1)
+        )
         return nvfp4_rows(_E4M3[scale.array()[start:stop]], codes.array()[start:stop], *by)
 
     return RawWeight(name, NVFP4, (num_rows, columns), {}, make=made)

@@ -35,11 +35,13 @@ from engineroom.engine.load.checkpoint import open_checkpoint  # noqa: E402
 from engineroom.engine.load.save import Tensor, write_checkpoint  # noqa: E402
 from engineroom.kernels.cpu.quantise import as_packed  # noqa: E402
 from engineroom.kernels.weights import CODEBOOKS, F32, FORMATS, Format, RawWeight  # noqa: E402
+from engineroom.quant.fp4 import nvfp4_rows  # noqa: E402
 from engineroom.quant.ggml_rounding import quantise_ggml  # noqa: E402
 from engineroom.quant.gguf import block_dtype  # noqa: E402
 from engineroom.quant.groups import int4_rows, int8_rows, pack_nibbles  # noqa: E402
 from engineroom.quant.own import METHOD  # noqa: E402
 from engineroom.quant.rounding import Integers, e4m3_codes, round_to_nearest  # noqa: E402
+from engineroom.quant.small_floats import e4m3_values  # noqa: E402
 from engineroom.quant.values import dequantise  # noqa: E402
 
 WIDTH = 256  # of the largest blocks
@@ -149,22 +151,29 @@ def _q5_k(values: np.ndarray, fmt: Format) -> np.ndarray:
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-def _fp4(values: np.ndarray, fmt: Format) -> np.ndarray:
-    size = 32 if fmt.name == "MXFP4" else 16
-    x = values.reshape(-1, size)
+def _e2m1_codes(x: np.ndarray) -> np.ndarray:
+    code = np.abs(np.abs(x)[..., None] - _E2M1).argmin(axis=-1).astype(np.uint8)
+    return (code | np.signbit(x).astype(np.uint8) << np.uint8(3)).reshape(-1, 32)
+
+
+def _mxfp4(values: np.ndarray, fmt: Format) -> np.ndarray:
+    x = values.reshape(-1, 32)
     largest = np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-9)
-    scale = largest / 6 if size == 16 else np.exp2(np.floor(np.log2(largest)) - 2)
-    y = x / scale
-    code = np.abs(np.abs(y)[..., None] - _E2M1).argmin(axis=-1).astype(np.uint8)
-    code = (code | np.signbit(y).astype(np.uint8) << np.uint8(3)).reshape(-1, 32)
-    blocks = np.zeros(len(code), block_dtype(fmt))
-    if size == 32:
-        blocks["exponent"] = np.log2(scale) + 127
-        blocks["nibbles"] = _halved(code)
-    else:
-        blocks["d"] = scale.reshape(-1, 2) / 2
-        blocks["nibbles"] = pack_nibbles(code)
+    scale = np.exp2(np.floor(np.log2(largest)) - 2)
+    blocks = np.zeros(len(x), block_dtype(fmt))
+    blocks["exponent"] = np.log2(scale) + 127
+    blocks["nibbles"] = _halved(_e2m1_codes(x / scale))
     return blocks.view(np.uint8)
+
+
+def _nvfp4(values: np.ndarray, fmt: Format) -> np.ndarray:
+    """As its makers do it: the largest element of all becomes 6 of the largest scale, 448."""
+    x = values.reshape(-1, 16)
+    factor = np.abs(x).max() / np.float32(6 * 448)
+    scale = e4m3_values()[e4m3_codes(np.abs(x).max(axis=1, keepdims=True) / (6 * factor))]
+    code = _e2m1_codes(x / np.maximum(scale * factor, 1e-9))
+    rows = (scale.reshape(len(values), -1), pack_nibbles(code).reshape(len(values), -1))
+    return nvfp4_rows(*rows, factor / 2)
 
 
 def _codebook(values: np.ndarray, fmt: Format) -> np.ndarray:
@@ -190,7 +199,8 @@ def _fp8_128(values: np.ndarray, fmt: Format) -> np.ndarray:
 _MADE: Mapping[str, Callable[[np.ndarray, Format], np.ndarray]] = {
     **dict.fromkeys(("I4G32", "I4G128", "I8G32"), _integers),
     **dict.fromkeys(("Q4_1", "Q5_0", "Q5_1"), _legacy),
-    **dict.fromkeys(("MXFP4", "NVFP4"), _fp4),
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
     "Q5_K": _q5_k,
     "FP8_128": _fp8_128,
     "FP4": _codebook,

@@ -108,9 +108,15 @@ INT4 = Format(
 I4G32 = Format("I4G32", 32, 22, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 16)))
 I4G128 = Format("I4G128", 128, 70, (("d", "f4", 1), ("zero", "f2", 1), ("nibbles", "u1", 64)))
 I8G32 = Format("I8G32", 32, 38, (("d", "f4", 1), ("zero", "f2", 1), ("quants", "i1", 32)))
-# 4-bit floats whose scales, one for each 16, are 8-bit floats times a float of the tensor; here
-# their products, halved. quant/fp4.py says what they mean.
-NVFP4 = Format("NVFP4", 32, 24, (("d", "f4", 2), ("nibbles", "u1", 16)))
+# 4-bit floats with a scale for each 16, which a factor of the row multiplies and a divisor divides
+# (of a tensor with one float, the same for each row). quant/fp4.py says what they mean.
+NVFP4 = Format(
+    "NVFP4",
+    32,
+    20,
+    (("scale", "f2", 2), ("nibbles", "u1", 16)),
+    (("factor", "f4", 1), ("divisor", "f4", 1)),
+)
 
 # 8-bit floats with a scale per row (of a tensor with one scale, the same for each), or per 128
 # elements of a row (of a tensor scaled in blocks of 128 x 128, the same for 128 rows); and the

@@ -7,7 +7,8 @@ are d q, one rounding in float32, where q is that integer and d half of the scal
 MXFP4: a scale of 2^(exponent - 127) per 32 elements; as ggml reads it, 255 is no NaN but 2^128.
   gpt-oss: `NAME_blocks` uint8 [.., N, K / 32, 16], `NAME_scales` uint8 [.., N, K / 32] make NAME.
   compressed-tensors: `weight_packed` uint8 [N, K / 2], `weight_scale` uint8 [N, K / 32].
-NVFP4: per 16 elements a scale in E4M3, and a float of the whole tensor.
+NVFP4: per 16 elements a scale in E4M3, here the half that it is, and a float of the whole tensor:
+d = scale * factor / divisor, rounded after each, one of the two being that float and half in them.
   compressed-tensors: `weight_packed`, `weight_scale` F8_E4M3 [N, K / 16] and `weight_global_scale`,
   by which scales are divided. ModelOpt: `weight`, `weight_scale`, and `weight_scale_2`, by which
   they are multiplied.
@@ -23,10 +24,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..kernels.weights import MXFP4, NVFP4, RawWeight
 from .fp8 import INPUT_SCALES, fp8_weight
-from .gguf import E2M1_DOUBLED, block_dtype
+from .gguf import E2M1_DOUBLED, block_dtype, row_dtype
 from .groups import unpack_nibbles
 from .parts import Layout, Options, Part, require_columns
 from .small_floats import e4m3_values
@@ -36,10 +38,26 @@ _SCALED = 16  # elements that share a scale of NVFP4
 _E4M3 = e4m3_values()
 
 
-def nvfp4_values(blocks: np.ndarray) -> np.ndarray:
-    """float32 [n, 32] of blocks [n] of NVFP4."""
-    q = E2M1_DOUBLED[unpack_nibbles(blocks["nibbles"])].astype(np.float32)
-    return np.repeat(blocks["d"], _SCALED, axis=1) * q
+def nvfp4_values(rows: np.ndarray) -> np.ndarray:
+    """float32 [N, K] of rows [N] of `row_dtype(NVFP4, K)`."""
+    blocks = rows["blocks"]
+    nibbles = blocks["nibbles"].reshape(-1, _GROUP // 2)
+    q = E2M1_DOUBLED[unpack_nibbles(nibbles)].astype(np.float32)
+    scale = blocks["scale"].astype(np.float32).reshape(len(rows), -1)
+    d = scale * rows["factor"] / rows["divisor"]
+    return np.repeat(d, _SCALED, axis=1) * q.reshape(len(rows), -1)
+
+
+def nvfp4_rows(
+    scale: np.ndarray, nibbles: np.ndarray, factor: ArrayLike, divisor: ArrayLike = 1
+) -> np.ndarray:
+    """uint8 rows of NVFP4: scales [N, K / 16] that are halves, codes [N, K / 2], the first of a
+    pair in the low half; factor one or [N]: twice what multiplies a code's own value."""
+    rows = np.empty(len(scale), row_dtype(NVFP4, scale.shape[1] * _SCALED))
+    rows["factor"][:, 0], rows["divisor"] = factor, divisor
+    rows["blocks"]["scale"] = scale.reshape(len(rows), -1, 2)
+    rows["blocks"]["nibbles"] = nibbles.reshape(len(rows), -1, _GROUP // 2)
+    return rows.view(np.uint8)
 
 
 def mxfp4_weight(name: str, codes: Part, scale: Part) -> RawWeight:
@@ -85,13 +103,10 @@ def nvfp4_weight(name: str, codes: Part, scale: Part, whole: Part, *, divides: b
     factor = whole.floats().reshape(())
 
     def made(start: int, stop: int) -> np.ndarray:
-        scales = _E4M3[scale.array()[start:stop]]
-        with np.errstate(all="ignore"):  # what overflows is infinite, as in the file
-            scales = scales / factor if divides else scales * factor
-        blocks = np.empty((stop - start) * columns // _GROUP, block_dtype(NVFP4))
-        blocks["d"] = (scales * np.float32(0.5)).reshape(-1, 2)
-        blocks["nibbles"] = codes.array()[start:stop].reshape(-1, _GROUP // 2)
-        return blocks.view(np.uint8)
+        by: tuple[ArrayLike, ArrayLike] = (
+            (0.5, factor) if divides else (factor * np.float32(0.5), 1)
+        )
+        return nvfp4_rows(_E4M3[scale.array()[start:stop]], codes.array()[start:stop], *by)
 
     return RawWeight(name, NVFP4, (num_rows, columns), {}, make=made)
 
@@ -162,4 +177,4 @@ class ModelOpt:
         return INPUT_SCALES.fullmatch(part.name) is not None
 
 
-__all__ = ["ModelOpt", "Mxfp4", "mxfp4_weight", "nvfp4_values", "nvfp4_weight"]
+__all__ = ["ModelOpt", "Mxfp4", "mxfp4_weight", "nvfp4_rows", "nvfp4_values", "nvfp4_weight"]

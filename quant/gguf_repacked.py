@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.weights import I8G32, NVFP4, Format, RawWeight
+from .fp4 import nvfp4_rows
 from .gguf import block_dtype, halves_of_bytes
 from .groups import pack_nibbles
 from .small_floats import e4m3_values
@@ -30,12 +31,12 @@ _E4M3 = np.concatenate([e4m3_values()[:127], [0], e4m3_values()[:127], [480]]).a
 
 @dataclass(frozen=True)
 class Repacked:
-    """A type of the file, and what it is read as: `blocks` makes that format's blocks of its own,
-    given what each block's scales are multiplied by [n, 1]."""
+    """A type of the file, and what it is read as: `rows` makes N rows of that format of all their
+    blocks [n], given what each row's scales are multiplied by [N]."""
 
     stored: Format
     read_as: Format
-    blocks: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    rows: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
     def weight(
         self,
@@ -50,11 +51,10 @@ class Repacked:
         whole = np.ones(1, np.float32) if factors is None else factors
 
         def make(start: int, stop: int) -> np.ndarray:
-            rows = data[start * row_bytes : stop * row_bytes].view(block_dtype(self.stored))
-            each = whole[np.arange(start, stop) * len(whole) // num_rows]
-            by = np.repeat(each, len(rows) // (stop - start))[:, None]
+            blocks = data[start * row_bytes : stop * row_bytes].view(block_dtype(self.stored))
+            by = whole[np.arange(start, stop) * len(whole) // num_rows]
             with np.errstate(all="ignore"):  # a NaN or an infinity is a value like any other here
-                return self.blocks(rows, by).reshape(-1).view(np.uint8)
+                return self.rows(blocks, by).reshape(-1).view(np.uint8)
 
         return RawWeight(name, self.read_as, shape, {name: data}, make=make)
 
@@ -81,11 +81,9 @@ def _iq4_xs(b: np.ndarray, by: np.ndarray) -> np.ndarray:
 
 
 def _nvfp4(b: np.ndarray, by: np.ndarray) -> np.ndarray:
-    out = np.empty((len(b), 2), block_dtype(NVFP4))
-    out["d"] = (_E4M3[b["scales"]] * by * np.float32(0.5)).reshape(-1, 2, 2)
-    ascending = halves_of_bytes(b["nibbles"], 8)
-    out["nibbles"] = pack_nibbles(ascending).reshape(-1, 2, 16)
-    return out
+    scale = _E4M3[b["scales"]].reshape(len(by), -1)
+    nibbles = pack_nibbles(halves_of_bytes(b["nibbles"], 8)).reshape(len(by), -1)
+    return nvfp4_rows(scale, nibbles, by * np.float32(0.5))
 
 
 _HALF = ("d", "f2", 1)

@@ -17,14 +17,18 @@ from .small_floats import codebook_values, fp8_128_values, fp8_values
 
 # Each takes an array of the structured dtype of a row, or of a block.
 _Values = Callable[[np.ndarray], np.ndarray]
-_OF_ROWS: Mapping[str, _Values] = {"INT8": int8_values, "INT4": int4_values, "FP8": fp8_values}
+_OF_ROWS: Mapping[str, _Values] = {
+    "INT8": int8_values,
+    "INT4": int4_values,
+    "FP8": fp8_values,
+    "NVFP4": nvfp4_values,
+}
 _OF_BLOCKS: Mapping[str, _Values] = {
     "FP8_128": fp8_128_values,
     **{name: partial(codebook_values, name) for name in CODEBOOKS},
     "I4G32": i4_values,
     "I4G128": i4_values,
     "I8G32": i8_values,
-    "NVFP4": nvfp4_values,
 }
 
 

@@ -336,7 +336,7 @@ void run_table(const std::uint8_t *in, float *out, std::size_t blocks) {
     run_codes(in, out, blocks, kTable.values);
 }
 
-// MXFP4, NVFP4: scales of half their size, times twice the values of 4-bit floats.
+// Twice the values of 4-bit floats; the scale or, of NVFP4, its factor is half of what it was.
 ER_INLINE float doubled_e2m1(int code) { return static_cast<float>(kE2M1Units[code] - 12); }
 
 ER_VERSIONS void run_mxfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
@@ -352,11 +352,13 @@ ER_VERSIONS void run_mxfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRIC
 
 ER_VERSIONS void run_nvfp4(const std::uint8_t *ER_RESTRICT in, float *ER_RESTRICT out,
                            std::size_t blocks) {
-    for (std::size_t b = 0; b < blocks; ++b, in += 24, out += 32) {
+    const float factor = float_of_bits(load_u32(in)), divisor = float_of_bits(load_u32(in + 4));
+    in += 8;
+    for (std::size_t b = 0; b < blocks; ++b, in += 20, out += 32) {
         for (int j = 0; j < 16; ++j) {
-            const float d = float_of_bits(load_u32(in + j / 8 * 4));
-            out[2 * j] = d * doubled_e2m1(in[8 + j] & 15);
-            out[2 * j + 1] = d * doubled_e2m1(in[8 + j] >> 4);
+            const float d = float_of_half(load_u16(in + j / 8 * 2)) * factor / divisor;
+            out[2 * j] = d * doubled_e2m1(in[4 + j] & 15);
+            out[2 * j + 1] = d * doubled_e2m1(in[4 + j] >> 4);
         }
     }
 }
@@ -370,7 +372,7 @@ const DequantFormat kFormats[] = {
     {"Q6_K", 256, 210, 0, run_q6_k}, {"INT8", 32, 32, 4, run_int8},
     {"INT4", 32, 18, 8, run_int4},   {"I4G32", 32, 22, 0, run_i4g32},
     {"I4G128", 128, 70, 0, run_i4g128}, {"I8G32", 32, 38, 0, run_i8g32},
-    {"MXFP4", 32, 17, 0, run_mxfp4}, {"NVFP4", 32, 24, 0, run_nvfp4},
+    {"MXFP4", 32, 17, 0, run_mxfp4}, {"NVFP4", 32, 20, 8, run_nvfp4},
     {"FP8", 32, 32, 4, run_fp8},
     {"FP8_128", 128, 132, 0, run_fp8_128}, {"NF4", 64, 36, 0, run_table<kNf4>},
     {"FP4", 64, 36, 0, run_table<kFp4>},

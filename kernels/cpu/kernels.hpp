@@ -112,10 +112,19 @@ enum class Scaling : std::uint8_t {
     kZero32,       // [K/32] { float d[48], half zero[48] }: d (u - bias) - (d zero).   I4G32 I8G32
     kZero128,      // the same for each 128.                         I4G128
     kSingle32,     // [K/32][48] float d.                            MXFP4
-    kSingle16,     // [K/16][48] float d: d (u - bias) per 16.       NVFP4
+    kRow16,        // a head, then [K/32][48][2] int16 s or [K/32][2][48] half s, see below:
+                   //   s factor / divisor (u - bias) per 16.        NVFP4
     kSingle64,     // [K/64][48] float d, times the value of a code. NF4 FP4
     kSingle128,    // [K/128][48] float d.                           FP8_128
 };
+
+// kRow16's head: float whole[48], factor[48], divisor[48], then 64 bytes of which the first is 1 where
+// the tile's scales are int16 (a group's second scale, then its first), 0 where they are half (a
+// group's first). They are int16 where a power of two of the row's own, by which factor is multiplied,
+// makes them whole numbers of 16 bits. whole = factor / divisor; FinishedTile multiplies the kInt8
+// form's products by it (channel_scale).
+constexpr int kRow16Whole = 3 * 4 * kTileRows;  // where that byte is
+constexpr int kRow16Bytes = kRow16Whole + 64;
 
 // A weight [N, K] in tiles of 48 outputs; outputs past N are zeros. A tile is its scales, padded to
 // 64 bytes, then its elements, padded to 64 bytes; `data` is 64-byte aligned.
@@ -132,6 +141,7 @@ struct PackedWeight {
     int num_tiles() const { return (num_rows + kTileRows - 1) / kTileRows; }
     const std::uint8_t *scales(int tile) const { return data + tile * tile_bytes; }
     const std::uint8_t *quants(int tile) const { return scales(tile) + scales_bytes; }
+    bool is_whole(int tile) const { return scales(tile)[kRow16Whole] != 0; }  // of kRow16
     bool is_bf16() const {  // what it holds are bf16 numbers, maybe with a scale
         return elements == Elements::kBF16 || elements == Elements::kCompactBF16 ||
                elements == Elements::kE4M3;
@@ -352,7 +362,7 @@ struct Kernels {
     void (*to_bf16)(const float *x, int n, int stride, std::uint16_t *out);
     void (*to_int8)(const float *x, int n, int stride, const Int8Row &out);
     // -- one weight tile x rows, over columns [k0, k1); k0 and k1 are multiples of 256 or K's end.
-    // Form kInt8 leaves kChannel's d out, here and in tile_fine.
+    // Form kInt8 leaves kChannel's d and kRow16's whole out, here and in tile_fine.
     // out [rows][48] is set where `first`, else added to. `scratch`: tile_scratch_bytes(k1 - k0).
     void (*tile)(const PackedWeight &w, int tile, int k0, int k1, const Activations &a, int row0,
                  int rows, bool first, float *out, std::uint8_t *scratch);

@@ -146,7 +146,9 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
 
 const float *channel_scale(const PackedWeight &weight, int tile, Form form) {
     const bool is_left_out = form == Form::kInt8 || weight.elements == Elements::kE4M3;
-    return is_left_out && weight.scaling == Scaling::kChannel
+    const bool is_first =  // what a tile's scales begin with
+        weight.scaling == Scaling::kChannel || weight.scaling == Scaling::kRow16;
+    return is_left_out && is_first
                ? reinterpret_cast<const float *>(weight.scales(tile))
                : nullptr;
 }

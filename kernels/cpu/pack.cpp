@@ -1,4 +1,5 @@
-// Repacks a checkpoint's blocks into tiles (kernels.hpp): moves bits, computes nothing.
+// Repacks a checkpoint's blocks into tiles (kernels.hpp): moves bits, computes nothing but kRow16's
+// powers of two.
 //
 // The block layouts stand as data in kernels/weights.py; what they mean is said in quant/. A tile is
 // filled block by block with its rows interleaved, so that what is read and what is written both stay
@@ -6,6 +7,9 @@
 #include "pack.hpp"
 
 #include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -387,17 +391,80 @@ void pack_mxfp4(const TileJob &t) {
     }
 }
 
-// Two floats, one for each 16 elements, and 16 bytes of nibbles, ascending.
+// A half as an odd integer times a power of two; 0 as that times the largest that a half takes.
+struct OddHalf {
+    int integer;
+    int exponent;
+};
+OddHalf odd_half(std::uint16_t half) {
+    const int biased = half >> 10 & 31, significand = (half & 1023) | (biased > 0 ? 1024 : 0);
+    if (significand == 0) return {0, 15};
+    const int zeros = __builtin_ctz(static_cast<unsigned>(significand));
+    const int odd = significand >> zeros;
+    return {half >> 15 ? -odd : odd, std::max(biased, 1) - 25 + zeros};
+}
+
+// The scale of a row's elements [16 i, 16 i + 16), of blocks behind a header.
+std::uint16_t nvfp4_scale(const std::uint8_t *row, int i) {
+    std::uint16_t half;
+    std::memcpy(&half, row + 8 + i / 2 * 20 + i % 2 * 2, 2);
+    return half;
+}
+
+float float_in(const std::uint8_t *p) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+
+// The largest e for which 2^e divides a row's scales, and whether they then fit 16 bits, the factor
+// takes 2^e without a rounding, and none is a NaN, an infinity or -0.
+bool whole_scales(const std::uint8_t *row, int scales, int *e) {
+    int least = 15, most = INT_MIN;
+    for (int i = 0; i < scales; ++i) {
+        const std::uint16_t half = nvfp4_scale(row, i);
+        if ((half & 0x7c00) == 0x7c00 || half == 0x8000) return false;
+        const OddHalf odd = odd_half(half);
+        least = std::min(least, odd.exponent);
+        if (odd.integer != 0) most = std::max(most, odd.exponent + 32 - __builtin_clz(static_cast<unsigned>(std::abs(odd.integer))));
+    }
+    *e = least;
+    const float factor = float_in(row);
+    return most <= least + 15 && std::ldexp(std::ldexp(factor, least), -least) == factor;
+}
+
+// A factor and a divisor, then blocks of two halves, one for each 16 elements, and 16 bytes of
+// nibbles, ascending.
 void pack_nvfp4(const TileJob &t) {
-    for (int g = 0; g < t.columns / kGroup; ++g) {
+    const int groups = t.columns / kGroup;
+    int e[kTileRows] = {};
+    bool is_whole = true;
+    for (int n = 0; n < t.rows; ++n) is_whole &= whole_scales(t.row(n), 2 * groups, e + n);
+    t.scales[kRow16Whole] = is_whole;
+    for (int n = 0; n < kTileRows; ++n) {  // outputs past N are divided by one
+        const float divisor = n < t.rows ? float_in(t.row(n) + 4) : 1;
+        float factor = n < t.rows ? float_in(t.row(n)) : 0;
+        if (is_whole) factor = std::ldexp(factor, e[n]);
+        const float head[3] = {factor / divisor, factor, divisor};
+        for (int i = 0; i < 3; ++i) std::memcpy(t.scales + i * kFloatBytes + 4 * n, head + i, 4);
+    }
+    for (int g = 0; g < groups; ++g) {
+        std::uint8_t *scales = t.scales + kRow16Bytes + static_cast<std::size_t>(g) * 2 * kHalfBytes;
         for (int n = 0; n < t.rows; ++n)
-            for (int part = 0; part < 2; ++part)
-                store4(t.scales + 4 * (static_cast<std::size_t>(2 * g + part) * kTileRows + n),
-                       load4(t.row(n) + g * 24 + 4 * part));
+            for (int part = 0; part < 2; ++part) {
+                const std::uint16_t half = nvfp4_scale(t.row(n), 2 * g + part);
+                const OddHalf odd = odd_half(half);
+                const std::int16_t whole = static_cast<std::int16_t>(
+                    is_whole ? odd.integer * (1 << (odd.exponent - e[n])) : 0);
+                if (is_whole)
+                    std::memcpy(scales + 2 * (2 * n + 1 - part), &whole, 2);
+                else
+                    std::memcpy(scales + part * kHalfBytes + 2 * n, &half, 2);
+            }
         by_rows(t.rows, [&](int n, auto word) {
             put_ascending16<decltype(word)>(
-                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n, t.row(n) + g * 24 + 8,
-                t.row_bytes);
+                t.quants + static_cast<std::size_t>(g) * kNibbleBytes + 4 * n,
+                t.row(n) + 8 + g * 20 + 4, t.row_bytes);
         });
     }
 }
@@ -500,7 +567,7 @@ const PackFormat kFormats[] = {
     {"I4G128", 128, Elements::kU4, Scaling::kZero128, 8, pack_int4_zero<4>},
     {"I8G32", 32, Elements::kU8, Scaling::kZero32, 128, pack_int8_zero},
     {"MXFP4", 32, Elements::kE2M1, Scaling::kSingle32, 12, pack_mxfp4},
-    {"NVFP4", 32, Elements::kE2M1, Scaling::kSingle16, 12, pack_nvfp4},
+    {"NVFP4", 32, Elements::kE2M1, Scaling::kRow16, 12, pack_nvfp4},
     {"NF4", 64, Elements::kNF4, Scaling::kSingle64, 128, pack_codes},
     {"FP4", 64, Elements::kFP4, Scaling::kSingle64, 128, pack_codes},
     {"FP8", 32, Elements::kE4M3, Scaling::kChannel, 0, pack_fp8<false>},
@@ -548,7 +615,7 @@ std::size_t scales_bytes(Scaling scaling, std::size_t columns) {
         case Scaling::kZero32: return columns / kGroup * kZeroBytes;
         case Scaling::kZero128: return columns / (4 * kGroup) * kZeroBytes;
         case Scaling::kSingle32: return columns / kGroup * kFloatBytes;
-        case Scaling::kSingle16: return columns / kGroup * 2 * kFloatBytes;
+        case Scaling::kRow16: return kRow16Bytes + columns / kGroup * 2 * kHalfBytes;
         case Scaling::kSingle64: return columns / 64 * kFloatBytes;
         case Scaling::kSingle128: return columns / 128 * kFloatBytes;
     }

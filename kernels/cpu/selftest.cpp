@@ -442,7 +442,7 @@ const FormatInfo kFormats[] = {
     {"Q4_1", {0, 2}},  {"Q5_0", {0, -1}}, {"Q5_1", {0, 2}},   {"Q8_0", {0, -1}},
     {"Q4_K", {0, 2}},  {"Q5_K", {0, 2}},  {"Q6_K", {208, -1}}, {"INT8", {-1, -1}},
     {"INT4", {-1, -1}}, {"I4G32", {4, -1}, 1}, {"I4G128", {4, -1}, 1},
-    {"I8G32", {4, -1}, 1}, {"MXFP4", {-1, -1}, 0, true}, {"NVFP4", {-1, -1}, 2},
+    {"I8G32", {4, -1}, 1}, {"MXFP4", {-1, -1}, 0, true}, {"NVFP4", {0, 2}},
     {"NF4", {-1, -1}, 1}, {"FP4", {-1, -1}, 1}, {"FP8", {-1, -1}, 0, false, true}, {"FP8_128", {-1, -1}, 1, false, true},
 };
 
@@ -467,6 +467,10 @@ struct Weight {
             for (std::size_t b = 0; b < blocks; ++b)
                 fill(raw.data() + at + format.header_bytes + b * format.block_bytes, info, format,
                      random);
+        }
+        if (std::strcmp(info.name, "NVFP4") == 0) {  // the second tile's are no whole numbers
+            const std::uint16_t tiny = 0x0401;
+            std::memcpy(raw.data() + kTileRows * row_bytes + format.header_bytes, &tiny, 2);
         }
         values.resize(elements);
         for (int n = 0; n < num_rows; ++n)

@@ -19,6 +19,12 @@ float half_at(const std::uint8_t *p, int i) {
     return generic::float_of_half(half);
 }
 
+float word_at(const std::uint8_t *p, int i) {
+    std::int16_t x;
+    std::memcpy(&x, p + 2 * i, 2);
+    return static_cast<float>(x);
+}
+
 float float_at(const std::uint8_t *p, int i) {
     float x;
     std::memcpy(&x, p + 4 * i, 4);
@@ -109,7 +115,14 @@ Line line_at(Scaling scaling, const std::uint8_t *s, int k, int n) {
             const float scale = float_at(s, n);
             return {scale, -(scale * half_at(s + kFloatBytes, n))};
         }
-        case Scaling::kSingle16: return single(16);
+        case Scaling::kRow16: {
+            const bool is_whole = s[kRow16Whole] != 0;
+            const int of_group = k % kGroup / 16;
+            const std::uint8_t *group = s + kRow16Bytes + k / kGroup * 2 * kHalfBytes;
+            const float number = is_whole ? word_at(group, 2 * n + 1 - of_group)
+                                          : half_at(group + of_group * kHalfBytes, n);
+            return Line{number * float_at(s + kFloatBytes, n) / float_at(s + 2 * kFloatBytes, n)};
+        }
         case Scaling::kSingle32: return single(kGroup);
         case Scaling::kSingle64: return single(64);
         case Scaling::kSingle128: return single(128);

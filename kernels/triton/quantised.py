@@ -363,8 +363,10 @@ def _mxfp4(b: torch.Tensor) -> _Unpacked:
     return _doubled(_nibbles(b[:, 1:17], 16)), bits.view(torch.float32), None
 
 
-def _nvfp4(b: torch.Tensor) -> _Unpacked:
-    return _doubled(_pairs(b[:, 8:24])), _single(b[:, 0:8]), None
+def _nvfp4(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
+    factor, divisor = _single(header).split(1, dim=1)
+    scale = _half(b[:, :4]).float().reshape(len(header), -1) * factor / divisor
+    return _doubled(_pairs(b[:, 4:20])), scale, None
 
 
 def _doubled(codes: torch.Tensor) -> torch.Tensor:
@@ -389,6 +391,7 @@ def _codes(b: torch.Tensor) -> _Unpacked:
 _UNPACK_ROWS: dict[str, Callable[[torch.Tensor, torch.Tensor], _Unpacked]] = {
     "INT8": _int8,
     "INT4": _int4,
+    "NVFP4": _nvfp4,
     "FP8": _fp8,
 }
 _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
@@ -404,7 +407,6 @@ _UNPACK: dict[str, Callable[[torch.Tensor], _Unpacked]] = {
     "I4G128": _i4g128,
     "I8G32": _i8g32,
     "MXFP4": _mxfp4,
-    "NVFP4": _nvfp4,
     "FP8_128": _fp8_128,
     **dict.fromkeys(CODEBOOKS, _codes),
 }

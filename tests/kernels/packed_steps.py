@@ -21,6 +21,7 @@ from engineroom.kernels.weights import (  # noqa: E402
     FP8,
     FP8_128,
     MXFP4,
+    NVFP4,
     Format,
     RawWeight,
     WeightGroup,
@@ -57,6 +58,15 @@ def random_rows(rng: np.random.Generator, fmt: Format, rows: int, columns: int) 
         blocks = random_blocks(rng, fmt, rows * columns // fmt.block_elements)
         blocks.reshape(-1, fmt.block_bytes)[:, 0] = rng.integers(120, 130, blocks.size // 17)
         return blocks
+    if fmt is NVFP4:
+        made = np.zeros(rows, row_dtype(fmt, columns))
+        made["blocks"] = (
+            random_blocks(rng, fmt, rows * columns // fmt.block_elements)
+            .view(made["blocks"].dtype)
+            .reshape(made["blocks"].shape)
+        )
+        made["factor"], made["divisor"] = rng.uniform(0.5, 2, (2, rows, 1))
+        return made.view(np.uint8)
     if fmt.header:
         quantise = {"INT8": quantise_int8, "INT4": quantise_int4}[fmt.name]
         return np.frombuffer(quantise(rng.standard_normal((rows, columns), np.float32)), np.uint8)

@@ -102,10 +102,11 @@ def blocks(rng: np.random.Generator, fmt: Format, name: str, shape: tuple[int, .
         return weight
     if fmt.header:
         made_of = RawWeight(name, fmt, shape, {"data": random_rows(rng, fmt, rows, columns).copy()})
-        for field in ("d", "dmin"):
+        size = columns**0.5 * float(dequantise(made_of).std() if fmt.name == "NVFP4" else 1)
+        for field in ("d", "dmin", "factor"):
             header = made_of.data.view(row_dtype(fmt, columns))
             if field in (header.dtype.names or ()):
-                header[field] /= columns**0.5
+                header[field] /= size
         return made_of
 
     if "exponent" in (field for field, _, _ in fmt.layout):  # codes are 2.7 on the mean

@@ -54,6 +54,11 @@ def blocks(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
     for field in ("scale", "absmax"):
         if field in fields and name != "INT4":
             fields[field][:] = rng.uniform(-1, 1, fields[field].shape)
+    if name == "NVFP4":  # scales that are small whole numbers, but in the second of three tiles
+        fields["factor"][:], fields["divisor"][:] = rng.uniform(0.5, 2, (2, rows, 1))
+        whole = rng.integers(-480, 481, fields["scale"].shape) / 512
+        whole[48:96] = fields["scale"][48:96]
+        fields["scale"][:] = whole
     if "values" in fields:  # no NaN
         fields["values"][(fields["values"] & 0x7F) == 0x7F] = 0x80
     if "exponent" in fields:
@@ -66,7 +71,9 @@ def hostile(name: str, rows: int, columns: int) -> np.ndarray:
     data = blocks(name, rows, columns, 7)
     for field, values in fields_of(name, data, columns).items():
         each = values.reshape(-1, values.shape[-1])  # blocks, or headers of rows
-        if field in ("d", "m", "dmin", "absmax") or (values.dtype.kind == "f" and field == "scale"):
+        if field == "divisor":
+            continue
+        if field != "zero" and values.dtype.kind == "f":
             each[0::5] = 0
             each[3::11] = 60000
         elif field == "zero":
@@ -242,7 +249,7 @@ def test_largest_int8_products(unit: str, name: str) -> None:
     for fill in (0x00, 0x80, 0x7F, 0xFF):
         data = blocks(name, n, k, 1)
         for field, values in fields_of(name, data, k).items():
-            if field not in ("d", "m", "dmin", "zero", "scales", "exponent", "absmax"):
+            if values.dtype.kind != "f" and field not in ("scales", "exponent"):
                 values[:] = (
                     np.full(1, fill, np.uint8).view(values.dtype)
                     if (values.dtype.itemsize == 1)
@@ -256,6 +263,47 @@ def test_largest_int8_products(unit: str, name: str) -> None:
                 bound = 4 * 2.0**-24 * np.sqrt(k) * 4 * (np.abs(exact) @ np.abs(w).T + k)
                 got = run(unit, [pack(name, data, n, k)], rows, "int8")
                 assert np.all(np.abs(got - exact @ w.T) <= bound)
+
+
+WHOLE_NUMBERS = 3 * 4 * 48  # where a tile of NVFP4 says whether its scales are such
+
+
+@units
+@pytest.mark.parametrize(
+    "scales,are_whole",
+    [
+        ((1, 32752), True),
+        ((-32752, 32752), True),
+        ((0, 0), True),
+        ((448, 2.0**-5), True),
+        ((1, 65504), False),
+        ((448, 2.0**-9), False),
+        ((-0.0, 1), False),
+        ((60000, 2.0**-24), False),
+    ],
+)
+def test_two_scales_of_a_group_meet_as_whole_numbers_of_16_bits_or_not(
+    unit: str, scales: tuple[float, float], are_whole: bool
+) -> None:
+    """With sums as large as they come, of either sign: nothing overflows or borrows."""
+    n, k = 48, 64
+    data = blocks("NVFP4", n, k, 1)
+    fields = fields_of("NVFP4", data, k)
+    fields["scale"][:] = scales
+    fields["factor"][:], fields["divisor"][:] = 3e-3, 7
+    for codes in (0x77, 0xFF, 0x7F):
+        fields["nibbles"][:] = codes
+        fields["nibbles"][1] = 0x7F
+        matrix, w = pack("NVFP4", data, n, k), weight_of("NVFP4", data, n, k)
+        assert bool(_native.tiles_of(matrix)[WHOLE_NUMBERS]) is are_whole
+        for half in (1, -1):
+            x = np.ones((17, k), np.float32)
+            x[:, 16:32] *= half
+            x[1], x[2, :16] = -1, 1e-3
+            exact = int8_values(unit, x)
+            bound = 4 * 2.0**-24 * np.sqrt(k) * (np.abs(exact) @ np.abs(w).T)
+            got = run(unit, [matrix], x, "int8")
+            assert np.all(np.abs(got - exact @ w.T) <= bound)
 
 
 @units

@@ -79,6 +79,17 @@ ER_INLINE void scale_part(F (&f)[kBlock], const std::int32_t *sums, const std::u
     }
 }
 
+// The same of both halves of a group.
+ER_INLINE void scale_halves(F (&f)[kBlock], const std::int32_t *sums, const std::uint8_t *scales,
+                            int group, int v, const Int8Rows &a) {
+    const I d = ScaleWhole16::both(scales, group, v), low = i_set(0xffff);
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlock; ++r) {
+        const I both = i_or(i_shift16(i_load(sums + 16 * r)), i_and(i_load(sums + kSums + 16 * r), low));
+        f[r] = f_fma(f_of_i(i_dot_words(both, d)), f_set(a.scale[r * (a.stride / 32) + group]), f[r]);
+    }
+}
+
 // out [16][48] from `groups` groups of signed weights [K/4][48][4]. Two parts at a time: while one
 // is scaled the other is multiplied.
 template <class Ready>
@@ -103,8 +114,12 @@ static __attribute__((noinline)) void int8_block(const std::uint8_t *weights,
             multiply_part<0>(q, a.stride, from, sums);
             if (has_second)
                 multiply_part<1>(q + kColumns, a.stride, from + kPartBytes, sums + kSums);
-            scale_part<Ready>(f, sums, scales, step, v, a);
-            if (has_second) scale_part<Ready>(f, sums + kSums, scales, step + 1, v, a);
+            if constexpr (kIsWhole<Ready>) {
+                scale_halves(f, sums, scales, step / 2, v, a);
+            } else {
+                scale_part<Ready>(f, sums, scales, step, v, a);
+                if (has_second) scale_part<Ready>(f, sums + kSums, scales, step + 1, v, a);
+            }
         }
 #pragma GCC unroll 16
         for (int r = 0; r < kBlock; ++r) f_store(out + r * kTileRows + 16 * v, f[r]);
@@ -129,7 +144,7 @@ static __attribute__((noinline)) void signed_groups(const std::uint8_t *quants, 
 template <class Quants, class Scale>
 static void int8_product(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
                          int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    using Ready = ScaleReady<Scale>;
+    using Ready = Prepared<Scale>;
     static constexpr TileShapes shapes = int8_shapes<kGroup / Scale::kParts>();
     const std::uint8_t *scales = w.scales(tile), *quants = w.quants(tile);
     std::int32_t *sums = reinterpret_cast<std::int32_t *>(scratch);
@@ -150,7 +165,7 @@ static void int8_product(const PackedWeight &w, int tile, int k0, int k1, const 
             const std::ptrdiff_t at = (row0 + row) * a.stride + c0;
             const Int8Rows from{a.q + at, a.scale + at / 32, a.sum16 + at / 16,
                                 a.scaled_sum + at / 32, a.stride};
-            int8_block<Ready>(weights, reinterpret_cast<const std::uint8_t *>(ready), groups, from,
+            int8_block<Ready>(weights, prepared<Scale>(scales, c0 / kGroup, ready), groups, from,
                               first && c0 == k0, out + row * kTileRows, sums, fetch);
             fetch.next += bytes * kBlock / rows;
         }
@@ -235,7 +250,7 @@ void product(const PackedWeight &w, int tile, int k0, int k1, const Activations 
     const bool fits = w.elements != Elements::kU8 || w.bias == 128;
     const int blocks = a.form == Form::kInt8 && fits ? rows / kBlock * kBlock : 0;
     if (blocks > 0)
-        with_types(w, [&](auto quants, auto scale) {
+        with_types(w, tile, [&](auto quants, auto scale) {
             int8_product<decltype(quants), decltype(scale)>(w, tile, k0, k1, a, row0, blocks, first,
                                                             out, scratch);
         });

@@ -91,6 +91,11 @@ struct QuantsE2M1 : QuantsNibbles<0> {
     }
 };
 
+// With one scaling for both halves of a group (ScaleWhole16) there is a register more.
+struct QuantsE2M1Whole : QuantsE2M1 {
+    static constexpr int kRows = least(kInt8Rows, 4);
+};
+
 template <const CodeTable &kTable>
 struct QuantsTable : QuantsE2M1 {
     static constexpr bool kSmall = false;
@@ -196,14 +201,47 @@ struct ScaleChannelMin {
     }
 };
 
-template <int kPartsOfGroup>
 struct ScaleSingle {
-    static constexpr int kParts = kPartsOfGroup;
+    static constexpr int kParts = 1;
     static constexpr bool kHasMinimum = false;
     static constexpr bool kLast = false;
-    static constexpr int kBytes = 4 * kParts * kTileRows;
+    static constexpr int kBytes = 4 * kTileRows;
+    ER_INLINE F scale(const std::uint8_t *s, int group, int v) {
+        return f_load(floats(s) + group * kTileRows + 16 * v);
+    }
+};
+
+// Two scales a group that the row's multiplies: the kInt8 form leaves that out, of_values does not.
+struct ScaleRow16 {
+    static constexpr int kParts = 2;
+    static constexpr bool kHasMinimum = false;
+    static constexpr int kBytes = 4 * kTileRows;
+    ER_INLINE F times_row(F x, const std::uint8_t *s, int v) {
+        const float *factor = floats(s) + kTileRows + 16 * v, *divisor = factor + kTileRows;
+        return f_div(f_mul(x, f_load(factor)), f_load(divisor));
+    }
+};
+
+struct ScaleHalf16 : ScaleRow16 {
+    static constexpr bool kLast = false;
     ER_INLINE F scale(const std::uint8_t *s, int part, int v) {
-        return f_load(floats(s) + part * kTileRows + 16 * v);
+        return f_load_f16(halves(s + kRow16Bytes) + part * kTileRows + 16 * v);
+    }
+    ER_INLINE F of_values(const std::uint8_t *s, int part, int v) {
+        return times_row(scale(s, part, v), s, v);
+    }
+};
+
+// Whole numbers: a group's two sums become one before they are floats (f_of_halves).
+struct ScaleWhole16 : ScaleRow16 {
+    static constexpr bool kLast = true;
+    static constexpr int kFloats = 0;
+    ER_INLINE I both(const std::uint8_t *s, int group, int v) {
+        return i_load(s + kRow16Bytes + group * kBytes + 64 * v);
+    }
+    ER_INLINE F of_values(const std::uint8_t *s, int part, int v) {
+        const I one = i_set(part % 2 ? 1 : 1 << 16);
+        return times_row(f_of_i(i_dot_words(both(s, part / 2, v), one)), s, v);
     }
 };
 
@@ -256,6 +294,19 @@ struct ScaleReady {
     }
 };
 
+template <class Scale>
+static constexpr bool kIsWhole = std::is_same_v<Scale, ScaleWhole16>;
+// As many rows make use of scales: ScaleReady, or what they are in the tile.
+template <class Scale>
+using Prepared = std::conditional_t<kIsWhole<Scale>, Scale, ScaleReady<Scale>>;
+
+// Those of groups from `group` on, where `ready` has them if they are ScaleReady.
+template <class Scale>
+ER_INLINE const std::uint8_t *prepared(const std::uint8_t *s, int group, const float *ready) {
+    if constexpr (kIsWhole<Scale>) return s + group * Scale::kBytes;
+    return reinterpret_cast<const std::uint8_t *>(ready);
+}
+
 // What an exact product is multiplied by: the weight's scale d and the activations'.
 template <class Scale>
 ER_INLINE F product_scale(F d, F activations) {
@@ -276,6 +327,13 @@ struct Int8Rows {
     std::ptrdiff_t stride;        // of q; groups of 32 and 16 follow from it
 };
 
+// What the sums of a part should begin at; `sums` are its group's of activations.
+template <class Scale>
+ER_INLINE std::int32_t start_of_part(std::int32_t correction, const std::int32_t *sums, int part) {
+    if (kIsWhole<Scale>) return start_of(0);
+    return start_of(correction * (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
+}
+
 // A part's sums before its products, where start[r] is start_of(what row r's begin at).
 template <int R>
 ER_INLINE void begin_sums(I (&c)[R][kVectors], const std::int32_t (&start)[R]) {
@@ -285,6 +343,27 @@ ER_INLINE void begin_sums(I (&c)[R][kVectors], const std::int32_t (&start)[R]) {
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v)
             if (r + v > 0) c[r][v] = i_begin_like(c[0][0], start + r);
+}
+
+// Of ScaleWhole16. A lane's upper 16 bits sum a group's first half, its lower ones the second, from
+// zeros on: of 4-bit floats neither sum passes 12 * 127 * 16 < 2^15. halves_at is what both should
+// have begun at, and 2^15 with which the second is not negative, so that it borrows nothing.
+static const std::int32_t sign_bit = 1 << 15;  // of a word
+ER_INLINE std::int32_t halves_at(std::int32_t correction, const std::int32_t *sums) {
+    return correction * (65536 * sums[0] + sums[1]) + sign_bit;
+}
+
+template <int R>
+ER_INLINE void begin_second_half(I (&c)[R][kVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) c[r][v] = i_shift16(c[r][v]);
+}
+
+// Both halves times their scales, exactly, then one rounding.
+ER_INLINE F f_of_halves(I sums, std::int32_t at, I scales) {
+    return f_of_i(i_dot_words(i_xor_all(i_add(sums, i_set(at)), &sign_bit), scales));
 }
 
 // out [R][48] from `groups` groups: `quants` begins with the first of them, `scales` has it at g0.
@@ -308,17 +387,18 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
             if (!kFetchesAhead && v0 == 0) fetch_step(fetch);
             [[maybe_unused]] const std::uint8_t *ahead = fetch.next;
             if constexpr (kFetchesAhead) fetch.next += Quants::kBytes + Scale::kBytes;
+            I c[R][kVectors];
+            std::int32_t start[R];
 #pragma GCC unroll 2
             for (int part = 0; part < Scale::kParts; ++part) {
-                std::int32_t start[R];
+                if (kIsWhole<Scale> && part == 1) {
+                    begin_second_half(c);
+                } else {
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const std::int32_t *sums = a.sum16 + r * groups16 + 2 * g;
-                    start[r] = start_of(correction *
-                                        (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
+                    for (int r = 0; r < R; ++r)
+                        start[r] = start_of_part<Scale>(correction, a.sum16 + r * groups16 + 2 * g, part);
+                    begin_sums(c, start);
                 }
-                I c[R][kVectors];
-                begin_sums(c, start);
 #pragma GCC unroll 8
                 for (int word = 0; word < kWords; ++word) {
                     const int k4 = part * kWords + word;
@@ -341,17 +421,32 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                                                      : i_dot8(c[r][v], w[v], x);
                     }
                 }
-                F d[kVectors];
+                if constexpr (!kIsWhole<Scale>) {
+                    F d[kVectors];
 #pragma GCC unroll 3
-                for (int v = 0; v < kVectors; ++v)
-                    d[v] = Scale::scale(scales, (g0 + g) * Scale::kParts + part, v0 + v);
+                    for (int v = 0; v < kVectors; ++v)
+                        d[v] = Scale::scale(scales, (g0 + g) * Scale::kParts + part, v0 + v);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const F scale = f_set(a.scale[r * groups32 + g]);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v)
+                            f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
+                                            product_scale<Scale>(d[v], scale), f[r][v]);
+                    }
+                }
+            }
+            if constexpr (kIsWhole<Scale>) {
+                I d[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v) d[v] = Scale::both(scales, g0 + g, v0 + v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const F scale = f_set(a.scale[r * groups32 + g]);
+                    const std::int32_t at = halves_at(correction, a.sum16 + r * groups16 + 2 * g);
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
-                        f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
-                                        product_scale<Scale>(d[v], scale), f[r][v]);
+                        f[r][v] = f_fma(f_of_halves(c[r][v], at, d[v]), scale, f[r][v]);
                 }
             }
             if constexpr (Scale::kHasMinimum) {
@@ -411,15 +506,16 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
     }
 }
 
-// Groups [g0, g1) of a tile: their scales as ScaleReady, and as kU8 the quants that are not.
+// Groups [g0, g1) of a tile: their scales as Prepared, and as kU8 the quants that are not.
 template <class Quants, class Scale>
 static __attribute__((noinline)) void unpack_groups(const std::uint8_t *quants,
                                                     const std::uint8_t *scales, int g0, int g1,
                                                     std::uint8_t *to, float *ready) {
     for (int g = g0; g < g1; ++g) {
-        for (int part = 0; part < Scale::kParts; ++part, ready += kTileRows)
-            for (int v = 0; v < kTileVectors; ++v)
-                f_store(ready + 16 * v, Scale::scale(scales, g * Scale::kParts + part, v));
+        if constexpr (!kIsWhole<Scale>)
+            for (int part = 0; part < Scale::kParts; ++part, ready += kTileRows)
+                for (int v = 0; v < kTileVectors; ++v)
+                    f_store(ready + 16 * v, Scale::scale(scales, g * Scale::kParts + part, v));
         if constexpr (Scale::kHasMinimum) {
             for (int v = 0; v < kTileVectors; ++v)
                 f_store(ready + 16 * v, Scale::minimum(scales, g, v));
@@ -447,7 +543,7 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
             Fetch{scales + Quants::kDistance + k0 / kGroup * (Quants::kBytes + Scale::kBytes), 0});
         return;
     }
-    using Ready = ScaleReady<Scale>;
+    using Ready = Prepared<Scale>;
     const int chunks = (k1 - k0 + kChunk - 1) / kChunk;  // of nearly equal size
     const int chunk = ((k1 - k0 + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
     float *ready = reinterpret_cast<float *>(scratch);
@@ -462,7 +558,7 @@ static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Act
         const std::uint8_t *next = group + (c1 - c0) / kGroup * Quants::kBytes;
         const Fetch fetch{c1 < k1 ? next : next + w.scales_bytes,
                           (c1 - c0) / kGroup * Quants::kBytes / 64};
-        const std::uint8_t *from = reinterpret_cast<const std::uint8_t *>(ready);
+        const std::uint8_t *from = prepared<Scale>(scales, c0 / kGroup, ready);
         const bool sets = first && c0 == k0;
         if constexpr (!Quants::kIsBytes)
             int8_blocks<std::conditional_t<Quants::kSmall, QuantsUnpacked, QuantsU8>, Ready, false>(
@@ -498,17 +594,19 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
         for (int i = 0; i < groups; ++i, of += R) {
             const int g = of->group;
             const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+            I c[R][kVectors];
+            std::int32_t start[R];
 #pragma GCC unroll 2
             for (int part = 0; part < Scale::kParts; ++part) {
-                std::int32_t start[R];
+                if (kIsWhole<Scale> && part == 1) {
+                    begin_second_half(c);
+                } else {
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const std::int32_t *sums = a.fine_sum16 + 2 * (first + of[r].at);
-                    start[r] = start_of(correction *
-                                        (Scale::kParts == 1 ? sums[0] + sums[1] : sums[part]));
+                    for (int r = 0; r < R; ++r)
+                        start[r] = start_of_part<Scale>(
+                            correction, a.fine_sum16 + 2 * (first + of[r].at), part);
+                    begin_sums(c, start);
                 }
-                I c[R][kVectors];
-                begin_sums(c, start);
 #pragma GCC unroll 8
                 for (int word = 0; word < kWords; ++word) {
                     const int k4 = part * kWords + word;
@@ -524,17 +622,33 @@ static __attribute__((noinline)) void fine_rows(const std::uint8_t *quants,
                                                      : i_dot8(c[r][v], w[v], x);
                     }
                 }
-                F d[kVectors];
+                if constexpr (!kIsWhole<Scale>) {
+                    F d[kVectors];
 #pragma GCC unroll 3
-                for (int v = 0; v < kVectors; ++v)
-                    d[v] = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
+                    for (int v = 0; v < kVectors; ++v)
+                        d[v] = Scale::scale(scales, g * Scale::kParts + part, v0 + v);
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const F scale = f_set(a.fine_scale[first + of[r].at]);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v)
+                            f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
+                                            product_scale<Scale>(d[v], scale), f[r][v]);
+                    }
+                }
+            }
+            if constexpr (kIsWhole<Scale>) {
+                I d[kVectors];
+#pragma GCC unroll 3
+                for (int v = 0; v < kVectors; ++v) d[v] = Scale::both(scales, g, v0 + v);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const F scale = f_set(a.fine_scale[first + of[r].at]);
+                    const std::int32_t at =
+                        halves_at(correction, a.fine_sum16 + 2 * (first + of[r].at));
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
-                        f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
-                                        product_scale<Scale>(d[v], scale), f[r][v]);
+                        f[r][v] = f_fma(f_of_halves(c[r][v], at, d[v]), scale, f[r][v]);
                 }
             }
         }
@@ -921,7 +1035,7 @@ ER_INLINE void value_columns(const std::uint8_t *group, int k4, int v, F zero_po
 
 template <class Quants, class Scale>
 ER_INLINE F scale_of_values(const std::uint8_t *s, int part, int v) {
-    if constexpr (Quants::kValues != nullptr)
+    if constexpr (Quants::kValues != nullptr || std::is_base_of_v<ScaleRow16, Scale>)
         return Scale::of_values(s, part, v);
     else
         return Scale::scale(s, part, v);
@@ -974,9 +1088,9 @@ static void dequantised_tile(const PackedWeight &w, int tile, int k0, int k1, co
 
 // --------------------------------------------------------------------------------- dispatch
 
-// Calls use(Quants{}, Scale{}) with the types of a quantised weight.
+// Calls use(Quants{}, Scale{}) with the types of a quantised weight's tile.
 template <class Use>
-ER_INLINE void with_types(const PackedWeight &w, Use use) {
+ER_INLINE void with_types(const PackedWeight &w, int tile, Use use) {
     const auto with_scale = [&](auto quants) {
         switch (w.scaling) {
             case Scaling::kHalf: use(quants, ScaleHalf{}); break;
@@ -1008,9 +1122,11 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
             break;
         case Elements::kE2M1:
             if (w.scaling == Scaling::kSingle32)
-                use(QuantsE2M1{}, ScaleSingle<1>{});
+                use(QuantsE2M1{}, ScaleSingle{});
+            else if (w.is_whole(tile))
+                use(QuantsE2M1Whole{}, ScaleWhole16{});
             else
-                use(QuantsE2M1{}, ScaleSingle<2>{});
+                use(QuantsE2M1{}, ScaleHalf16{});
             break;
         case Elements::kNF4: use(QuantsTable<kNf4>{}, ScaleTable<kNf4>{}); break;
         case Elements::kFP4: use(QuantsTable<kFp4>{}, ScaleTable<kFp4>{}); break;
@@ -1020,7 +1136,7 @@ ER_INLINE void with_types(const PackedWeight &w, Use use) {
 
 static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
                            int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    with_types(w, [&](auto quants, auto scale) {
+    with_types(w, tile, [&](auto quants, auto scale) {
         using Quants = decltype(quants);
         using Scale = decltype(scale);
         if (a.form == Form::kInt8)
@@ -1033,10 +1149,10 @@ static void quantised_tile(const PackedWeight &w, int tile, int k0, int k1, cons
 static void tile_fine(const PackedWeight &w, int tile, const Activations &a, int row0,
                       const FineDigits *digits, int count, float *out) {
     const std::ptrdiff_t first = row0 * (a.stride / kGroup);
-    with_types(w, [&](auto quants, auto scale) {
+    with_types(w, tile, [&](auto quants, auto scale) {
         using Quants = decltype(quants);
         using Scale = decltype(scale);
-        constexpr int kMost = Quants::kRows;
+        constexpr int kMost = kIsWhole<Scale> ? least(Quants::kRows, 3) : Quants::kRows;  // 4 spill
         while (count > 0) {
             const int rows = least(digits->of_group, kMost);
             int used = rows;

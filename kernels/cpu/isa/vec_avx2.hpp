@@ -228,6 +228,11 @@ ER_INLINE I i_add(I a, I b) {
 ER_INLINE I i_and(I a, I b) {
     return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }
+ER_INLINE I i_shift16(I a) { return {_mm256_slli_epi32(a.lo, 16), _mm256_slli_epi32(a.hi, 16)}; }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) {
+    return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
+}
 ER_INLINE I i_or(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 ER_INLINE I i_high_nibbles(I a) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -313,6 +318,10 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
 }
 // One number in every lane, from memory.
 ER_INLINE I i_bcast(const std::int32_t *p) { return i_set(*p); }
+ER_INLINE I i_xor_all(I a, const std::int32_t *p) {
+    const __m256i all = _mm256_set1_epi32(*p);
+    return {_mm256_xor_si256(a.lo, all), _mm256_xor_si256(a.hi, all)};
+}
 #include "lanes.inl"
 // Byte `byte` of every lane, unsigned, as int32.
 template <int byte>

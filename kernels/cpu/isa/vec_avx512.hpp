@@ -138,6 +138,9 @@ ER_INLINE I i_load_n(const void *p, int n) {
 ER_INLINE void i_store(void *p, I x) { _mm512_storeu_si512(p, x); }
 ER_INLINE I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 ER_INLINE I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+ER_INLINE I i_shift16(I a) { return _mm512_slli_epi32(a, 16); }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) { return _mm512_madd_epi16(a, b); }
 ER_INLINE I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 ER_INLINE I i_high_nibbles(I a) {
     return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
@@ -189,6 +192,11 @@ ER_INLINE I i_bcast(const std::int32_t *p) {
     I x;
     __asm__ volatile("vpbroadcastd %1, %0" : "=v"(x) : "m"(*p));
     return x;
+}
+// Inline assembly: GCC would keep the number in a register that is needed.
+ER_INLINE I i_xor_all(I a, const std::int32_t *p) {
+    __asm__("vpxord %1%{1to16%}, %0, %0" : "+v"(a) : "m"(*p));
+    return a;
 }
 // Sums of products begin at kBegin, whose bits as a float are those of 1.5 * 2^23: below 2^22 of
 // either sign they add to its significand, so that one exact subtraction makes a float of a sum and

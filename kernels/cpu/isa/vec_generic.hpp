@@ -214,6 +214,11 @@ ER_INLINE I i_load_n(const void *p, int n) {
 ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }
 ER_INLINE I i_add(I a, I b) { return a + b; }
 ER_INLINE I i_and(I a, I b) { return a & b; }
+ER_INLINE I i_shift16(I a) { return a << 16; }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE I i_dot_words(I a, I b) {
+    return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+}
 ER_INLINE I i_or(I a, I b) { return a | b; }
 ER_INLINE I i_high_nibbles(I a) { return (a >> 4) & i_set_bytes(15); }
 // Sixteen bytes in every quarter, and the bytes of such a table at places 0 to 15.
@@ -274,6 +279,7 @@ ER_INLINE void i_store_int8(std::int8_t *p, F x) {
 }
 // One number in every lane, from memory.
 ER_INLINE I i_bcast(const std::int32_t *p) { return I{} + *p; }
+ER_INLINE I i_xor_all(I a, const std::int32_t *p) { return a ^ *p; }
 #include "lanes.inl"
 // Byte `byte` of every lane, unsigned, as int32.
 template <int byte>

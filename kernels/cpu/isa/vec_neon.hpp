@@ -197,6 +197,14 @@ ER_INLINE void i_store(void *p, I x) {
 ER_INLINE I i_add(I x, I y) { return ER_MAP2(I, vaddq_s32, x, y); }
 ER_INLINE I i_and(I x, I y) { return ER_MAP2(I, vandq_s32, x, y); }
 ER_INLINE I i_or(I x, I y) { return ER_MAP2(I, vorrq_s32, x, y); }
+ER_INLINE int32x4_t q_shift16(int32x4_t x) { return vshlq_n_s32(x, 16); }
+ER_INLINE I i_shift16(I x) { return ER_MAP1(I, q_shift16, x); }
+// Per lane, of signed words: the product of the lower ones plus that of the upper ones.
+ER_INLINE int32x4_t q_dot_words(int32x4_t x, int32x4_t y) {
+    const int32x4_t low = vmulq_s32(vshrq_n_s32(q_shift16(x), 16), vshrq_n_s32(q_shift16(y), 16));
+    return vmlaq_s32(low, vshrq_n_s32(x, 16), vshrq_n_s32(y, 16));
+}
+ER_INLINE I i_dot_words(I x, I y) { return ER_MAP2(I, q_dot_words, x, y); }
 ER_INLINE int32x4_t q_high_nibbles(int32x4_t x) {
     return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4));
 }
@@ -242,6 +250,7 @@ ER_INLINE int32x4_t q_bcast(const std::int32_t *p) {
 ER_INLINE I i_bcast(const std::int32_t *p) {
     return I{q_bcast(p), q_bcast(p), q_bcast(p), q_bcast(p)};
 }
+ER_INLINE I i_xor_all(I x, const std::int32_t *p) { return ER_MAP2(I, veorq_s32, x, i_set(*p)); }
 // acc + sum over 4 of (w)(signed a). dot_small needs w < 128; dot8 multiplies w - 128 for any w.
 // Inline assembly for the same reason: the scheduler moves the intrinsic away from its accumulator.
 ER_INLINE int32x4_t q_dot(int32x4_t acc, int32x4_t w, int32x4_t a) {

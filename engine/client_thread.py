@@ -389,7 +389,7 @@ class _Turner:
 
     def _step(self, engine: EngineLike) -> None:
         self.step_started = time.monotonic()
-        outputs = engine.step()
+        outputs = engine.step(self._stepped)
         self.step_started = None
         for output in outputs:
             if output.finished:

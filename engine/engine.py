@@ -23,7 +23,7 @@ from .core.answers import Growth, RequestOutput
 from .core.checks import as_prompt, check_params, check_token_ids
 from .core.outputs import OutputGroup, grows
 from .core.sampling_params import SamplingParams
-from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Told
+from .core.scheduler import Scheduler, SchedulerConfig, SchedulerStats, Update
 from .core.steplog import RecentSteps, StepLog, StepRecord
 from .door import Door, embedding_params, unicode_text
 from .features.grammar import Grammars
@@ -35,6 +35,7 @@ from .runtime.runner import Execution, Flight, LogprobObserver
 
 _log = logging.getLogger("engineroom")
 _RECENT_STEPS = 512  # that stats() sums up
+Tell = Callable[[Sequence[Growth]], None]
 
 
 @dataclass(frozen=True)
@@ -247,9 +248,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._groups or self._in_flight)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, tell: Tell | None = None) -> list[RequestOutput]:
         """Turn the engine once: schedule, build, execute, commit. Returns what changed.
 
+        `tell` is called in the middle, as soon as they are known, with growths that
+        take_growths() has later where there is no `tell`, or no hurry. It calls nothing of ours.
         On a backend that overlaps, the step scheduled here is launched behind the one in flight,
         and that one is what is committed: its tokens are shown one call later.
         """
@@ -264,11 +267,11 @@ class Engine:
             flight = self._runner.launch(plan, None if before is None else before.flight)
             flying = _Flying(flight, started, scheduled - started)
             self._in_flight.append(flying)
-        outputs = None if before is None else self._commit(before)
+        outputs = None if before is None else self._commit(before, tell)
         if flying is not None:
             self._runner.sample(flying.flight)  # every token before it is known now
             if not self._runner.backend.overlaps:
-                outputs = self._commit(flying)
+                outputs = self._commit(flying, tell)
         if outputs is None:
             outputs = self._outputs(self.scheduler.drain_finished())
         if not self._in_flight:
@@ -280,12 +283,15 @@ class Engine:
         taken, self._growths = self._growths, []
         return taken
 
-    def _commit(self, flying: _Flying) -> list[RequestOutput]:
+    def _commit(self, flying: _Flying, tell: Tell | None) -> list[RequestOutput]:
         """Wait for the oldest step in flight, take its answer and record it."""
         plan = flying.flight.plan
         execution = self._runner.answer(flying.flight)
         answered = self._clock()
         self._in_flight.popleft()
+        growths = self.scheduler.growths(execution.outcome)
+        if growths:
+            (tell or self._growths.extend)(growths)
         self.ledger.charge(plan, self._groups, execution.execute_s)
         updates = [
             *self.scheduler.commit(plan, execution.outcome),
@@ -327,12 +333,9 @@ class Engine:
 
     # --------------------------------------------------------------------------------- private
 
-    def _outputs(self, updates: Sequence[Told]) -> list[RequestOutput]:
+    def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
         touched: dict[str, OutputGroup] = {}
         for update in updates:
-            if isinstance(update, Growth):
-                self._growths.append(update)
-                continue
             request_id = update.request.request_id
             group = self._groups.get(request_id)
             if group is None or (group.final_only and not update.finished):

@@ -203,7 +203,8 @@ class Request(_EveryStep):
         # Nobody asks for its tokens before its end, the sampling program's parameters included.
         self.unread = self.quiet and not params.reads_output
         # A token that is not its last tells no more than the text it adds.
-        self.tells_text = not self.quiet and form is FREE and not params.stop
+        makes_text = text is not None and not self.quiet
+        self.tells_text = makes_text and form is FREE and not params.stop
         # Nor does anybody look at its tokens so far while such a token is told.
         self.tells_growth = growths and self.tells_text and not params.reads_output
         # Prompt positions whose logprob is wanted; samples of one prompt leave them to the leader.

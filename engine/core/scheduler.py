@@ -21,7 +21,7 @@ from .request import Request, RequestState
 from .stretch import Stretch
 from .telling import Ending, tell, whole_text
 
-__all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Told", "Update"]
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
 _MAX_IN_FLIGHT = 2  # a plan being computed, and the one planned behind it
 _RUNNING, _FINISHED = RequestState.RUNNING, RequestState.FINISHED
@@ -39,9 +39,6 @@ class Update(NamedTuple):
     new_prompt_logprobs: tuple[TokenLogprob, ...]
     text_delta: str
     finished: bool
-
-
-Told = Update | Growth  # a Growth of a request that is read so, where it tells all there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +192,16 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------- commit
 
-    def commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Told]:
+    def growths(self, outcome: StepOutcome) -> list[Growth]:
+        """What the answer of the oldest plan in flight tells of requests that are read by growths
+        and of which there is no more to tell: soon, since the rest can wait. commit() is next, and
+        says nothing of them."""
+        stretch = self._planner.stretch
+        if stretch is None or not stretch.growing or not _is_plain(outcome, stretch):
+            return []
+        return stretch.grow(outcome.token_ids)
+
+    def commit(self, plan: StepPlan, outcome: StepOutcome) -> list[Update]:
         """Take the step's answer. Returns what changed, ends without a step first.
 
         Rows of requests that have ended meanwhile are dropped.
@@ -211,7 +217,7 @@ class Scheduler:
             )
         self._in_flight.popleft()
         now = self._clock()
-        updates: list[Told] = [*self.drain_finished()]
+        updates = self.drain_finished()
         stretch = self._planner.stretch
         if stretch is not None:
             if _is_plain(outcome, stretch):
@@ -258,38 +264,29 @@ class Scheduler:
         self.num_generated_tokens += num_quiet
         return updates
 
-    def _take(self, stretch: Stretch, outcome: StepOutcome, now: float) -> list[Told]:
+    def _take(self, stretch: Stretch, outcome: StepOutcome, now: float) -> list[Update]:
         """Commit a step of a stretch: each request has a token more, and few are looked at."""
         requests = stretch.roster.requests
         for place in stretch.take(outcome.token_ids):
             self._publish(requests[place])
         self.num_generated_tokens += len(requests)
         token_ids, logprobs = outcome.token_ids, outcome.logprobs
-        updates: list[Told] = []
-        for place, request_id, push in stretch.growing:
-            token = token_ids[place]
-            try:
-                updates.append(Growth(request_id, (token,), push(token)))
-            except Exception:  # _tell() meets it again, and ends the request with it
-                stretch.catch_up(place)
-                updates += self._told(requests[place], token, None, now)
-        for place, push in stretch.read:
+        updates = []
+        for place, push in (*stretch.untold(), *stretch.read):
             stretch.catch_up(place)
             request, token = requests[place], token_ids[place]
             if push is not None and place not in logprobs:
                 try:
-                    updates.append(Update(request, (token,), (), (), push(token), False))
-                    continue
+                    delta = push(token)
                 except Exception:
-                    pass  # as above
-            updates += self._told(request, token, logprobs.get(place), now)
+                    pass  # _tell() meets it again, and ends the request with it
+                else:
+                    updates.append(Update(request, (token,), (), (), delta, False))
+                    continue
+            update = self._tell(request, token, logprobs.get(place), (), now)
+            if update is not None:
+                updates.append(update)
         return updates
-
-    def _told(
-        self, request: Request, token: int, logprob: TokenLogprob | None, now: float
-    ) -> list[Update]:
-        update = self._tell(request, token, logprob, (), now)
-        return [] if update is None else [update]
 
     def _settle(
         self, request: Request, share: Share, outcome: StepOutcome, first: int, now: float

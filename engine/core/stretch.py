@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .answers import Growth
 from .plan import Roster
 from .request import PENDING
 
@@ -24,8 +25,8 @@ class Stretch:
 
     `planned` and `committed`: how many steps. Before step `end` no request reaches its length.
     `read`: the places of those whose every token is read as it comes; each with what makes its text
-    of a token, where a token tells no more than that. `growing`: the same and their ids, of those
-    whose reader wants nothing but that text and the token, and who need not catch up for it.
+    of a token, where a token tells no more than that. `growing`: those, with their ids,
+    whose reader wants nothing but that text and the token: see grow().
     """
 
     __slots__ = (
@@ -33,6 +34,7 @@ class Stretch:
         "_caught_up",
         "_tokens",
         "_turns",
+        "_untold",
         "committed",
         "end",
         "growing",
@@ -62,6 +64,7 @@ class Stretch:
             for place, request in enumerate(requests)
             if request.tells_growth and request.text is not None
         ]
+        self._untold: list[tuple[int, None]] = []
         self.stop_ids = frozenset[int]().union(*{request.stop_ids for request in requests})
         if self.planned:
             for request in requests:
@@ -84,6 +87,23 @@ class Stretch:
     def turn(self, step: int) -> list[int]:
         """The places of those for whom the step begins a block."""
         return self._turns[step % self._block_size]
+
+    def grow(self, token_ids: Sequence[int]) -> list[Growth]:
+        """What a step, not yet taken, tells of requests that are read by growths; they need not
+        catch up for it."""
+        growths = []
+        for place, request_id, push in self.growing:
+            token = token_ids[place]
+            try:
+                growths.append(Growth(request_id, (token,), push(token)))
+            except Exception:  # who makes its text again will meet it again
+                self._untold.append((place, None))
+        return growths
+
+    def untold(self) -> list[tuple[int, None]]:
+        """Those of whom grow() could not tell, as `read` has them."""
+        places, self._untold = self._untold, []
+        return places
 
     def take(self, token_ids: Sequence[int]) -> list[int]:
         """Commit a step. Returns the places of those whose block it filled; they have caught up."""

@@ -44,7 +44,7 @@ from .dialect import Dialect, Function, Reader, ToolUse
 from .errors import ApiError
 from .requests import named_results
 from .service import Caller, Service, Work
-from .sse import event
+from .sse import NOWHERE, event
 from .structured import of_config
 
 PATH = "/v1/messages"
@@ -55,7 +55,7 @@ NAMES = {"stop": "stop_sequences"}
 class Messages:
     """One answer: `whole()` or `events()`, once. Errors: ApiError, and those of Service.run()."""
 
-    pipe = None  # every part is an output
+    connection = NOWHERE  # whatever is offered: every part is an output
 
     def __init__(self, service: Service, request: MessagesRequest, caller: Caller) -> None:
         service.check_model(request.model)

@@ -100,7 +100,7 @@ class Routes(StorageRoutes):
             events = call.events()
             first = await unless_gone(request.receive, anext(events))
             failure = functools.partial(_failure_event, request.scope["path"])
-            return EventStream(first, events, failure, call.pipe)
+            return EventStream(first, events, failure, call)
         return _json(await unless_gone(request.receive, call.whole()))
 
     async def embeddings(self, request: Request) -> Response:

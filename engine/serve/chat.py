@@ -15,7 +15,7 @@ from . import answers, schema
 from .dialect import Reader
 from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
-from .sse import DONE, Frame, Pipe, event
+from .sse import DONE, NOWHERE, Frame, event
 from .structured import asked_in, complete
 
 
@@ -34,7 +34,7 @@ class Chat:
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
         self._readers: list[Reader] = []
-        self.pipe = Pipe()
+        self.connection = NOWHERE
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
         request, service = self._request, self._service
@@ -155,7 +155,7 @@ class Chat:
         )
 
     def _push(self, growth: Growth) -> bool:
-        if not self.pipe.is_open:
+        if not self.connection.is_open:
             return False
         reader = self._readers[0]
         num_calls = len(reader.answer.calls or ())
@@ -169,7 +169,7 @@ class Chat:
                 usage = self._part_usage()
                 deltas = _deltas(reader, parts, num_calls)
                 frames = b"".join([self._part(0, delta, usage) for delta in deltas])
-        self.pipe.write(frames)
+        self.connection.write(frames)
         return True
 
     @functools.cached_property

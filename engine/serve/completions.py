@@ -15,7 +15,7 @@ from ..core.answers import CompletionOutput, Growth, RequestOutput
 from . import answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work
-from .sse import DONE, Frame, Pipe, event
+from .sse import DONE, NOWHERE, Frame, event
 from .structured import asked_in, complete
 
 
@@ -33,7 +33,7 @@ class Completions:
         self._id = f"cmpl-{request.request_id or secrets.token_hex(12)}"
         self._created = int(time.time())
         self._fingerprint = service.fingerprint
-        self.pipe = Pipe()
+        self.connection = NOWHERE
         self._first_texts: dict[int, str] = {}  # of echoed prompts' first tokens
         many = prompts(request.prompt)
         self._works = [
@@ -125,10 +125,11 @@ class Completions:
         )
 
     def _push(self, growth: Growth) -> bool:
-        if not self.pipe.is_open:
+        connection = self.connection
+        if not connection.is_open:
             return False
         if growth.text:
-            self.pipe.write(self._frame.of(growth.text))
+            connection.write(self._frame.of(growth.text))
         return True
 
     @functools.cached_property

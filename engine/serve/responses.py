@@ -22,7 +22,7 @@ from .responses_input import (
     tool_use,
 )
 from .service import Caller, Service, Work
-from .sse import event
+from .sse import NOWHERE, event
 from .structured import complete
 
 PATH = "/v1/responses"
@@ -33,7 +33,7 @@ _REASONS = {"length": "max_output_tokens"}  # of an incomplete response; the oth
 class Responses:
     """One response: `whole()` or `events()`, once. Errors: ApiError, and those of Service.run()."""
 
-    pipe = None  # every part is an output
+    connection = NOWHERE  # whatever is offered: every part is an output
 
     def __init__(self, service: Service, request: schema.ResponsesRequest, caller: Caller) -> None:
         service.check_model(request.model)

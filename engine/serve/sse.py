@@ -58,34 +58,35 @@ async def unless_gone(receive: Receive, work: Awaitable[_Result]) -> _Result:
 
 
 class Connection(Protocol):
-    """What a server offers of the connection that an answer goes to."""
-
-    @property
-    def is_open(self) -> bool: ...
-    def write(self, part: bytes) -> None: ...
-
-
-class Pipe:
-    """From a stream's source straight to its connection, without a turn of the stream's task.
-
-    It is open once the answer has begun, on a server that offers it in the ASGI scope (ours does:
-    connection.py); elsewhere it never is, and everything goes through `send`.
-    """
-
-    _connection: Connection | None = None
-
-    def connect(self, scope: Scope) -> None:
-        self._connection = scope.get("extensions", {}).get(PIPE, {}).get(CONNECTION)
+    """What a server offers of the connection that an answer goes to: from a stream's source
+    straight there, without a turn of the stream's task."""
 
     @property
     def is_open(self) -> bool:
         """Whether write() may be called; False while the client reads too slowly."""
-        return self._connection is not None and self._connection.is_open
+        ...
 
     def write(self, part: bytes) -> None:
         """Send a part of the body now. Only while the stream's task waits for its source."""
-        assert self._connection is not None  # ours: is_open was asked
-        self._connection.write(part)
+        ...
+
+
+class _Nowhere:
+    """Of an answer that has not begun, or whose server offers none: all goes through `send`."""
+
+    is_open = False
+
+    def write(self, part: bytes) -> None:
+        raise RuntimeError("a connection that is not open was written to")
+
+
+NOWHERE: Connection = _Nowhere()
+
+
+class Pushing(Protocol):
+    """A stream's source that writes to its connection by itself, once the answer has begun."""
+
+    connection: Connection
 
 
 class Frame:
@@ -115,12 +116,12 @@ class EventStream:
         first: bytes,
         events: AsyncGenerator[bytes, None],
         failure: Callable[[Exception], bytes],
-        pipe: Pipe | None = None,
+        source: Pushing | None = None,
     ) -> None:
         self._first = first
         self._events = events
         self._failure = failure
-        self._pipe = pipe
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
@@ -138,8 +139,9 @@ class EventStream:
     async def _send(self, scope: Scope, send: Send) -> None:
         try:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            if self._pipe is not None:
-                self._pipe.connect(scope)
+            if self._source is not None:  # ours offers a connection: connection.py
+                offered = scope.get("extensions", {}).get(PIPE, {})
+                self._source.connection = offered.get(CONNECTION, NOWHERE)
             async for part in self._events:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as error:
@@ -159,11 +161,12 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 __all__ = [
     "DONE",
+    "NOWHERE",
     "Connection",
     "Disconnected",
     "EventStream",
     "Frame",
-    "Pipe",
+    "Pushing",
     "dump",
     "event",
     "gone",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +14,16 @@ from engineroom.engine.core.plan import StepPlan
 from engineroom.engine.core.planner import Planner
 from engineroom.engine.core.request import Request
 from engineroom.engine.core.sampling_params import SamplingParams
-from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig, Told
+from engineroom.engine.core.scheduler import Scheduler, SchedulerConfig, Update
 from tests.counts import count
 
 from .fakes import EOS, STOPS, VOCAB, FakeDevice, Script, token_bytes
+
+
+def brittle(token: int) -> bytes:
+    if token == 3:
+        raise KeyError(token)
+    return token_bytes(token)
 
 
 class World:
@@ -65,7 +72,10 @@ class World:
                 flight.append(plan)
             if flight and (plan is None or len(flight) > self.depth):
                 first = flight.pop(0)
-                self.tell(self.scheduler.commit(first, self.device.execute(first)))
+                outcome = self.device.execute(first)
+                growths = self.scheduler.growths(outcome)
+                self.num_grown += len(growths)
+                self.tell(self.scheduler.commit(first, outcome), growths)
             self.tell(self.scheduler.drain_finished())
             if self.rng.random() < self.looks:
                 self.scheduler.check_integrity()
@@ -85,7 +95,8 @@ class World:
             repetition_penalty=rng.choice((1.0, 1.0, 1.5)),
             logprobs=rng.choice((None, None, 0)),
         )
-        text = TextStream(token_bytes, stop=params.stop)
+        pieces = brittle if rng.random() < 0.1 else token_bytes
+        text = TextStream(pieces, stop=params.stop)
         request = Request(
             request_id=f"r{self.to_come}",
             prompt_token_ids=prompt,
@@ -112,20 +123,19 @@ class World:
         ]
         self.told.append((plan.step_id, parts, [r.key for r in plan.preempted]))
 
-    def tell(self, updates: list[Told]) -> None:
-        growths = []  # of one step: which of them comes first is nobody's business
+    def tell(self, updates: list[Update], growths: Sequence[Growth] = ()) -> None:
+        told: list[Any] = [*growths]
         for update in updates:
-            if isinstance(update, Growth):
-                growths.append(update)
-                self.num_grown += 1
-                continue
             request, *rest = update
             if request.tells_growth and not update.finished:
-                growths.append(Growth(request.request_id, update.new_token_ids, update.text_delta))
+                told.append(Growth(request.request_id, update.new_token_ids, update.text_delta))
             else:
                 tokens = request.output_token_ids
-                self.told.append((request.key, rest, tokens, request.finish_reason))
-        self.told += growths
+                told.append(
+                    (request.request_id, rest, tokens, request.finish_reason, request.error)
+                )
+        # Which of a step's requests comes first is nobody's business.
+        self.told += sorted(told, key=lambda one: one[0])
 
 
 def test_the_same_with_stretches_and_without(monkeypatch: pytest.MonkeyPatch) -> None:

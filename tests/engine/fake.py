@@ -207,7 +207,7 @@ class FakeEngine:
         )
         return SimpleNamespace(displaced=displaced)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, tell: object = None) -> list[RequestOutput]:
         self.steps += 1
         if self._pace:
             time.sleep(self._pace)

@@ -8,7 +8,7 @@ import logging
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,8 +45,9 @@ def whole(model: Path, params: SamplingParams, *, growths: bool) -> tuple[Reques
     engine.add_request("b", "Then", FORTY)
     text, ids, number, last = "", [], 0, None
     while engine.has_work:
-        outputs = engine.step()
-        mine = engine.take_growths()
+        mine: list[Growth] = []
+        outputs = engine.step(mine.extend)
+        mine += engine.take_growths()
         assert not (mine and any(o.request_id == "a" for o in outputs))
         for growth in mine:
             assert growth.request_id == "a" and last is not None
@@ -99,6 +100,22 @@ def merged(items: list[RequestOutput | Growth]) -> tuple[list[RequestOutput], li
             outbox.output(item)
     outputs, growths, _ = outbox.take()
     return outputs, growths
+
+
+def test_growths_are_told_before_the_books_of_their_step_are_kept(model: Path) -> None:
+    engine = Engine.from_model(str(model), EngineConfig(model=str(model), max_num_seqs=2))
+    engine.add_request("a", "Once", FORTY, growths=True)
+    before, told = 0, []
+
+    def tell(growths: Sequence[Growth]) -> None:
+        told.extend(growths)
+        assert engine.log.num_steps == before
+
+    while engine.has_work:
+        before = engine.log.num_steps
+        engine.step(tell)
+    assert len(told) > 30
+    engine.close()
 
 
 def test_what_waits_is_merged_and_loses_nothing() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from engineroom.engine.serve import sse
 from engineroom.engine.serve.app import make_app
 from engineroom.engine.serve.connection import BodyWriter
 
@@ -27,13 +26,13 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Parts that went past the streams' tasks."""
     parts: list[bytes] = []
-    write = sse.Pipe.write
+    write = BodyWriter.write
 
-    def noting(pipe: sse.Pipe, part: bytes) -> None:
+    def noting(connection: BodyWriter, part: bytes) -> None:
         parts.append(part)
-        write(pipe, part)
+        write(connection, part)
 
-    monkeypatch.setattr(sse.Pipe, "write", noting)
+    monkeypatch.setattr(BodyWriter, "write", noting)
     return parts
 
 

@@ -175,7 +175,7 @@ def bind(settings: ServeConfig) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
             "is another server running there? --port 0 takes any free port"
         ) from error
-    # Its connections inherit this. asyncio asks for it only where a socket names its protocol, which
+    # Connections inherit this. asyncio asks for it only where a socket names its protocol, which
     # create_server() does not; without it an answer's body waits 40 ms for its head's receipt.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -171,9 +171,12 @@ def test_thirty_streams_are_as_each_alone(server: Running) -> None:
 
 
 def test_an_answer_s_second_write_does_not_wait_for_the_first_one_s_receipt() -> None:
-    with bind(ServeConfig(port=0)) as listener:
-        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with (
+        bind(ServeConfig(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_key_file_says_weights() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -24,7 +24,7 @@ TOKENS: Final = range(0xF8, 0x100)
 _FORCED: Final = re.compile(rb"\xff\[(\d+)\]")  # a token among forced bytes, as llguidance has it
 _MANY = 24  # ways at one place: more of them are text
 _REFINED = 3  # forks behind another way that are looked at before it is judged
-_ALIKE = 64  # bytes before two forks that are compared
+_ALIKE = (64, 32, 16, 8, 4, 2, 0)  # bytes before forks that may be the same, the most first
 _MAX_WORD = 48  # bytes
 _KEPT = 1024  # spelled texts, and masks of bytes
 _SPACES = frozenset(b" \t\n\r")
@@ -93,16 +93,23 @@ class _Path:
     def cost(self) -> tuple[int, int]:
         return (1 << 30, 0) if self.tokens is None else (len(self.tokens), len(self.text))
 
+    @cached_property
+    def _taken(self) -> dict[tuple[bytes, bytes], bytes]:
+        """By the ways of a fork, and bytes before it: the one taken."""
+        return {
+            (ways, self.text[max(0, at - size) : at]): self.text[at : at + 1]
+            for size in _ALIKE
+            for at, ways in (self.forks if self.tokens is not None else ())
+        }
+
     def way(self, before: bytes, ways: bytes) -> bytes:
         """The one of these ways that it takes where it stands before the same ones, behind bytes
         that end most like `before`; the first where it never does."""
-        best, most = ways[:1], -1
-        for at, here in self.forks if self.tokens is not None else ():
-            if here == ways:
-                alike = _alike(self.text[max(0, at - _ALIKE) : at], before[-_ALIKE:])
-                if alike >= most:
-                    best, most = self.text[at : at + 1], alike
-        return best
+        for size in _ALIKE:
+            found = self._taken.get((ways, before[max(0, len(before) - size) :]))
+            if found is not None:
+                return found
+        return ways[:1]
 
 
 _NOTHING = _Path(b"", (), None)
@@ -206,14 +213,6 @@ def find_ending(
         if path.tokens is not None:
             return path.tokens
     return None
-
-
-def _alike(one: bytes, other: bytes) -> int:
-    """How many bytes they end in alike."""
-    for size, (a, b) in enumerate(zip(reversed(one), reversed(other), strict=False)):
-        if a != b:
-            return size
-    return min(len(one), len(other))
 
 
 def _stand(forced: re.Match[bytes]) -> bytes:

@@ -10,9 +10,10 @@ grammar and output have the same ending everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -20,8 +21,10 @@ import numpy as np
 END: Final = 256  # the byte grammar's end-of-text token
 # No UTF-8 text has these bytes: each stands for a special token that a grammar asks for.
 TOKENS: Final = range(0xF8, 0x100)
+_FORCED: Final = re.compile(rb"\xff\[(\d+)\]")  # a token among forced bytes, as llguidance has it
 _MANY = 24  # ways at one place: more of them are text
 _REFINED = 3  # forks behind another way that are looked at before it is judged
+_ALIKE = (64, 32, 16, 8, 4, 2, 0)  # bytes before forks that may be the same, the most first
 _MAX_WORD = 48  # bytes
 _KEPT = 1024  # spelled texts, and masks of bytes
 _SPACES = frozenset(b" \t\n\r")
@@ -90,6 +93,24 @@ class _Path:
     def cost(self) -> tuple[int, int]:
         return (1 << 30, 0) if self.tokens is None else (len(self.tokens), len(self.text))
 
+    @cached_property
+    def _taken(self) -> dict[tuple[bytes, bytes], bytes]:
+        """By the ways of a fork, and bytes before it: the one taken."""
+        return {
+            (ways, self.text[max(0, at - size) : at]): self.text[at : at + 1]
+            for size in _ALIKE
+            for at, ways in (self.forks if self.tokens is not None else ())
+        }
+
+    def way(self, before: bytes, ways: bytes) -> bytes:
+        """The one of these ways that it takes where it stands before the same ones, behind bytes
+        that end most like `before`; the first where it never does."""
+        for size in _ALIKE:
+            found = self._taken.get((ways, before[max(0, len(before) - size) :]))
+            if found is not None:
+                return found
+        return ways[:1]
+
 
 _NOTHING = _Path(b"", (), None)
 
@@ -137,7 +158,7 @@ class _Search:
             if path.text[where : where + 1] == bytes([way]):
                 continue
             start = _Path(path.text[:where] + bytes([way]), path.forks[: at + 1], None)
-            other = self.ahead(start)
+            other = self.ahead(start, like=best)
             if refined:
                 for behind in range(at + 1, at + 1 + _REFINED):
                     if behind < len(other.forks):
@@ -146,8 +167,9 @@ class _Search:
                 best = other
         return best
 
-    def ahead(self, start: _Path) -> _Path:
-        """From the end of `start`, taking the first way at each fork."""
+    def ahead(self, start: _Path, like: _Path = _NOTHING) -> _Path:
+        """From the end of `start`, taking at each fork the way that `like` takes where it stands
+        before the same one, else the first."""
         matcher = self.matcher.deep_copy()
         text, forks = bytearray(start.text), list(start.forks)
 
@@ -160,12 +182,13 @@ class _Search:
             if len(text) >= self.limit or self.effort.left <= 0:
                 return path(None)
             self.effort.left -= 1
-            step = matcher.compute_ff_bytes()
+            step = _FORCED.sub(_stand, matcher.compute_ff_bytes())
             if not step:
                 ways = _ways(matcher.compute_bitmask())
+                step = ways
                 if len(ways) > 1:
                     forks.append((len(text), ways))
-                step = ways[:1]
+                    step = like.way(bytes(text), ways)
             if not step or not matcher.consume_tokens(list(step)):
                 return path(None)
             text += step
@@ -192,13 +215,18 @@ def find_ending(
     return None
 
 
+def _stand(forced: re.Match[bytes]) -> bytes:
+    return bytes([int(forced[1])])
+
+
 @lru_cache(maxsize=_KEPT)
 def _ways(mask: bytes) -> bytes:
-    """The bytes of a mask to try, the most promising first; white space where there is nothing
-    else."""
+    """The bytes of a mask to try, the most promising first; white space between JSON's values, and
+    where there is much else, only if there is nothing else."""
     found = [b for b in allowed_ids(mask) if b < END]
     order = _BETWEEN if 10 in found else _WITHIN
     solid = [b for b in found if b not in _SPACES]
+    spaces = [b for b in found if b in _SPACES and order is _WITHIN and len(solid) <= _MANY]
     tokens = [b for b in found if b in TOKENS]
     if len(solid) > _MANY:
         if tokens:
@@ -207,7 +235,7 @@ def _ways(mask: bytes) -> bytes:
             return order[:1]  # text that may end
         solid = list({_kind(b): b for b in reversed(solid)}.values())[::-1]
     first = [b for b in order if b in solid]
-    return bytes(first + [b for b in solid if b not in first]) or bytes(found[:1])
+    return bytes(first + [b for b in solid if b not in first] + spaces) or bytes(found[:1])
 
 
 def _kind(byte: int) -> int:

@@ -158,7 +158,10 @@ def document(version: str, vocab_size: int | None = None) -> bytes:
         {"required": [name], "properties": {name: {"type": kind}}}
         for name, kind in (("prompt", "string"), ("messages", "array"))
     ]
-    components["BatchRequest"]["properties"]["endpoint"]["enum"] = list(batches.ENDPOINTS)
+    asked = components["BatchRequest"]["properties"]
+    asked["endpoint"]["enum"] = list(batches.ENDPOINTS)
+    asked["output_expires_after"] = {"type": "null"}  # all else is refused by name
+    components["FileUpload"]["properties"]["file"] = {"type": "string", "format": "binary"}
     if vocab_size is not None:
         for component in components.values():
             _bound_token_ids(component, vocab_size)

@@ -124,7 +124,7 @@ PIECES = st.lists(st.sampled_from([*MARKERS, *WORDS, "é\n", "assistant", "<|", 
 
 
 @given(pieces=PIECES, inside=st.booleans(), data=st.data())
-@settings(max_examples=count(reduced=60, full=1000), deadline=None)
+@settings(max_examples=count(reduced=60, full=3000), deadline=None)
 def test_any_pieces_give_the_same(pieces: list[str], inside: bool, data: Any) -> None:
     text = "".join(pieces)
     whole = in_pieces([text], inside=inside)

@@ -237,6 +237,11 @@ def test_the_shortest_output_is_the_shortest(grammars: Grammars, seed: int) -> N
     assert len(grammars.compile(as_output(wanted)).ending or ()) == min(lengths)
 
 
+def test_the_shortest_text_may_have_a_space_where_another_has_a_letter(grammars: Grammars) -> None:
+    ending = grammars.compile(as_output({"enum": ["abcabc", "a b"]})).ending
+    assert text_of(SmallTokens(), ending or ()) == '"a b"'
+
+
 @pytest.mark.parametrize(
     ("output", "least"),
     [
@@ -277,6 +282,13 @@ def test_a_special_token_that_a_grammar_asks_for(grammars: Grammars, optional: b
                 called += 1
                 assert "a" in json.loads(text_of(SmallTokens(), ids[ids.index(tool) + 1 :]))
     assert called if optional else called == 2 * count(reduced=6, full=40)
+
+
+def test_a_special_token_amid_text_that_must_come(grammars: Grammars) -> None:
+    tool = max(SmallTokens().special_ids)
+    form = StructuredOutput(grammar=f'start: "x" <[{tool}]> "y" <[{tool}]> "z"\n')
+    ending = grammars.compile(form).ending
+    assert ending == (ord("x"), tool, ord("y"), tool, ord("z"))
 
 
 @pytest.mark.parametrize("token", [5, 100_000])

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from engineroom.engine.config import ConfigError
 from engineroom.engine.serve.accesslog import JsonFormatter
+from engineroom.engine.serve.server import bind
 from engineroom.engine.serve.settings import ServeConfig
 
 from .conftest import Running
@@ -36,8 +38,6 @@ def test_a_client_that_leaves_ends_its_request(server: Running, parts: int) -> N
 
 
 def test_one_that_leaves_before_its_whole_answer(server: Running) -> None:
-    import socket
-
     body = json.dumps(LONG).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(
@@ -168,6 +168,15 @@ def test_thirty_streams_are_as_each_alone(server: Running) -> None:
     for thread in threads:
         thread.join(20)
     assert texts == [alone["choices"][0]["message"]["content"]] * 30
+
+
+def test_an_answer_s_second_write_does_not_wait_for_the_first_one_s_receipt() -> None:
+    with (
+        bind(ServeConfig(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_key_file_says_weights() -> None:

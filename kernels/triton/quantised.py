@@ -364,8 +364,8 @@ def _mxfp4(b: torch.Tensor) -> _Unpacked:
 
 
 def _nvfp4(b: torch.Tensor, header: torch.Tensor) -> _Unpacked:
-    factor, divisor = _single(header).split(1, dim=1)
-    scale = _half(b[:, :4]).float().reshape(len(header), -1) * factor / divisor
+    by = _single(header)
+    scale = _half(b[:, :4]).float().reshape(len(header), -1) * by[:, :1] / by[:, 1:]
     return _doubled(_pairs(b[:, 4:20])), scale, None
 
 

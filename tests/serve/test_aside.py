@@ -18,10 +18,13 @@ from engineroom.engine.serve.aside import Aside
 from .conftest import Running
 from .http import completion, post
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="needs Linux and two cores",
-)
+pytestmark = [
+    pytest.mark.cores,
+    pytest.mark.skipif(
+        not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+        reason="needs Linux and two cores",
+    ),
+]
 
 
 def _on_a_thread(work: Callable[[], Any]) -> Any:

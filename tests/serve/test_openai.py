@@ -113,6 +113,7 @@ def test_the_model_and_the_health(server: Running) -> None:
     assert get(server, "/v1/models/other").status == 404
     for path in ("/health", "/health/live", "/health/ready"):
         assert get(server, path).status == 200
+    assert post(server, "/v1/chat/completions", chat(max_tokens=1)).status == 200
     page = get(server, "/metrics").body.decode()
     spent = re.findall(r"^engineroom_request_joules_total{.*} (.*)$", page, re.MULTILINE)
     assert float(*spent) > 0 and float(*spent) % 0.5 == 0

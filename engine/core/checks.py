@@ -10,9 +10,9 @@ from .parameter import ParameterError
 from .sampling_params import SamplingParams
 
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32 wherever they are packed
-_MAX_ID_LENGTH = 256
+MAX_ID_LENGTH = 256
 _MAX_SALT = 256
-_MAX_PRIORITY = (1 << 31) - 1
+MAX_PRIORITY = (1 << 31) - 1
 _WEIGHTS = (0.01, 100.0)
 
 
@@ -118,17 +118,15 @@ def check_weight(weight: float) -> None:
 
 def check_identity(request_id: str, priority: int, cache_salt: bytes, arrival: float = 0.0) -> None:
     """What comes with a request beside its prompt and parameters. Errors: ParameterError."""
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= _MAX_ID_LENGTH:
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_LENGTH:
         raise ParameterError(
             "request_id",
-            f"request_id must be a string of 1..{_MAX_ID_LENGTH} characters, not "
-            f"{_cut(request_id)}",
+            f"request_id must be a string of 1..{MAX_ID_LENGTH} characters, not {_cut(request_id)}",
         )
-    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
         raise ParameterError(
             "priority",
-            f"priority must be an integer in {-_MAX_PRIORITY}..{_MAX_PRIORITY}, not "
-            f"{_cut(priority)}",
+            f"priority must be an integer in {-MAX_PRIORITY}..{MAX_PRIORITY}, not {_cut(priority)}",
         )
     if (
         isinstance(arrival, bool)

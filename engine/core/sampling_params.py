@@ -15,13 +15,13 @@ from .parameter import ParameterError
 from .parameter import show as _show
 from .structured import StructuredOutput
 
-__all__ = ["SamplingParams", "check_choice"]
+__all__ = ["MIN_TEMPERATURE", "TOKEN_ID_TEXT", "SamplingParams", "check_choice"]
 
 _MAX_TOKENS = 1 << 24  # longer than any context; keeps every derived number an int32
 _MAX_ID = (1 << 31) - 1
-_ID_TEXT = r"0|[1-9][0-9]{0,9}"  # JSON has no other way to write a key than as text
+TOKEN_ID_TEXT = r"0|[1-9][0-9]{0,9}"  # JSON has no other way to write a key than as text
 _NOT_STRUCTURED = ("min_tokens", "allowed_token_ids", "bad_words", "no_repeat_ngram_size")
-_MIN_TEMPERATURE = 1e-5  # below it logits / temperature overflows fp32 long before it helps
+MIN_TEMPERATURE = 1e-5  # below it logits / temperature overflows fp32 long before it helps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class SamplingParams:
     LIMITS: ClassVar[dict[str, tuple[int, int | None]]] = {
         "stop": (64, 256),
         "bad_words": (1024, 256),
-        "keep_special_tokens": (64, 256),
+        "keep_special_tokens": (80, 256),
         "dry_sequence_breakers": (64, 64),
         "stop_token_ids": (1024, None),
         "allowed_token_ids": (1 << 20, None),
@@ -124,10 +124,10 @@ class SamplingParams:
         self._check_together()
 
     def _check_together(self) -> None:
-        if 0 < self.temperature < _MIN_TEMPERATURE:
+        if 0 < self.temperature < MIN_TEMPERATURE:
             raise ParameterError(
                 "temperature",
-                f"temperature={self.temperature!r} is between 0 and {_MIN_TEMPERATURE}; "
+                f"temperature={self.temperature!r} is between 0 and {MIN_TEMPERATURE}; "
                 "use 0 for greedy choice",
             )
         if self.allowed_token_ids == ():
@@ -303,7 +303,7 @@ def _bias(name: str, value: object) -> dict[int, float]:
         raise ParameterError(name, f"{name} has {len(value)} entries; at most {limit} are allowed")
     checked: dict[int, float] = {}
     for key, bias in value.items():
-        token = int(key) if isinstance(key, str) and re.fullmatch(_ID_TEXT, key) else key
+        token = int(key) if isinstance(key, str) and re.fullmatch(TOKEN_ID_TEXT, key) else key
         if (
             isinstance(token, bool)
             or not isinstance(token, numbers.Integral)

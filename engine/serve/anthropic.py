@@ -40,6 +40,7 @@ from .anthropic_schema import (
     ToolUseBlock,
     Turn,
 )
+from .bounds import ANSWER_TOKENS
 from .dialect import Dialect, Function, Reader, ToolUse
 from .errors import ApiError
 from .requests import named_results
@@ -49,7 +50,7 @@ from .structured import of_config
 
 PATH = "/v1/messages"
 # What a field of ours is called in Anthropic's interface, for the error's sentence.
-NAMES = {"stop": "stop_sequences"}
+NAMES = {"stop": "stop_sequences", "prompt": "messages"}
 
 
 class Messages:
@@ -230,8 +231,11 @@ def _params(request: MessagesRequest) -> SamplingParams:
         "seed": request.seed,
         "structured": of_config(request.output_config),
     }
-    if request.max_tokens < 1:
-        raise ParameterError("max_tokens", f"max_tokens={request.max_tokens} must be at least 1")
+    least, _ = ANSWER_TOKENS
+    if request.max_tokens < least:
+        raise ParameterError(
+            "max_tokens", f"max_tokens={request.max_tokens} must be at least {least}"
+        )
     thinking = request.thinking
     if isinstance(thinking, ThinkingOn) and thinking.budget_tokens >= request.max_tokens:
         raise ApiError(

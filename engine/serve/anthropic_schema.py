@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from .schema import Cost, ToolName
+from .bounds import ANSWER_TOKENS, TEMPERATURE, TOOLS, between, entries, text, within
+from .schema import Cost, Priority, Timeout, ToolName
 from .strict import Strict
 from .structured import OutputConfig
 
@@ -87,7 +88,7 @@ class NoChoice(Strict, kw_only=True, tag_field="type", tag="none"):
 class ThinkingOn(Strict, kw_only=True, tag_field="type", tag="enabled"):
     """budget_tokens must be below max_tokens, as Anthropic has it; max_tokens is what bounds."""
 
-    budget_tokens: Annotated[int, Meta(ge=1)]
+    budget_tokens: Annotated[int, Meta(ge=1, description="Below max_tokens.")]
 
 
 class ThinkingAdaptive(Strict, kw_only=True, tag_field="type", tag="adaptive"):
@@ -106,7 +107,7 @@ class CountTokensRequest(Strict, kw_only=True):
     system: str | list[TextBlock] | None = None
     cache_control: CacheControl | None = None
     thinking: ThinkingOn | ThinkingAdaptive | ThinkingOff | None = None
-    tools: list[CustomTool] | None = None
+    tools: Annotated[list[CustomTool], TOOLS] | None = None
     tool_choice: AutoChoice | AnyChoice | ToolChoice | NoChoice | None = None
     output_config: OutputConfig | None = None  # of the answer: it adds nothing to the prompt
 
@@ -118,18 +119,18 @@ class Metadata(Strict, kw_only=True):
 class MessagesRequest(CountTokensRequest, kw_only=True):
     """POST /v1/messages."""
 
-    max_tokens: int
+    max_tokens: Annotated[int, between(*ANSWER_TOKENS)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    stop_sequences: Annotated[list[Annotated[str, text("stop")]], entries("stop")] | None = None
+    temperature: Annotated[float, TEMPERATURE] | None = None
+    top_p: Annotated[float, within("top_p")] | None = None
+    top_k: Annotated[int, within("top_k")] | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     # engineroom's own
-    seed: int | None = None
-    priority: int = 0
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    seed: Annotated[int, within("seed")] | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout | None = None
     cache_salt: str | None = None
 
 

@@ -45,6 +45,8 @@ _NAMES = {
     "/v1/chat/completions": CHAT_NAMES,
     anthropic.PATH: anthropic.NAMES,
     RESPONSES: responses_input.NAMES,
+    "/v1/embeddings": {"prompt": "input"},
+    "/detokenize": {"prompt": "tokens"},
 }
 _STATS_SECONDS = 2.0  # what /metrics waits for a step to end
 
@@ -200,8 +202,11 @@ class Routes(StorageRoutes):
 
     async def openapi(self, request: Request) -> Response:
         service = self._service
-        size = service.info.model.vocab_size if service.keeper.is_ready else None
-        return Response(document(service.version, size), media_type="application/json")
+        sizes: tuple[int, ...] = ()
+        if service.keeper.is_ready:
+            model = service.info.model
+            sizes = (model.vocab_size, model.hidden_size)
+        return Response(document(service.version, *sizes), media_type="application/json")
 
 
 # ------------------------------------------------------------------------------------- the door

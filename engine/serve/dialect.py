@@ -28,12 +28,12 @@ from ..dialects.reasoning import (
     ReasoningFormat,
     reasoning_format_of,
 )
+from .bounds import MAX_TOOLS
 from .errors import ApiError
 from .settings import ServeConfig
 
 log = logging.getLogger(__name__)
 _TAIL = 32  # tokens of a prompt's end: an opening marker and white space, however they are cut
-_MAX_TOOLS = 128
 _THOUGHTS = "reasoning_content"  # of a message, as every interface has it
 
 
@@ -69,10 +69,10 @@ class ToolUse:
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.functions]
-        if len(names) > _MAX_TOOLS:
+        if len(names) > MAX_TOOLS:
             raise ApiError(
                 "invalid_value",
-                f"tools has {len(names)} entries; at most {_MAX_TOOLS}",
+                f"tools has {len(names)} entries; at most {MAX_TOOLS}",
                 param="tools",
             )
         for name in names:

@@ -10,11 +10,10 @@ from ..core.answers import RequestOutput
 from ..core.sampling_params import SamplingParams
 from ..core.vectors import handed_out
 from . import schema
+from .bounds import MAX_INPUTS
 from .errors import ApiError
 from .requests import prompts
 from .service import TIMEOUT, Caller, Service, Work
-
-_MAX_INPUTS = 2048  # as OpenAI's
 
 
 class Embeddings:
@@ -25,10 +24,10 @@ class Embeddings:
         self._service = service
         self._request = request
         many = prompts(request.input, "input")
-        if len(many) > _MAX_INPUTS:
+        if len(many) > MAX_INPUTS:
             raise ApiError(
                 "invalid_value",
-                f"input has {len(many)} entries; at most {_MAX_INPUTS} in one request",
+                f"input has {len(many)} entries; at most {MAX_INPUTS} in one request",
                 param="input",
             )
         width = service.info.model.hidden_size

@@ -240,6 +240,7 @@ _ADMISSION = {
     "token_id": "token_id",
     "duplicate_id": "duplicate_id",
 }
+_OF_THE_PROMPT = ("prompt_empty", "token_id")
 
 
 def as_api_error(error: Exception, names: Mapping[str, str] | None = None) -> ApiError | None:
@@ -255,7 +256,9 @@ def as_api_error(error: Exception, names: Mapping[str, str] | None = None) -> Ap
         param = (names or {}).get(error.field, error.field)
         return ApiError("invalid_value", str(error), param=param)
     if isinstance(error, AdmissionError):
-        return ApiError(_ADMISSION[error.code], str(error))
+        prompt = (names or {}).get("prompt", "prompt")
+        at_fault = prompt if error.code in _OF_THE_PROMPT else None
+        return ApiError(_ADMISSION[error.code], str(error), param=at_fault)
     if isinstance(error, RequestRefused):
         code = "chat_template" if error.kind == "TemplateError" else "invalid_value"
         return ApiError(code, str(error), param=error.field or None)
@@ -266,7 +269,7 @@ def as_api_error(error: Exception, names: Mapping[str, str] | None = None) -> Ap
     return None
 
 
-_AT = re.compile(r"^(?P<what>.*) - at `(?P<key>key in )?\$(?P<path>.*)`$", re.DOTALL)
+_AT = re.compile(r"^(?P<what>.*) - at (?:`key` in )?`\$(?P<path>.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from typing import Any
 
 import msgspec
 
-from . import anthropic, batches, files, responses, responses_schema, schema
+from . import (
+    anthropic,
+    batches,
+    files,
+    requests,
+    responses,
+    responses_input,
+    responses_schema,
+    schema,
+)
 from .dashboard import Snapshot
 from .errors import ERRORS
 
@@ -146,14 +156,22 @@ OPERATIONS = (
 
 
 @functools.cache
-def document(version: str, vocab_size: int | None = None) -> bytes:
-    """OpenAPI 3.1 as JSON. `vocab_size`: of the served model, where it is known already."""
+def document(version: str, vocab_size: int | None = None, hidden_size: int | None = None) -> bytes:
+    """OpenAPI 3.1 as JSON. The sizes are of the served model, where it is known already."""
     kinds = {
         kind for op in OPERATIONS for kind in (op.body, op.answer, op.part) if kind is not None
     }
     _, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
+    components = copy.deepcopy(components)  # parts are the Metas' own
+    for kind, refused in (
+        (schema.ChatRequest, requests.REFUSED),
+        (responses_schema.ResponsesRequest, responses_input.REFUSED),
+    ):
+        for name, (allowed, why) in refused.items():
+            field = components[kind.__name__]["properties"][name]
+            field |= {"enum": list(allowed), "description": f"Not supported: {why}."}
     components["TokenizeRequest"]["oneOf"] = [
         {"required": [name], "properties": {name: {"type": kind}}}
         for name, kind in (("prompt", "string"), ("messages", "array"))
@@ -165,6 +183,9 @@ def document(version: str, vocab_size: int | None = None) -> bytes:
     if vocab_size is not None:
         for component in components.values():
             _bound_token_ids(component, vocab_size)
+    if hidden_size is not None:
+        (width, _) = components["EmbeddingRequest"]["properties"]["dimensions"]["anyOf"]
+        width["maximum"] = hidden_size
     paths: dict[str, dict[str, Any]] = {}
     for op in OPERATIONS:
         paths.setdefault(op.path.replace(":path", ""), {})[op.method.lower()] = _operation(op)

@@ -12,7 +12,7 @@ from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError
 
 # What a field of ours is called in OpenAI's interface, for the error's `param`.
-CHAT_NAMES = {"logprobs": "top_logprobs"}
+CHAT_NAMES = {"logprobs": "top_logprobs", "prompt": "messages"}
 
 
 def chat_params(request: schema.ChatRequest) -> SamplingParams:
@@ -122,12 +122,6 @@ def template_options(request: schema.ChatRequest, dialect: Dialect) -> dict[str,
         options["documents"] = request.documents
     if request.add_generation_prompt is not None:
         options["add_generation_prompt"] = request.add_generation_prompt
-    if request.continue_final_message:
-        raise ApiError(
-            "unsupported",
-            "continue_final_message: the answer always begins a message of its own",
-            param="continue_final_message",
-        )
     return options
 
 
@@ -163,7 +157,8 @@ def _check_stream(request: schema.Common) -> None:
 
 _NOTHING: tuple[Any, ...] = (None, "", False)
 # Fields of the interface that may be sent only with these values, and why not with others.
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "continue_final_message": (_NOTHING, "the answer always begins a message of its own"),
     "functions": (_NOTHING, "functions is the older name of tools"),
     "function_call": ((*_NOTHING, "none"), "function_call is the older name of tool_choice"),
     "modalities": ((None, ["text"]), "this server answers in text alone"),
@@ -182,7 +177,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def _refuse_in_chat(request: schema.ChatRequest) -> None:
     _check_stream(request)
-    for name, (allowed, why) in _REFUSED.items():
+    for name, (allowed, why) in REFUSED.items():
         value = getattr(request, name)
         if value not in allowed:
             raise ApiError("unsupported", f"{name}: {why}", param=name)
@@ -244,6 +239,7 @@ def _call(call: schema.ToolCall) -> dict[str, Any]:
 
 __all__ = [
     "CHAT_NAMES",
+    "REFUSED",
     "chat_params",
     "completion_params",
     "named_results",

@@ -13,17 +13,18 @@ from ..core.parameter import ParameterError
 from ..core.sampling_params import SamplingParams
 from ..core.structured import StructuredOutput
 from . import responses_schema as schema
+from .bounds import ANSWER_TOKENS
 from .dialect import Dialect, Function, ToolUse
 from .errors import ApiError, invalid
 from .requests import named_results
 from .structured import naming
 
 # What a parameter of ours is called in this interface, for the error's `param`.
-NAMES = {"max_tokens": "max_output_tokens"}
+NAMES = {"max_tokens": "max_output_tokens", "prompt": "input"}
 Messages = list[dict[str, Any]]
 
 _NOTHING: tuple[Any, ...] = (None, "", False)
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": (_NOTHING, "a response is answered while its client waits"),
     "conversation": (_NOTHING, "conversations are no objects here; use previous_response_id"),
     "max_tool_calls": ((None,), "there are no tools that this server would call itself"),
@@ -45,9 +46,10 @@ def sampling_params(request: schema.ResponsesRequest) -> SamplingParams:
     names = ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
     values = {n: v for n in names if (v := getattr(request, n)) is not None}
     values["max_tokens"] = request.max_output_tokens  # None: up to the end of the context
-    if request.max_output_tokens is not None and request.max_output_tokens < 1:
+    least, _ = ANSWER_TOKENS
+    if request.max_output_tokens is not None and request.max_output_tokens < least:
         raise ParameterError(
-            "max_tokens", f"max_output_tokens={request.max_output_tokens} must be at least 1"
+            "max_tokens", f"max_output_tokens={request.max_output_tokens} must be at least {least}"
         )
     with naming("text.format"):
         match request.text.format if request.text is not None else None:
@@ -150,7 +152,7 @@ def _item(plain: dict[str, Any], index: int) -> schema.Item:
 
 
 def _refuse(request: schema.ResponsesRequest) -> None:
-    for name, (allowed, why) in _REFUSED.items():
+    for name, (allowed, why) in REFUSED.items():
         if getattr(request, name) not in allowed:
             raise ApiError("unsupported", f"{name}: {why}", param=name)
     for name in request.include or ():
@@ -216,6 +218,7 @@ class ResponseStore:
 
 __all__ = [
     "NAMES",
+    "REFUSED",
     "Messages",
     "ResponseStore",
     "arguments_of",

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from .schema import CompletionDetails, Timings, TokenDetails, ToolName
+from .bounds import ANSWER_TOKENS, NEVER, NOT_TRUE, TEMPERATURE, TOOLS, between, says, within
+from .schema import CompletionDetails, Priority, Stop, Timeout, Timings, TokenDetails, ToolName
 from .strict import Strict
 
 # --------------------------------------------------------------------------------- items of input
@@ -119,17 +120,17 @@ class SchemaFormat(Strict, kw_only=True, tag_field="type", tag="json_schema"):
 
 class TextOptions(Strict, kw_only=True):
     format: PlainFormat | JsonFormat | SchemaFormat | None = None
-    verbosity: str | None = None
+    verbosity: Annotated[str | None, says(enum=[None, "medium"])] = None
 
 
 class ReasoningOptions(Strict, kw_only=True):
     effort: str | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    summary: Annotated[str | None, NEVER] = None
+    generate_summary: Annotated[str | None, NEVER] = None
 
 
 class StreamOptions(Strict, kw_only=True):
-    include_obfuscation: bool | None = None
+    include_obfuscation: Annotated[bool | None, NOT_TRUE] = None
 
 
 class ResponsesRequest(Strict, kw_only=True):
@@ -138,14 +139,14 @@ class ResponsesRequest(Strict, kw_only=True):
     model: str
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
     instructions: str | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], TOOLS] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    max_output_tokens: int | None = None
+    temperature: Annotated[float, TEMPERATURE] | None = None
+    top_p: Annotated[float, within("top_p")] | None = None
+    max_output_tokens: Annotated[int, between(*ANSWER_TOKENS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
@@ -155,18 +156,18 @@ class ResponsesRequest(Strict, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # engineroom's own
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    priority: int = 0
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+    top_k: Annotated[int, within("top_k")] | None = None
+    min_p: Annotated[float, within("min_p")] | None = None
+    seed: Annotated[int, within("seed")] | None = None
+    stop: Stop | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # Read, and refused by name where they ask for something (see responses_input.py).
     background: bool | None = None
     conversation: Any = None
-    include: list[str] | None = None
+    include: list[Annotated[str, says(enum=["reasoning.encrypted_content"])]] | None = None
     max_tool_calls: int | None = None
     prompt: Any = None
     prompt_cache_retention: str | None = None

@@ -10,11 +10,30 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from .bounds import (
+    BIASES,
+    MAX_INPUTS,
+    MAX_KEPT,
+    NOT_TRUE,
+    PRIORITY,
+    REQUEST_ID_LENGTH,
+    TEMPERATURE,
+    TOKEN_KEYS,
+    TOOLS,
+    entries,
+    prompts,
+    says,
+    text,
+    within,
+)
 from .strict import Name, Strict
 from .structured import ResponseFormat, StructuredOutputs
 
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Timeout = Annotated[int, Meta(ge=1, le=86_400_000)]
+Priority = Annotated[int, PRIORITY]
+RequestId = Annotated[str, Meta(max_length=REQUEST_ID_LENGTH)]
+Stop = Annotated[str, text("stop")] | Annotated[list[Annotated[str, text("stop")]], entries("stop")]
 
 
 # ------------------------------------------------------------------------------------- messages
@@ -120,46 +139,70 @@ class StreamOptions(Strict, kw_only=True):
     """continuous_usage_stats is vLLM's: each part tells the usage so far."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
+    continuous_usage_stats: Annotated[bool, says("Needs include_usage=true.")] | None = None
+    include_obfuscation: Annotated[bool | None, NOT_TRUE] = None
 
 
 class Sampling(Strict, kw_only=True):
     """SamplingParams under their own names; None is the default. A test holds them equal."""
 
-    n: int | None = None
-    best_of: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    top_n_sigma: float | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_range: int | None = None
-    dry_sequence_breakers: list[str] | None = None
-    no_repeat_ngram_size: int | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    n: Annotated[int, within("n", "Above 1 needs a temperature above 0.")] | None = None
+    best_of: (
+        Annotated[int, within("best_of", "At least n; above 1 needs a temperature above 0.")] | None
+    ) = None
+    temperature: Annotated[float, TEMPERATURE] | None = None
+    top_p: Annotated[float, within("top_p")] | None = None
+    top_k: Annotated[int, within("top_k")] | None = None
+    min_p: Annotated[float, within("min_p")] | None = None
+    typical_p: Annotated[float, within("typical_p")] | None = None
+    top_n_sigma: Annotated[float, within("top_n_sigma")] | None = None
+    xtc_probability: Annotated[float, within("xtc_probability")] | None = None
+    xtc_threshold: Annotated[float, within("xtc_threshold")] | None = None
+    repetition_penalty: Annotated[float, within("repetition_penalty")] | None = None
+    presence_penalty: Annotated[float, within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, within("frequency_penalty")] | None = None
+    dry_multiplier: Annotated[float, within("dry_multiplier")] | None = None
+    dry_base: Annotated[float, within("dry_base")] | None = None
+    dry_allowed_length: Annotated[int, within("dry_allowed_length")] | None = None
+    dry_range: Annotated[int, within("dry_range")] | None = None
+    dry_sequence_breakers: (
+        Annotated[
+            list[Annotated[str, text("dry_sequence_breakers")]], entries("dry_sequence_breakers")
+        ]
+        | None
+    ) = None
+    no_repeat_ngram_size: Annotated[int, within("no_repeat_ngram_size")] | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, TOKEN_KEYS], Annotated[float, within("logit_bias")]], BIASES]
+        | None
+    ) = None
+    bad_words: Annotated[list[Annotated[str, text("bad_words")]], entries("bad_words")] | None = (
+        None
+    )
+    allowed_token_ids: (
+        Annotated[
+            list[Annotated[int, within("allowed_token_ids")]], entries("allowed_token_ids", 1)
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, within("seed")] | None = None
+    stop: Stop | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, within("stop_token_ids")]], entries("stop_token_ids")] | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    truncate_prompt_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    min_tokens: Annotated[int, within("min_tokens", "At most max_tokens.")] | None = None
+    max_tokens: (
+        Annotated[int, within("max_tokens", "0 needs an echo or prompt_logprobs.")] | None
+    ) = None
+    truncate_prompt_tokens: Annotated[int, within("truncate_prompt_tokens")] | None = None
+    prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = None
     skip_special_tokens: bool | None = None
-    keep_special_tokens: list[str] | None = None
+    keep_special_tokens: (
+        Annotated[list[Annotated[str, text("keep_special_tokens")]], Meta(max_length=MAX_KEPT)]
+        | None
+    ) = None
 
 
 class Common(Sampling, kw_only=True):
@@ -167,42 +210,46 @@ class Common(Sampling, kw_only=True):
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions, says("Needs stream=true.")] | None = None
     user: str | None = None
     # engineroom's own
-    priority: int = 0
+    priority: Priority = 0
     timeout_ms: Timeout | None = None
     cache_salt: str | None = None
-    request_id: str | None = None
+    request_id: RequestId | None = None
     return_token_ids: bool | None = None
     # The form of the output: OpenAI's way to say it, and ours.
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    receipt: bool | None = None
+    structured_outputs: Annotated[StructuredOutputs, says("Not beside response_format.")] | None = (
+        None
+    )
+    receipt: Annotated[bool, says("Of one prompt, and not beside stream=true.")] | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]  # texts, token ids, or lists of them
+    prompt: str | Annotated[list[str | int | list[int]], prompts()]
     echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
+    logprobs: Annotated[int, within("logprobs")] | None = None
+    suffix: Annotated[str, says("Not supported: leave it out.", maxLength=0)] | None = None
 
 
 class ChatRequest(Common, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: (
+        Annotated[int, within("max_tokens", "The newer name of max_tokens: give one.")] | None
+    ) = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, within("logprobs", "Needs logprobs=true.")] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], TOOLS] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Read, and refused by name where they ask for something (see requests.py).
@@ -224,16 +271,18 @@ class ChatRequest(Common, kw_only=True):
 class EmbeddingRequest(Strict, kw_only=True):
     """POST /v1/embeddings."""
 
-    input: str | list[str | int | list[int]]  # texts, token ids, or lists of them
+    input: str | Annotated[list[str | int | list[int]], prompts(MAX_INPUTS)]
     model: str
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Annotated[int, says("At most the width of the served model.", minimum=1)] | None = (
+        None
+    )
     user: str | None = None
     # engineroom's own
-    truncate_prompt_tokens: int | None = None
-    priority: int = 0
+    truncate_prompt_tokens: Annotated[int, within("truncate_prompt_tokens")] | None = None
+    priority: Priority = 0
     timeout_ms: Timeout | None = None
-    request_id: str | None = None
+    request_id: RequestId | None = None
 
 
 class TokenizeRequest(Strict, kw_only=True):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from msgspec import UNSET, UnsetType, field
 
 from ..core.parameter import ParameterError
 from ..core.structured import StructuredOutput
+from .bounds import NEVER, form, says
 from .errors import ApiError
 from .strict import Name, Strict
 
@@ -50,11 +51,21 @@ ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 class StructuredOutputs(Strict, kw_only=True):
     """engineroom's own, and vLLM's: exactly one of them. `json` is a schema, or its text."""
 
-    json: Schema | bool | str | None = None
+    json: Schema | bool | Annotated[str, form("json_schema", 2)] | None = None
     json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    regex: Annotated[str, form("regex")] | None = None
+    choice: (
+        Annotated[
+            list[Annotated[str, form("choice")]],
+            says(
+                "Together no longer than one may be.",
+                minItems=1,
+                maxItems=StructuredOutput.MAX_CHOICES,
+            ),
+        ]
+        | None
+    ) = None
+    grammar: Annotated[str, form("grammar")] | None = None
 
 
 class OutputFormat(Strict, kw_only=True, tag_field="type", tag="json_schema"):
@@ -67,7 +78,7 @@ class OutputConfig(Strict, kw_only=True):
     """Anthropic's `output_config`."""
 
     format: OutputFormat | None = None
-    effort: str | None = None
+    effort: Annotated[str | None, NEVER] = None
 
 
 def structured(

@@ -168,6 +168,9 @@ class FakeEngine:
         if request_id in self._live:
             raise AdmissionError("duplicate_id", f"{request_id} runs")
         ids = tuple(prompt.encode()) if isinstance(prompt, str) else tuple(prompt)
+        check_token_ids(params, ids, VOCAB)
+        if not ids:
+            raise AdmissionError("prompt_empty", "the prompt is empty: it must hold a token")
         rows = None
         if params.prompt_logprobs is not None:
             rows = (None, *(_row(t, i, params.prompt_logprobs) for i, t in enumerate(ids[1:])))

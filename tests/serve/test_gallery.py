@@ -61,7 +61,7 @@ def _unforeseen(server: Running, make: Make) -> Answer:
     return post(broken, PLAIN, completion())
 
 
-def _upload(running: Running) -> Answer:
+def upload(running: Running) -> Answer:
     line = {"custom_id": "a", "method": "POST", "url": PLAIN, "body": completion()}
     parts = (
         b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B\r\n'
@@ -75,7 +75,7 @@ def _upload(running: Running) -> Answer:
 def _over(server: Running, make: Make) -> Answer:
     keeping = make(stores=True)
     asked = {
-        "input_file_id": _upload(keeping).json["id"],
+        "input_file_id": upload(keeping).json["id"],
         "endpoint": PLAIN,
         "completion_window": "24h",
     }
@@ -95,7 +95,7 @@ GALLERY: dict[str, Provoke] = {
     "chat_template": _asked(CHAT, chat("hostile")),
     "deadline": _asked(EMBED, {"model": "fake", "input": "slow: it", "timeout_ms": 20}),
     "storage_off": lambda server, make: get(server, FILES),
-    "storage_full": lambda server, make: _upload(make(stores=True, max_storage_bytes=1)),
+    "storage_full": lambda server, make: upload(make(stores=True, max_storage_bytes=1)),
     "conflict": _over,
     "invalid_api_key": lambda server, make: get(make(api_keys=("sesame-sesame",)), "/v1/models"),
     "host_not_allowed": lambda server, make: get(server, "/health", {"Host": "evil.example.com"}),

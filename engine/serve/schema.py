@@ -229,7 +229,10 @@ class Common(Sampling, kw_only=True):
 class CompletionRequest(Common, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str | int | list[int]], prompts()]
+    prompt: (
+        Annotated[str, says("At least one token.")]
+        | Annotated[list[str | int | list[int]], prompts()]
+    )
     echo: bool | None = None
     logprobs: Annotated[int, within("logprobs")] | None = None
     suffix: Annotated[str, says("Not supported: leave it out.", maxLength=0)] | None = None
@@ -271,7 +274,10 @@ class ChatRequest(Common, kw_only=True):
 class EmbeddingRequest(Strict, kw_only=True):
     """POST /v1/embeddings."""
 
-    input: str | Annotated[list[str | int | list[int]], prompts(MAX_INPUTS)]
+    input: (
+        Annotated[str, says("At least one token.")]
+        | Annotated[list[str | int | list[int]], prompts(MAX_INPUTS)]
+    )
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, says("At most the width of the served model.", minimum=1)] | None = (

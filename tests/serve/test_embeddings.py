@@ -62,7 +62,7 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     (body(encoding_format="hex"), "invalid_value", "encoding_format"),
     (body(temperature=1), "invalid_value", "temperature"),
     (body(truncate_prompt_tokens=0), "invalid_value", "truncate_prompt_tokens"),
-    (body([1, -1]), "token_id", None),
+    (body([1, -1]), "token_id", "input"),
     (body("refuse: it"), "context_length_exceeded", None),
     (body([[1], [500]]), "engine_error", None),  # whose hidden states are no numbers
     (body(model="other"), "model_not_found", "model"),

@@ -35,7 +35,7 @@ from engineroom.engine.core.checks import AdmissionError
 from engineroom.engine.core.parameter import ParameterError
 from engineroom.engine.core.sampling_params import SamplingParams
 from tests.engine.client_tools import CHILD, GREEDY, LONG, Collector, make_client, submit, until
-from tests.engine.fake import FakeEngine, Panic, fake_engine
+from tests.engine.fake import VOCAB, FakeEngine, Panic, fake_engine
 
 FORMS = ["thread", "process"]
 Make = Callable[..., EngineClient]
@@ -94,7 +94,7 @@ def comparable(output: RequestOutput) -> tuple[Any, ...]:
         ([5, 6, 7], GREEDY),
         ("hé", SamplingParams(n=3, seed=9, max_tokens=20, logprobs=2)),
         ("rows", SamplingParams(prompt_logprobs=3, logprobs=0, max_tokens=5)),
-        (list(range(5000)), SamplingParams(prompt_logprobs=1, max_tokens=2)),
+        (5 * list(range(VOCAB)), SamplingParams(prompt_logprobs=1, max_tokens=2)),
         ("one", SamplingParams(max_tokens=1)),
     ],
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import selectors
+import select
 import signal
 import socket
 import statistics
@@ -54,18 +54,18 @@ def over_http(model: str, many: Prompts, nap: float = 0.0) -> None:
     """All at once, read to their ends as the parts come, or `nap` seconds after the first ones."""
     buffer = bytearray(1 << 16)
     events = 0
-    with selectors.DefaultSelector() as selector:
+    waiting: dict[int, socket.socket] = {}
+    with select.epoll() as poll:
         for prompt in many:
-            selector.register(ask(model, prompt), selectors.EVENT_READ)
-        while selector.get_map():
-            for key, _ in selector.select():
-                sock = key.fileobj
-                assert isinstance(sock, socket.socket)  # registered above
-                received = sock.recv_into(buffer)
+            sock = ask(model, prompt)
+            poll.register(sock, select.EPOLLIN)
+            waiting[sock.fileno()] = sock
+        while waiting:
+            for number, _ in poll.poll():
+                received = waiting[number].recv_into(buffer)
                 events += buffer.count(b"data: {", 0, received)
                 if not received:
-                    selector.unregister(sock)
-                    sock.close()
+                    waiting.pop(number).close()
             if nap:
                 time.sleep(nap)
     if not events:

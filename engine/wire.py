@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import struct
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -225,7 +225,7 @@ class Output(_Message):
 class Growths(_Message):
     """What one step brought requests that take growths."""
 
-    growths: list[Growth]
+    growths: Sequence[Growth]
 
 
 class Refused(_Message):

@@ -45,7 +45,7 @@ class Mailbox:
         self._loop = loop
         self.push = push
         self._thread = threading.get_ident()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who is pushed to may ask so_far()
         self._output: RequestOutput | None = None
         self._latest: RequestOutput | None = None  # the one that came last, taken or not
         self._since = 0.0  # when that was, monotonic seconds

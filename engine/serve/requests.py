@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -82,7 +82,7 @@ def prompts(
             param=field,
         )
     if kinds == {int}:
-        return [[p for p in prompt if isinstance(p, int)]]
+        return [cast("list[int]", prompt)]
     return [p for p in prompt if not isinstance(p, int)]
 
 

@@ -377,7 +377,7 @@ class _Server:
     def _growth_frames(self, growths: Sequence[Growth]) -> list[bytes]:
         """One, but for a heap that no frame holds."""
         try:
-            return [wire.encode(wire.Growths(growths=growths))]
+            return [wire.encode(wire.Growths(growths=list(growths)))]
         except wire.WireError as exc:
             if len(growths) > 1:
                 return [frame for one in growths for frame in self._growth_frames([one])]

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import struct
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -225,7 +225,7 @@ class Output(_Message):
 class Growths(_Message):
     """What one step brought requests that take growths."""
 
-    growths: Sequence[Growth]
+    growths: list[Growth]
 
 
 class Refused(_Message):

@@ -2,9 +2,8 @@
 
 `python benchmarks/serving.py [--model smollm2] [--rounds 4]` runs the forms in turn (A B A B) and
 prints medians. The client shares the machine's cores with the server, and every microsecond of it
-is one that a step waits; so it reads bare sockets and counts events, and where it has many streams
-it looks every few milliseconds (--nap) instead of waking for each part. What it and the server's
-process (not the engine's) used of the cores for a token is printed.
+is one that a step waits; so it reads bare sockets as their parts come and counts events. What it
+and the server's process (not the engine's) used of the cores for a token is printed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import selectors
+import select
 import signal
 import socket
 import statistics
@@ -50,24 +49,22 @@ def ask(model: str, prompt: list[int]) -> socket.socket:
     return sock
 
 
-def over_http(model: str, many: Prompts, nap: float = 0.0) -> None:
-    """All at once, read to their ends as the parts come, or `nap` seconds after the first ones."""
+def over_http(model: str, many: Prompts) -> None:
+    """All at once, read to their ends as the parts come."""
     buffer = bytearray(1 << 16)
     events = 0
-    with selectors.DefaultSelector() as selector:
+    waiting: dict[int, socket.socket] = {}
+    with select.epoll() as poll:
         for prompt in many:
-            selector.register(ask(model, prompt), selectors.EVENT_READ)
-        while selector.get_map():
-            for key, _ in selector.select():
-                sock = key.fileobj
-                assert isinstance(sock, socket.socket)  # registered above
-                received = sock.recv_into(buffer)
+            sock = ask(model, prompt)
+            poll.register(sock, select.EPOLLIN)
+            waiting[sock.fileno()] = sock
+        while waiting:
+            for number, _ in poll.poll():
+                received = waiting[number].recv_into(buffer)
                 events += buffer.count(b"data: {", 0, received)
                 if not received:
-                    selector.unregister(sock)
-                    sock.close()
-            if nap:
-                time.sleep(nap)
+                    waiting.pop(number).close()
     if not events:
         raise RuntimeError("the server sent no event; is another one on the port?")
 
@@ -114,7 +111,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--nap", type=float, default=4.0, help="ms; 0: the client never waits")
     args = parser.parse_args()
     model = args.model
     rng = random.Random(5)
@@ -135,16 +131,15 @@ def main() -> None:
             generate(2)
             over_http(model, prompts(2, rng))
             for count, rounds in ((32, args.rounds), (1, 2 * args.rounds)):
-                nap = args.nap / 1000 if count > 1 else 0.0
                 compare(
                     f"{count} clients over HTTP, streamed",
                     count,
                     rounds,
                     lambda n=count: generate(n),  # type: ignore[misc]
-                    lambda n=count, nap=nap: over_http(model, prompts(n, rng), nap),  # type: ignore[misc]
+                    lambda n=count: over_http(model, prompts(n, rng)),  # type: ignore[misc]
                 )
                 before, own = processor_seconds(server.pid), time.process_time()
-                over_http(model, prompts(count, rng), nap)
+                over_http(model, prompts(count, rng))
                 own = time.process_time() - own
                 used = processor_seconds(server.pid) - before
                 tokens = count * TOKENS / 1000

@@ -310,13 +310,15 @@ class _Server:
 
         A writer that woke for it would run beside the next step, and take a core from it.
         """
-        self._outbox.grow(growths)
         if not self._sending.acquire(blocking=False):
+            self._outbox.grow(growths)
             self._outbox.wake()
             return
         try:
-            if not self._rest:
-                data = self._take()
+            if self._rest:
+                self._outbox.grow(growths)
+            else:
+                data = self._take(growths)
                 sent = self._sock.send(data, socket.MSG_DONTWAIT) if data else 0
                 self._rest = data[sent:]
         except BlockingIOError:
@@ -328,12 +330,13 @@ class _Server:
         if self._rest:
             self._outbox.wake()
 
-    def _take(self) -> bytes:
-        """What waits, as frames."""
+    def _take(self, latest: Sequence[Growth] = ()) -> bytes:
+        """What waits, and the latest growths behind it, as frames."""
         outputs, growths, others = self._outbox.take()
         frames = [frame for output in outputs for frame in self._frames(output)]
-        if growths:
-            frames += self._growth_frames(growths)
+        for told in (growths, latest):
+            if told:
+                frames += self._growth_frames(told)
         frames += [self._frame(message) for message in others]
         return b"".join(frames)
 
@@ -371,10 +374,10 @@ class _Server:
                 frames = [wire.encode(_refused(EngineError(why), request_id=rid))]
         return frames
 
-    def _growth_frames(self, growths: list[Growth]) -> list[bytes]:
+    def _growth_frames(self, growths: Sequence[Growth]) -> list[bytes]:
         """One, but for a heap that no frame holds."""
         try:
-            return [wire.encode(wire.Growths(growths=growths))]
+            return [wire.encode(wire.Growths(growths=list(growths)))]
         except wire.WireError as exc:
             if len(growths) > 1:
                 return [frame for one in growths for frame in self._growth_frames([one])]

@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -359,10 +359,15 @@ class Sinks:
         if grown is not None:
             self._growing[request_id] = grown
 
-    def grow(self, growth: Growth) -> bool:
-        """Pass a growth on; as output()."""
-        grown = self._growing.get(growth.request_id)
-        return grown is None or self._call(grown, growth)
+    def grow(self, growths: Iterable[Growth]) -> list[str]:
+        """Pass growths on. Returns the ids of those whose sink failed, as output() says it."""
+        failed = []
+        growing = self._growing
+        for growth in growths:
+            grown = growing.get(growth.request_id)
+            if grown is not None and not self._call(grown, growth):
+                failed.append(growth.request_id)
+        return failed
 
     def output(self, output: RequestOutput) -> bool:
         """Pass an output on. False where its sink failed: nobody reads, so it may be aborted."""

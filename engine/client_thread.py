@@ -405,10 +405,9 @@ class _Turner:
         if self._stepped is not None:
             self._stepped(growths)
         else:
-            for growth in growths:
-                if not self.sinks.grow(growth):
-                    self.sinks.mute(growth.request_id)
-                    engine.abort(growth.request_id)
+            for request_id in self.sinks.grow(growths):
+                self.sinks.mute(request_id)
+                engine.abort(request_id)
         if not outputs and not engine.has_work:
             for rid in self._running:  # they would wait for ever
                 self.sinks.end(rid, RequestFailed("the engine ended the request without a word"))

@@ -19,15 +19,33 @@ Push = Callable[[Growth], bool]
 class Mailbox:
     """What came for one request and was not read yet.
 
-    What grows behind the latest output is pushed, or added to it when it is taken.
+    What grows behind the latest output is pushed, or added to it when it is taken. What a step
+    touches of each of many streams comes from memory: so there is little of it.
     """
+
+    __slots__ = (
+        "_closed",
+        "_error",
+        "_grown",
+        "_latest",
+        "_lock",
+        "_loop",
+        "_output",
+        "_since",
+        "_text",
+        "_thread",
+        "_token_ids",
+        "_unread",
+        "_waiter",
+        "push",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, push: Push | None) -> None:
         """On the loop."""
         self._loop = loop
         self.push = push
         self._thread = threading.get_ident()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who is pushed to may ask so_far()
         self._output: RequestOutput | None = None
         self._latest: RequestOutput | None = None  # the one that came last, taken or not
         self._since = 0.0  # when that was, monotonic seconds
@@ -36,13 +54,11 @@ class Mailbox:
         self._unread = ""  # of the text, neither pushed nor taken
         self._grown = False  # something was not
         self._error: EngineError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._waking = False
+        self._waiter: asyncio.Future[None] | None = None  # a reader that nobody has woken yet
         self._closed = False
 
     def put(self, item: RequestOutput | EngineError) -> None:
         """From any thread; from the loop's own the cheapest."""
-        here = threading.get_ident() == self._thread
         with self._lock:
             if self._closed:
                 return
@@ -55,34 +71,21 @@ class Mailbox:
                     self._text, self._token_ids = io.StringIO(), array.array("q")
             else:
                 self._error = item
-        self._tell(here)
+        self.wake()
 
     def grow(self, growth: Growth) -> None:
         """As put(), of a request whose first output came."""
-        here = threading.get_ident() == self._thread
         with self._lock:
             if self._closed:
                 return
             self._text.write(growth.text)
             self._token_ids.extend(growth.token_ids)
-            waits = self._waiter is not None and not self._waiter.done()
-            waits = waits and self._output is None and not self._grown
-        if here and waits and self.push is not None and self.push(growth):
-            return
-        with self._lock:
+            waits = self._waiter is not None and threading.get_ident() == self._thread
+            if waits and self.push is not None and self.push(growth):
+                return
             self._unread += growth.text
             self._grown = True
-        self._tell(here)
-
-    def _tell(self, here: bool) -> None:
-        if here:
-            self.wake()
-            return
-        with self._lock:
-            if self._waking:
-                return
-            self._waking = True
-        self._loop.call_soon_threadsafe(self._wake)
+        self.wake()
 
     def _take_growth(self) -> RequestOutput:
         """The output that shows what has grown. With the lock held."""
@@ -140,22 +143,28 @@ class Mailbox:
                     return output
                 if self._error is not None:
                     return self._error
-                self._waiter = self._loop.create_future()
-            await self._waiter
+                waiter = self._waiter = self._loop.create_future()
+            await waiter
 
     def close(self) -> None:
         """From any thread, and without the lock: a collector may run in its holder."""
         self._closed = True
 
     def wake(self) -> None:
-        """On the loop."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _wake(self) -> None:
+        """Let take() look again. From any thread."""
         with self._lock:
-            self._waking = False
-        self.wake()
+            waiter, self._waiter = self._waiter, None
+        if waiter is None:
+            return
+        if threading.get_ident() == self._thread:
+            _wake(waiter)
+        else:
+            self._loop.call_soon_threadsafe(_wake, waiter)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # its task may have been cancelled
+        waiter.set_result(None)
 
 
 __all__ = ["Mailbox", "Push"]

@@ -19,7 +19,7 @@ from .planner import Planner
 from .queues import Waiting, index_of
 from .request import Request, RequestState
 from .stretch import Stretch
-from .telling import Ending, tell, whole_text
+from .telling import NOTHING_ALLOWED, Ending, tell, whole_text
 
 __all__ = ["Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -55,12 +55,6 @@ class SchedulerStats:
     num_preemptions: int
     num_prompt_tokens: int  # of first admissions
     num_cached_tokens: int  # of those, not computed because of a prefix hit
-
-
-_NOTHING_ALLOWED = (
-    "no token is allowed at this position: allowed_token_ids, bad_words, no_repeat_ngram_size and "
-    "min_tokens together forbid the whole vocabulary"
-)
 
 
 class Scheduler:
@@ -197,7 +191,7 @@ class Scheduler:
         and of which there is no more to tell: soon, since the rest can wait. commit() is next, and
         says nothing of them."""
         stretch = self._planner.stretch
-        if stretch is None or not stretch.growing or not _is_plain(outcome, stretch):
+        if stretch is None or not stretch.growing or not stretch.is_plain(outcome):
             return []
         return stretch.grow(outcome.token_ids)
 
@@ -220,7 +214,7 @@ class Scheduler:
         updates = self.drain_finished()
         stretch = self._planner.stretch
         if stretch is not None:
-            if _is_plain(outcome, stretch):
+            if stretch.is_plain(outcome):
                 updates += self._take(stretch, outcome, now)
                 return updates
             self._planner.end_stretch()
@@ -322,7 +316,7 @@ class Scheduler:
     ) -> Update | None:
         """One sampled token: put it in its place, and tell of it."""
         if token < 0:
-            why = request.form.error or _NOTHING_ALLOWED
+            why = request.form.error or NOTHING_ALLOWED
             return self._end(request, FinishReason.ERROR, now, scored=scored, error=why)
         request.place(token)
         self.num_generated_tokens += 1
@@ -499,12 +493,6 @@ class Scheduler:
             raise IntegrityError("the waiting are miscounted")
         if self.num_waiting != sum(account.num_waiting for account in self._shares):
             raise IntegrityError("the waiting of the tenants are miscounted")
-
-
-def _is_plain(outcome: StepOutcome, stretch: Stretch) -> bool:
-    """Whether the step brought each request a token that is no end by itself."""
-    token_ids = outcome.token_ids
-    return not outcome.errors and min(token_ids) >= 0 and stretch.stop_ids.isdisjoint(token_ids)
 
 
 def _has_not_run(request: Request) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .answers import Growth
-from .plan import Roster
+from .plan import Roster, StepOutcome
 from .request import PENDING
 
 __all__ = ["Stretch"]
@@ -87,6 +87,11 @@ class Stretch:
     def turn(self, step: int) -> list[int]:
         """The places of those for whom the step begins a block."""
         return self._turns[step % self._block_size]
+
+    def is_plain(self, outcome: StepOutcome) -> bool:
+        """Whether a step brought each request a token that is no end by itself."""
+        token_ids = outcome.token_ids
+        return not outcome.errors and min(token_ids) >= 0 and self.stop_ids.isdisjoint(token_ids)
 
     def grow(self, token_ids: Sequence[int]) -> list[Growth]:
         """What a step, not yet taken, tells of requests that are read by growths; they need not

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from .answers import FinishReason
 from .request import Request
 
-__all__ = ["Ending", "tell", "whole_text"]
+__all__ = ["NOTHING_ALLOWED", "Ending", "tell", "whole_text"]
+
+# Why a request ends that was sampled no token.
+NOTHING_ALLOWED = (
+    "no token is allowed at this position: allowed_token_ids, bad_words, no_repeat_ngram_size and "
+    "min_tokens together forbid the whole vocabulary"
+)
 
 
 class Ending(NamedTuple):

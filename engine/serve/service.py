@@ -83,6 +83,7 @@ class Service:
         self.draining = False
         self.responses = ResponseStore()
         self._dialect: Dialect | None = None
+        self._fingerprint = ("", "")  # of what, and it
         self.traced: Traced = untraced
         self.storage: Storage | None = None
         if settings.data_dir is not None:
@@ -119,7 +120,9 @@ class Service:
         """OpenAI's system_fingerprint: changes where the same seed may give another output."""
         config = self.keeper.info.config
         said = f"{config.model}|{config.dtype}|{config.quantization}|{config.kv_cache_dtype}"
-        return "er_" + hashlib.sha256(said.encode()).hexdigest()[:12]
+        if said != self._fingerprint[0]:
+            self._fingerprint = said, "er_" + hashlib.sha256(said.encode()).hexdigest()[:12]
+        return self._fingerprint[1]
 
     @property
     def status(self) -> str:

@@ -137,17 +137,20 @@ class EventStream:
             await self._events.aclose()
 
     async def _send(self, scope: Scope, send: Send) -> None:
+        last = b""
         try:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
             if self._source is not None:  # ours offers a connection: connection.py
                 offered = scope.get("extensions", {}).get(PIPE, {})
                 self._source.connection = offered.get(CONNECTION, NOWHERE)
             async for part in self._events:
+                if part is DONE:  # nothing follows: it goes with the body's end
+                    last = part
+                    continue
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as error:
             last = self._failure(error)
-            await send({"type": "http.response.body", "body": last, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:

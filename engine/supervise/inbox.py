@@ -59,9 +59,8 @@ class Inbox:
         """Hand one message to whom it is for."""
         match message:
             case wire.Growths(growths=growths):
-                for growth in growths:
-                    if not self.sinks.grow(growth):
-                        self._mute(growth.request_id)
+                for request_id in self.sinks.grow(growths):
+                    self._mute(request_id)
             case wire.Output():
                 self._output(message)
             case wire.Refused():

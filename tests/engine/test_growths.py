@@ -228,6 +228,8 @@ def test_so_far_counts_what_was_pushed() -> None:
 
             def push(growth: Growth) -> bool:
                 pushed.append(growth.text)
+                shown = stream.so_far()  # may be asked from here
+                assert shown is not None and shown.outputs[0].text.endswith(growth.text)
                 return True
 
             stream = llm.generate("hello", LONG, push=push)

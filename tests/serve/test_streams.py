@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import socket
 import time
@@ -10,10 +11,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from engineroom.engine.core.parameter import ParameterError
+from engineroom.engine.core.sampling_params import SamplingParams
+from engineroom.engine.serve import schema
 from engineroom.engine.serve.app import make_app
 from engineroom.engine.serve.connection import BodyWriter
+from engineroom.engine.serve.requests import completion_params
+from engineroom.engine.serve.sse import DONE
 
 from .conftest import Running
 from .http import chat, completion, post, streaming
@@ -144,7 +151,24 @@ def test_a_server_that_offers_no_connection_gets_the_same_parts(
     data = b"".join(m.get("body", b"") for m in sent).decode()
     parts = [json.loads(p.removeprefix("data: ")) for p in data.split("\n\n")[:-2]]
     assert text(parts) == text(events)
+    assert sent[-1] == {"type": "http.response.body", "body": DONE, "more_body": False}
     assert not written
+
+
+def test_parameters_that_are_asked_for_again_are_not_checked_again() -> None:
+    def asked(**fields: Any) -> SamplingParams:
+        body = completion(stop=["a", "b"], logit_bias={"7": 1.5}, **fields)
+        request = msgspec.json.decode(json.dumps(body), type=schema.CompletionRequest)
+        return completion_params(request)
+
+    first = asked(max_tokens=3)
+    assert asked(max_tokens=3) is first
+    assert asked(max_tokens=4) == dataclasses.replace(first, max_tokens=4)
+    given = {"stop": ["a", "b"], "logit_bias": {7: 1.5}, "max_tokens": 3}
+    assert first == SamplingParams(**given)
+    for _ in range(2):
+        with pytest.raises(ParameterError):
+            asked(max_tokens=-3)
 
 
 def test_a_reader_who_stops_and_goes_on_gets_all_of_it_and_neighbours_wait_for_nobody(

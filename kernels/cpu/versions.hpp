@@ -1,13 +1,16 @@
 // For loops that run outside the units of isa/: copies per instruction set, chosen at load.
 #pragma once
 
-// One more copy of each function for AVX2, chosen by the dynamic loader from what the processor
-// reports, so that no machine meets an instruction it lacks. Needs glibc's indirect functions.
+// One more copy of each function for every instruction set named, chosen by the dynamic loader from
+// what the processor reports, so that no machine meets an instruction it lacks. Needs glibc's indirect
+// functions.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
     !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define ER_VERSIONS __attribute__((target_clones("avx2", "default")))
+#define ER_WIDE_VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define ER_VERSIONS
+#define ER_WIDE_VERSIONS
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)

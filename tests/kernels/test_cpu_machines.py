@@ -69,6 +69,7 @@ def unit_options(unit: str) -> list[str]:
 
 
 SOURCES, OPTIONS = cmake_set("SOURCES"), cmake_set("OPTIONS")
+SELFTEST = cmake_set("SELFTEST")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Compilation:
             return dict(zip(sources, pool.map(compiled, sources), strict=True))
 
     def program(self, *link: str) -> Path:
-        objects = self.objects([*self.units, *SOURCES, "selftest.cpp"])
+        objects = self.objects([*self.units, *SOURCES, *SELFTEST])
         name = "selftest-" + "".join(c for c in "".join(link) if c.isalnum())
         return self.linked(objects.values(), name, *link)
 
@@ -189,7 +190,7 @@ def x86_only() -> None:
 @pytest.mark.timeout(900)
 def test_here() -> None:
     units = units_here() if IS_X86 else ARM
-    objects = here([*units, *SOURCES, "selftest.cpp"]).values()
+    objects = here([*units, *SOURCES, *SELFTEST]).values()
     names = tables(run([str(Compilation("here", compiler_here()).linked(objects, "selftest"))]))
     assert names[-1] == "generic"
     assert set(names) <= {Path(unit).stem for unit in units}
@@ -204,7 +205,7 @@ def test_tile_registers_in_software() -> None:
     x86_only()
     more = ("-DENGINEROOM_AMX", "-DENGINEROOM_TILE_MODEL")
     model = Compilation("model", compiler_here(), more=more)
-    objects = {**here([*X86, *SOURCES, "selftest.cpp"]), **model.objects([AMX, "kernels.cpp"])}
+    objects = {**here([*X86, *SOURCES, *SELFTEST]), **model.objects([AMX, "kernels.cpp"])}
     program = model.linked(objects.values(), "selftest")
     first, *lines = run([str(program), "tiles", "numbers", "linear"]).splitlines()
     if "avx512" not in first.split():

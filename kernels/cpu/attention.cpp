@@ -19,6 +19,7 @@ namespace engineroom {
 namespace {
 
 constexpr int kItemRows = 24;  // query rows of an item: what a register tile takes in four rounds
+constexpr int kTurn = 8;  // items of a head before the next head's
 constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
 constexpr float kUnit = 0x1.715476p+0f;  // 1 / log 2: the unit of scores (isa/attend.inl)
@@ -37,35 +38,44 @@ int group_of(const Attention &attention) {
 int item_tokens(const Attention &attention) { return std::max(1, kItemRows / group_of(attention)); }
 int item_rows(const Attention &attention) { return item_tokens(attention) * group_of(attention); }
 
-// Calls action(item) for every item of the step.
+// The item of that many tokens of sequence s from t on.
+Item item_at(const Attention &attention, const StepView &step, int s, int head, int t, int tokens) {
+    Item item = {};
+    item.sequence = s;
+    item.kv_head = head;
+    item.first_token = t;
+    item.num_tokens = tokens;
+    int first = std::numeric_limits<int>::max(), last = -1;
+    for (int i = t; i < t + item.num_tokens; ++i) {
+        if (step.slot[i] < 0) continue;
+        const int p = step.positions[i];
+        first = std::min(first, attention.window > 0
+                                    ? std::max(0, p - attention.window + 1)
+                                    : 0);
+        last = std::max(last, std::min(p, step.seq_len[s] - 1));
+    }
+    if (first > last) first = last = 0;  // padding: one split, of which it sees nothing
+    item.split0 = first / kSplit;
+    item.split1 = last / kSplit + 1;
+    // Keys and values are read once, and multiplied once a row.
+    item.cost = static_cast<std::int64_t>(last / kTileKeys - first / kTileKeys + 1) *
+                (8 + item.num_tokens * group_of(attention));
+    return item;
+}
+
+// Calls action(item) for every item of the step. Of a prompt the heads take turns at a few items each,
+// so that a thread's range is all heads of a range of tokens: most of whose q and results are those that
+// it makes and reads itself in the layers around (linear.cpp), while a head's keys stay in its cache.
 template <class Action>
 void for_each_item(const Attention &attention, const StepView &step, Action &&action) {
-    const int at_once = item_tokens(attention);
-    for (int s = 0; s < step.num_sequences; ++s)
-        for (int head = 0; head < attention.cache.num_kv_heads; ++head)
-            for (int t = step.query_start[s]; t < step.query_start[s + 1]; t += at_once) {
-                Item item = {};
-                item.sequence = s;
-                item.kv_head = head;
-                item.first_token = t;
-                item.num_tokens = std::min(at_once, step.query_start[s + 1] - t);
-                int first = std::numeric_limits<int>::max(), last = -1;
-                for (int i = t; i < t + item.num_tokens; ++i) {
-                    if (step.slot[i] < 0) continue;
-                    const int p = step.positions[i];
-                    first = std::min(first, attention.window > 0
-                                                ? std::max(0, p - attention.window + 1)
-                                                : 0);
-                    last = std::max(last, std::min(p, step.seq_len[s] - 1));
-                }
-                if (first > last) first = last = 0;  // padding: one split, of which it sees nothing
-                item.split0 = first / kSplit;
-                item.split1 = last / kSplit + 1;
-                // Keys and values are read once, and multiplied once a row.
-                item.cost = static_cast<std::int64_t>(last / kTileKeys - first / kTileKeys + 1) *
-                            (8 + item.num_tokens * group_of(attention));
-                action(item);
-            }
+    const int at_once = item_tokens(attention), turn = kTurn * at_once;
+    for (int s = 0; s < step.num_sequences; ++s) {
+        const int end = step.query_start[s + 1];
+        for (int from = step.query_start[s]; from < end; from += turn)
+            for (int head = 0; head < attention.cache.num_kv_heads; ++head)
+                for (int t = from; t < std::min(from + turn, end); t += at_once)
+                    action(item_at(attention, step, s, head, t, std::min(at_once, end - t)));
+    }
 }
 
 // How the items' cost, end to end, is cut into equal shares.
@@ -209,20 +219,22 @@ struct Runner {
     }
 
     void finish(const Item &item, const Partials &result) const {
-        for (int row = 0; row < result.rows; ++row) {
-            const int head = item.kv_head * group + row % group;
-            float *to = out + (item.first_token + row / group) * out_stride +
-                        static_cast<std::ptrdiff_t>(head) * dim;
-            float sum = result.sum[row];
-            if (attention.sinks != nullptr && sum != 0)
-                sum += exp2_of(attention.sinks[head] * kUnit - result.maximum[row]);
-            if (sum == 0) {
-                std::fill(to, to + dim, 0.0f);
-            } else {
-                const float *acc = result.acc + static_cast<std::ptrdiff_t>(row) * dim;
-                kernels.scale(acc, 1.0f / sum, to, dim);
-                kernels.round(to, dim, attention.dtype);
+        for (int token = 0, row = 0; token < item.num_tokens; ++token) {
+            const int first = item.kv_head * group;
+            float *to = out + (item.first_token + token) * out_stride +
+                        static_cast<std::ptrdiff_t>(first) * dim;
+            for (int head = first; head < first + group; ++head, ++row, to += dim) {
+                float sum = result.sum[row];
+                if (attention.sinks != nullptr && sum != 0)
+                    sum += exp2_of(attention.sinks[head] * kUnit - result.maximum[row]);
+                if (sum == 0) {
+                    std::fill(to, to + dim, 0.0f);
+                } else {
+                    const float *acc = result.acc + static_cast<std::ptrdiff_t>(row) * dim;
+                    kernels.scale(acc, 1.0f / sum, to, dim);
+                }
             }
+            kernels.round(to - group * dim, group * dim, attention.dtype);
         }
     }
 

@@ -17,6 +17,12 @@ namespace ER_ISA {
 struct Span {
     int from, to;
     bool empty() const { return to <= from; }
+    // What either sees.
+    Span with(Span other) const {
+        if (empty()) return other;
+        if (other.empty()) return *this;
+        return {from < other.from ? from : other.from, to > other.to ? to : other.to};
+    }
     int first_tile() const { return from / kTileKeys; }
     int end_tile() const { return (to + kTileKeys - 1) / kTileKeys; }
 };
@@ -32,19 +38,6 @@ static Span visible(const AttentionRows &rows, int token, int split) {
     return span;
 }
 
-// What all of the rows' tokens first .. last see together.
-static Span visible_to_any(const AttentionRows &rows, int first, int last, int split) {
-    Span all = {0, 0};
-    for (int token = first; token <= last; ++token) {
-        const Span span = visible(rows, token, split);
-        if (span.empty()) continue;
-        if (all.empty()) all = span;
-        all.from = span.from < all.from ? span.from : all.from;
-        all.to = span.to > all.to ? span.to : all.to;
-    }
-    return all;
-}
-
 // Blocks of at most kAttendRows rows, as even as can be.
 struct RowBlocks {
     int rows, count;
@@ -52,100 +45,10 @@ struct RowBlocks {
     int start(int block) const { return rows * block / count; }
 };
 
-// One sequence's keys (or kValues: values) under one kv head, as tiles of 16 slots. Of keys a tile is
-// [row / kStep][16][kStep], of values [16 / kStep][row][kStep]: kernels.hpp says which caches hold
-// tiles; slots of the others are gathered.
-template <class Cache, bool kValues>
-struct Tiles {
-    using Element = typename Cache::Element;
-    using Scale = typename Cache::Scale;
-    const KVCacheView &cache;
-    const AttentionRows &rows;
-    const Dtype dtype;
-    const int row;     // elements of a slot; of a tile's, where they are keys, a multiple of kStep
-    const int scales;  // of a slot
-    Element *gathered;
-    Scale *gathered_scales;
-    const Element *tile[kSplitTiles];
-    const Scale *scale[kSplitTiles];
-
-    // `groups` of a slot: kv_groups.
-    Tiles(const KVCacheView &c, const AttentionRows &r, int groups)
-        : cache(c),
-          rows(r),
-          dtype(kValues ? c.value_dtype : c.key_dtype),
-          row(kValues ? kv_row(dtype, c.head_dim)
-                      : (kv_row(dtype, c.head_dim) + Cache::kStep - 1) / Cache::kStep * Cache::kStep),
-          scales(Cache::kGroups ? 2 * groups : Cache::kDigits ? 1 : 0) {}
-
-    // Where tiles are gathered: returns the end.
-    std::uint8_t *take(std::uint8_t *at) {
-        gathered = reinterpret_cast<Element *>(at);
-        gathered_scales = reinterpret_cast<Scale *>(gathered + kSplit * row);
-        return reinterpret_cast<std::uint8_t *>(gathered_scales + kSplit * scales);
-    }
-
-    bool is_tiled() const { return cache.is_tiled(dtype); }
-    // Scales from a group's first of a tile to the next group's.
-    std::ptrdiff_t apart() const { return is_tiled() ? cache.block_size : kTileKeys; }
-    std::uint8_t *elements(std::int32_t block, int head) const {
-        return kValues ? cache.values(block, head) : cache.keys(block, head);
-    }
-    // The tile from `position` on, of a cache that holds tiles.
-    const Element *held(const std::int32_t *blocks, int head, int position) const {
-        return reinterpret_cast<const Element *>(
-                   elements(blocks[position / cache.block_size], head)) +
-               static_cast<std::ptrdiff_t>(position % cache.block_size) * row;
-    }
-    // Where key i of a tile has its element e.
-    int place(int i, int e) const {
-        constexpr int kStep = Cache::kStep;
-        return kValues ? (i / kStep * row + e) * kStep + place_in_step<Cache>(i % kStep)
-                       : e / kStep * kTileKeys * kStep + i * kStep + e % kStep;
-    }
-
-    // Points `tile` and `scale` at tile t, which begins at `position`; `soon`: it is not in a cache.
-    void find(int t, int position, bool soon) {
-        if (!is_tiled()) return gather(t, position);
-        tile[t] = held(rows.blocks, rows.kv_head, position);
-        if (scales == 0) return;
-        const std::int32_t block = rows.blocks[position / cache.block_size];
-        scale[t] = reinterpret_cast<const Scale *>(
-                       cache.scales(elements(block, rows.kv_head), dtype)) +
-                   position % cache.block_size;
-        for (int i = 0; soon && i < scales; ++i) prefetch(scale[t] + i * apart());
-    }
-
-    void gather(int t, int position) {
-        Element *to = gathered + t * kTileKeys * row;
-        Scale *scale_to = gathered_scales + t * kTileKeys * scales;
-        tile[t] = to;
-        scale[t] = scale_to;
-        const int there = kv_row(dtype, cache.head_dim);
-        for (int i = 0; i < kTileKeys; ++i, ++position) {
-            if (position >= rows.seq_len) {
-                for (int e = 0; e < row; ++e) to[place(i, e)] = 0;
-                for (int j = 0; j < scales; ++j) scale_to[j * kTileKeys + i] = 0;
-                continue;
-            }
-            const int at = position % cache.block_size;
-            std::uint8_t *block = elements(rows.blocks[position / cache.block_size], rows.kv_head);
-            const Element *from = reinterpret_cast<const Element *>(block) +
-                                  static_cast<std::ptrdiff_t>(at) * there;
-            for (int e = 0; e < row; ++e) to[place(i, e)] = e < there ? from[e] : Element(0);
-            for (int j = 0; j < scales; ++j)
-                __builtin_memcpy(scale_to + j * kTileKeys + i,
-                                 cache.scales(block, dtype) +
-                                     sizeof(Scale) * static_cast<std::size_t>(j * cache.block_size + at),
-                                 sizeof(Scale));
-        }
-    }
-};
-
 // A call's scratch, by row: scores [rows][256], weights [rows][256] (where Operand is float these
 // take the scores' place; digits [rows][2][256], of groups [rows][kGroupsAtOnce][256]), q [rows]
-// [head_dim] (digits [rows][2][16 n], of groups [rows][32 n]); the starts, scales and sums of these;
-// then the gathered keys and values of a split, and their scales.
+// [head_dim] (digits [rows][2][16 n], of groups [rows][32 n]); the rows' spans; the starts, scales and
+// sums of these; then the gathered keys and values of a split, and their scales.
 template <class Keys, class Values>
 struct Attend {
     using Operand = typename Values::Operand;
@@ -161,6 +64,7 @@ struct Attend {
     typename Keys::Operand *q;
     float *scores;
     Operand *weights;
+    Span *spans, *block_spans;  // of the split in use, by row and by block
     Digits q_digits, weight_digits;
     Grouped q_grouped, weight_grouped;
     // To ask for while the keys and then the values of the split's tiles in use are read.
@@ -187,6 +91,8 @@ struct Attend {
         q = reinterpret_cast<typename Keys::Operand *>(
             take(Keys::kGroups ? static_cast<std::size_t>(groups) * kKVGroup * 2
                                : static_cast<std::size_t>(vectors) * 64));
+        spans = reinterpret_cast<Span *>(take(sizeof(Span)));
+        block_spans = reinterpret_cast<Span *>(take(sizeof(Span)));
         const auto digits = [&](std::int8_t *at, int stride) {
             std::int32_t *start = reinterpret_cast<std::int32_t *>(take(8));
             return Digits{at, stride, start, reinterpret_cast<float *>(take(4))};
@@ -209,35 +115,36 @@ struct Attend {
     bool waits() const { return rows.num_tokens == 1 || count <= kPrefetchRows; }
 
     void prepare_q() {
-        for (int row = 0; row < count; ++row) {
-            const float *from = rows.q + rows.q_stride * (row / rows.group) +
-                                static_cast<std::ptrdiff_t>(row % rows.group) * dim;
-            if constexpr (Keys::kDigits) {
-                const Digits to = q_digits.from(row);
-                const F infinity = f_set(__builtin_inff());
-                F most = f_zero(), high = f_zero(), low = f_zero();
-                for (int d = 0; d < dim; d += 16)
-                    most = f_max(f_min(f_abs(load_dims(from, d)), infinity), most);
-                const float by = digits_factor(f_max_all(most), to.scale);
-                for (int d = 0; d < dim; d += 16)
-                    store_digits(load_dims(from, d), by, to.digits + d, to.stride, &high, &low);
-                store_start(to.start, high, low);
-            } else if constexpr (Keys::kGroups) {
-                const Grouped to = q_grouped.from(row);
-                for (int g = 0; g < groups; ++g) {
-                    std::uint16_t x[kKVGroup];
-                    f_store_bf16(x, load_dims(from, g * kKVGroup));
-                    f_store_bf16(x + 16, load_dims(from, g * kKVGroup + 16));
-                    to.sums[g] = f_sum(f_add(f_load_bf16(x), f_load_bf16(x + 16)));
-                    for (int i = 0; i < kKVGroup; ++i)
-                        to.numbers[g * kKVGroup + i] = x[Keys::dim_at(i)];
-                }
-            } else {
-                typename Keys::Operand *to = q + static_cast<std::ptrdiff_t>(row) * dim;
-                int d = 0;
-                for (; d + 16 <= dim; d += 16) Keys::operand(to + d, f_load(from + d));
-                if (d < dim) Keys::operand_n(to + d, f_load_n(from + d, dim - d), dim - d);
+        for (int token = 0, row = 0; token < rows.num_tokens; ++token)
+            for (int i = 0; i < rows.group; ++i)
+                prepare_row(row++, rows.q + rows.q_stride * token + static_cast<std::ptrdiff_t>(i) * dim);
+    }
+    void prepare_row(int row, const float *from) {
+        if constexpr (Keys::kDigits) {
+            const Digits to = q_digits.from(row);
+            const F infinity = f_set(__builtin_inff());
+            F most = f_zero(), high = f_zero(), low = f_zero();
+            for (int d = 0; d < dim; d += 16)
+                most = f_max(f_min(f_abs(load_dims(from, d)), infinity), most);
+            const float by = digits_factor(f_max_all(most), to.scale);
+            for (int d = 0; d < dim; d += 16)
+                store_digits(load_dims(from, d), by, to.digits + d, to.stride, &high, &low);
+            store_start(to.start, high, low);
+        } else if constexpr (Keys::kGroups) {
+            const Grouped to = q_grouped.from(row);
+            for (int g = 0; g < groups; ++g) {
+                std::uint16_t x[kKVGroup];
+                f_store_bf16(x, load_dims(from, g * kKVGroup));
+                f_store_bf16(x + 16, load_dims(from, g * kKVGroup + 16));
+                to.sums[g] = f_sum(f_add(f_load_bf16(x), f_load_bf16(x + 16)));
+                for (int i = 0; i < kKVGroup; ++i)
+                    to.numbers[g * kKVGroup + i] = x[Keys::dim_at(i)];
             }
+        } else {
+            typename Keys::Operand *to = q + static_cast<std::ptrdiff_t>(row) * dim;
+            int d = 0;
+            for (; d + 16 <= dim; d += 16) Keys::operand(to + d, f_load(from + d));
+            if (d < dim) Keys::operand_n(to + d, f_load_n(from + d, dim - d), dim - d);
         }
     }
     F load_dims(const float *from, int d) const {
@@ -245,13 +152,20 @@ struct Attend {
         return n > 0 ? f_load_n(from + d, n < 16 ? n : 16) : f_zero();
     }
 
-    // Points at the tiles first .. end-1 of a split.
-    void find_tiles(int split, int first, int end) {
-        for (int t = first; t < end; ++t) {
-            const int position = split * kSplit + t * kTileKeys;
-            keys.find(t, position, waits());
-            values.find(t, position, waits());
+    // Fills the spans; what all rows see together.
+    Span find_spans(const RowBlocks &blocks, int split) {
+        Span *row = spans, all = {0, 0};
+        for (int token = 0; token < rows.num_tokens; ++token) {
+            const Span span = visible(rows, token, split);
+            for (int i = 0; i < rows.group; ++i) *row++ = span;
         }
+        for (int b = 0; b < blocks.count; ++b) {
+            Span span = {0, 0};
+            for (int i = blocks.start(b); i < blocks.start(b + 1); ++i) span = span.with(spans[i]);
+            block_spans[b] = span;
+            all = all.with(span);
+        }
+        return all;
     }
 
     // Fills `ahead`. After the split comes the next one of this call, or what the caller reads next.
@@ -270,62 +184,87 @@ struct Attend {
             } else if (j < 2 * n) {
                 tile = values.tile[first + j - n];
             } else if (keys.is_tiled() && at < length) {
-                tile = keys.held(blocks, head, at);
+                tile = keys.held(blocks[at / keys.cache.block_size], head, at % keys.cache.block_size);
             }
             ahead[i] = static_cast<const std::uint8_t *>(tile);
         }
     }
 
-    // Turns the scores of rows row .. row+n-1, tiles first .. end-1, into weights, with zeros where
-    // a row sees no key.
-    void softmax(int split, int row, int n, int first, int end, float *maximum, float *total) {
+    // Turns the scores of the block's rows, tiles first .. end-1, into weights, with zeros where a row
+    // sees no key.
+    template <int N>
+    void softmax(int row, int first, int end, float *maximum, float *total) {
         const F hidden = f_set(-__builtin_inff());
         const bool as_they_are = rows.softcap <= 0 && rows.scale > 0;
         const float unit = 0x1.715476p+0f;  // 1 / log 2
         const float factor = as_they_are ? rows.scale * unit : unit;
-        float bases[kAttendRows];
-        // The maxima first: a sum over lanes takes long, but several run side by side. All rows go over
-        // the same tiles, so that the processor foresees where their loops end.
-        for (int i = 0; i < n; ++i) {
-            float *score = scores + (row + i) * kSplit;
-            const Span span = visible(rows, (row + i) / rows.group, split);
-            if (!as_they_are && !span.empty()) cap(score, span);
-            hide(score, span, first, end);
-            F most[4] = {hidden, hidden, hidden, hidden};
-            in_pieces<4>(end - first, 1, [&](int t, auto tiles) {
-#pragma GCC unroll 4
-                for (int j = 0; j < tiles.value; ++j)
-                    most[j] = f_max(f_load(score + (first + t + j) * kTileKeys), most[j]);
-            });
-            float &max = maximum[row + i];
-            max = f_max_all(f_max(f_max(most[0], most[1]), f_max(most[2], most[3]))) * factor;
-            // NaN scores alone leave the maximum at -inf, which is to mean that no key is seen.
-            if (!span.empty() && !(max > -__builtin_inff())) max = __builtin_nanf("");
-            bases[i] = span.empty() ? 0.0f : max;
+        float *score = scores + row * kSplit;
+        bool sees[N];
+        for (int i = 0; i < N; ++i) {
+            const Span span = spans[row + i];
+            sees[i] = !span.empty();
+            if (!as_they_are && sees[i]) cap(score + i * kSplit, span);
+            hide(score + i * kSplit, span, first, end);
         }
-        const F by = f_set(factor);
-        for (int i = 0; i < n; ++i) {
-            float *score = scores + (row + i) * kSplit + first * kTileKeys;
-            Operand *weight = weights + (row + i) * kSplit + first * kTileKeys;
-            const F base = f_set(bases[i]);
-            F sum = f_zero();
-            in_pieces<4>(end - first, 1, [&](int t, auto tiles) {
-                F p[tiles.value];
+        // Rows side by side, tile by tile: the latency of one is that of all, and one loop's end is
+        // all that the processor has to foresee.
+        F most[N];
+#pragma GCC unroll 6
+        for (int i = 0; i < N; ++i) most[i] = hidden;
+        for (int t = first; t < end; ++t)
+#pragma GCC unroll 6
+            for (int i = 0; i < N; ++i)
+                most[i] = f_max(f_load(score + i * kSplit + t * kTileKeys), most[i]);
+        float bases[N];
+#pragma GCC unroll 6
+        for (int i = 0; i < N; ++i) {
+            float &max = maximum[row + i];
+            max = f_max_all(most[i]) * factor;
+            // NaN scores alone leave the maximum at -inf, which is to mean that no key is seen.
+            if (sees[i] && !(max > -__builtin_inff())) max = __builtin_nanf("");
+            bases[i] = sees[i] ? max : 0.0f;
+        }
+        constexpr int kAtOnce = N % 3 == 0 ? 3 : N % 2 == 0 ? 2 : 1;
+        for (int i = 0; i < N; i += kAtOnce)
+            weigh_scores<kAtOnce>(row + i, first, end, f_set(factor), bases + i, total + row + i);
+    }
+
+    // The weights 2^(score * by - base) of N rows, and their sums.
+    template <int N>
+    void weigh_scores(int row, int first, int end, F by, const float *bases, float *total) {
+        float *score = scores + row * kSplit + first * kTileKeys;
+        Operand *weight = weights + row * kSplit + first * kTileKeys;
+        constexpr int kTiles = N >= 3 ? 1 : 4 / N;  // that many more to hide the latency
+        F base[N], sum[N];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            base[i] = f_set(bases[i]);
+            sum[i] = f_zero();
+        }
+        in_pieces<kTiles>(end - first, 1, [&](int t, auto tiles) {
+            F p[N * tiles.value];
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
                 for (int j = 0; j < tiles.value; ++j)
-                    p[j] = f_sub(f_mul(f_load(score + (t + j) * kTileKeys), by), base);
-                exp2_to_0(p);
+                    p[i * tiles.value + j] = f_sub(
+                        f_mul(f_load(score + i * kSplit + (t + j) * kTileKeys), by), base[i]);
+            exp2_to_0(p);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
                 for (int j = 0; j < tiles.value; ++j) {
-                    sum = f_add(sum, p[j]);
+                    const F x = p[i * tiles.value + j];
+                    const int at = i * kSplit + (t + j) * kTileKeys;
+                    sum[i] = f_add(sum[i], x);
                     if constexpr (kScaled)  // what is multiplied comes of these and the values' scales
-                        f_store(score + (t + j) * kTileKeys, p[j]);
+                        f_store(score + at, x);
                     else
-                        Values::weight(weight + (t + j) * kTileKeys, p[j]);
+                        Values::weight(weight + at, x);
                 }
-            });
-            total[row + i] = f_sum(sum);
-        }
+        });
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) total[i] = f_sum(sum[i]);
     }
 
     // -inf in the place of the scores of tiles first .. end-1 that are outside of the span.
@@ -445,13 +384,12 @@ struct Attend {
 
     // The values of tiles first .. end-1, weighted for N rows from `row` on.
     template <int N>
-    void weigh_rows(int split, int row, int first, int end, const std::uint8_t *const *next,
-                    float *to) const {
+    void weigh_rows(int row, int first, int end, const std::uint8_t *const *next, float *to) const {
         const typename Values::Element *const *tiles = values.tile + first;
         const int n = end - first;
         if constexpr (Values::kDigits) {
             for (int i = row; i < row + N; ++i)
-                take_digits(i, visible(rows, i / rows.group, split), first, end);
+                take_digits(i, spans[i], first, end);
             Digits weight = weight_digits.from(row);
             weight.digits += first * kTileKeys;
             weigh_tiles_digits<N>(tiles, next, n, dim, weight, to);
@@ -460,7 +398,7 @@ struct Attend {
             weight.numbers += first * kTileKeys;
             in_pieces<kGroupsAtOnce>(groups, 1, [&](int g, auto at_once) {
                 for (int i = row; i < row + N; ++i)
-                    take_grouped(i, visible(rows, i / rows.group, split), g, at_once.value, first, end);
+                    take_grouped(i, spans[i], g, at_once.value, first, end);
                 weigh_groups<N, at_once.value>(tiles, next, n, groups, g, dim, weight, to);
             });
         } else {
@@ -470,7 +408,8 @@ struct Attend {
 
     // `last`: of this call.
     void split(int index, bool last, float *maximum, float *total, float *acc) {
-        const Span all = visible_to_any(rows, 0, rows.num_tokens - 1, index);
+        const RowBlocks blocks(count);
+        const Span all = find_spans(blocks, index);
         if (all.empty()) {
             for (int row = 0; row < count; ++row) {
                 maximum[row] = -__builtin_inff();
@@ -481,15 +420,14 @@ struct Attend {
             return;
         }
         const int begin = all.first_tile(), stop = all.end_tile();
-        find_tiles(index, begin, stop);
+        keys.find(begin, stop, index * kSplit, waits());
+        values.find(begin, stop, index * kSplit, waits());
         if (waits()) look_ahead(index, last, begin, stop);
-        const RowBlocks blocks(count);
         // A few tiles of keys at a time, while they are in the nearest cache, for all rows.
         for (int tile = begin; tile < stop; tile += kAttendVectors)
             for (int b = 0; b < blocks.count; ++b) {
                 const int row = blocks.start(b), n = blocks.start(b + 1) - row;
-                const Span span = visible_to_any(rows, row / rows.group, (row + n - 1) / rows.group,
-                                                 index);
+                const Span span = block_spans[b];
                 if (span.empty()) continue;
                 const int first = tile > span.first_tile() ? tile : span.first_tile();
                 const int end = tile + kAttendVectors < span.end_tile() ? tile + kAttendVectors
@@ -503,13 +441,14 @@ struct Attend {
             }
         for (int b = 0; b < blocks.count; ++b) {
             const int row = blocks.start(b), n = blocks.start(b + 1) - row;
-            const Span span =
-                visible_to_any(rows, row / rows.group, (row + n - 1) / rows.group, index);
+            const Span span = block_spans[b];
             const int first = span.first_tile(), end = span.end_tile();
-            softmax(index, row, n, first, end, maximum, total);
+#define ER_SOFTMAX(N) softmax<N>(row, first, end, maximum, total)
+            ER_FOR_ROWS(n, ER_SOFTMAX)
+#undef ER_SOFTMAX
             float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
             const std::uint8_t *const *next = ahead + (stop - begin) + (first - begin);
-#define ER_WEIGH(N) weigh_rows<N>(index, row, first, end, next, to)
+#define ER_WEIGH(N) weigh_rows<N>(row, first, end, next, to)
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
         }
@@ -517,7 +456,7 @@ struct Attend {
             if (all_finite(acc, count * dim)) return;
             for (int row = 0; row < count; ++row) {
                 float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;
-                if (!all_finite(to, dim)) weigh_alone(row, visible(rows, row / rows.group, index), to);
+                if (!all_finite(to, dim)) weigh_alone(row, spans[row], to);
             }
         }
     }

@@ -6,6 +6,8 @@
 #include "../kernels.hpp"
 #include "rows.inl"
 #include "tile.inl"
+#include "attend_caches.inl"
+#include "attend_tiles.inl"
 #include "attend_products.inl"
 #include "attend.inl"
 #include "kv_write.inl"

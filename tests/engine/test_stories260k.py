@@ -54,8 +54,8 @@ def test_the_exact_story(form, device, forms, expected):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("cache, max_tokens", [("int8", 256), ("k8v4", 128), ("int4", 24)])
-def test_a_cache_of_integers_tells_the_same_story_on_either_backend(
+@pytest.mark.parametrize("cache, max_tokens", [("int8", 256), ("fp8", 256), ("k8v4", 128), ("int4", 24)])
+def test_a_cache_of_codes_tells_the_same_story_on_either_backend(
     cache, max_tokens, forms, expected
 ):
     """A last bit of a key may round to the next code: in time, to another word where it has 15, and

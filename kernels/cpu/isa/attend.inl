@@ -76,7 +76,7 @@ struct Tiles {
           dtype(kValues ? c.value_dtype : c.key_dtype),
           row(kValues ? kv_row(dtype, c.head_dim)
                       : (kv_row(dtype, c.head_dim) + Cache::kStep - 1) / Cache::kStep * Cache::kStep),
-          scales(Cache::kGroups ? 2 * groups : Cache::kDigits ? 1 : 0) {}
+          scales(Cache::kGroups ? 2 * groups : Cache::kScaled ? 1 : 0) {}
 
     // Where tiles are gathered: returns the end.
     std::uint8_t *take(std::uint8_t *at) {
@@ -150,7 +150,6 @@ template <class Keys, class Values>
 struct Attend {
     using Operand = typename Values::Operand;
     static constexpr bool kInPlace = sizeof(Operand) == sizeof(float);
-    static constexpr bool kScaled = Values::kDigits || Values::kGroups;
     static constexpr int kAhead = Keys::kAhead;  // tiles
 
     const KVCacheView &cache;
@@ -318,7 +317,7 @@ struct Attend {
 #pragma GCC unroll 4
                 for (int j = 0; j < tiles.value; ++j) {
                     sum = f_add(sum, p[j]);
-                    if constexpr (kScaled)  // what is multiplied comes of these and the values' scales
+                    if constexpr (Values::kScaled)  // what is multiplied comes of these and the values' scales
                         f_store(score + (t + j) * kTileKeys, p[j]);
                     else
                         Values::weight(weight + (t + j) * kTileKeys, p[j]);
@@ -407,6 +406,17 @@ struct Attend {
         }
     }
 
+    // The same of fp8: in bf16.
+    void take_scaled(int row, Span span, int first, int end) const {
+        const float *p = scores + row * kSplit;
+        Operand *to = weights + row * kSplit;
+        for (int t = first; t < end; ++t) {
+            const F x = f_mul(f_load(p + t * kTileKeys), Values::scales(values.scale[t]));
+            Values::weight(to + t * kTileKeys, f_keep(x, span.from - t * kTileKeys,
+                                                      span.to - t * kTileKeys, f_zero()));
+        }
+    }
+
     // Makes a row's result from a copy of its first and last tile of values without those that it
     // does not see. Takes the place of the gathered keys, whose use is over.
     void weigh_alone(int row, Span span, float *acc) {
@@ -440,6 +450,12 @@ struct Attend {
                                   q_grouped.from(row), to);
         } else {
             score_tiles<Keys, N>(tiles, next, n, dim, q + static_cast<std::ptrdiff_t>(row) * dim, to);
+            if constexpr (Keys::kScaled)
+                for (int t = 0; t < n; ++t)
+                    for (int i = 0; i < N; ++i) {
+                        float *score = to + i * kSplit + t * kTileKeys;
+                        f_store(score, f_mul(f_load(score), Keys::scales(keys.scale[first + t])));
+                    }
         }
     }
 
@@ -464,6 +480,9 @@ struct Attend {
                 weigh_groups<N, at_once.value>(tiles, next, n, groups, g, dim, weight, to);
             });
         } else {
+            if constexpr (Values::kScaled)
+                for (int i = row; i < row + N; ++i)
+                    take_scaled(i, visible(rows, i / rows.group, split), first, end);
             weigh_tiles<Values, N>(tiles, next, n, dim, weights + row * kSplit + first * kTileKeys, to);
         }
     }
@@ -513,7 +532,7 @@ struct Attend {
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
         }
-        if constexpr (!kScaled) {  // a weight of 0 times any code is 0
+        if constexpr (!Values::kScaled) {  // a weight of 0 times any code is 0
             if (all_finite(acc, count * dim)) return;
             for (int row = 0; row < count; ++row) {
                 float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;

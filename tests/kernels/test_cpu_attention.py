@@ -12,7 +12,7 @@ keys of bfloat16 and int4). What is left, with values v of a row's keys:
   of its largest element moves a score, and so a weight, by less.
 * int4: weights in 8 bits again, of up to 15 scales above an offset, which is twice max|v| at most:
   q is rounded as for bfloat16. k8v4: int8's scores with int4's values.
-* fp8: codes are numbers of bfloat16, q is rounded as for bfloat16, and the weights times the values'
+* fp8: codes are numbers of bfloat16; q is rounded as for bfloat16, the weights times the values'
   scales to 8 bits: a relative 2^-8 at most, which a row's only key has too (1 times a scale).
 """
 
@@ -406,7 +406,6 @@ def rows_of_fp8(halves: np.ndarray, part: int, block_size: int, row: int) -> np.
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("block_size, dim", [(16, 20), (32, 128), (5, 20), (16, 18)])
 def test_an_fp8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim: int) -> None:
-    """Bytes and scales of the specification in numpy and, where torch is there, of the reference's."""
     n = 200
     rng = np.random.default_rng(5)
     k, v = (rng.standard_normal((n, 2 * dim)).astype(np.float32) for _ in "kv")
@@ -464,7 +463,7 @@ def test_every_code_of_fp8_is_read_as_its_number(unit: str) -> None:
     for row in rows:
         tokens = Tokens(row[None].copy(), row[None].copy(), row[None].copy())
         np.testing.assert_array_equal(whole(shape, [tokens])[0][0], row)
-        # A key is that row, q picks one dim of it: beside a key of zeros the score tells the number.
+        # A key is that row and q picks one dim of it: beside a key of zeros the score tells it.
         values = np.zeros((2, 64), np.float32)
         values[0, :] = 448.0
         k = np.stack([row, np.zeros(64, np.float32)])

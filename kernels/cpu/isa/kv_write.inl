@@ -11,7 +11,7 @@ ER_INLINE void scatter(const Element *from, int n, Element *to, std::ptrdiff_t s
         for (int i = 0; i < kStep && d + i < n; ++i) to[i * next] = from[d + i];
 }
 
-// One head's `dim` numbers x, rounded, scattered; what else a cache of integers keeps of the slot:
+// One head's `dim` numbers x, rounded, scattered; what else a cache of codes keeps of the slot:
 // its first scale is at `scale_at`, with `slots` of them to a group.
 template <class Cache>
 static void write_head(const float *x, int dim, typename Cache::Element *to, std::ptrdiff_t stride,

@@ -73,7 +73,7 @@ ENGINE_HELP = {
     "on the GPU one scale per token), fp8 (GPU), or float32, the activations themselves",
     "kv_cache_dtype": "of the KV cache: auto (the backend's choice), float32, bfloat16, float16, "
     "int8 or fp8 (one fp32 scale per token and kv head, about half of bfloat16's bytes; int8 is "
-    "the more accurate, and the CPU has no fp8), int4 (a scale and an offset per 32 values, 5 "
+    "the more accurate), int4 (a scale and an offset per 32 values, 5 "
     "bits a value), or k8v4 (keys of int8, values of int4)",
     "max_model_len": "context length in tokens; None is the model's own, or what fits",
     "max_num_seqs": "requests that run at once",

@@ -144,16 +144,7 @@ class CpuBackend:
     # ----------------------------------------------------------------------------------- cache
 
     def allocate_kv(self, spec: KVSpec, num_blocks: int) -> CpuCache:
-        """A zeroed cache of num_blocks; pages are taken as they are written.
-
-        Errors: BackendUnavailable for an fp8 cache.
-        """
-        if spec.dtype == "fp8":
-            raise BackendUnavailable(
-                "kv_cache_dtype='fp8': the CPU backend has no fp8 KV cache; use 'int8', which "
-                f"takes the same {spec.bytes_per_token:,} bytes a token and is more accurate, or "
-                "device='cuda'"
-            )
+        """A zeroed cache of num_blocks; pages are taken as they are written."""
         native = _native.KVCache(
             *spec.parts,
             spec.num_layers,

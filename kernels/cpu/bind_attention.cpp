@@ -47,7 +47,10 @@ Dtype dtype_of(const std::string &name) {
 }
 
 Dtype cache_dtype_of(const std::string &name) {
-    return name == "int8" ? Dtype::kInt8 : name == "int4" ? Dtype::kInt4 : dtype_of(name);
+    return name == "int8"   ? Dtype::kInt8
+           : name == "int4" ? Dtype::kInt4
+           : name == "fp8"  ? Dtype::kFp8
+                            : dtype_of(name);
 }
 
 void rows_test(const std::string &unit, const std::string &op, In x, In y, Out out, float a,

@@ -209,7 +209,7 @@ struct Int8Row {
 
 // ------------------------------------------------------------------------------- activations' dtype
 
-enum class Dtype : std::uint8_t { kF32, kBF16, kF16, kInt8, kInt4 };  // integers: of a cache alone
+enum class Dtype : std::uint8_t { kF32, kBF16, kF16, kInt8, kInt4, kFp8 };  // codes: of a cache alone
 
 // ------------------------------------------------------------------------- ends of products
 
@@ -255,22 +255,24 @@ constexpr int kv_row(Dtype dtype, int head_dim) {
 }
 
 // Bytes of one block's keys, or values, of one kv head: block_size rows of elements; behind those of
-// kInt8 one fp32 scale a slot; behind those of kInt4 the bf16 scales [groups][slots] and then the
+// kInt8 and kFp8 one fp32 scale a slot; behind those of kInt4 the bf16 scales [groups][slots] and then the
 // offsets, as many.
 constexpr std::size_t kv_bytes(Dtype dtype, int block_size, int head_dim) {
     const std::size_t row = static_cast<std::size_t>(kv_row(dtype, head_dim));
     const std::size_t groups = static_cast<std::size_t>(kv_groups(head_dim));
-    return static_cast<std::size_t>(block_size) * (dtype == Dtype::kInt4   ? row + 4 * groups
-                                                   : dtype == Dtype::kInt8 ? row + 4
-                                                   : dtype == Dtype::kF32  ? 4 * row
-                                                                           : 2 * row);
+    const bool has_bytes = dtype == Dtype::kInt8 || dtype == Dtype::kFp8;
+    return static_cast<std::size_t>(block_size) * (dtype == Dtype::kInt4  ? row + 4 * groups
+                                                   : has_bytes            ? row + 4
+                                                   : dtype == Dtype::kF32 ? 4 * row
+                                                                          : 2 * row);
 }
 
 // One layer's cache. A block of one kv head is contiguous: its keys, then its values, each of its own
-// dtype. Where they are tiled, with s = 2 elements of kBF16, 4 of kInt8 and kInt4, else 1:
+// dtype. Where they are tiled, with s = 2 elements of kBF16 and kFp8, 4 of kInt8 and kInt4, else 1:
 //   keys    [slots/16][row/s][16][s]
 //   values  [slots/s][row][s]
-// else [slots][row]. An element of kInt8 is a byte q + 128, its value scale * q. Byte i of 16 of kInt4
+// else [slots][row]. An element of kInt8 is a byte q + 128, its value scale * q; one of
+// kFp8 a number of E4M3, which the scale multiplies. Byte i of 16 of kInt4
 // has the codes of dims i (its low half) and i + 16 of a group of 32, a value being
 // scale * code + offset; of the four slots together in its values the second and third are exchanged.
 struct KVCacheView {

@@ -11,6 +11,8 @@
 #include "pool.hpp"
 #include "versions.hpp"
 
+#include "e4m3.hpp"
+
 namespace engineroom {
 namespace {
 
@@ -168,27 +170,16 @@ void int4_row(const float *x, int columns, std::uint8_t *out, float *scratch) {
 
 // ------------------------------------------------------------------------------------- floats
 
-// The nearest float of 4 bits of exponent and 3 of significand, ties to even; |x| is at most 448.
-ER_INLINE std::uint8_t e4m3_of(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const std::uint32_t sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
-    const std::uint32_t normal = ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
-    const float tiny = (std::fabs(x) * 0x1p9f + kMagic) - kMagic;  // of the least: 2^-9
-    const std::uint32_t code = size < (121u << 23) ? static_cast<std::uint32_t>(tiny) : normal;
-    return static_cast<std::uint8_t>(sign | code);
-}
-
 ER_VERSIONS void fp8_values(const float *ER_RESTRICT x, int columns, float scale,
                             std::uint8_t *ER_RESTRICT out) {
     for (int k = 0; k < columns; ++k) {
-        const float y = x[k] / scale, above = y < -448.0f ? -448.0f : y;
-        out[k] = e4m3_of(above > 448.0f ? 448.0f : above);
+        const float y = x[k] / scale, above = y < -kE4M3Most ? -kE4M3Most : y;
+        out[k] = e4m3_of(above > kE4M3Most ? kE4M3Most : above);
     }
 }
 
 void fp8_row(const float *x, int columns, std::uint8_t *out, float *) {
-    const float scale = largest(x, columns) / 448.0f;
+    const float scale = largest(x, columns) / kE4M3Most;
     if (scale < kTiny) {
         std::memset(out, 0, 4 + static_cast<std::size_t>(columns));
         return;

@@ -45,7 +45,8 @@ class Cache {
         const bool high = int4 && d % 32 >= 16;
         if (int4) d = 16 * group + d % 16;
         std::size_t at = static_cast<std::size_t>(s) * dim + d;
-        const int step = dtype == Dtype::kBF16 ? 2 : dtype == Dtype::kInt8 || int4 ? 4 : 1;
+        const bool pairs = dtype == Dtype::kBF16 || dtype == Dtype::kFp8;
+        const int step = pairs ? 2 : dtype == Dtype::kInt8 || int4 ? 4 : 1;
         const int exchanged[] = {0, 2, 1, 3};
         if (view.is_tiled(dtype) && is_value)
             at = (static_cast<std::size_t>(s / step) * dim + d) * step +
@@ -67,6 +68,11 @@ class Cache {
             float scale;
             std::memcpy(&scale, view.scales(from, dtype) + 4 * s, 4);
             return scale * static_cast<float>(from[at] - 128);
+        }
+        if (dtype == Dtype::kFp8) {
+            float scale;
+            std::memcpy(&scale, view.scales(from, dtype) + 4 * s, 4);
+            return scale * e4m3_value(from[at]);
         }
         if (dtype == Dtype::kF32) {
             float x;
@@ -101,6 +107,17 @@ void round_head(float *x, int dim, Dtype dtype) {
     }
     float most = 0;
     for (int d = 0; d < dim; ++d) most = std::max(most, std::fabs(x[d]));
+    if (dtype == Dtype::kFp8) {
+        for (int d = 0; d < dim; ++d) {  // 4 bits of significand, steps of 2^-9 at least
+            const float scaled = x[d] * (448 / most);
+            int exponent;
+            std::frexp(scaled, &exponent);
+            const int last = std::max(exponent - 4, -9);
+            x[d] = most / 448 *
+                   static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(scaled, -last)), last));
+        }
+        return;
+    }
     for (int d = 0; d < dim; ++d)
         x[d] = dtype == Dtype::kInt8 ? most / 127 * std::nearbyint(x[d] * (127 / most))
                                      : static_cast<float>(rounded(x[d], dtype));
@@ -129,6 +146,8 @@ void check_attention(const Kernels &k) {
         {Dtype::kInt8, 16, 64, 2, 3, 0, 0, Dtype::kInt4},
         {Dtype::kInt8, 32, 34, 1, 7, 100, 0, Dtype::kInt4},
         {Dtype::kInt8, 5, 128, 1, 2, 0, 30.0f, Dtype::kInt4},
+        {Dtype::kFp8, 16, 64, 2, 3, 0, 0},     {Dtype::kFp8, 32, 20, 1, 5, 100, 0},
+        {Dtype::kFp8, 5, 34, 2, 1, 0, 30.0f},
     };
     // Sequences: their length, and how many of its last tokens are queries.
     const int lengths[] = {1, 40, 530, 257}, queries[] = {1, 23, 3, 1};
@@ -137,12 +156,12 @@ void check_attention(const Kernels &k) {
         char title[64];
         std::snprintf(title, sizeof title, "attention %s %s block %d dim %d", name_of(c.dtype),
                       name_of(c.values()), c.block_size, c.head_dim);
-        // The weights of values of bf16 and of 4 bits are bf16 too.
+        // The weights of values of bf16, of 4 bits and of fp8 are bf16 too.
         // Those of an int8 cache have 15 bits; tests/kernels/test_cpu_attention.py has the bound.
         const Dtype values_of = c.values();
-        const double tolerance = values_of == Dtype::kBF16 || values_of == Dtype::kInt4 ? 4e-3
-                                 : values_of == Dtype::kInt8                            ? 6e-4
-                                                                                        : 2e-6;
+        const bool has_digits = values_of == Dtype::kInt8;
+        const bool is_float = values_of == Dtype::kF32 || values_of == Dtype::kF16;
+        const double tolerance = is_float ? 2e-6 : has_digits ? 6e-4 : 4e-3;
         Check written(k.name, std::string("kv_write") + (title + 9));
         Check check(k.name, title, tolerance);
         const int dim = c.head_dim, heads = c.kv_heads * c.group, kv_width = c.kv_heads * dim;

@@ -52,7 +52,7 @@ inline float f16_value(std::uint16_t x) {
 }
 
 inline const char *name_of(Dtype dtype) {
-    const char *const names[] = {"f32", "bf16", "f16", "int8", "int4"};
+    const char *const names[] = {"f32", "bf16", "f16", "int8", "int4", "fp8"};
     return names[static_cast<int>(dtype)];
 }
 

@@ -54,12 +54,14 @@ def test_the_exact_story(form, device, forms, expected):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("cache, max_tokens", [("int8", 256), ("k8v4", 128), ("int4", 24)])
-def test_a_cache_of_integers_tells_the_same_story_on_either_backend(
+@pytest.mark.parametrize(
+    "cache, max_tokens", [("int8", 256), ("fp8", 24), ("k8v4", 128), ("int4", 24)]
+)
+def test_a_cache_of_codes_tells_the_same_story_on_either_backend(
     cache, max_tokens, forms, expected
 ):
-    """A last bit of a key may round to the next code: in time, to another word where it has 15, and
-    the sooner as the CPU multiplies codes of 4 bits by numbers rounded to bfloat16."""
+    """A last bit of a key may round to the next code: in time, to another word where steps are wide,
+    and the sooner as the CPU multiplies codes of 4 bits and fp8 by numbers rounded to bfloat16."""
     ours, tokens = greedy(forms["F32"], "cpu", max_tokens, cache)
     theirs, same = greedy(forms["F32"], "reference", max_tokens, cache)
     assert tokens == same and ours == theirs

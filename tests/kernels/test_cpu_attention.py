@@ -12,6 +12,8 @@ keys of bfloat16 and int4). What is left, with values v of a row's keys:
   of its largest element moves a score, and so a weight, by less.
 * int4: weights in 8 bits again, of up to 15 scales above an offset, which is twice max|v| at most:
   q is rounded as for bfloat16. k8v4: int8's scores with int4's values.
+* fp8: codes are numbers of bfloat16; q is rounded as for bfloat16, the weights times the values'
+  scales to 8 bits: a relative 2^-8 at most, which a row's only key has too (1 times a scale).
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import pytest
 
 from engineroom.kernels.backend import KV_CODES, KVSpec
 from engineroom.kernels.cpu import _native
+from engineroom.quant.rounding import e4m3_codes
+from engineroom.quant.small_floats import e4m3_values
 from tests.counts import FULL
 
 pytestmark = pytest.mark.cores
 
 UNITS = _native.kernel_tables()
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "k8v4")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "k8v4", "fp8")
 TOLERANCE = {
     "float32": 1e-5,
     "float16": 1e-5,
@@ -37,6 +41,7 @@ TOLERANCE = {
     "int8": 6e-4,
     "int4": 2.0**-8 + 1e-5,
     "k8v4": 2.0**-8 + 6e-4,
+    "fp8": 2.0**-8 + 1e-5,
 }
 
 
@@ -57,6 +62,16 @@ def quantised(x: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     heads = x.reshape(len(x), -1, head_dim)
     most = np.abs(heads).max(-1, keepdims=True)
     return np.rint(heads * (np.float32(127) / most)), most / np.float32(127)
+
+
+def quantised_to_fp8(x: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """ops.kv_write of an fp8 cache: codes [n, heads, dim] and scales [n, heads, 1]."""
+    heads = x.reshape(len(x), -1, head_dim)
+    most = np.abs(heads).max(-1, keepdims=True)
+    factor = np.float32(448) / most
+    scaled = np.where(np.isfinite(most) & np.isfinite(factor), heads * factor, np.float32(0))
+    scale = np.where(np.isfinite(most), most / np.float32(448), np.float32(np.nan))
+    return e4m3_codes(scaled), scale
 
 
 def bfloat16_towards(x: np.ndarray, up: bool) -> np.ndarray:
@@ -83,6 +98,9 @@ def cached(x: np.ndarray, shape: Shape, dtype: str) -> np.ndarray:
         codes, *of = quantised_to_4_bits(x, shape.head_dim)
         scale, offset = (np.repeat(a, 32, -1)[..., : shape.head_dim] for a in of)
         return (codes.astype(np.float64) * scale + offset).reshape(x.shape)
+    if dtype == "fp8":
+        of_fp8, scale = quantised_to_fp8(x, shape.head_dim)
+        return (e4m3_values()[of_fp8].astype(np.float64) * scale).reshape(x.shape)
     if dtype == "int8":
         q, scale = quantised(x, shape.head_dim)
         return (q.astype(np.float64) * scale).reshape(x.shape)
@@ -205,7 +223,7 @@ def oracle(shape: Shape, sequence: Tokens) -> np.ndarray:
     """The definition, in float64."""
     n, dim = len(sequence), shape.head_dim
     keys, values = KVSpec(1, 1, dim, 1, shape.dtype).parts
-    q = bfloat16(sequence.q) if keys in ("bfloat16", "int4") else sequence.q
+    q = bfloat16(sequence.q) if keys in ("bfloat16", "int4", "fp8") else sequence.q
     q = q.astype(np.float64).reshape(n, shape.kv_heads, shape.group, dim)
     k = cached(sequence.k, shape, keys).reshape(n, shape.kv_heads, dim)
     v = cached(sequence.v, shape, values).reshape(n, shape.kv_heads, dim)
@@ -371,6 +389,91 @@ def test_an_int8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim:
         scale[~np.isfinite(scale)] = np.nan
         np.testing.assert_array_equal(scales[:n], scale[..., 0])
         assert (elements[n:] == 255).all() and np.isnan(scales[n:]).all()  # nothing else is written
+
+
+def rows_of_fp8(halves: np.ndarray, part: int, block_size: int, row: int) -> np.ndarray:
+    """What rows_of is to int8: of fp8, two elements or slots together."""
+    blocks = len(halves)
+    elements = halves[:, :, part, : block_size * row]
+    if block_size % 16 == 0 and part == 0:
+        tiles = elements.reshape(blocks, 2, -1, row // 2, 16, 2)
+        elements = tiles.transpose(0, 1, 2, 4, 3, 5)
+    elif block_size % 16 == 0:
+        elements = elements.reshape(blocks, 2, -1, row, 2).swapaxes(-1, -2)
+    return elements.reshape(blocks, 2, block_size, row).swapaxes(1, 2).reshape(-1, 2, row)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("block_size, dim", [(16, 20), (32, 128), (5, 20), (16, 18)])
+def test_an_fp8_cache_holds_what_kv_write_says(unit: str, block_size: int, dim: int) -> None:
+    n = 200
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((n, 2 * dim)).astype(np.float32) for _ in "kv")
+    k[20:] *= np.exp2(rng.uniform(-25, 0, k[20:].shape)).astype(np.float32)  # many subnormals
+    k[3], k[4], k[5, 0], k[6, 1], k[7] = 0.0, 3e-39, np.nan, -np.inf, -0.0
+    k[8], k[9], k[10] = 1.3e-36, 1.4e-36, 3e38  # 448 / m overflows; it does not; the largest
+    v[8] = np.resize(np.arange(-20, 20) / 2**10, 2 * dim)  # halves of the least, to even
+    v[8, ::dim] = 448.0
+    v[9] = np.resize([16.5, 17.5, -17, 19, 248, 200, 0.0146, -1e-3, -5e-4], 2 * dim)
+    v[9, ::dim] = -448.0
+    halves = written(unit, "fp8", k, v, block_size, dim)
+    halves = halves.reshape(len(halves), 2, 2, -1)
+    for part, x in enumerate((k, v)):
+        elements = rows_of_fp8(halves, part, block_size, dim)
+        scales = np.ascontiguousarray(halves[:, :, part, block_size * dim :]).view(np.float32)
+        scales = scales.swapaxes(1, 2).reshape(-1, 2)
+        with np.errstate(all="ignore"):
+            codes, scale = quantised_to_fp8(x, dim)
+        np.testing.assert_array_equal(elements[:n], codes)
+        np.testing.assert_array_equal(scales[:n], scale[..., 0])
+        assert (elements[n:] == 255).all() and np.isnan(scales[n:]).all()  # nothing else is written
+        subnormal = (codes & 0x7F) < 8
+        assert part or (subnormal & (codes & 0x7F > 0)).mean() > 0.02
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_fp8_cache_holds_the_references_bytes(unit: str) -> None:
+    torch = pytest.importorskip("torch", reason="the reference backend needs torch")
+    from engineroom.kernels.reference.attention import ROWS
+
+    n, dim, size = 512, 64, 16
+    rng = np.random.default_rng(6)
+    x = rng.integers(0, 2**32, (2, n, 2 * dim), dtype=np.uint32).view(np.float32)  # any bits
+    x[:, ::2] = rng.standard_normal((2, n // 2, 2 * dim)) * np.exp2(rng.uniform(-30, 0, 2 * dim))
+    x[:, 1::4] = np.where(np.isfinite(x[:, 1::4]), x[:, 1::4], 1)
+    x[:, 5::8] *= np.float32(2.0**-100)
+    halves = written(unit, "fp8", x[0], x[1], size, dim)
+    halves = halves.reshape(len(halves), 2, 2, -1)
+    for part in (0, 1):
+        codes, scale = ROWS["fp8"].encode(torch.from_numpy(x[part].reshape(n, 2, dim)))
+        got = np.ascontiguousarray(halves[:, :, part, size * dim :]).view(np.float32)
+        np.testing.assert_array_equal(got.swapaxes(1, 2).reshape(n, 2, 1), scale.numpy())
+        bytes_ = codes.view(torch.uint8).numpy()
+        np.testing.assert_array_equal(rows_of_fp8(halves, part, size, dim), bytes_)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_code_of_fp8_is_read_as_its_number(unit: str) -> None:
+    """One key takes all the weight: what comes back is its row, code times scale, to 2^-8."""
+    numbers = np.delete(e4m3_values().astype(np.float32), [0x7F, 0xFF])
+    rows = np.resize(numbers, (4, 64))
+    rows[:, 0] = 448  # the scale is 1
+    shape = Shape("fp8", 64, kv_heads=1, group=1, unit=unit)
+    for row in rows:
+        tokens = Tokens(row[None].copy(), row[None].copy(), row[None].copy())
+        np.testing.assert_array_equal(whole(shape, [tokens])[0][0], row)
+        # A key is that row and q picks one dim of it: beside a key of zeros the score tells it.
+        values = np.zeros((2, 64), np.float32)
+        values[0, :] = 448.0
+        k = np.stack([row, np.zeros(64, np.float32)])
+        for d in range(1, 64):
+            q = np.zeros((2, 64), np.float32)
+            q[:, d] = 1 / max(abs(row[d]), 2.0**-9)
+            pair = Tokens(q, k, values)
+            weight = whole(Shape("fp8", 64, 1, 1, unit=unit, scale=1.0), [pair])[0][1, 0] / 448
+            want = 1 / (1 + np.exp(-np.sign(row[d]))) if row[d] else 0.5
+            assert abs(weight - want) < 2.0**-7, (row[d], weight)
 
 
 @pytest.mark.parametrize("unit", UNITS)

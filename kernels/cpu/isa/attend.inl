@@ -11,40 +11,6 @@
 namespace engineroom {
 namespace ER_ISA {
 
-// ------------------------------------------------------------------------------ one split
-
-// Keys from .. to-1 of a split, counted from its first; none where to <= from.
-struct Span {
-    int from, to;
-    bool empty() const { return to <= from; }
-    // What either sees.
-    Span with(Span other) const {
-        if (empty()) return other;
-        if (other.empty()) return *this;
-        return {from < other.from ? from : other.from, to > other.to ? to : other.to};
-    }
-    int first_tile() const { return from / kTileKeys; }
-    int end_tile() const { return (to + kTileKeys - 1) / kTileKeys; }
-};
-
-static Span visible(const AttentionRows &rows, int token, int split) {
-    const int position = rows.positions[token];
-    int last = position < rows.seq_len ? position : rows.seq_len - 1;
-    int from = rows.window > 0 && position >= rows.window ? position - rows.window + 1 : 0;
-    from -= split * kSplit;
-    last -= split * kSplit;
-    Span span = {from > 0 ? from : 0, last + 1 < kSplit ? last + 1 : kSplit};
-    if (span.empty()) span = Span{0, 0};
-    return span;
-}
-
-// Blocks of at most kAttendRows rows, as even as can be.
-struct RowBlocks {
-    int rows, count;
-    explicit RowBlocks(int n) : rows(n), count((n + kAttendRows - 1) / kAttendRows) {}
-    int start(int block) const { return rows * block / count; }
-};
-
 // A call's scratch, by row: scores [rows][256], weights [rows][256] (where Operand is float these
 // take the scores' place; digits [rows][2][256], of groups [rows][kGroupsAtOnce][256]), q [rows]
 // [head_dim] (digits [rows][2][16 n], of groups [rows][32 n]); the rows' spans; the starts, scales and
@@ -53,7 +19,6 @@ template <class Keys, class Values>
 struct Attend {
     using Operand = typename Values::Operand;
     static constexpr bool kInPlace = sizeof(Operand) == sizeof(float);
-    static constexpr bool kScaled = Values::kDigits || Values::kGroups;
     static constexpr int kAhead = Keys::kAhead;  // tiles
 
     const KVCacheView &cache;
@@ -257,7 +222,7 @@ struct Attend {
                     const F x = p[i * tiles.value + j];
                     const int at = i * kSplit + (t + j) * kTileKeys;
                     sum[i] = f_add(sum[i], x);
-                    if constexpr (kScaled)  // what is multiplied comes of these and the values' scales
+                    if constexpr (Values::kScaled)  // what is multiplied has the values' scales in it
                         f_store(score + at, x);
                     else
                         Values::weight(weight + at, x);
@@ -346,6 +311,17 @@ struct Attend {
         }
     }
 
+    // The same of fp8: in bf16.
+    void take_scaled(int row, Span span, int first, int end) const {
+        const float *p = scores + row * kSplit;
+        Operand *to = weights + row * kSplit;
+        for (int t = first; t < end; ++t) {
+            const F x = f_mul(f_load(p + t * kTileKeys), Values::scales(values.scale[t]));
+            Values::weight(to + t * kTileKeys, f_keep(x, span.from - t * kTileKeys,
+                                                      span.to - t * kTileKeys, f_zero()));
+        }
+    }
+
     // Makes a row's result from a copy of its first and last tile of values without those that it
     // does not see. Takes the place of the gathered keys, whose use is over.
     void weigh_alone(int row, Span span, float *acc) {
@@ -379,6 +355,12 @@ struct Attend {
                                   q_grouped.from(row), to);
         } else {
             score_tiles<Keys, N>(tiles, next, n, dim, q + static_cast<std::ptrdiff_t>(row) * dim, to);
+            if constexpr (Keys::kScaled)
+                for (int t = 0; t < n; ++t)
+                    for (int i = 0; i < N; ++i) {
+                        float *score = to + i * kSplit + t * kTileKeys;
+                        f_store(score, f_mul(f_load(score), Keys::scales(keys.scale[first + t])));
+                    }
         }
     }
 
@@ -402,6 +384,8 @@ struct Attend {
                 weigh_groups<N, at_once.value>(tiles, next, n, groups, g, dim, weight, to);
             });
         } else {
+            if constexpr (Values::kScaled)
+                for (int i = row; i < row + N; ++i) take_scaled(i, spans[i], first, end);
             weigh_tiles<Values, N>(tiles, next, n, dim, weights + row * kSplit + first * kTileKeys, to);
         }
     }
@@ -452,7 +436,7 @@ struct Attend {
             ER_FOR_ROWS(n, ER_WEIGH)
 #undef ER_WEIGH
         }
-        if constexpr (!kScaled) {  // a weight of 0 times any code is 0
+        if constexpr (!Values::kScaled) {  // a weight of 0 times any code is 0
             if (all_finite(acc, count * dim)) return;
             for (int row = 0; row < count; ++row) {
                 float *to = acc + static_cast<std::ptrdiff_t>(row) * dim;

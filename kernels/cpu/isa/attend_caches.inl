@@ -7,14 +7,14 @@ constexpr int kSplitTiles = kSplit / kTileKeys;
 
 // How a dtype of the cache is multiplied: Element as stored, Operand of q and of the weights, kStep
 // elements (of keys) or keys (of values) that lie together in a tile. What codes have beside them, a
-// Scale a slot (kDigits) or two a slot and group of dims (kGroups), is multiplied afterwards where
+// Scale a slot (kScaled) or two a slot and group of dims (kGroups), is multiplied afterwards where
 // they are keys; where they are values, into the weights.
 struct CacheBF16 {
     using Element = std::uint16_t;
     using Operand = std::uint16_t;
     using Vector = P;
     static constexpr int kStep = 2;
-    static constexpr bool kDigits = false, kGroups = false;
+    static constexpr bool kScaled = false, kDigits = false, kGroups = false;
     static constexpr int kAhead = 4;
     using Scale = float;  // of which there are none
     ER_INLINE P load(const std::uint16_t *p) { return p_load(p); }
@@ -34,7 +34,7 @@ struct CacheF32 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
-    static constexpr bool kDigits = false, kGroups = false;
+    static constexpr bool kScaled = false, kDigits = false, kGroups = false;
     static constexpr int kAhead = 4;
     using Scale = float;  // of which there are none
     ER_INLINE void store(float *to, F x) { f_store(to, x); }
@@ -52,7 +52,7 @@ struct CacheF16 {
     using Operand = float;
     using Vector = F;
     static constexpr int kStep = 1;
-    static constexpr bool kDigits = false, kGroups = false;
+    static constexpr bool kScaled = false, kDigits = false, kGroups = false;
     static constexpr int kAhead = 4;
     using Scale = float;  // of which there are none
     ER_INLINE void store(std::uint16_t *to, F x) { f_store_f16(to, x); }
@@ -65,13 +65,24 @@ struct CacheF16 {
     ER_INLINE void weight(float *to, F x) { f_store(to, x); }
 };
 
+// Numbers of E4M3 with a scale a slot, multiplied as the bf16 numbers times 2^-8 that they are.
+struct CacheFp8 : CacheBF16 {
+    using Element = std::uint8_t;
+    static constexpr bool kScaled = true;
+    static constexpr int kAhead = 8;
+    ER_INLINE P load(const std::uint8_t *p) { return p_load_e4m3(p); }
+    ER_INLINE P load_n(const std::uint8_t *p, int n) { return p_load_e4m3_n(p, n); }
+    // The scales of a tile, times what its elements lack.
+    ER_INLINE F scales(const float *p) { return f_mul(f_load(p), f_set(kE4M3Unit)); }
+};
+
 // Bytes with a scale a slot; q and the weights are two signed digits of base 254 each, 15 bits
 // together: their products are sums of bytes, which are exact in any order.
 struct CacheInt8 {
     using Element = std::uint8_t;
     using Operand = std::int8_t;
     static constexpr int kStep = 4;
-    static constexpr bool kDigits = true, kGroups = false;
+    static constexpr bool kScaled = true, kDigits = true, kGroups = false;
     static constexpr int kAhead = 8;
     using Scale = float;
 };
@@ -83,7 +94,7 @@ struct CacheInt4 {
     using Element = std::uint8_t;
     using Operand = std::uint16_t;
     static constexpr int kStep = 4;
-    static constexpr bool kDigits = false, kGroups = true;
+    static constexpr bool kScaled = true, kDigits = false, kGroups = true;
     static constexpr int kAhead = 8;
     using Scale = std::uint16_t;
     // The dim of a group that stands at place i of q.
@@ -97,6 +108,7 @@ static void with_types(const KVCacheView &cache, Action action) {
         case Dtype::kF32: return action(CacheF32{}, CacheF32{});
         case Dtype::kBF16: return action(CacheBF16{}, CacheBF16{});
         case Dtype::kF16: return action(CacheF16{}, CacheF16{});
+        case Dtype::kFp8: return action(CacheFp8{}, CacheFp8{});
         case Dtype::kInt4: return action(CacheInt4{}, CacheInt4{});
         case Dtype::kInt8: break;
     }

@@ -26,7 +26,7 @@ struct Tiles {
           dtype(kValues ? c.value_dtype : c.key_dtype),
           row(kValues ? kv_row(dtype, c.head_dim)
                       : (kv_row(dtype, c.head_dim) + Cache::kStep - 1) / Cache::kStep * Cache::kStep),
-          scales(Cache::kGroups ? 2 * groups : Cache::kDigits ? 1 : 0) {}
+          scales(Cache::kGroups ? 2 * groups : Cache::kScaled ? 1 : 0) {}
 
     // Where tiles are gathered: returns the end.
     std::uint8_t *take(std::uint8_t *at) {

@@ -9,6 +9,7 @@
 #include "attend_caches.inl"
 #include "attend_tiles.inl"
 #include "attend_products.inl"
+#include "attend_rows.inl"
 #include "attend.inl"
 #include "kv_write.inl"
 #include "table.inl"

@@ -11,7 +11,7 @@ ER_INLINE void scatter(const Element *from, int n, Element *to, std::ptrdiff_t s
         for (int i = 0; i < kStep && d + i < n; ++i) to[i * next] = from[d + i];
 }
 
-// One head's `dim` numbers x, rounded, scattered; what else a cache of integers keeps of the slot:
+// One head's `dim` numbers x, rounded, scattered; what else a cache of codes keeps of the slot:
 // its first scale is at `scale_at`, with `slots` of them to a group.
 template <class Cache>
 static void write_head(const float *x, int dim, typename Cache::Element *to, std::ptrdiff_t stride,
@@ -24,6 +24,17 @@ static void write_head(const float *x, int dim, typename Cache::Element *to, std
     }
 }
 
+// The largest magnitude of `dim` numbers, infinity where one is NaN.
+ER_INLINE float most_of(const float *x, int dim) {
+    const F infinity = f_set(__builtin_inff());
+    F largest = f_zero();
+    for (int d = 0; d < dim; d += 16) {
+        const F v = f_load_n(x + d, dim - d < 16 ? dim - d : 16);
+        largest = f_max(f_min(f_abs(v), infinity), largest);  // f_min turns NaN into infinity
+    }
+    return f_max_all(largest);
+}
+
 // Whether 127 / most is a number: not so for 0, magnitudes below 4e-37, NaN and infinity.
 ER_INLINE bool has_digit(float most) {
     return most < __builtin_inff() && 127.0f / most < __builtin_inff();
@@ -33,13 +44,7 @@ ER_INLINE bool has_digit(float most) {
 template <>
 void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,
                            std::ptrdiff_t next, std::uint8_t *scale_at, std::ptrdiff_t) {
-    const F infinity = f_set(__builtin_inff());
-    F largest = f_zero();
-    for (int d = 0; d < dim; d += 16) {
-        const F v = f_load_n(x + d, dim - d < 16 ? dim - d : 16);
-        largest = f_max(f_min(f_abs(v), infinity), largest);  // f_min turns NaN into infinity
-    }
-    const float most = f_max_all(largest);
+    const float most = most_of(x, dim);
     const float scale = most < __builtin_inff() ? most / 127.0f : __builtin_nanf("");
     const F by = f_set(has_digit(most) ? 127.0f / most : 0.0f);
     for (int d = 0; d < dim; d += 16, to += 16 / CacheInt8::kStep * stride) {
@@ -49,6 +54,24 @@ void write_head<CacheInt8>(const float *x, int dim, std::uint8_t *to, std::ptrdi
         i_store_int8(q, has_digit(most) ? f_mul(f_load_n(x + d, n), by) : f_zero());
         for (int i = 0; i < 16; ++i) bytes[i] = static_cast<std::uint8_t>(q[i] + 128);
         scatter<CacheInt8::kStep>(bytes, n, to, stride, next);
+    }
+    __builtin_memcpy(scale_at, &scale, 4);
+}
+
+// And what an fp8 cache holds.
+template <>
+void write_head<CacheFp8>(const float *x, int dim, std::uint8_t *to, std::ptrdiff_t stride,
+                          std::ptrdiff_t next, std::uint8_t *scale_at, std::ptrdiff_t) {
+    const float most = most_of(x, dim), by = kE4M3Most / most;
+    const float scale = most < __builtin_inff() ? most / kE4M3Most : __builtin_nanf("");
+    const bool has_codes = most < __builtin_inff() && by < __builtin_inff();
+    for (int d = 0; d < dim; d += 16, to += 16 / CacheFp8::kStep * stride) {
+        const int n = dim - d < 16 ? dim - d : 16;
+        float scaled[16];
+        std::uint8_t codes[16];
+        f_store(scaled, has_codes ? f_mul(f_load_n(x + d, n), f_set(by)) : f_zero());
+        for (int i = 0; i < 16; ++i) codes[i] = e4m3_of(scaled[i]);
+        scatter<CacheFp8::kStep>(codes, n, to, stride, next);
     }
     __builtin_memcpy(scale_at, &scale, 4);
 }

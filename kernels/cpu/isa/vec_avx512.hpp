@@ -8,6 +8,8 @@
 
 #define ER_INLINE static inline __attribute__((always_inline))
 
+#include "../e4m3.hpp"
+
 namespace engineroom {
 namespace avx512 {
 
@@ -113,6 +115,26 @@ ER_INLINE P p_bcast(const std::uint16_t *p) {
 }
 ER_INLINE F p_dot(F acc, P a, P b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+// Numbers of E4M3, in pairs as p_load's, times 2^-8: bf16_of_e4m3.
+ER_INLINE P p_of_e4m3(__m256i codes) {
+    alignas(64) static const std::uint16_t tiny[32] = {0,      0x3700, 0x3780, 0x37c0,
+                                                       0x3800, 0x3820, 0x3840, 0x3860};
+    const __m512i words = _mm512_cvtepi8_epi16(codes);  // the signs stay in place
+    const __mmask32 is_tiny = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x78));
+    const __m512i normal =
+        _mm512_ternarylogic_epi32(_mm512_slli_epi16(words, 4), _mm512_set1_epi16(0x7f0),
+                                  _mm512_set1_epi16(0x3800), 0xea);  // a & b | c
+    const __m512i size =
+        _mm512_mask_permutexvar_epi16(normal, is_tiny, words, _mm512_load_si512(tiny));
+    return _mm512_ternarylogic_epi32(size, words, _mm512_set1_epi16(static_cast<short>(0x8000)),
+                                     0xf8);  // a | b & c
+}
+ER_INLINE P p_load_e4m3(const std::uint8_t *p) {
+    return p_of_e4m3(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+ER_INLINE P p_load_e4m3_n(const std::uint8_t *p, int pairs) {
+    return p_of_e4m3(_mm256_maskz_loadu_epi16(first_lanes(pairs), p));
 }
 // Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
 // quarter of `low` and `high`.

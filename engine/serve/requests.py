@@ -141,11 +141,13 @@ _SHORT = 1024  # bytes of parameters that are kept
 
 def _params(values: dict[str, Any]) -> SamplingParams:
     """Errors: ParameterError."""
-    if "structured" not in values:
+    if "structured" in values:
+        return SamplingParams(**values)
+    try:
         data = msgspec.msgpack.encode(values)
-        if len(data) <= _SHORT:
-            return _known(data)
-    return SamplingParams(**values)
+    except OverflowError:  # an integer that no parameter may be
+        return SamplingParams(**values)
+    return _known(data) if len(data) <= _SHORT else SamplingParams(**values)
 
 
 @functools.lru_cache(maxsize=64)

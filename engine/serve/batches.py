@@ -58,6 +58,13 @@ class BatchRequest(Strict, kw_only=True):
     output_expires_after: dict[str, Any] | None = None
 
 
+class BatchQuery(Strict, kw_only=True):
+    """Behind GET /v1/batches?; "" is none asked for."""
+
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+
+
 class BatchError(msgspec.Struct, kw_only=True):
     code: str
     message: str
@@ -203,7 +210,7 @@ class Batches:
         with self._lock:
             return _copy(self._find(owner, batch_id).batch)
 
-    def page(self, owner: str, after: str | None, limit: int) -> tuple[list[Batch], bool]:
+    def page(self, owner: str, after: str, limit: int) -> tuple[list[Batch], bool]:
         """(the newest first, whether there are more)."""
         with self._lock:
             rows = [stored.batch for stored in self._all.get(owner, {}).values()][::-1]
@@ -436,4 +443,4 @@ class _Line(msgspec.Struct):
     response: _Response
 
 
-__all__ = ["ENDPOINTS", "Batch", "BatchList", "BatchRequest", "Batches"]
+__all__ = ["ENDPOINTS", "Batch", "BatchList", "BatchQuery", "BatchRequest", "Batches"]

@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, TypeVar
+from typing import Annotated, BinaryIO, Literal, Protocol, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from .errors import ApiError
 from .strict import Strict
@@ -52,6 +53,15 @@ class FileUpload(Strict, kw_only=True):
 
     file: bytes
     purpose: Literal["batch"]
+
+
+class FileQuery(Strict, kw_only=True):
+    """Behind GET /v1/files?; "" is none asked for."""
+
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str = ""
 
 
 class FileList(msgspec.Struct, kw_only=True):
@@ -179,12 +189,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def page_of(rows: list[_Row], after: str | None, limit: int) -> tuple[list[_Row], bool]:
+def page_of(rows: list[_Row], after: str, limit: int) -> tuple[list[_Row], bool]:
     """(rows behind the one named `after`, whether there are more). Errors: ApiError."""
     ids = [row.id for row in rows]
-    if after is not None and after not in ids:
+    if after and after not in ids:
         raise ApiError("not_found", f"nothing here is called {after[:100]!r}", param="after")
-    start = 0 if after is None else ids.index(after) + 1
+    start = ids.index(after) + 1 if after else 0
     return rows[start : start + limit], len(rows) > start + limit
 
 
@@ -195,6 +205,7 @@ def _not_found(file_id: str) -> ApiError:
 __all__ = [
     "FileDeleted",
     "FileList",
+    "FileQuery",
     "FileStore",
     "FileUpload",
     "StoredFile",

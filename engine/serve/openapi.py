@@ -38,6 +38,7 @@ class Operation:
     media: str = "application/json"
     takes: str = "application/json"
     open: bool = False
+    query: type[msgspec.Struct] | None = None
 
 
 OPERATIONS = (
@@ -115,7 +116,14 @@ OPERATIONS = (
         files.StoredFile,
         takes="multipart/form-data",
     ),
-    Operation("GET", "/v1/files", "files", "The kept files", answer=files.FileList),
+    Operation(
+        "GET",
+        "/v1/files",
+        "files",
+        "The kept files",
+        answer=files.FileList,
+        query=files.FileQuery,
+    ),
     Operation("GET", "/v1/files/{file_id}", "file", "One file", answer=files.StoredFile),
     Operation(
         "GET",
@@ -135,7 +143,14 @@ OPERATIONS = (
         batches.BatchRequest,
         batches.Batch,
     ),
-    Operation("GET", "/v1/batches", "batches", "The batches", answer=batches.BatchList),
+    Operation(
+        "GET",
+        "/v1/batches",
+        "batches",
+        "The batches",
+        answer=batches.BatchList,
+        query=batches.BatchQuery,
+    ),
     Operation("GET", "/v1/batches/{batch_id}", "batch", "One batch", answer=batches.Batch),
     Operation(
         "POST",
@@ -253,11 +268,18 @@ def _operation(op: Operation) -> dict[str, Any]:
             "required": True,
             "content": {op.takes: {"schema": _ref(op.body)}},
         }
-    if "{" in op.path:
-        said["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in re.findall(r"{(\w+)", op.path)
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)", op.path)
+    ]
+    if op.query is not None:
+        (known,) = msgspec.json.schema(op.query)["$defs"].values()
+        parameters += [
+            {"name": name, "in": "query", "schema": inner}
+            for name, inner in known["properties"].items()
         ]
+    if parameters:
+        said["parameters"] = parameters
     return said
 
 

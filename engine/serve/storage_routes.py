@@ -6,8 +6,9 @@ Source: the OpenAI API reference (files, batches). Fields that ask for what is n
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,15 +16,16 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
 from ..core.sampling_params import SamplingParams
-from .batches import ENDPOINTS, BatchList, BatchRequest
+from .batches import ENDPOINTS, BatchList, BatchQuery, BatchRequest
 from .body import read
 from .errors import ApiError
-from .files import FileList, page_of
+from .files import FileList, FileQuery, page_of
 from .service import Caller, Service, Work
 from .sse import dump
 from .storage import Storage
 
 _FORM_BYTES = 1 << 16  # of an upload beside the file itself
+_Query = TypeVar("_Query", FileQuery, BatchQuery)
 
 
 class StorageRoutes:
@@ -61,15 +63,12 @@ class StorageRoutes:
 
     async def files(self, request: Request) -> Response:
         store, owner = self._storage().files, _caller(request).owner
-        query = _query(request, "after", "limit", "order", "purpose")
+        query = _query(request, FileQuery)
         rows = await asyncio.to_thread(store.files, owner)
-        order = query.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise ApiError("invalid_value", "order must be asc or desc", param="order")
-        if "purpose" in query:
-            rows = [row for row in rows if row.purpose == query["purpose"]]
-        rows = rows if order == "desc" else rows[::-1]
-        found, more = page_of(rows, query.get("after"), _limit(query, 10_000, 10_000))
+        if query.purpose:
+            rows = [row for row in rows if row.purpose == query.purpose]
+        rows = rows if query.order == "desc" else rows[::-1]
+        found, more = page_of(rows, query.after, query.limit)
         first, last = (found[0].id, found[-1].id) if found else (None, None)
         return _json(FileList(data=found, first_id=first, last_id=last, has_more=more))
 
@@ -114,10 +113,8 @@ class StorageRoutes:
         return _json(made)
 
     async def batches(self, request: Request) -> Response:
-        query = _query(request, "after", "limit")
-        found, more = self._storage().batches.page(
-            _caller(request).owner, query.get("after"), _limit(query, 20, 100)
-        )
+        batches, query = self._storage().batches, _query(request, BatchQuery)
+        found, more = batches.page(_caller(request).owner, query.after, query.limit)
         first, last = (found[0].id, found[-1].id) if found else (None, None)
         return _json(BatchList(data=found, first_id=first, last_id=last, has_more=more))
 
@@ -176,18 +173,9 @@ async def _upload(request: Request, limit: int) -> tuple[UploadFile, str]:
     return file, purpose
 
 
-def _query(request: Request, *known: str) -> dict[str, str]:
-    for name in request.query_params:
-        if name not in known:
-            raise ApiError("invalid_value", f"unknown parameter {name[:64]!r}", param=name[:64])
-    return dict(request.query_params)
-
-
-def _limit(query: dict[str, str], default: int, most: int) -> int:
-    text = query.get("limit", str(default))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
-        raise ApiError("invalid_value", f"limit must be in 1..{most}", param="limit")
-    return int(text)
+def _query(request: Request, kind: type[_Query]) -> _Query:
+    """What stands behind the path's ?. Errors: msgspec.ValidationError."""
+    return msgspec.convert(dict(request.query_params), kind, strict=False)
 
 
 def _caller(request: Request) -> Caller:

@@ -60,7 +60,7 @@ def test_the_exact_story(form, device, forms, expected):
 def test_a_cache_of_codes_tells_the_same_story_on_either_backend(
     cache, max_tokens, forms, expected
 ):
-    """A last bit of a key may round to the next code: in time, to another word where steps are wide,
+    """A last bit of a key may round to the next code: in time to another word where steps are wide,
     and the sooner as the CPU multiplies codes of 4 bits and fp8 by numbers rounded to bfloat16."""
     ours, tokens = greedy(forms["F32"], "cpu", max_tokens, cache)
     theirs, same = greedy(forms["F32"], "reference", max_tokens, cache)

@@ -143,7 +143,11 @@ def test_pages_of_lists(keeping: Any) -> None:
     batches = [begin(api, lines(count=1, max_tokens=1)).id for _ in range(5)]
     assert [b.id for b in api.batches.list(limit=2)] == batches[::-1]
     for query in ("limit=0", "limit=x", "order=up", "after=nothing", "page=2"):
-        assert get(api_of(api), f"/v1/files?{query}").status in (400, 404), query
+        answer = get(api_of(api), f"/v1/files?{query}")
+        assert answer.status in (400, 404) and answer.error["param"] == query.partition("=")[0]
+    parameters = get(api_of(api), "/openapi.json").json["paths"]["/v1/files"]["get"]["parameters"]
+    bounds = {p["name"]: p["schema"].get("maximum") for p in parameters if p["in"] == "query"}
+    assert bounds == {"after": None, "limit": 10_000, "order": None, "purpose": None}
 
 
 def api_of(api: Any) -> Any:

@@ -80,7 +80,9 @@ class Mailbox:
                 return
             self._text.write(growth.text)
             self._token_ids.extend(growth.token_ids)
-            waits = self._waiter is not None and threading.get_ident() == self._thread
+            waiter = self._waiter
+            waits = waiter is not None and not waiter.done()  # it may have been cancelled
+            waits = waits and threading.get_ident() == self._thread
             if waits and self.push is not None and self.push(growth):
                 return
             self._unread += growth.text
@@ -151,12 +153,15 @@ class Mailbox:
         self._closed = True
 
     def wake(self) -> None:
-        """Let take() look again. From any thread."""
+        """Let take() look again. From any thread. Errors: RuntimeError where nobody ever can."""
         with self._lock:
             waiter, self._waiter = self._waiter, None
+        here = threading.get_ident() == self._thread
+        if not here and self._loop.is_closed():
+            raise RuntimeError("the event loop that reads this request is closed")
         if waiter is None:
             return
-        if threading.get_ident() == self._thread:
+        if here:
             _wake(waiter)
         else:
             self._loop.call_soon_threadsafe(_wake, waiter)

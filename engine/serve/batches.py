@@ -28,7 +28,7 @@ from ..core.checks import AdmissionError
 from ..core.sampling_params import SamplingParams
 from .batch_engine import BatchEngine
 from .errors import ApiError
-from .files import FileStore, new_file_id, page_of, replacing
+from .files import After, FileStore, new_file_id, page_of, replacing
 from .keeper import Keeper
 from .metrics import Metrics
 from .strict import Strict
@@ -59,9 +59,9 @@ class BatchRequest(Strict, kw_only=True):
 
 
 class BatchQuery(Strict, kw_only=True):
-    """Behind GET /v1/batches?; "" is none asked for."""
+    """Behind GET /v1/batches?."""
 
-    after: str = ""
+    after: After = ""
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
 
 

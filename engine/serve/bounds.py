@@ -1,6 +1,6 @@
 """The bounds of requests as /openapi.json states them: the numbers that SamplingParams and the
-door refuse by, said on the wire types. msgspec reads past them, so that the refusal's sentence
-stays the one of whoever knows the parameter.
+door refuse by, said on the wire types. msgspec reads past these, so that the refusal's sentence
+stays the one of whoever knows the parameter; it checks what a plain Meta says beside them.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class _HasId(Protocol):
 
 
 _Row = TypeVar("_Row", bound=_HasId)
+After = Annotated[str, Meta(description="The id of the last one seen. Empty: from the first on.")]
 
 
 class FileUpload(Strict, kw_only=True):
@@ -56,12 +57,12 @@ class FileUpload(Strict, kw_only=True):
 
 
 class FileQuery(Strict, kw_only=True):
-    """Behind GET /v1/files?; "" is none asked for."""
+    """Behind GET /v1/files?."""
 
-    after: str = ""
+    after: After = ""
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
-    purpose: str = ""
+    purpose: Annotated[str, Meta(description="Empty: any.")] = ""
 
 
 class FileList(msgspec.Struct, kw_only=True):
@@ -203,6 +204,7 @@ def _not_found(file_id: str) -> ApiError:
 
 
 __all__ = [
+    "After",
     "FileDeleted",
     "FileList",
     "FileQuery",

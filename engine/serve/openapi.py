@@ -22,6 +22,7 @@ from . import (
 )
 from .dashboard import Snapshot
 from .errors import ERRORS
+from .query import stated
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ def document(version: str, vocab_size: int | None = None, hidden_size: int | Non
     ):
         for name, (allowed, why) in refused.items():
             field = components[kind.__name__]["properties"][name]
-            field |= {"enum": list(allowed), "description": f"Not supported: {why}."}
+            kinds = {form.get("type") for form in field.get("anyOf", [field])}
+            fitting = [v for v in allowed if not isinstance(v, str) or kinds & {"string", None}]
+            field |= {"enum": fitting, "description": f"{why[0].upper()}{why[1:]}."}
     components["TokenizeRequest"]["oneOf"] = [
         {"required": [name], "properties": {name: {"type": kind}}}
         for name, kind in (("prompt", "string"), ("messages", "array"))
@@ -273,10 +276,9 @@ def _operation(op: Operation) -> dict[str, Any]:
         for name in re.findall(r"{(\w+)", op.path)
     ]
     if op.query is not None:
-        (known,) = msgspec.json.schema(op.query)["$defs"].values()
         parameters += [
             {"name": name, "in": "query", "schema": inner}
-            for name, inner in known["properties"].items()
+            for name, inner in stated(op.query).items()
         ]
     if parameters:
         said["parameters"] = parameters

@@ -194,7 +194,10 @@ class Sampling(Strict, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, within("min_tokens", "At most max_tokens.")] | None = None
     max_tokens: (
-        Annotated[int, within("max_tokens", "0 needs an echo or prompt_logprobs.")] | None
+        Annotated[
+            int, within("max_tokens", "0 needs prompt_logprobs, or an echo where there is one.")
+        ]
+        | None
     ) = None
     truncate_prompt_tokens: Annotated[int, within("truncate_prompt_tokens")] | None = None
     prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = None
@@ -210,7 +213,7 @@ class Common(Sampling, kw_only=True):
 
     model: str
     stream: bool | None = None
-    stream_options: Annotated[StreamOptions, says("Needs stream=true.")] | None = None
+    stream_options: Annotated[StreamOptions | None, says("Needs stream=true.")] = None
     user: str | None = None
     # engineroom's own
     priority: Priority = 0
@@ -220,7 +223,7 @@ class Common(Sampling, kw_only=True):
     return_token_ids: bool | None = None
     # The form of the output: OpenAI's way to say it, and ours.
     response_format: ResponseFormat | None = None
-    structured_outputs: Annotated[StructuredOutputs, says("Not beside response_format.")] | None = (
+    structured_outputs: Annotated[StructuredOutputs | None, says("Not beside response_format.")] = (
         None
     )
     receipt: Annotated[bool, says("Of one prompt, and not beside stream=true.")] | None = None

@@ -6,9 +6,8 @@ Source: the OpenAI API reference (files, batches). Fields that ask for what is n
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,12 +19,12 @@ from .batches import ENDPOINTS, BatchList, BatchQuery, BatchRequest
 from .body import read
 from .errors import ApiError
 from .files import FileList, FileQuery, page_of
+from .query import query
 from .service import Caller, Service, Work
 from .sse import dump
 from .storage import Storage
 
 _FORM_BYTES = 1 << 16  # of an upload beside the file itself
-_Query = TypeVar("_Query", FileQuery, BatchQuery)
 
 
 class StorageRoutes:
@@ -63,12 +62,12 @@ class StorageRoutes:
 
     async def files(self, request: Request) -> Response:
         store, owner = self._storage().files, _caller(request).owner
-        query = _query(request, FileQuery)
+        asked = query(request, FileQuery)
         rows = await asyncio.to_thread(store.files, owner)
-        if query.purpose:
-            rows = [row for row in rows if row.purpose == query.purpose]
-        rows = rows if query.order == "desc" else rows[::-1]
-        found, more = page_of(rows, query.after, query.limit)
+        if asked.purpose:
+            rows = [row for row in rows if row.purpose == asked.purpose]
+        rows = rows if asked.order == "desc" else rows[::-1]
+        found, more = page_of(rows, asked.after, asked.limit)
         first, last = (found[0].id, found[-1].id) if found else (None, None)
         return _json(FileList(data=found, first_id=first, last_id=last, has_more=more))
 
@@ -113,8 +112,8 @@ class StorageRoutes:
         return _json(made)
 
     async def batches(self, request: Request) -> Response:
-        batches, query = self._storage().batches, _query(request, BatchQuery)
-        found, more = batches.page(_caller(request).owner, query.after, query.limit)
+        batches, asked = self._storage().batches, query(request, BatchQuery)
+        found, more = batches.page(_caller(request).owner, asked.after, asked.limit)
         first, last = (found[0].id, found[-1].id) if found else (None, None)
         return _json(BatchList(data=found, first_id=first, last_id=last, has_more=more))
 
@@ -171,11 +170,6 @@ async def _upload(request: Request, limit: int) -> tuple[UploadFile, str]:
         await form.close()
         raise
     return file, purpose
-
-
-def _query(request: Request, kind: type[_Query]) -> _Query:
-    """What stands behind the path's ?. Errors: msgspec.ValidationError."""
-    return msgspec.convert(dict(request.query_params), kind, strict=False)
 
 
 def _caller(request: Request) -> Caller:

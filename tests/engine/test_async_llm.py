@@ -347,3 +347,19 @@ def test_who_reads_only_the_end_is_sent_only_the_end(form: str) -> None:
         assert only.outputs == last.outputs and only.deltas == (text,)
 
     using(form, body)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_request_whose_loop_has_ended_is_aborted(form: str) -> None:
+    llm = AsyncLLM.from_client(make_client(form, "paced"))
+    left: list[Any] = []  # what keeps the stream alive
+
+    async def first() -> None:
+        left.append(llm.generate("hello", LONG))
+        await anext(left[0])
+
+    asyncio.run(first())
+    try:
+        assert asyncio.run(freed(llm))
+    finally:
+        llm.client.close()

@@ -455,7 +455,7 @@ def test_an_fp8_cache_holds_the_references_bytes(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_code_of_fp8_is_read_as_its_number(unit: str) -> None:
-    """One key takes all the weight: what comes back is its row, code times scale, to 2^-8."""
+    """One key takes all the weight: what comes back is its row, code times scale."""
     numbers = np.delete(e4m3_values().astype(np.float32), [0x7F, 0xFF])
     rows = np.resize(numbers, (4, 64))
     rows[:, 0] = 448  # the scale is 1

@@ -1,6 +1,6 @@
 """The CPU kernels on machines other than this one, and what their objects may contain.
 
-`kernels/cpu/selftest.cpp` holds every table that a machine can run to plain double precision. It is
+`kernels/cpu/selftest*.cpp` hold every table that a machine can run to plain double precision. It is
 linked to the objects of the installed module on this machine; under emulators of older and other
 processors and under sanitizers, to what is compiled here with the options of
 `kernels/cpu/CMakeLists.txt`. `make test` runs what needs neither an emulator nor a second build.

@@ -426,7 +426,8 @@ struct Attend {
         for (int b = 0; b < blocks.count; ++b) {
             const int row = blocks.start(b), n = blocks.start(b + 1) - row;
             const Span span = block_spans[b];
-            const int first = span.first_tile(), end = span.end_tile();
+            const int first = span.empty() ? begin : span.first_tile();
+            const int end = span.empty() ? begin : span.end_tile();
 #define ER_SOFTMAX(N) softmax<N>(row, first, end, maximum, total)
             ER_FOR_ROWS(n, ER_SOFTMAX)
 #undef ER_SOFTMAX

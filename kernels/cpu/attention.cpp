@@ -19,7 +19,6 @@ namespace engineroom {
 namespace {
 
 constexpr int kItemRows = 24;  // query rows of an item: what a register tile takes in four rounds
-constexpr int kTurn = 8;  // items of a head before the next head's
 constexpr int kSplitsAtOnce = 4;  // of an item, before they are combined
 constexpr int kTileKeys = 16;
 constexpr float kUnit = 0x1.715476p+0f;  // 1 / log 2: the unit of scores (isa/attend.inl)
@@ -63,19 +62,14 @@ Item item_at(const Attention &attention, const StepView &step, int s, int head, 
     return item;
 }
 
-// Calls action(item) for every item of the step. Of a prompt the heads take turns at a few items each,
-// so that a thread's range is all heads of a range of tokens: most of whose q and results are those that
-// it makes and reads itself in the layers around (linear.cpp), while a head's keys stay in its cache.
+// Calls action(item) for every item of the step.
 template <class Action>
 void for_each_item(const Attention &attention, const StepView &step, Action &&action) {
-    const int at_once = item_tokens(attention), turn = kTurn * at_once;
-    for (int s = 0; s < step.num_sequences; ++s) {
-        const int end = step.query_start[s + 1];
-        for (int from = step.query_start[s]; from < end; from += turn)
-            for (int head = 0; head < attention.cache.num_kv_heads; ++head)
-                for (int t = from; t < std::min(from + turn, end); t += at_once)
-                    action(item_at(attention, step, s, head, t, std::min(at_once, end - t)));
-    }
+    const int at_once = item_tokens(attention);
+    for (int s = 0; s < step.num_sequences; ++s)
+        for (int head = 0; head < attention.cache.num_kv_heads; ++head)
+            for (int t = step.query_start[s], end = step.query_start[s + 1]; t < end; t += at_once)
+                action(item_at(attention, step, s, head, t, std::min(at_once, end - t)));
 }
 
 // How the items' cost, end to end, is cut into equal shares.

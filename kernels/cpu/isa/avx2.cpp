@@ -6,6 +6,7 @@
 #include "../kernels.hpp"
 #include "rows.inl"
 #include "tile.inl"
+#include "load_e4m3.inl"
 #include "attend_caches.inl"
 #include "attend_tiles.inl"
 #include "attend_products.inl"

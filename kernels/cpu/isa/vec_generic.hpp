@@ -176,17 +176,6 @@ ER_INLINE F f_odd(P a) {
     return reinterpret_cast<F>(a & (P{} + static_cast<std::int32_t>(0xffff0000u)));
 }
 
-// Numbers of E4M3, in pairs as p_load's, times 2^-8: bf16_of_e4m3.
-ER_INLINE P p_load_e4m3(const std::uint8_t *p) {
-    std::uint16_t words[32];
-    for (int i = 0; i < 32; ++i) words[i] = bf16_of_e4m3(p[i]);
-    return p_load(words);
-}
-ER_INLINE P p_load_e4m3_n(const std::uint8_t *p, int pairs) {
-    std::uint8_t all[32] = {};
-    std::memcpy(all, p, static_cast<std::size_t>(pairs) * 2);
-    return p_load_e4m3(all);
-}
 // Pairs whose low and high bytes are bytes 0 to 7 (p_zip_low) or 8 to 15 (p_zip_high) of every
 // quarter of `low` and `high`.
 template <int kFirst>

@@ -8,29 +8,29 @@ from msgspec import UNSET, UnsetType
 
 from ..core.answers import CompletionOutput, Logprob, RequestOutput
 from ..core.cost import total
-from . import schema
+from . import answer_schema, schema
 
 
-def usage(output: RequestOutput, reasoning_tokens: int | None = None) -> schema.Usage:
+def usage(output: RequestOutput, reasoning_tokens: int | None = None) -> answer_schema.Usage:
     """Tokens of a request. `reasoning_tokens`: where the interface tells them apart."""
     total = total_usage([output])
     if reasoning_tokens is not None:
-        total.completion_tokens_details = schema.CompletionDetails(reasoning_tokens)
+        total.completion_tokens_details = answer_schema.CompletionDetails(reasoning_tokens)
     return total
 
 
-def total_usage(outputs: Sequence[RequestOutput]) -> schema.Usage:
+def total_usage(outputs: Sequence[RequestOutput]) -> answer_schema.Usage:
     """Tokens of several prompts of one call."""
     prompt = sum(o.usage.prompt_tokens for o in outputs)
     completion = sum(o.usage.completion_tokens for o in outputs)
     cached = sum(o.usage.cached_tokens for o in outputs)
-    details = schema.TokenDetails(cached)
-    return schema.Usage(prompt, completion, prompt + completion, details, cost(outputs))
+    details = answer_schema.TokenDetails(cached)
+    return answer_schema.Usage(prompt, completion, prompt + completion, details, cost(outputs))
 
 
 def part_usage(
     options: schema.StreamOptions | None, outputs: Iterable[RequestOutput]
-) -> schema.Usage | UnsetType | None:
+) -> answer_schema.Usage | UnsetType | None:
     """What a part of a stream says of usage: nothing, null where the last part tells it, or so far.
 
     Thoughts are told apart in the last part alone: they are counted when they are whole.
@@ -40,20 +40,20 @@ def part_usage(
     return total_usage(list(outputs)) if options.continuous_usage_stats else None
 
 
-def cost(outputs: Sequence[RequestOutput]) -> schema.Cost | UnsetType:
+def cost(outputs: Sequence[RequestOutput]) -> answer_schema.Cost | UnsetType:
     """What they took together; left out where nobody counted."""
     spent = total(output.cost for output in outputs)
     if spent is None:
         return UNSET
-    return schema.Cost(spent.joules, spent.money, spent.grams, spent.estimated)
+    return answer_schema.Cost(spent.joules, spent.money, spent.grams, spent.estimated)
 
 
-def timings(output: RequestOutput) -> schema.Timings:
+def timings(output: RequestOutput) -> answer_schema.Timings:
     """Where the time went, of the request's first sample."""
     t = output.timings
     tokens = max((len(c.token_ids) for c in output.outputs), default=0)
     first = t.time_to_first_token_s
-    return schema.Timings(
+    return answer_schema.Timings(
         queue_ms=_ms(t.queued_s),
         prefill_ms=_ms(t.prefill_s),
         decode_ms=_ms(t.decode_s),
@@ -79,7 +79,9 @@ def _ranked(row: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
     return sorted(row.items(), key=lambda item: item[1].rank)
 
 
-def chat_logprobs(completion: CompletionOutput, start: int, top: int) -> schema.ChatLogprobs | None:
+def chat_logprobs(
+    completion: CompletionOutput, start: int, top: int
+) -> answer_schema.ChatLogprobs | None:
     """Of the tokens from `start` on; `top` alternatives each. None where none were asked for."""
     if completion.logprobs is None:
         return None
@@ -89,17 +91,17 @@ def chat_logprobs(completion: CompletionOutput, start: int, top: int) -> schema.
     ):
         chosen = row[token_id]
         entries.append(
-            schema.TokenLogprob(
+            answer_schema.TokenLogprob(
                 chosen.decoded_token,
                 chosen.logprob,
                 _bytes(chosen.decoded_token),
                 [
-                    schema.TopLogprob(p.decoded_token, p.logprob, _bytes(p.decoded_token))
+                    answer_schema.TopLogprob(p.decoded_token, p.logprob, _bytes(p.decoded_token))
                     for _, p in _ranked(row)[:top]
                 ],
             )
         )
-    return schema.ChatLogprobs(entries)
+    return answer_schema.ChatLogprobs(entries)
 
 
 def completion_logprobs(
@@ -110,7 +112,7 @@ def completion_logprobs(
     offset: int = 0,
     prompt: tuple[tuple[int, ...], Sequence[Mapping[int, Logprob] | None]] | None = None,
     first_text: str = "",
-) -> schema.CompletionLogprobs | None:
+) -> answer_schema.CompletionLogprobs | None:
     """The older form, of the tokens from `start` on, whose text begins at character `offset`.
 
     prompt: token ids and rows of an echoed prompt, which come first. first_text: what its first
@@ -122,7 +124,7 @@ def completion_logprobs(
     rows: list[Mapping[int, Logprob] | None] = list(completion.logprobs[start:])
     if prompt is not None:
         ids, rows = [*prompt[0], *ids], [*prompt[1], *rows]
-    made = schema.CompletionLogprobs([], [], [] if top else None, [])
+    made = answer_schema.CompletionLogprobs([], [], [] if top else None, [])
     for token_id, row in zip(ids, rows, strict=True):
         text = row[token_id].decoded_token if row is not None else first_text
         made.tokens.append(text)

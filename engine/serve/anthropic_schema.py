@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from .answer_schema import Cost
 from .bounds import ANSWER_TOKENS, TEMPERATURE, TOOLS, between, entries, text, within
-from .schema import Cost, Priority, Timeout, ToolName
+from .schema import Priority, Timeout, ToolName
 from .strict import Strict
 from .structured import OutputConfig
 

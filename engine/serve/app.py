@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import anthropic, responses_input, responses_schema, schema
+from . import answer_schema, anthropic, responses_input, responses_schema, schema
 from .accesslog import access
 from .body import read
 from .chat import Chat
@@ -113,15 +113,15 @@ class Routes(StorageRoutes):
     # -------------------------------------------------------------------------- the model
 
     async def models(self, request: Request) -> Response:
-        return _json(schema.ModelList(data=[self._model()]))
+        return _json(answer_schema.ModelList(data=[self._model()]))
 
     async def model(self, request: Request) -> Response:
         self._service.check_model(request.path_params["model"])
         return _json(self._model())
 
-    def _model(self) -> schema.Model:
+    def _model(self) -> answer_schema.Model:
         info, dialect = self._service.info, self._service.dialect
-        return schema.Model(
+        return answer_schema.Model(
             id=self._service.model_name,
             created=self._service.created,
             max_model_len=info.config.max_model_len or info.model.max_position,
@@ -139,7 +139,7 @@ class Routes(StorageRoutes):
             ids = await llm.render_chat(template_messages(body.messages))
         else:
             ids = await llm.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        answer = schema.Tokens(len(ids), self._model().max_model_len, ids)
+        answer = answer_schema.Tokens(len(ids), self._model().max_model_len, ids)
         if body.return_token_strs:
             answer.token_strs = [await llm.detokenize([i]) for i in ids]
         return _json(answer)
@@ -147,7 +147,9 @@ class Routes(StorageRoutes):
     async def detokenize(self, request: Request) -> Response:
         body = await read(request, schema.DetokenizeRequest, self._service.settings)
         self._service.check_model(body.model)
-        return _json(schema.Detokenized(await self._service.keeper.llm.detokenize(body.tokens)))
+        return _json(
+            answer_schema.Detokenized(await self._service.keeper.llm.detokenize(body.tokens))
+        )
 
     # -------------------------------------------------------------------------- the server
 

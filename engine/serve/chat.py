@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from ..core.answers import CompletionOutput, Growth, RequestOutput
 from ..dialects.parts import CallArguments, CallBegin, Part, Reasoning, Text
-from . import answers, schema
+from . import answer_schema, answers, schema
 from .dialect import Reader
 from .requests import chat_params, template_messages, template_options, tool_use
 from .service import Caller, Service, Work
@@ -61,7 +61,7 @@ class Chat:
         async for output in service.run(work):
             yield output
 
-    async def whole(self) -> schema.ChatCompletion:
+    async def whole(self) -> answer_schema.ChatCompletion:
         """The answer when it is complete."""
         last = None
         async for output in self._outputs():
@@ -69,12 +69,12 @@ class Chat:
         assert last is not None  # run() yields at least the ending
         for reader, completion in zip(self._readers, last.outputs, strict=True):
             reader.feed(completion.text, last=True)
-        return schema.ChatCompletion(
+        return answer_schema.ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._service.model_name,
             choices=[
-                schema.ChatChoice(
+                answer_schema.ChatChoice(
                     index=i,
                     message=_message(self._readers[i]),
                     logprobs=answers.chat_logprobs(c, 0, self._request.top_logprobs or 0),
@@ -107,7 +107,9 @@ class Chat:
             if not begun:  # what the door refuses is refused before the first part
                 begun = True
                 for index in range(self._params.n):
-                    yield self._part(index, schema.Delta(role="assistant", content=""), usage)
+                    yield self._part(
+                        index, answer_schema.Delta(role="assistant", content=""), usage
+                    )
             for index, completion in enumerate(output.outputs):
                 if ended[index]:
                     continue
@@ -118,7 +120,7 @@ class Chat:
                 deltas = _deltas(reader, parts, num_calls)
                 news = len(completion.token_ids) > shown[index]
                 if not deltas and (finished or (news and completion.logprobs is not None)):
-                    deltas = [schema.Delta()]
+                    deltas = [answer_schema.Delta()]
                 for number, delta in enumerate(deltas):
                     first, last = number == 0, number == len(deltas) - 1
                     yield self._part(
@@ -132,7 +134,7 @@ class Chat:
                     shown[index] = len(completion.token_ids)
             if output.finished and with_usage:
                 yield event(
-                    schema.ChatChunk(
+                    answer_schema.ChatChunk(
                         id=self._id,
                         created=self._created,
                         model=self._service.model_name,
@@ -175,9 +177,9 @@ class Chat:
     @functools.cached_property
     def _frame(self) -> Frame:
         usage = self._part_usage()
-        return Frame(lambda text: self._part(0, schema.Delta(content=text), usage))
+        return Frame(lambda text: self._part(0, answer_schema.Delta(content=text), usage))
 
-    def _part_usage(self) -> schema.Usage | UnsetType | None:
+    def _part_usage(self) -> answer_schema.Usage | UnsetType | None:
         return answers.part_usage(self._request.stream_options, ())
 
     def _news(self, completion: CompletionOutput, shown: int) -> dict[str, object]:
@@ -186,7 +188,7 @@ class Chat:
         logprobs = answers.chat_logprobs(completion, shown, self._request.top_logprobs or 0)
         return {"logprobs": logprobs, "token_ids": ids}
 
-    async def _usage(self, output: RequestOutput) -> schema.Usage:
+    async def _usage(self, output: RequestOutput) -> answer_schema.Usage:
         service, thoughts = self._service, 0
         for reader, completion in zip(self._readers, output.outputs, strict=True):
             thoughts += await service.dialect.reasoning_tokens(
@@ -197,17 +199,17 @@ class Chat:
     def _part(
         self,
         index: int,
-        delta: schema.Delta,
-        usage: schema.Usage | UnsetType | None,
+        delta: answer_schema.Delta,
+        usage: answer_schema.Usage | UnsetType | None,
         **fields: object,
     ) -> bytes:
-        choice = schema.ChunkChoice(
+        choice = answer_schema.ChunkChoice(
             index=index,
             delta=delta,
             **{"logprobs": None, "finish_reason": None, **fields},  # type: ignore[arg-type]
         )
         return event(
-            schema.ChatChunk(
+            answer_schema.ChatChunk(
                 id=self._id,
                 created=self._created,
                 model=self._service.model_name,
@@ -227,15 +229,15 @@ def _ending(reader: Reader, completion: CompletionOutput) -> dict[str, object]:
     }
 
 
-def _message(reader: Reader) -> schema.AnswerMessage:
+def _message(reader: Reader) -> answer_schema.AnswerMessage:
     answer = reader.answer
-    message = schema.AnswerMessage(content=answer.text)
+    message = answer_schema.AnswerMessage(content=answer.text)
     if answer.reasoning:
         message.reasoning_content = message.reasoning = answer.reasoning
     if answer.calls:
         message.content = answer.text or None
         message.tool_calls = [
-            schema.AnswerCall(
+            answer_schema.AnswerCall(
                 id=reader.call_id(i),
                 function=schema.FunctionCall(name=call.name, arguments=call.arguments),
             )
@@ -244,28 +246,28 @@ def _message(reader: Reader) -> schema.AnswerMessage:
     return message
 
 
-def _deltas(reader: Reader, parts: Sequence[Part], num_calls: int) -> list[schema.Delta]:
+def _deltas(reader: Reader, parts: Sequence[Part], num_calls: int) -> list[answer_schema.Delta]:
     """One a part. `num_calls`: of the answer before these parts."""
     deltas = []
     for part in parts:
         match part:
             case Text(text=text):
-                delta = schema.Delta(content=text)
+                delta = answer_schema.Delta(content=text)
             case Reasoning(text=text):
-                delta = schema.Delta(reasoning_content=text, reasoning=text)
+                delta = answer_schema.Delta(reasoning_content=text, reasoning=text)
             case CallBegin(name=name):
-                call = schema.ToolCallDelta(
+                call = answer_schema.ToolCallDelta(
                     index=num_calls,
                     id=reader.call_id(num_calls),
                     type="function",
-                    function=schema.FunctionDelta(name=name, arguments=""),
+                    function=answer_schema.FunctionDelta(name=name, arguments=""),
                 )
-                delta = schema.Delta(tool_calls=[call])
+                delta = answer_schema.Delta(tool_calls=[call])
                 num_calls += 1
             case CallArguments(text=text):
-                function = schema.FunctionDelta(arguments=text)
-                piece = schema.ToolCallDelta(index=num_calls - 1, function=function)
-                delta = schema.Delta(tool_calls=[piece])
+                function = answer_schema.FunctionDelta(arguments=text)
+                piece = answer_schema.ToolCallDelta(index=num_calls - 1, function=function)
+                delta = answer_schema.Delta(tool_calls=[piece])
         deltas.append(delta)
     return deltas
 

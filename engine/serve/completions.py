@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from msgspec import UNSET
 
 from ..core.answers import CompletionOutput, Growth, RequestOutput
-from . import answers, schema
+from . import answer_schema, answers, schema
 from .requests import completion_params, prompts
 from .service import Caller, Service, Work
 from .sse import DONE, NOWHERE, Frame, event
@@ -60,7 +60,7 @@ class Completions:
                 self._first_texts[prompt] = await llm.detokenize(output.prompt_token_ids[:1])
             yield prompt, output
 
-    async def whole(self) -> schema.Completion:
+    async def whole(self) -> answer_schema.Completion:
         """The answer when all of it is complete."""
         last = {index: output async for index, output in self._outputs()}
         outputs = [last[index] for index in sorted(last)]
@@ -137,7 +137,9 @@ class Completions:
         usage = answers.part_usage(self._request.stream_options, ())
 
         def made(text: str) -> bytes:
-            choice = schema.CompletionChoice(index=0, text=text, logprobs=None, finish_reason=None)
+            choice = answer_schema.CompletionChoice(
+                index=0, text=text, logprobs=None, finish_reason=None
+            )
             return event(self._answer([choice], usage=usage))
 
         return Frame(made)
@@ -151,7 +153,7 @@ class Completions:
         finished: bool,
         output: RequestOutput,
         first: bool = True,
-    ) -> schema.CompletionChoice:
+    ) -> answer_schema.CompletionChoice:
         logprobs = None
         if completion.logprobs is not None:
             echoed = first and self._request.echo and output.prompt_logprobs is not None
@@ -163,7 +165,7 @@ class Completions:
                 prompt=(output.prompt_token_ids, output.prompt_logprobs or ()) if echoed else None,
                 first_text=self._first_texts.get(prompt, ""),
             )
-        return schema.CompletionChoice(
+        return answer_schema.CompletionChoice(
             index=prompt * self._params.n + completion.index,
             text=text,
             logprobs=logprobs,
@@ -176,13 +178,13 @@ class Completions:
 
     def _answer(
         self,
-        choices: list[schema.CompletionChoice],
+        choices: list[answer_schema.CompletionChoice],
         *,
-        usage: schema.Usage | object | None = UNSET,
-        timings: schema.Timings | object = UNSET,
+        usage: answer_schema.Usage | object | None = UNSET,
+        timings: answer_schema.Timings | object = UNSET,
         receipt: object = UNSET,
-    ) -> schema.Completion:
-        return schema.Completion(
+    ) -> answer_schema.Completion:
+        return answer_schema.Completion(
             id=self._id,
             created=self._created,
             model=self._service.model_name,

@@ -9,7 +9,7 @@ import secrets
 from ..core.answers import RequestOutput
 from ..core.sampling_params import SamplingParams
 from ..core.vectors import handed_out
-from . import schema
+from . import answer_schema, schema
 from .bounds import MAX_INPUTS
 from .errors import ApiError
 from .requests import prompts
@@ -55,7 +55,7 @@ class Embeddings:
         # As many at once as run at once: one call does not fill the queue that others wait in.
         self._seats = asyncio.Semaphore(service.info.config.max_num_seqs)
 
-    async def whole(self) -> schema.EmbeddingList:
+    async def whole(self) -> answer_schema.EmbeddingList:
         """The answer; one input's failure is the call's, and ends the others."""
         tasks = [asyncio.ensure_future(self._output(work)) for work in self._works]
         try:
@@ -65,9 +65,9 @@ class Embeddings:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         tokens = sum(output.usage.prompt_tokens for output in outputs)
-        return schema.EmbeddingList(
+        return answer_schema.EmbeddingList(
             data=[
-                schema.Embedding(
+                answer_schema.Embedding(
                     index=i,
                     embedding=handed_out(
                         output.embedding or (),
@@ -78,7 +78,7 @@ class Embeddings:
                 for i, output in enumerate(outputs)
             ],
             model=self._service.model_name,
-            usage=schema.EmbeddingUsage(tokens, tokens),
+            usage=answer_schema.EmbeddingUsage(tokens, tokens),
         )
 
     async def _output(self, work: Work) -> RequestOutput:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from . import (
+    answer_schema,
     anthropic,
     batches,
     files,
@@ -49,8 +50,8 @@ OPERATIONS = (
         "chat_completions",
         "Answer a conversation",
         schema.ChatRequest,
-        schema.ChatCompletion,
-        schema.ChatChunk,
+        answer_schema.ChatCompletion,
+        answer_schema.ChatChunk,
     ),
     Operation(
         "POST",
@@ -58,8 +59,8 @@ OPERATIONS = (
         "completions",
         "Continue texts",
         schema.CompletionRequest,
-        schema.Completion,
-        schema.Completion,
+        answer_schema.Completion,
+        answer_schema.Completion,
     ),
     Operation(
         "POST",
@@ -93,12 +94,17 @@ OPERATIONS = (
         "embeddings",
         "Texts as vectors",
         schema.EmbeddingRequest,
-        schema.EmbeddingList,
+        answer_schema.EmbeddingList,
     ),
-    Operation("GET", "/v1/models", "models", "The served model", answer=schema.ModelList),
-    Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=schema.Model),
+    Operation("GET", "/v1/models", "models", "The served model", answer=answer_schema.ModelList),
+    Operation("GET", "/v1/models/{model:path}", "model", "One model", answer=answer_schema.Model),
     Operation(
-        "POST", "/tokenize", "tokenize", "Text to token ids", schema.TokenizeRequest, schema.Tokens
+        "POST",
+        "/tokenize",
+        "tokenize",
+        "Text to token ids",
+        schema.TokenizeRequest,
+        answer_schema.Tokens,
     ),
     Operation(
         "POST",
@@ -106,7 +112,7 @@ OPERATIONS = (
         "detokenize",
         "Token ids to text",
         schema.DetokenizeRequest,
-        schema.Detokenized,
+        answer_schema.Detokenized,
     ),
     Operation(
         "POST",

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from .answer_schema import CompletionDetails, Timings, TokenDetails
 from .bounds import ANSWER_TOKENS, NEVER, NOT_TRUE, TEMPERATURE, TOOLS, between, says, within
-from .schema import CompletionDetails, Priority, Stop, Timeout, Timings, TokenDetails, ToolName
+from .schema import Priority, Stop, Timeout, ToolName
 from .strict import Strict
 
 # --------------------------------------------------------------------------------- items of input

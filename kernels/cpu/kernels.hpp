@@ -164,16 +164,19 @@ struct Activations {
     std::ptrdiff_t stride = 0;
     const float *f32 = nullptr;          // [rows][stride]
     const std::uint16_t *bf16 = nullptr; // [rows][stride]
-    // x ~ scale * q, per group of 32: scale = max|x| / 127, q = round-to-even(x * (127 / max|x|)).
+    // x ~ scale * q, per group of 32: scale = max|x| / 127, raised to kScaleSteps steps from one power
+    // of two to the next, and q = round-to-even(x * (1 / scale)).
     const std::int8_t *q = nullptr;           // [rows][stride]
     const float *scale = nullptr;             // [rows][stride / 32]
     const std::int32_t *sum16 = nullptr;      // [rows][stride / 16]  sum of q over 16
     // scale * float(sum of q), plus the same of the second digit
     const float *scaled_sum = nullptr;        // [rows][stride / 32]
     // A group with an outlier (max^2 > kOutlier * the row's mean square) has a second digit:
-    // x ~ scale * q + fine_scale * fine_q, what the first left over, quantised in the same way. One
-    // digit would round the other 31 values to a few steps. A row's second digits lie one after
-    // another, the j-th of them for group fine_group[j].
+    // x ~ scale * q + fine_scale * fine_q, what the first left over: fine_scale is its max / 127,
+    // not raised. One digit would round the other 31 values to a few steps. A row's second digits lie
+    // one after another, the j-th of them for group fine_group[j]. A group whose scale would be below
+    // kLeastScale or beyond kMostScale has scale 1 and zeros, and is all in its second digit; that of
+    // one with a NaN or an infinity has the scale NaN, so that what is made of it is NaN.
     const std::int32_t *fine_count = nullptr;  // [rows]
     const std::int32_t *fine_group = nullptr;  // [rows][stride / 32]
     const std::int8_t *fine_q = nullptr;       // [rows][stride]
@@ -184,6 +187,14 @@ struct Activations {
 // Beyond 5.7 times the row's root mean square: fewer than 12 groups in 100 of SmolLM2's activations.
 // docs/performance.md has what other rules gave.
 constexpr float kOutlier = 32.0f;
+
+// A scale of activations has kScaleZeros bits of zeros, so that tables can hold what belongs to each of
+// its kScaleSteps significands (ScaleSteps). Raising scales adds 10% to the square of what rounding
+// loses; four steps would add 20%.
+constexpr int kScaleSteps = 8, kScaleZeros = 20;
+constexpr float kLeastScale = 0x1p-90f, kMostScale = 0x1p100f;
+// Of such scales' products with these magnitudes none leaves the range of normal numbers.
+constexpr float kLeastStepped = 0x1p-36f, kMostStepped = 0x1p26f;
 
 // One of several rows' second digits, the rows counted from their first. A row's lie by rising group.
 // Those of a group lie together where they can, so that its weights are read for several rows at once.

@@ -196,12 +196,17 @@ void check_int8(const Kernels &k) {
             }
             const bool has_fine = fine < fine_count && fine_group[fine] == g;
             if (odd) {  // what is made of it must not look like a number
-                check.truth(std::isnan(scale[g]) && !has_fine, "a group with NaN or infinity", g);
+                check.truth(has_fine && std::isnan(fine_scale[fine]) && std::isnan(scaled[g]),
+                            "a group with NaN or infinity", g);
+                ++fine;
                 continue;
             }
-            check.near(scale[g], most / 127, most / 127 + 1e-30, "scale", g);
+            int exponent = 0;
+            const double part = std::frexp(static_cast<float>(most) * (1.0f / 127), &exponent);
+            const double raised = std::ldexp(std::ceil(part * 2 * kScaleSteps) / (2 * kScaleSteps), exponent);
+            check.same(scale[g], most > 0 ? raised : 1, "scale", g);
             for (int i = 32 * g; i < 32 * g + 32; ++i) {
-                const double want = i < n && most > 0 ? x[i] * (127 / most) : 0;
+                const double want = i < n && most > 0 ? x[i] / raised : 0;
                 check.truth(std::fabs(q[i] - want) <= 0.5001, "q", i);
             }
             for (int h = 2 * g; h < 2 * g + 2; ++h) {

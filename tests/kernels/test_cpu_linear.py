@@ -237,7 +237,7 @@ def test_every_number_of_rows(unit: str, name: str, form: str) -> None:
 @pytest.mark.parametrize("name", [n for n in FORMATS if not FORMATS[n].is_float])
 def test_hostile_blocks(unit: str, name: str) -> None:
     for form in FORMS[name]:
-        assert_close(name, form, unit, hostile(name, 60, 512), 60, 512, [1, 40])
+        assert_close(name, form, unit, hostile(name, 60, 512), 60, 512, [1, 40, 70])
 
 
 @units
@@ -342,6 +342,43 @@ def test_a_row_is_the_same_in_any_company(unit: str, name: str, form: str) -> No
         assert_same_bits(run(unit, [matrix], x[i : i + 1], form), want[i : i + 1])
     for threads in (2, 3):
         assert_same_bits(run(unit, [matrix], x, form, threads=threads), want)
+
+
+ONE_SCALE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "INT4", "I4G32", "I8G32"]
+
+
+@units
+@pytest.mark.parametrize("name", [*ONE_SCALE, "I4G128", "MXFP4", "NF4", "FP4"])
+def test_scales_of_any_size_give_many_rows_the_bits_of_one(unit: str, name: str) -> None:
+    """Many rows multiply scales by adding their bits, where both have sizes that allow it.
+
+    The first tile's weights are in that range, one at its end; the second's have a scale out of it in the
+    last block of columns, the third's in every block. Of the rows some have groups out of it, or zeros.
+    """
+    n, k = 144, 1536
+    data = blocks(name, n, k, 3)
+    fields = fields_of(name, data, k)
+    field = next(f for f in ("d", "absmax", "exponent") if f in fields)
+    scales = fields[field].reshape(n, -1)
+    if field == "exponent":
+        scales[5, -1], scales[60, -1], scales[100:] = 143, 254, 0
+    else:
+        scales[5, -1], scales[60, -1] = 60000, 0
+        scales[100:] = np.inf if name in ("Q4_0", "Q4_K") else 1e-7
+    x = activations(80, k)
+    powers = {1: -140, 2: -98, 4: -84, 5: -80, 7: -20, 8: 20, 10: 60, 11: 106, 13: 107, 14: 121}
+    for row, power in powers.items():
+        x[row] = np.ldexp(x[row], power)
+    x[16, 64:128] = 0
+    x[17, 100] = np.nan
+    matrix = pack(name, data, n, k)
+    with np.errstate(all="ignore"):
+        got = run(unit, [matrix], x, "int8")
+        alone = np.concatenate([run(unit, [matrix], row[None], "int8") for row in x])
+    assert np.isnan(alone[17]).all()
+    assert np.isfinite(alone[18:, :48]).all()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(alone))
+    assert_same_bits(np.nan_to_num(got, posinf=7, neginf=-7), np.nan_to_num(alone, posinf=7, neginf=-7))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])

@@ -229,10 +229,12 @@ def to_int8(unit: str, x: np.ndarray, stride: int) -> Int8:
 
 
 def digit(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(q, scale) of groups [G, 32], fp32."""
+    """(q, scale) of groups [G, 32], fp32: eight scales from one power of two to the next, 1 of zeros."""
     most = np.abs(groups).max(1)
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    return np.rint(groups * inverse[:, None]).astype(np.int8), most / np.float32(127)
+    significand, exponent = np.frexp(most * np.float32(1 / 127))  # from 0.5 to 1
+    scale = np.ldexp(np.ceil(significand * 16) / 16, exponent).astype(np.float32)
+    scale[most == 0] = 1
+    return np.rint(groups * (1 / scale)[:, None]).astype(np.int8), scale
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -281,17 +283,24 @@ def test_int8_operands_spread_nan(unit: str, bad: float, place: int) -> None:
     x = values(96)
     x[32 + place] = bad
     out = to_int8(unit, x, 96)
-    np.testing.assert_array_equal(np.isnan(out.scale), [False, True, False])
+    np.testing.assert_array_equal(out.fine_group, [1])
+    assert np.isnan(out.fine_scale[0])
+    assert np.isfinite(out.scale).all()
     np.testing.assert_array_equal(np.isnan(out.scaled_sum), [False, True, False])
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("size", [1e-45, 1e-40, 3e-37, 1e-36, 3e38])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 3e-37, 1e-36, 1e-25, 1e-24, 1e32, 1e33, 3e38])
 def test_int8_operands_of_extreme_sizes_stay_in_range(unit: str, size: float) -> None:
     x = np.full(32, size, np.float32)
     x[1::2] *= -1
     out = to_int8(unit, x, 32)
-    np.testing.assert_allclose(out.q * out.scale, x, rtol=0.01, atol=1e-36)
+    values = out.q * out.scale
+    if len(out.fine_group):  # scales beyond the first digit's are the second's
+        assert not out.q.any()
+        assert not out.fine_sum16.any()
+        values = out.fine_q * out.fine_scale
+    np.testing.assert_allclose(values, x, rtol=0.01, atol=1e-36)
     assert not out.sum16.any()
 
 

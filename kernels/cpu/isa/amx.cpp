@@ -154,7 +154,7 @@ static void int8_product(const PackedWeight &w, int tile, int k0, int k1, const 
     t_shape(shapes);
     for (int c0 = k0; c0 < k1; c0 += kChunk) {
         const int c1 = least(c0 + kChunk, k1), groups = (c1 - c0) / kGroup;
-        unpack_groups<QuantsU8, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, nullptr, ready);
+        if constexpr (!kIsWhole<Scale>) unpack_scales<Scale>(scales, c0 / kGroup, c1 / kGroup, ready);
         signed_groups<Quants>(quants, c0 / kGroup, c1 / kGroup, w.bias, weights);
         // The next chunk follows this one in memory; behind the last lies the next tile.
         const int next = c1 / kGroup * Quants::kBytes, bytes = groups * Quants::kBytes;

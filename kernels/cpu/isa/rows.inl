@@ -310,56 +310,74 @@ ER_INLINE void sum_sixteens(const std::int8_t *q, int n, std::int32_t *sum) {
     }
 }
 
-// A group that holds a NaN or an infinity has the scale NaN, so that what is made of it is NaN. A
-// group whose largest magnitude is so small that 127 / max overflows (below 4e-37) counts as zeros.
+// Scales as they should be -> as they may be: unlike these, outside of kLeastScale to kMostScale.
+ER_INLINE void raise_scales(float (&scale)[16]) {
+    std::uint32_t bits[16];
+    std::memcpy(bits, scale, sizeof bits);
+    constexpr std::uint32_t kZeros = (1u << kScaleZeros) - 1;
+    for (int j = 0; j < 16; ++j) bits[j] = (bits[j] + kZeros) & ~kZeros;
+    std::memcpy(scale, bits, sizeof bits);
+}
+
 static void to_int8(const float *x, int n, int stride, const Int8Row &out) {
     const F infinity = f_set(__builtin_inff());
-    const float outlier = kOutlier * (sum_of_squares(x, n) / static_cast<float>(n));
+    const auto size = [infinity](F v) { return f_min(f_abs(v), infinity); };  // of a NaN infinity
     const int groups = stride / kGroup;
-    int fine = 0;
-    for (int g0 = 0; g0 < groups; g0 += 16) {  // the maxima and divisions of sixteen groups at once
+    float *const most = out.scaled_sum;  // a group's, until it has its sum
+    F squares[4] = {f_zero(), f_zero(), f_zero(), f_zero()}, a, b;
+    for (int g0 = 0; g0 < groups; g0 += 16) {  // the maxima and the division of sixteen groups at once
         const int some = groups - g0 < 16 ? groups - g0 : 16;
-        F largest[16], a, b;
-        for (int j = 0; j < 16; ++j) {
+        F largest[16];
+        for (int j = some; j < 16; ++j) largest[j] = f_zero();
+#pragma GCC unroll 2
+        for (int j = 0; j < some; ++j) {
             const int i = (g0 + j) * kGroup;
             load_group(x + i, n - i, a, b);
-            // f_min returns its second operand where one is NaN: a NaN becomes an infinity.
-            largest[j] = f_max(f_min(f_abs(a), infinity), f_min(f_abs(b), infinity));
+            squares[j % 2 * 2] = f_fma(a, a, squares[j % 2 * 2]);
+            squares[j % 2 * 2 + 1] = f_fma(b, b, squares[j % 2 * 2 + 1]);
+            largest[j] = f_max(size(a), size(b));
         }
         const F maxima = f_max_each(largest);
-        float most[16], inverse[16];
-        f_store(most, maxima);
-        f_store(inverse, f_div(f_set(127.0f), maxima));
-        f_store_n(out.scale + g0, f_div(maxima, f_set(127.0f)), some);
-        int outliers[16], num_outliers = 0;
+        float scale[16], inverse[16];
+        f_store_n(most + g0, maxima, some);
+        f_store(scale, f_mul(maxima, f_set(1.0f / 127)));
+        raise_scales(scale);
+        f_store(inverse, f_div(f_set(1.0f), f_load(scale)));
+        f_store_n(out.scale + g0, f_load(scale), some);
         for (int j = 0; j < some; ++j) {
             const int g = g0 + j, i = g * kGroup;
-            std::int8_t *q = out.q + i;
-            if (!(most[j] < __builtin_inff() && inverse[j] < __builtin_inff())) {
-                i_store_int8(q, f_zero());
-                i_store_int8(q + 16, f_zero());
-                if (!(most[j] < __builtin_inff())) out.scale[g] = __builtin_nanf("");
-                continue;
-            }
             load_group(x + i, n - i, a, b);
-            store_digits(q, a, b, inverse[j]);
-            outliers[num_outliers] = g;
-            num_outliers += most[j] * most[j] > outlier;  // a branch would be mispredicted
-        }
-        for (int j = 0; j < num_outliers; ++j) {
-            const int g = outliers[j], i = g * kGroup;
-            const F step = f_set(out.scale[g]);
-            load_group(x + i, n - i, a, b);
-            a = f_fnma(f_load_s8(out.q + i), step, a);
-            b = f_fnma(f_load_s8(out.q + i + 16), step, b);
-            const float rest = f_max_all(f_max(f_abs(a), f_abs(b)));
-            const float by = 127.0f / rest;
-            if (by < __builtin_inff()) {
-                store_digits(out.fine_q + kGroup * fine, a, b, by);
-                out.fine_scale[fine] = rest / 127.0f;
-                out.fine_group[fine++] = g;
+            if (!(scale[j] >= kLeastScale && scale[j] <= kMostScale)) {
+                out.scale[g] = 1.0f;
+                if (most[g] > 0.0f) most[g] = __builtin_nanf("");  // which is beyond any border
+                a = b = f_zero();
+                inverse[j] = 0.0f;
             }
+            store_digits(out.q + i, a, b, inverse[j]);
         }
+    }
+    const float sum = f_sum(f_add(f_add(squares[0], squares[1]), f_add(squares[2], squares[3])));
+    float border = kOutlier * (sum / static_cast<float>(n));
+    if (!(border < __builtin_inff())) border = __builtin_inff();
+    int outliers = 0, fine = 0;
+    for (int g = 0; g < groups; ++g) {
+        out.fine_group[outliers] = g;
+        outliers += !(most[g] * most[g] <= border);  // a branch would be mispredicted
+    }
+    for (int j = 0; j < outliers; ++j) {
+        const int g = out.fine_group[j], i = g * kGroup;
+        const F step = f_set(out.scale[g]);
+        load_group(x + i, n - i, a, b);
+        a = f_fnma(f_load_s8(out.q + i), step, a);
+        b = f_fnma(f_load_s8(out.q + i + 16), step, b);
+        const float rest = f_max_all(f_max(size(a), size(b)));
+        const bool is_finite = rest < __builtin_inff();
+        const float by = 127.0f / rest;
+        if (!(by < __builtin_inff())) continue;  // a rest of nothing
+        if (!is_finite) a = b = f_zero();
+        store_digits(out.fine_q + kGroup * fine, a, b, by);
+        out.fine_scale[fine] = is_finite ? rest / 127.0f : __builtin_nanf("");
+        out.fine_group[fine++] = g;
     }
     *out.fine_count = fine;
     sum_sixteens(out.q, stride, out.sum16);

@@ -105,7 +105,17 @@ static __attribute__((noinline)) void int8_rows(const std::uint8_t *quants,
                                                      : i_dot8(c[r][v], w[v], x);
                     }
                 }
-                if constexpr (!kIsWhole<Scale>) {
+                if constexpr (kIsSteps<Scale>) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const float *scale = a.scale + r * groups32 + g;
+                        const float *d = Scale::of(scales, g0 + g, scale);
+#pragma GCC unroll 3
+                        for (int v = 0; v < kVectors; ++v)
+                            f[r][v] = f_fma(f_of_sum(c[r][v], start + r),
+                                            Scale::product(d + 16 * v, scale), f[r][v]);
+                    }
+                } else if constexpr (!kIsWhole<Scale>) {
                     F d[kVectors];
 #pragma GCC unroll 3
                     for (int v = 0; v < kVectors; ++v)
@@ -190,69 +200,106 @@ static void int8_blocks(const std::uint8_t *quants, const std::uint8_t *scales, 
     }
 }
 
-// Groups [g0, g1) of a tile: their scales as Prepared, and as kU8 the quants that are not.
-template <class Quants, class Scale>
-static __attribute__((noinline)) void unpack_groups(const std::uint8_t *quants,
-                                                    const std::uint8_t *scales, int g0, int g1,
-                                                    std::uint8_t *to, float *ready) {
+// The scales of groups [g0, g1) of a tile as ScaleReady.
+template <class Scale>
+static __attribute__((noinline)) void unpack_scales(const std::uint8_t *scales, int g0, int g1,
+                                                    float *ready) {
     for (int g = g0; g < g1; ++g) {
-        if constexpr (!kIsWhole<Scale>)
-            for (int part = 0; part < Scale::kParts; ++part, ready += kTileRows)
-                for (int v = 0; v < kTileVectors; ++v)
-                    f_store(ready + 16 * v, Scale::scale(scales, g * Scale::kParts + part, v));
+        for (int part = 0; part < Scale::kParts; ++part, ready += kTileRows)
+            for (int v = 0; v < kTileVectors; ++v)
+                f_store(ready + 16 * v, Scale::scale(scales, g * Scale::kParts + part, v));
         if constexpr (Scale::kHasMinimum) {
             for (int v = 0; v < kTileVectors; ++v)
                 f_store(ready + 16 * v, Scale::minimum(scales, g, v));
             ready += kTileRows;
         }
-        if constexpr (!Quants::kIsBytes) {
-            const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+    }
+}
+
+// The same as ScaleSteps; false where one is out of their range, as 0 is.
+template <class Scale>
+static __attribute__((noinline)) bool unpack_steps(const std::uint8_t *scales, int g0, int g1,
+                                                   float *ready) {
+    F most = f_zero(), least_below_0 = f_set(-__builtin_inff());
+    for (int g = g0; g < g1; ++g) {
+        for (int v = 0; v < kTileVectors; ++v) {
+            const F d = Scale::scale(scales, g, v);
+            const F size = f_min(f_abs(d), f_set(__builtin_inff()));  // the second where one is NaN
+            most = f_max(most, size);
+            least_below_0 = f_max(least_below_0, f_sub(f_zero(), size));
+            float *to = ready + 16 * v;
 #pragma GCC unroll 8
-            for (int k4 = 0; k4 < 8; ++k4, to += kWordBytes)
-                for (int v = 0; v < kTileVectors; ++v)
-                    i_store(to + 64 * v, Quants::word(group, k4, v));
+            for (int step = 0; step < kScaleSteps; ++step, to += kTileRows) {
+                const float significand = 1 + static_cast<float>(step) / kScaleSteps;
+                std::int32_t bits;
+                std::memcpy(&bits, &significand, 4);
+                i_store(to, i_add(bits_of_f(f_mul(d, f_set(significand))), i_set(-bits)));
+            }
+            if constexpr (Scale::kHasMinimum) f_store(to, Scale::minimum(scales, g, v));
         }
+        ready += ScaleSteps<Scale>::kFloats;
+    }
+    return f_max_all(most) <= kMostStepped && f_max_all(least_below_0) <= -kLeastStepped;
+}
+
+// The quants of groups [g0, g1) of a tile as kU8.
+template <class Quants>
+static __attribute__((noinline)) void unpack_quants(const std::uint8_t *quants, int g0, int g1,
+                                                    std::uint8_t *to) {
+    for (int g = g0; g < g1; ++g) {
+        const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g) * Quants::kBytes;
+#pragma GCC unroll 8
+        for (int k4 = 0; k4 < 8; ++k4, to += kWordBytes)
+            for (int v = 0; v < kTileVectors; ++v) i_store(to + 64 * v, Quants::word(group, k4, v));
     }
 }
 
 template <class Quants, class Scale>
 static void int8_tile(const PackedWeight &w, int tile, int k0, int k1, const Activations &a,
                       int row0, int rows, bool first, float *out, std::uint8_t *scratch) {
-    const std::uint8_t *quants = w.data + tile * w.tile_bytes + w.scales_bytes;
-    const std::uint8_t *scales = w.data + tile * w.tile_bytes;
-    if (rows <= Quants::kDirectRows) {
+    const std::uint8_t *quants = w.quants(tile), *scales = w.scales(tile);
+    const bool wants_steps = kTakesSteps<Scale> && rows >= ScaleSteps<Scale>::kRows;
+    if (rows <= Quants::kDirectRows && !wants_steps) {
         int8_blocks<Quants, Scale, true>(
             quants + static_cast<std::ptrdiff_t>(k0 / kGroup) * Quants::kBytes,
             scales, k0 / kGroup, k0, k1, w.bias, a, row0, rows, first, out,
             Fetch{scales + Quants::kDistance + k0 / kGroup * (Quants::kBytes + Scale::kBytes), 0});
         return;
     }
-    using Ready = Prepared<Scale>;
+    using Unpacked = std::conditional_t<Quants::kSmall, QuantsUnpacked, QuantsU8>;
     const int chunks = (k1 - k0 + kChunk - 1) / kChunk;  // of nearly equal size
     const int chunk = ((k1 - k0 + chunks - 1) / chunks + kGroup - 1) / kGroup * kGroup;
-    float *ready = reinterpret_cast<float *>(scratch);
-    std::uint8_t *unpacked = reinterpret_cast<std::uint8_t *>(ready + Ready::kFloats * chunk / kGroup);
+    std::uint8_t *unpacked = scratch;
+    float *ready = reinterpret_cast<float *>(unpacked + chunk * kTileRows);
     for (int c0 = k0; c0 < k1; c0 += chunk) {
-        const int c1 = least(c0 + chunk, k1);
-        const std::uint8_t *group =
-            quants + static_cast<std::ptrdiff_t>(c0 / kGroup) * Quants::kBytes;
-        if constexpr (!Quants::kIsBytes || !Scale::kLast)
-            unpack_groups<Quants, Scale>(quants, scales, c0 / kGroup, c1 / kGroup, unpacked, ready);
+        const int c1 = least(c0 + chunk, k1), g0 = c0 / kGroup, g1 = c1 / kGroup;
+        const std::uint8_t *group = quants + static_cast<std::ptrdiff_t>(g0) * Quants::kBytes;
         // The next chunk follows this one in memory; behind the last lies the next tile.
-        const std::uint8_t *next = group + (c1 - c0) / kGroup * Quants::kBytes;
-        const Fetch fetch{c1 < k1 ? next : next + w.scales_bytes,
-                          (c1 - c0) / kGroup * Quants::kBytes / 64};
-        const std::uint8_t *from = prepared<Scale>(scales, c0 / kGroup, ready);
-        const bool sets = first && c0 == k0;
-        if constexpr (!Quants::kIsBytes)
-            int8_blocks<std::conditional_t<Quants::kSmall, QuantsUnpacked, QuantsU8>, Ready, false>(
-                unpacked, from, 0, c0, c1, w.bias, a, row0, rows, sets, out, fetch);
-        else if constexpr (Scale::kLast)
-            int8_blocks<QuantsU8, Scale, false>(group, scales, 0, c0, c1, w.bias, a, row0, rows,
-                                                sets, out, fetch);
-        else
-            int8_blocks<QuantsU8, Ready, false>(group, from, 0, c0, c1, w.bias, a, row0, rows,
-                                                sets, out, fetch);
+        const std::uint8_t *next = group + (g1 - g0) * Quants::kBytes;
+        const Fetch fetch{c1 < k1 ? next : next + w.scales_bytes, (g1 - g0) * Quants::kBytes / 64};
+        const auto multiply = [&](auto elements, auto scaling, const std::uint8_t *from,
+                                  const void *by) {
+            int8_blocks<decltype(elements), decltype(scaling), false>(
+                from, static_cast<const std::uint8_t *>(by), 0, c0, c1, w.bias, a, row0, rows,
+                first && c0 == k0, out, fetch);
+        };
+        const auto multiply_all = [&](auto scaling, const void *by) {
+            if constexpr (Quants::kIsBytes) {
+                multiply(QuantsU8{}, scaling, group, by);
+            } else if (Quants::kDirectRows == INT32_MAX && kIsSteps<decltype(scaling)>) {
+                multiply(Quants{}, scaling, group, by);
+            } else {
+                unpack_quants<Quants>(quants, g0, g1, unpacked);
+                multiply(Unpacked{}, scaling, unpacked, by);
+            }
+        };
+        if constexpr (kTakesSteps<Scale>)
+            if (wants_steps && unpack_steps<Scale>(scales, g0, g1, ready)) {
+                multiply_all(ScaleSteps<Scale>{}, ready);
+                continue;
+            }
+        if constexpr (!Scale::kLast) unpack_scales<Scale>(scales, g0, g1, ready);
+        multiply_all(Prepared<Scale>{}, prepared<Scale>(scales, g0, ready));
     }
 }
 

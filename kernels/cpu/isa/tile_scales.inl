@@ -181,6 +181,42 @@ struct ScaleReady {
     }
 };
 
+// What scales times an activations' scale are, without multiplying (which takes pipes that dot products
+// need): their products with all significands that such a scale may have, less the significand's own
+// bits, to which the scale's bits are added. Exactly so for magnitudes from kLeastStepped to kMostStepped.
+template <class Scale>
+struct ScaleSteps {
+    static constexpr int kParts = 1;
+    static constexpr bool kHasMinimum = Scale::kHasMinimum;
+    static constexpr bool kLast = false;
+    static constexpr int kFloats = (kScaleSteps + kHasMinimum) * kTileRows;  // of a group
+    static constexpr int kRows = kHasMinimum ? 64 : 32;  // from how many on tables are worth making (measured)
+    // Where the products with such a scale's significand are.
+    ER_INLINE const float *of(const std::uint8_t *s, int group, const float *scale) {
+        std::uint32_t bits;
+        std::memcpy(&bits, scale, 4);
+        const std::uint32_t step = (bits >> kScaleZeros) % kScaleSteps;
+        return floats(s) + group * kFloats + static_cast<std::ptrdiff_t>(step) * kTileRows;
+    }
+    ER_INLINE F product(const float *products, const float *scale) {
+        std::int32_t bits;
+        std::memcpy(&bits, scale, 4);
+        return f_of_bits(i_add(i_load(products), i_set(bits)));
+    }
+    ER_INLINE F minimum(const std::uint8_t *s, int group, int v) {
+        return f_load(floats(s) + group * kFloats + kScaleSteps * kTileRows + 16 * v);
+    }
+};
+
+template <class Scale>
+static constexpr bool kIsSteps = false;
+template <class Scale>
+static constexpr bool kIsSteps<ScaleSteps<Scale>> = true;
+
+// Whether many rows make use of ScaleSteps: in a unit whose dot products are so fast that it matters.
+template <class Scale>
+static constexpr bool kTakesSteps = Scale::kParts == 1 && !Scale::kLast && kVectors == kTileVectors;
+
 template <class Scale>
 static constexpr bool kIsWhole = std::is_same_v<Scale, ScaleWhole16>;
 // As many rows make use of scales: ScaleReady, or what they are in the tile.

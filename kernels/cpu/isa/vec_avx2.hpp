@@ -227,6 +227,8 @@ ER_INLINE void i_store(void *p, I x) {
 ER_INLINE I i_add(I a, I b) {
     return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
+ER_INLINE F f_of_bits(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+ER_INLINE I bits_of_f(F a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 ER_INLINE I i_and(I a, I b) {
     return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }

@@ -159,6 +159,8 @@ ER_INLINE I i_load_n(const void *p, int n) {
 }
 ER_INLINE void i_store(void *p, I x) { _mm512_storeu_si512(p, x); }
 ER_INLINE I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+ER_INLINE F f_of_bits(I a) { return _mm512_castsi512_ps(a); }
+ER_INLINE I bits_of_f(F a) { return _mm512_castps_si512(a); }
 ER_INLINE I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 ER_INLINE I i_shift16(I a) { return _mm512_slli_epi32(a, 16); }
 // Per lane, of signed words: the product of the lower ones plus that of the upper ones.

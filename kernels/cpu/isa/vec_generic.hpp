@@ -215,6 +215,8 @@ ER_INLINE I i_load_n(const void *p, int n) {
 }
 ER_INLINE void i_store(void *p, I x) { std::memcpy(p, &x, 64); }
 ER_INLINE I i_add(I a, I b) { return a + b; }
+ER_INLINE F f_of_bits(I a) { return reinterpret_cast<F>(a); }
+ER_INLINE I bits_of_f(F a) { return reinterpret_cast<I>(a); }
 ER_INLINE I i_and(I a, I b) { return a & b; }
 ER_INLINE I i_shift16(I a) { return a << 16; }
 // Per lane, of signed words: the product of the lower ones plus that of the upper ones.

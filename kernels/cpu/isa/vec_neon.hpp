@@ -197,6 +197,8 @@ ER_INLINE void i_store(void *p, I x) {
     vst1q_u8(to + 48, vreinterpretq_u8_s32(x.d));
 }
 ER_INLINE I i_add(I x, I y) { return ER_MAP2(I, vaddq_s32, x, y); }
+ER_INLINE F f_of_bits(I x) { return ER_MAP1(F, vreinterpretq_f32_s32, x); }
+ER_INLINE I bits_of_f(F x) { return ER_MAP1(I, vreinterpretq_s32_f32, x); }
 ER_INLINE I i_and(I x, I y) { return ER_MAP2(I, vandq_s32, x, y); }
 ER_INLINE I i_or(I x, I y) { return ER_MAP2(I, vorrq_s32, x, y); }
 ER_INLINE int32x4_t q_shift16(int32x4_t x) { return vshlq_n_s32(x, 16); }

@@ -63,7 +63,7 @@ void rows_test(const std::string &unit, const std::string &op, In x, In y, Out o
         op == "clamped_silu_mul";
     check(!binary || y.shape(0) == x.shape(0), "y must be as long as x");
     if (op == "rms_norm") {
-        kernels.rms_norm(x.data(), y.data(), out.data(), n, a, b);
+        kernels.rms_norm(x.data(), y.data(), out.data(), n, a, b, Dtype::kF32);
     } else if (op == "add") {
         kernels.add(x.data(), y.data(), out.data(), n);
     } else if (op == "scale") {

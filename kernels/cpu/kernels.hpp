@@ -360,7 +360,8 @@ struct Kernels {
     int bias8;  // what the unit's dot product of kU8 elements subtracts by itself: 0 or 128
 
     // -- rows; n elements, any n; out may be x unless said
-    void (*rms_norm)(const float *x, const float *w, float *out, int n, float eps, float offset);
+    void (*rms_norm)(const float *x, const float *w, float *out, int n, float eps, float offset,
+                     Dtype dtype);  // which the result is rounded to
     void (*add)(const float *a, const float *b, float *out, int n);
     void (*scale)(const float *x, float factor, float *out, int n);
     void (*softcap)(const float *x, float cap, float *out, int n);

@@ -105,8 +105,9 @@ void prepare_rows(const Kernels &kernels, const Activations &to, const float *x,
     for (int row = row0; row < row1; ++row) {
         const float *from = x + row * x_stride;
         if (norm.weight != nullptr) {
-            kernels.rms_norm(from, norm.weight, scratch, columns, norm.eps, norm.offset);
-            kernels.round(scratch, columns, norm.dtype);
+            const bool rounds_later = to.form == Form::kBF16 && norm.dtype == Dtype::kBF16;
+            kernels.rms_norm(from, norm.weight, scratch, columns, norm.eps, norm.offset,
+                             rounds_later ? Dtype::kF32 : norm.dtype);
             from = scratch;
         }
         if (norm.order != nullptr) {

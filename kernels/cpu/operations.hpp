@@ -87,8 +87,7 @@ class Normalise final : public Operation {
         each_row(run, out_, thread, [&](int i) {
             const std::size_t at = static_cast<std::size_t>(i) * out_.width;
             for (int g = 0; g < out_.width; g += group_)
-                run.kernels->rms_norm(x + at + g, weight_, out + at + g, group_, eps_, offset_);
-            if (dtype_ != Dtype::kF32) run.kernels->round(out + at, out_.width, dtype_);
+                run.kernels->rms_norm(x + at + g, weight_, out + at + g, group_, eps_, offset_, dtype_);
         });
     }
 

@@ -19,8 +19,8 @@ void check_norm(const Kernels &k) {
         for (float offset : {0.0f, 1.0f}) {
             const std::vector<float> x = random.normals(n), w = random.normals(n);
             std::vector<float> out(n, kNaN), in_place = x;
-            k.rms_norm(x.data(), w.data(), out.data(), n, 1e-5f, offset);
-            k.rms_norm(in_place.data(), w.data(), in_place.data(), n, 1e-5f, offset);
+            k.rms_norm(x.data(), w.data(), out.data(), n, 1e-5f, offset, Dtype::kF32);
+            k.rms_norm(in_place.data(), w.data(), in_place.data(), n, 1e-5f, offset, Dtype::kF32);
             double squares = 0;
             for (float v : x) squares += static_cast<double>(v) * v;
             const double inverse = 1 / std::sqrt(squares / n + static_cast<double>(1e-5f));
@@ -29,6 +29,12 @@ void check_norm(const Kernels &k) {
                 check.near(out[i], want, std::fabs(want) + std::fabs(x[i]) * 1e-1, "out", i);
             }
             check.same_bits(out.data(), in_place.data(), 4 * out.size(), "in place", n);
+            for (Dtype dtype : {Dtype::kBF16, Dtype::kF16}) {
+                std::vector<float> narrow(n, kNaN);
+                k.rms_norm(x.data(), w.data(), narrow.data(), n, 1e-5f, offset, dtype);
+                for (int i = 0; i < n; ++i)
+                    check.same(narrow[i], rounded(out[i], dtype), "rounded", i);
+            }
         }
 }
 

@@ -158,13 +158,6 @@ ER_INLINE float sum_of_squares(const float *x, int n) {
     return f_sum(f_add(f_add(sums[0], sums[1]), f_add(sums[2], sums[3])));
 }
 
-static void rms_norm(const float *x, const float *w, float *out, int n, float eps, float offset) {
-    const float mean = sum_of_squares(x, n) / static_cast<float>(n);
-    const F inverse = f_set(1.0f / __builtin_sqrtf(mean + eps));
-    const F shift = f_set(offset);
-    map2(x, w, out, n, [=](F v, F g) { return f_mul(f_mul(v, inverse), f_add(g, shift)); });
-}
-
 // a cos - b sin and b cos + a sin, each operation rounded: no fused multiply-add, so that the
 // interleaved form, written without vectors, has the same bits.
 static void rope(const float *x, const float *cos, const float *sin, float *out, int heads,
@@ -202,6 +195,26 @@ ER_INLINE F rounded(F x) {
         return f_load_f16(halves);
     }
     return x;
+}
+
+// Normed rows, rounded to dtype.
+template <Dtype dtype>
+static void rms_norm_as(const float *x, const float *w, float *out, int n, float eps, float offset) {
+    const float mean = sum_of_squares(x, n) / static_cast<float>(n);
+    const F inverse = f_set(1.0f / __builtin_sqrtf(mean + eps));
+    const F shift = f_set(offset);
+    map2(x, w, out, n, [=](F v, F g) {
+        return rounded<dtype>(f_mul(f_mul(v, inverse), f_add(g, shift)));
+    });
+}
+
+static void rms_norm(const float *x, const float *w, float *out, int n, float eps, float offset,
+                     Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kBF16: rms_norm_as<Dtype::kBF16>(x, w, out, n, eps, offset); break;
+        case Dtype::kF16: rms_norm_as<Dtype::kF16>(x, w, out, n, eps, offset); break;
+        default: rms_norm_as<Dtype::kF32>(x, w, out, n, eps, offset);
+    }
 }
 
 static void round_to(float *x, int n, Dtype dtype) {

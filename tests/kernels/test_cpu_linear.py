@@ -378,7 +378,9 @@ def test_scales_of_any_size_give_many_rows_the_bits_of_one(unit: str, name: str)
     assert np.isnan(alone[17]).all()
     assert np.isfinite(alone[18:, :48]).all()
     np.testing.assert_array_equal(np.isnan(got), np.isnan(alone))
-    assert_same_bits(np.nan_to_num(got, posinf=7, neginf=-7), np.nan_to_num(alone, posinf=7, neginf=-7))
+    assert_same_bits(
+        np.nan_to_num(got, posinf=7, neginf=-7), np.nan_to_num(alone, posinf=7, neginf=-7)
+    )
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])

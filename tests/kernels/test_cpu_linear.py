@@ -352,8 +352,9 @@ ONE_SCALE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "INT4", "I4
 def test_scales_of_any_size_give_many_rows_the_bits_of_one(unit: str, name: str) -> None:
     """Many rows multiply scales by adding their bits, where both have sizes that allow it.
 
-    The first tile's weights are in that range, one at its end; the second's have a scale out of it in the
-    last block of columns, the third's in every block. Of the rows some have groups out of it, or zeros.
+    The first tile's weights are in that range, one at its end; the second's have a scale out of it
+    in the last block of columns, the third's in every block. Of the rows some have groups out of
+    it, or of zeros.
     """
     n, k = 144, 1536
     data = blocks(name, n, k, 3)

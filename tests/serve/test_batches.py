@@ -346,6 +346,7 @@ def test_interactive_requests_go_first_and_batches_share_the_room(keeping: Any) 
     running = keeping("paced", api_keys=KEYS, batch_requests=6)
     first, second = (client(running, key) for key in KEYS)
     batches = [begin(api, lines(PLAIN, 60, max_tokens=100), PLAIN) for api in (first, second)]
+    running.wait_until(lambda: running.service.keeper.llm.client.stats()["live"] > 0)
     live: list[int] = []
     for _ in range(30):
         live.append(running.service.keeper.llm.client.stats()["live"])
@@ -354,7 +355,7 @@ def test_interactive_requests_go_first_and_batches_share_the_room(keeping: Any) 
     own = {"Authorization": f"Bearer {KEYS[0]}"}
     started = time.monotonic()
     assert post(running, PLAIN, completion(max_tokens=2), own).status == 200
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     for api, batch in zip((first, second), batches, strict=True):
         assert wait(api, batch).request_counts.completed == 60
 

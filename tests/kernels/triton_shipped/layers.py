@@ -136,13 +136,8 @@ def configurations() -> Iterator[Configuration]:
     yield in_floats("float32", 16)
     yield in_floats("float32", 128)
     for fmt, layout in LAYOUTS.items():
-        several = {
-            "Q4_0": linear.TOKENS,
-            "Q8_0": linear.TOKENS,
-            "NF4": (16, 32),
-            "I4G128": (16, 32),
-        }
-        for tokens in several.get(fmt, (16, 128)):
+        several = (16, 32) if layout.has_long_planes else (16, 128)
+        for tokens in linear.TOKENS if fmt in ("Q4_0", "Q8_0") else several:
             yield in_codes(fmt, "bfloat16", tokens)
         for activations in filter(layout.multiplies, ("int8", "fp8")):
             widths = linear.TOKENS if fmt in ("INT8", "FP8") else (16, 128)

@@ -304,7 +304,7 @@ def test_close_ends_every_stream(form: str) -> None:
         tasks = [asyncio.create_task(read(llm.generate(f"p{i}", LONG))) for i in range(5)]
         await asyncio.sleep(0.05)
         await llm.close()
-        for text, output in await asyncio.wait_for(asyncio.gather(*tasks), 10.0):
+        for text, output in await asyncio.wait_for(asyncio.gather(*tasks), 2.0):
             assert output.outputs[0].finish_reason == "abort"
             assert text == output.outputs[0].text
 

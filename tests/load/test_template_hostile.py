@@ -133,7 +133,7 @@ def test_a_hostile_template_costs_its_neighbour_nothing(template: ChatTemplate) 
         assert template.render(USER) == "Hi"
         answered += 1
     thread.join()
-    assert answered >= 2  # one that waited for it would be the first
+    assert answered >= 3
     assert failed[0].kind == "limit" and "longer than 1 s" in str(failed[0])
 
 
